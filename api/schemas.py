@@ -1,0 +1,341 @@
+"""What goes over the wire, but for a job's submission, which stands in `tpo.submission`."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.paging import Page
+from tpo.jobs.tables import IncompleteReason
+from tpo.state import MAX_ITERATIONS, CallKind, EarlyStop, GivenUp, Message, Mode, RewardPart, Unusable
+from tpo.status import Status
+from tpo.submission import Identified, Wire
+
+JOB_ID = r"^job_[0-9a-f]{32}$"
+
+
+class JobParameters(Wire):
+    """How a job is optimized, with every default filled in."""
+
+    mode: Mode
+    sample_size: int
+    max_iterations: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop: tuple[str, ...]
+    critique_temperature: float
+    critique_top_p: float
+    critique_max_tokens: int
+    seed: int
+    max_output_tokens: int | None
+    max_total_tokens: int | None
+    max_seconds: float | None
+    early_stop: EarlyStop | None
+    stop_on_decline: bool
+    reward_model: str
+    prompt_set: str
+    prompt_set_version: int
+
+
+class Progress(Wire):
+    """Where a job stands."""
+
+    iteration: int
+    max_iterations: int
+    phase: str | None = Field(description="sampling, scoring, critique, gradient or update; null before and after")
+
+
+class Best(Wire):
+    """The best candidate so far."""
+
+    iteration: int
+    candidate_id: str
+    reward: float
+
+
+class JobFailure(Wire):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Incomplete(Wire):
+    """Why a job was cut short with the best it had: a budget by its parameter's name, or its deadline."""
+
+    reason: IncompleteReason
+
+
+class Usage(Wire):
+    """Tokens and seconds: `total_tokens` is what the policy read and wrote; the reward model's stand apart."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    reward_tokens: int
+    seconds: float = Field(description="inside its model calls, waiting for a place among others included")
+
+
+class Job(Identified):
+    """One optimization. Times are unix seconds."""
+
+    object: Literal["job"] = "job"
+    status: Status
+    model: str
+    input: str | list[Message] = Field(description="a single user's turn is given as a string")
+    parameters: JobParameters
+    priority: int
+    metadata: dict[str, str]
+    external_id: str | None
+    source_id: str | None = Field(description="the job from whose record this one started")
+    created_at: int
+    started_at: int | None
+    completed_at: int | None
+    cancel_requested_at: int | None
+    pause_requested_at: int | None
+    next_attempt_at: int | None
+    deadline_at: int | None
+    estimated_finish: int | None = Field(description="while it runs, by its calls so far; a guess")
+    expires_at: int | None = Field(description="when an ended job is deleted; null where it is kept")
+    attempt: int
+    max_attempts: int
+    progress: Progress
+    best: Best | None
+    declined_iteration: int | None = Field(
+        description="the last iteration whose mean reward fell below that of the one before; null where none did"
+    )
+    output: str | None
+    error: JobFailure | None
+    incomplete_details: Incomplete | None
+    stop_reason: GivenUp | None = Field(
+        description="why a completed job made fewer iterations than `max_iterations`, by a rule of its parameters"
+    )
+    usage: Usage
+
+
+class Deleted(Wire):
+    """A job that was forgotten, with all its texts."""
+
+    id: str
+    object: Literal["job"] = "job"
+    deleted: Literal[True] = True
+
+
+class Extend(Wire):
+    """How much further a job goes."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"iterations": 2}]})
+
+    iterations: int = Field(ge=1, le=MAX_ITERATIONS, description="rounds of critique to add to those of the old job")
+
+
+class JobPage(Page[Job]):
+    """A page of jobs; the next one starts `after` its `last_id`."""
+
+
+class Candidate(Wire):
+    """One sampled response. Where `unusable` says why it is none, `text` is the raw reply."""
+
+    id: str
+    object: Literal["candidate"] = "candidate"
+    iteration: int
+    sample: int
+    text: str
+    reward: float | None
+    parts: tuple[RewardPart, ...] = Field(
+        description="what the reward is the weighted sum of; empty where it has one part"
+    )
+    unusable: Unusable | None
+    tokens: int
+
+
+class CandidateText(Wire):
+    """A candidate as the critic saw it."""
+
+    id: str
+    text: str
+    reward: float | None
+
+
+class CandidateSummary(Wire):
+    """A candidate without its text."""
+
+    id: str
+    reward: float | None
+    unusable: Unusable | None
+
+
+class Call(Wire):
+    """One model call and the seconds that it took inside the back end, waiting included."""
+
+    kind: CallKind
+    n: int
+    input_tokens: int
+    output_tokens: int
+    seconds: float
+
+
+NoCandidate = Literal["blank_textual_loss", "blank_textual_gradient", "no_usable_sample"]
+
+
+class Iteration(Wire):
+    """One round: 0 is the first sampling; each later one compares, criticises and revises."""
+
+    object: Literal["iteration"] = "iteration"
+    number: int
+    complete: bool
+    phase: str | None = Field(description="what runs now, or comes next; null where nothing does")
+    chosen: CandidateText | None = Field(description="the best of the pool when the iteration began")
+    rejected: CandidateText | None = Field(description="the worst of the pool then; null in mode revision")
+    textual_loss: str | None = Field(description="the critique: strengths and weaknesses of chosen")
+    textual_gradient: str | None = Field(description="the instructions that were made of the critique")
+    candidates: list[CandidateSummary]
+    mean_reward: float | None = Field(description="of this iteration's own candidates")
+    best_reward: float | None = Field(description="of the pool up to and with this iteration")
+    reason: NoCandidate | None = Field(description="why a complete iteration gave no candidate")
+    declined: bool = Field(description="its mean reward fell below that of the one before")
+    usage: Usage
+    calls: list[Call]
+
+
+class Event(BaseModel):
+    """One thing that happened to a job; what else stands in it depends on its type."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    object: Literal["event"] = "event"
+    type: str
+    sequence_number: int
+    job_id: str
+    created_at: int
+
+
+class EventList(Wire):
+    """Events of a job; while `has_more`, ask again `starting_after` the last number."""
+
+    object: Literal["list"] = "list"
+    data: list[Event]
+    has_more: bool
+
+
+class CandidateList(Wire):
+    """All candidates of a job, in the order in which they were sampled."""
+
+    object: Literal["list"] = "list"
+    data: list[Candidate]
+
+
+class IterationList(Wire):
+    """All iterations of a job that have begun."""
+
+    object: Literal["list"] = "list"
+    data: list[Iteration]
+
+
+class Model(Wire):
+    """A policy that live workers serve."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="since when it is served")
+    owned_by: Literal["tpo"] = "tpo"
+    reward_models: list[str] = Field(description="reward models that stand beside it on one worker")
+    workers: int
+
+
+class ModelList(Wire):
+    """What the workers serve now."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class RewardModel(Wire):
+    """A reward model that live workers serve."""
+
+    id: str
+    object: Literal["reward_model"] = "reward_model"
+    created: int = Field(description="since when it is served")
+    models: list[str] = Field(description="policies that stand beside it on one worker")
+    workers: int
+
+
+class RewardModelList(Wire):
+    """What the workers serve now."""
+
+    object: Literal["list"] = "list"
+    data: list[RewardModel]
+
+
+class PromptSet(Wire):
+    """A set of prompts that a job can name."""
+
+    id: str
+    object: Literal["prompt_set"] = "prompt_set"
+    version: int
+    style: Literal["conversation", "separate"]
+    default: bool
+
+
+class PromptSetList(Wire):
+    """The sets that ship."""
+
+    object: Literal["list"] = "list"
+    data: list[PromptSet]
+
+
+class Health(Wire):
+    """The process lives."""
+
+    status: Literal["ok"] = "ok"
+
+
+Check = Literal["ok", "missing", "unknown"]
+
+
+class Checks(Wire):
+    """What the API needs around it."""
+
+    database: Check
+    broker: Check
+    worker: Check
+
+
+class Ready(Wire):
+    """All that a job needs is there."""
+
+    status: Literal["ready"] = "ready"
+    checks: Checks
+
+
+class Welcome(Wire):
+    """Where to go from here."""
+
+    name: str
+    version: str
+    docs: str
+    openapi: str
+    jobs: str
+    ready: str
+
+
+class ErrorBody(Wire):
+    """The error as clients of OpenAI's API read it."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None
+
+
+class Problem(Wire):
+    """An error: RFC 9457, and beside it the `error` that OpenAI's clients read."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    error: ErrorBody
+    checks: Checks | None = Field(None, description="of /readyz alone")

@@ -1,0 +1,271 @@
+"""How fast the API answers, as ratios to a bare endpoint of the same server in the same run.
+
+Load comes from a process of its own over raw sockets; the server is one process. Each slice of a request stands between
+two slices of the bare endpoint: ratios hold where absolute figures, on a machine that does other things, do not.
+
+    python -m bench.api [--databases sqlite postgresql] [--seconds 0.5] [--rounds 9] [--listeners 1000]
+
+The last line is all that was measured, as JSON.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from tests.processes import System, running_system
+from tests.services import free_port, new_database, postgres_server
+from tpo.jobs import schema
+
+# The server under test, with a route that does nothing beside all the others, behind the same middleware.
+SERVER = """
+import sys, api.app, api.__main__
+made = api.__main__.create_app
+def create_app(settings):
+    app = made(settings)
+    app.add_api_route("/bare", lambda: {"ok": True}, methods=["GET"], include_in_schema=False)
+    async def bare(): return {"ok": True}
+    app.add_api_route("/bare-async", bare, methods=["GET"], include_in_schema=False)
+    return app
+api.__main__.create_app = create_app
+sys.exit(api.__main__.main())
+"""
+BODY = json.dumps({"input": "Where is my parcel?", "parameters": {"sample_size": 2, "max_iterations": 1}})
+FIRST_CALL = json.dumps({"input": "Where is my parcel?", "parameters": {"mode": "bon", "sample_size": 2}})
+CONNECTIONS = 8
+JOBS_OF_LISTENERS = 20
+WARMING = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is sent, over and over."""
+
+    name: str
+    payload: bytes
+    status: bytes
+
+
+def request(name: str, method: str, path: str, *, status: int = 200, body: str = "") -> Request:
+    """A request as it goes over the wire."""
+    head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    return Request(name, f"{head}\r\n\r\n{body}".encode(), f"HTTP/1.1 {status}".encode())
+
+
+def _send(connection: socket.socket, wanted: Request) -> None:
+    connection.sendall(wanted.payload)
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += _more(connection)
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    if not head.startswith(wanted.status):
+        raise SystemExit(f"{wanted.name}: {answer[:500]!r}")
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    while length > len(rest):
+        rest += _more(connection)
+
+
+def _more(connection: socket.socket) -> bytes:
+    if not (piece := connection.recv(262144)):
+        raise SystemExit("the server closed the connection")
+    return piece
+
+
+def _load(port: int, wanted: Request, seconds: float) -> float:
+    """Send one request over several connections for a while; tells how many were answered in a second."""
+    counts = [0] * CONNECTIONS
+    begin = time.perf_counter()
+
+    def one(index: int) -> None:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while time.perf_counter() - begin < seconds:
+                _send(connection, wanted)
+                counts[index] += 1
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(CONNECTIONS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - begin)
+
+
+@contextlib.contextmanager
+def serving(system: System, **settings: object) -> Iterator[tuple[int, int]]:
+    """The API with its bare endpoint; gives its port and its process."""
+    port = free_port()
+    process = system.start("-c", SERVER, port=port, **settings)
+    process.wait_for("Listening on")
+    yield port, process.pid
+    process.stop()
+
+
+def rates(system: System, port: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Each request's rate over the bare endpoint's just before and after it, the median of the rounds."""
+    url = f"http://127.0.0.1:{port}"
+    job_id = httpx.post(f"{url}/v1/jobs", content=BODY, headers={"content-type": "application/json"}).json()["id"]
+    for _ in range(20):
+        system.submit(ring=False)
+    bare = request("bare", "GET", "/bare")
+    measured = [
+        request("bare, no thread", "GET", "/bare-async"),
+        request("GET job", "GET", f"/v1/jobs/{job_id}"),
+        request("GET list of 20", "GET", "/v1/jobs?limit=20"),
+        request("POST, durable and enqueued", "POST", "/v1/jobs", status=202, body=BODY),
+    ]
+    found: dict[str, list[float]] = {each.name: [] for each in measured}
+    with multiprocessing.get_context("spawn").Pool(1) as load:
+        for each in (bare, *measured):
+            _rate(load, port, each, seconds)  # warm
+        absolute = [_rate(load, port, bare, seconds)]
+        for _ in range(rounds):
+            for each in measured:
+                rate = _rate(load, port, each, seconds)
+                absolute.append(_rate(load, port, bare, seconds))
+                found[each.name].append(rate / statistics.mean(absolute[-2:]))
+    return {
+        "bare_per_second": round(statistics.median(absolute)),
+        "of_bare": {name: round(statistics.median(ratios), 3) for name, ratios in found.items()},
+    }
+
+
+def _rate(load: Pool, port: int, wanted: Request, seconds: float) -> float:
+    return load.apply(_load, (port, wanted, seconds))
+
+
+def listeners(system: System, port: int, pid: int, count: int) -> dict[str, Any]:
+    """Delay and memory of many event streams on one process."""
+    process = psutil.Process(pid)
+    jobs = [system.submit(ring=False) for _ in range(JOBS_OF_LISTENERS)]
+
+    async def listen(job_id: str, ready: asyncio.Semaphore) -> float:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: bench\r\n\r\n".encode())
+        await reader.readuntil(b"event: job.queued")
+        ready.release()
+        await reader.readuntil(b"event: job.cancelled")
+        arrived = time.time()
+        writer.close()
+        return arrived
+
+    async def all_of_them() -> tuple[list[float], int]:
+        before = process.memory_info().rss
+        ready = asyncio.Semaphore(0)
+        listening = [asyncio.create_task(listen(jobs[i % len(jobs)], ready)) for i in range(count)]
+        for _ in range(count):
+            await ready.acquire()
+        grown = process.memory_info().rss - before
+        written = {}
+        for job_id in jobs:
+            await asyncio.to_thread(system.store.cancel, job_id)
+            written[job_id] = time.time()
+        arrived = await asyncio.gather(*listening)
+        return sorted(at - written[jobs[i % len(jobs)]] for i, at in enumerate(arrived)), grown
+
+    delays, grown = asyncio.run(all_of_them())
+    return {"count": count, "delay_ms": _quantiles(delays), "kB_each": round(grown / count / 1000, 1)}
+
+
+def first_calls(system: System, port: int, count: int) -> dict[str, Any]:
+    """From a submission's first byte to the start of its first model call, on a worker that has nothing to do."""
+    worker = system.worker(scripted_latency=0.05)
+    log = system.calls_log
+    log.touch()
+    delays = []
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        for number in range(count + WARMING):
+            before = log.stat().st_size
+            sent = time.perf_counter()
+            answer = client.post("/v1/jobs", content=FIRST_CALL, headers={"content-type": "application/json"})
+            while log.stat().st_size == before:  # a line is written when a call starts; the next one comes 50 ms later
+                time.sleep(0.0003)
+            if number >= WARMING:
+                delays.append(time.perf_counter() - sent)
+            system.wait_for_end(answer.raise_for_status().json()["id"])
+    worker.stop()
+    return {"count": count, "ms": _quantiles(sorted(delays))}
+
+
+def _quantiles(ordered: Sequence[float]) -> dict[str, float]:
+    def at(share: float) -> float:
+        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000, 1)
+
+    return {"p50": at(0.5), "p99": at(0.99)}
+
+
+@contextlib.contextmanager
+def database(kind: str, folder: Path) -> Iterator[str]:
+    """A new database of that kind with the schema."""
+    with contextlib.ExitStack() as stack:
+        url = f"sqlite:///{folder}/tpo.db"
+        if kind == "postgresql":
+            url = stack.enter_context(new_database(stack.enter_context(postgres_server())))
+        schema.upgrade(url)
+        yield url
+
+
+@contextlib.contextmanager
+def served(kind: str) -> Iterator[tuple[System, int, int]]:
+    """A new system on a database of that kind, and the port and process of its API."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tpo-bench-") as name,
+        database(kind, Path(name)) as url,
+        running_quietly(url, Path(name)) as system,
+        serving(system) as (port, pid),
+    ):
+        yield system, port, pid
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="How fast the API answers, as ratios to a bare endpoint.")
+    parser.add_argument("--databases", nargs="+", choices=["sqlite", "postgresql"], default=["sqlite", "postgresql"])
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each slice")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--listeners", type=int, default=1000)
+    parser.add_argument("--submissions", type=int, default=200, help="one after another, to an idle worker")
+    arguments = parser.parse_args()
+    figures: dict[str, dict[str, Any]] = {}
+    for kind in arguments.databases:
+        figures[kind] = {}
+        with served(kind) as (system, port, pid):
+            figures[kind]["rates"] = rates(system, port, arguments.seconds, arguments.rounds)
+            print(kind, figures[kind]["rates"], flush=True)
+            figures[kind]["listeners"] = listeners(system, port, pid, arguments.listeners)
+            print(kind, figures[kind]["listeners"], flush=True)
+        with served(kind) as (system, port, _):
+            figures[kind]["submit_to_first_call"] = first_calls(system, port, arguments.submissions)
+            print(kind, figures[kind]["submit_to_first_call"], flush=True)
+    print(json.dumps(figures))
+
+
+@contextlib.contextmanager
+def running_quietly(url: str, folder: Path) -> Iterator[System]:
+    """A system whose logs stay in its folder."""
+    with running_system(url, folder) as system:
+        try:
+            yield system
+        finally:
+            system.processes, ended = [], system.processes
+            for process in ended:
+                if process.popen.poll() is None:
+                    process.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Where a job's time goes: model calls, waiting for a worker, and our own queue, database and events.
+
+Starts everything as a user does (`tpo up`), submits jobs over HTTP, and reads the rows that they left.
+
+    python -m bench.breakdown [--database-url postgresql+psycopg://...]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tpo.cli.temporary import temporary_stack
+from tpo.jobs.database import connect
+from tpo.jobs.store import Store
+from tpo.state import Call
+
+PROMPT = "Hello, I am Maria. The kettle that I bought is broken. I would like a refund."
+JOB = {"input": PROMPT, "parameters": {"sample_size": 5, "max_iterations": 2}}
+SINGLES = 8
+AT_ONCE = 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One finished job, in seconds."""
+
+    wall: float
+    waited: float
+    calls: tuple[Call, ...]
+
+    @property
+    def in_models(self) -> float:
+        """Inside the back ends: the policy and the reward model, and waiting for a place in their batch."""
+        return sum(call.seconds for call in self.calls)
+
+    @property
+    def ours(self) -> float:
+        """All else between submit and end: checkpoints, events, thread switches; the wait for a worker not counted."""
+        return self.wall - self.waited - self.in_models
+
+    def of(self, kind: str) -> float:
+        """Inside the back ends, for one kind of call."""
+        return sum(call.seconds for call in self.calls if call.kind == kind)
+
+
+def submit_and_wait(client: httpx.Client, count: int) -> tuple[list[str], float]:
+    """Submit jobs at once and wait until all have ended; gives their ids and the seconds for all."""
+    begin = time.monotonic()
+    ids = [client.post("/v1/jobs", json=_with_seed(seed)).raise_for_status().json()["id"] for seed in range(count)]
+    waiting = set(ids)
+    while waiting:
+        time.sleep(0.05)
+        for job_id in list(waiting):
+            status = client.get(f"/v1/jobs/{job_id}").raise_for_status().json()["status"]
+            if status in ("failed", "cancelled", "expired", "incomplete"):
+                raise SystemExit(f"{job_id} ended {status}")
+            if status == "completed":
+                waiting.discard(job_id)
+    return ids, time.monotonic() - begin
+
+
+def _with_seed(seed: int) -> dict[str, Any]:
+    return {**JOB, "parameters": {**JOB["parameters"], "seed": seed}}  # type: ignore[dict-item]
+
+
+def timing(store: Store, job_id: str) -> Timing:
+    """Read one job's times from its rows."""
+    job = store.get(job_id)
+    if job.started_at is None or job.completed_at is None:
+        raise SystemExit(f"{job_id} has not ended")
+    return Timing(job.completed_at - job.created_at, job.started_at - job.created_at, store.state(job_id).calls)
+
+
+def table(singles: Sequence[Timing], crowd: Sequence[Timing], single_wall: float, crowd_wall: float) -> str:
+    """The breakdown as Markdown."""
+    lines = ["| part of a job | one at a time | | 20 at once | |", "|---|---:|---:|---:|---:|"]
+
+    def row(name: str, one: Sequence[float], many: Sequence[float]) -> None:
+        a, b = statistics.mean(one), statistics.mean(many)
+        share_a = a / statistics.mean(t.wall for t in singles)
+        share_b = b / statistics.mean(t.wall for t in crowd)
+        lines.append(f"| {name} | {a:.3f} s | {share_a:.1%} | {b:.3f} s | {share_b:.1%} |")
+
+    for kind in ("sample", "loss", "gradient", "update", "score"):
+        row(f"model: {kind}", [t.of(kind) for t in singles], [t.of(kind) for t in crowd])
+    row("waiting for a worker", [t.waited for t in singles], [t.waited for t in crowd])
+    row("queue, database, events", [t.ours for t in singles], [t.ours for t in crowd])
+    row("all, submit to end", [t.wall for t in singles], [t.wall for t in crowd])
+    ratio = crowd_wall / single_wall
+    lines += ["", f"{AT_ONCE} jobs at once took {crowd_wall:.2f} s, one {single_wall:.2f} s: {ratio:.1f} times."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Where a job's time goes, on the models that ship.")
+    parser.add_argument("--database-url", help="default: a new SQLite file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tpo-bench-") as folder:
+        database_url = arguments.database_url or f"sqlite:///{folder}/tpo.db"
+        with (
+            temporary_stack(Path(folder), {"TPO_DATABASE_URL": database_url, "TPO_SLOTS": str(AT_ONCE)}) as stack,
+            httpx.Client(base_url=stack.facts["api"], timeout=30) as client,
+        ):
+            submit_and_wait(client, 1)  # the first job warms the models up
+            singles = [submit_and_wait(client, 1) for _ in range(SINGLES)]
+            crowd, crowd_wall = submit_and_wait(client, AT_ONCE)
+            store = Store(connect(database_url))
+            one = [timing(store, ids[0]) for ids, _ in singles]
+            many = [timing(store, job_id) for job_id in crowd]
+            print(table(one, many, statistics.mean(seconds for _, seconds in singles), crowd_wall))
+
+
+if __name__ == "__main__":
+    main()

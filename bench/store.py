@@ -1,0 +1,256 @@
+"""What the store's operations cost in a database of 1,000 jobs and in one of 1,000,000, as ratios within one run.
+
+Both databases are of the same kind and on the same disk; each operation is timed in one and in the other by turns, so
+that a busy moment of the machine meets both. The larger one takes about 11 GB of disk for a million jobs with ten
+million candidates, in the temporary folder, and is removed at the end.
+
+    python -m bench.store [--jobs 1000000] [--database sqlite|postgresql] [--rounds 100]
+"""
+
+import argparse
+import contextlib
+import secrets
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import Engine, text
+
+from bench.filling import CANDIDATES, SERVES, Filled, fill, new_job, policy
+from tests.fakes import FakeReward, step
+from tests.services import new_database, postgres_server
+from tpo.jobs import schema
+from tpo.jobs.database import connect
+from tpo.jobs.store import Lease, Limits, Once, Outcome, Store
+from tpo.state import State
+
+SMALL = 1000
+BAR = 1.2
+STEP_BARS = {"sqlite": 5.0, "postgresql": 10.0}
+"""Milliseconds of ours for each model call. Heartbeats come on top: one renewal for a worker's jobs, each 10 s."""
+HELD = 64
+"""Jobs that workers hold meanwhile: a fleet does not grow with the store."""
+LOST = 5
+LISTENED = 100
+PURGED = 5
+READ = 5
+"""Times in a row that each read is timed, for it takes less than what else happens on the machine."""
+KEY_SECONDS = 24 * 3600.0
+
+
+@dataclass
+class Subject:
+    """One database, and what the operations have to know of it."""
+
+    engine: Engine
+    filled: Filled
+    bytes: int
+    held: list[str] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.engine)
+        for _ in range(HELD):
+            self.held.append(self.claimed(self.submitted())[0].job_id)
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Note how long the block takes."""
+        began = time.perf_counter()
+        yield
+        self.seconds.setdefault(name, []).append(time.perf_counter() - began)
+
+    def submitted(self) -> str:
+        """A new job, as a client asks for it: named by a key, and counted."""
+        once = Once(fingerprint="hash", key=secrets.token_hex(16), keep_seconds=KEY_SECONDS)
+        metadata = {"run": self.filled.run}
+        state = new_job()
+        return self.store.submit(state, once=once, max_attempts=3, metadata=metadata, **SERVES).job.id
+
+    def claimed(self, job_id: str, seconds: float = 3600) -> tuple[Lease, State]:
+        """A job in the hands of a worker."""
+        claimed = self.store.claim(job_id, "worker-1", seconds, **SERVES)
+        if claimed is None:
+            raise SystemExit(f"{job_id} could not be claimed")
+        return claimed
+
+
+def whole_job(subject: Subject) -> None:
+    """One job from its submission to its end, each operation timed."""
+    with subject.timed("submit"):
+        job_id = subject.submitted()
+    with subject.timed("whose turn it is, claimed"):
+        first = subject.store.claim_next("worker-1", 3600, **SERVES)
+    if first is None:
+        raise SystemExit("nobody is in line")
+    subject.store.release(first.lease)
+    lease, state = subject.claimed(job_id)
+    while (after := step(state, policy(), FakeReward())) is not state:
+        with subject.timed("checkpoint"):
+            subject.store.checkpoint(lease, state, after)
+        state = after
+    with subject.timed("finish"):
+        subject.store.finish(lease, Outcome("completed", output="Draft"))
+
+
+def limited_submit(subject: Subject) -> None:
+    """A job of a tenant whose limits are counted; few of its jobs are in flight, many of others."""
+    tenant = subject.store.of("limited")
+    with subject.timed("submit, with limits"):
+        job = tenant.submit(new_job(), limits=Limits(100, 1_000_000), max_attempts=3, **SERVES).job
+    with subject.timed("cancel"):
+        tenant.cancel(job.id)
+
+
+def reads(subject: Subject) -> None:
+    """What clients and streams read."""
+    store, middle, run = subject.store, subject.filled.middle, {"run": subject.filled.run}
+    pages: dict[str, Callable[[], object]] = {
+        "get": lambda: store.get(middle),
+        "state (candidates, iterations)": lambda: store.state(middle),
+        "list: newest": lambda: store.page(limit=20),
+        "list: from the middle": lambda: store.page(limit=20, after=middle),
+        "list: from the middle, oldest first": lambda: store.page(limit=20, after=middle, order="asc"),
+        "list: status=completed, from the middle": lambda: store.page(limit=20, after=middle, statuses=["completed"]),
+        "list: status=failed, from the middle": lambda: store.page(limit=4, after=middle, statuses=["failed"]),
+        "list: status=queued,failed,expired": lambda: store.page(limit=20, statuses=["queued", "failed", "expired"]),
+        "list: status=cancelling (none)": lambda: store.page(limit=20, statuses=["cancelling"]),
+        "list: metadata, from the middle": lambda: store.page(limit=20, after=middle, metadata=run),
+        "list: metadata and status": lambda: store.page(limit=4, after=middle, metadata=run, statuses=["failed"]),
+        "list: metadata (none)": lambda: store.page(limit=20, metadata={"run": "nothing"}),
+        "events of a job": lambda: store.events(middle),
+        f"events: news of {HELD} jobs": lambda: store.news(dict.fromkeys(subject.held, 1)),
+        "worker: look at its jobs": lambda: store.look("worker-1", subject.held),
+    }
+    for name, read in pages.items():
+        for _ in range(READ):
+            with subject.timed(name):
+                read()
+
+
+def heartbeat(subject: Subject) -> None:
+    """All leases of a worker at once."""
+    with subject.timed(f"worker: renew {HELD} leases"):
+        subject.store.renew("worker-1", subject.held, 3600)
+
+
+def sweep(subject: Subject) -> None:
+    """A sweep that has as much to do in both."""
+    lost = [subject.claimed(subject.submitted(), seconds=-1)[0].job_id for _ in range(LOST)]
+    with subject.timed(f"sweep: {LOST} lost"):
+        subject.store.sweep(ring_again_seconds=KEY_SECONDS, forget_worker_seconds=60)
+    with subject.timed("sweep: nothing to do"):
+        subject.store.sweep(ring_again_seconds=KEY_SECONDS, forget_worker_seconds=60)
+    for job_id in lost:
+        if subject.store.cancel(job_id).attempt != 1:
+            raise SystemExit(f"{job_id} was not lost")
+
+
+def purge(subject: Subject) -> None:
+    """The oldest jobs and names of requests."""
+    with subject.timed(f"purge: {PURGED} jobs"):
+        subject.store.purge(1.0, batch=PURGED)
+    with subject.timed(f"purge: {PURGED} keys"):
+        subject.store.purge_keys(1.0, batch=PURGED)
+
+
+OPERATIONS: tuple[tuple[Callable[[Subject], None], int], ...] = (
+    (whole_job, 1),
+    (limited_submit, 1),
+    (reads, 1),
+    (heartbeat, 1),
+    (sweep, 2),
+    (purge, 5),
+)
+"""Each with the number of rounds between two of it."""
+
+
+def measure(small: Subject, large: Subject, rounds: int) -> None:
+    """Time every operation in both, by turns."""
+    for number in range(rounds):
+        for operation, each in OPERATIONS:
+            if number % each == 0:
+                for subject in (small, large) if number // each % 2 else (large, small):
+                    operation(subject)
+
+
+def table(small: Subject, large: Subject) -> str:
+    """The medians and their ratios as Markdown."""
+    lines = [
+        f"| operation | {small.filled.jobs:,} jobs | {large.filled.jobs:,} jobs | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    over = []
+    step_ms = 1000 * statistics.median(large.seconds["checkpoint"])
+    wanted = STEP_BARS[large.engine.dialect.name]
+    for name, seconds in small.seconds.items():
+        a, b = statistics.median(seconds), statistics.median(large.seconds[name])
+        lines.append(f"| {name} | {1000 * a:.2f} ms | {1000 * b:.2f} ms | {b / a:.2f} |")
+        if b / a > BAR:
+            over.append(name)
+    size = large.bytes / large.filled.jobs
+    lines += [
+        "",
+        f"On disk: {large.bytes / 1e9:.2f} GB, {size / 1000:.1f} kB a job with {CANDIDATES} candidates.",
+        f"Over {BAR}: {', '.join(over) or 'none'}.",
+        f"Our own time a step, its events included: {step_ms:.1f} ms (at most {wanted:.0f} ms wanted).",
+    ]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def databases(kind: str) -> Iterator[tuple[str, str]]:
+    """The addresses of two new databases of one kind, removed at the end."""
+    with contextlib.ExitStack() as stack:
+        if kind == "sqlite":
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tpo-bench-"))
+            yield f"sqlite:///{folder}/small.db", f"sqlite:///{folder}/large.db"
+        else:
+            server = stack.enter_context(postgres_server())
+            yield stack.enter_context(new_database(server)), stack.enter_context(new_database(server))
+
+
+@contextlib.contextmanager
+def subject(url: str, jobs: int) -> Iterator[Subject]:
+    """A database with so many jobs."""
+    schema.upgrade(url)
+    engine = connect(url)
+    began = time.monotonic()
+    filled = fill(engine, jobs)
+    size = _size(engine)
+    print(f"{jobs:,} jobs: {size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s", flush=True)
+    yield Subject(engine, filled, size)
+    engine.dispose()
+
+
+def _size(engine: Engine) -> int:
+    if engine.dialect.name == "sqlite":
+        return Path(engine.url.database or "").stat().st_size
+    with engine.connect() as connection:
+        return int(connection.execute(text("SELECT pg_database_size(current_database())")).scalar_one())
+
+
+def main() -> None:
+    """Fill, measure and print."""
+    parser = argparse.ArgumentParser(description="What the store costs at 1,000 jobs and at many.")
+    parser.add_argument("--jobs", type=int, default=1_000_000)
+    parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--rounds", type=int, default=100)
+    arguments = parser.parse_args()
+    with (
+        databases(arguments.database) as (small_url, large_url),
+        subject(small_url, SMALL) as small,
+        subject(large_url, arguments.jobs) as large,
+    ):
+        measure(small, large, 5)  # connections, caches and compiled statements
+        small.seconds.clear()
+        large.seconds.clear()
+        measure(small, large, arguments.rounds)
+        print(f"\n{arguments.database}, medians of {arguments.rounds} rounds\n\n{table(small, large)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Alembic's way in: one connection, given by `tpo.jobs.schema`, whose transaction holds all of an upgrade."""
+
+from alembic import context
+
+from tpo.jobs.tables import Base
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=Base.metadata,
+    render_as_batch=True,  # SQLite cannot alter a column in place
+    transactional_ddl=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,132 @@
+"""The processes of one run: started in their own sessions, ended with the harness, their logs bounded."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tpo.cli.supervisor import die_with
+
+_MAX_LOG_BYTES = 4_000_000
+_CLAIMED = re.compile(r"(job_[0-9a-f]{32}) claimed, attempt (\d+)")
+_ENDED = re.compile(r"(job_[0-9a-f]{32}) \S.* after [\d.]+ s$", re.MULTILINE)
+_ALARM = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) (.*)", re.MULTILINE)
+_VARIABLE = re.compile(r"job_[0-9a-f]{32}|tpo-\w+-\d+@\S+|\d+(?:\.\d+)?")
+
+
+@dataclass
+class Child:
+    """One process that is started again whenever it ends."""
+
+    name: str
+    kind: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    folder: Path
+    user: str | None = None
+    spared: bool = False
+    popen: "subprocess.Popen[bytes] | None" = None
+    told_to_end: str | None = None
+    """By which fault; None: it was not."""
+    asked_at: float = 0.0
+    starts_at: float = 0.0
+    stopped: bool = False
+    starts: int = 0
+    log_offset: int = 0
+    alarms: "Counter[str]" = field(default_factory=Counter)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def running(self) -> bool:
+        return self.popen is not None and self.popen.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid if self.popen else 0
+
+    def start(self, **more: str) -> None:
+        """Start it; the kernel ends it together with the harness."""
+        parent = os.getpid()
+        if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
+            self.log.replace(self.log.with_suffix(".log.1"))
+        with self.log.open("ab") as log:
+            self.log_offset = log.tell()
+            self.popen = subprocess.Popen(
+                self.command,
+                env={**self.environment, **more},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                user=self.user,
+                preexec_fn=lambda: die_with(parent),
+            )
+        self.told_to_end = None
+        self.stopped = False
+        self.starts += 1
+
+    def said(self) -> str:
+        """What this start of it has written."""
+        with self.log.open("rb") as log:
+            log.seek(self.log_offset)
+            return log.read().decode(errors="replace")
+
+    def holds(self) -> dict[str, int]:
+        """The jobs that a worker said it has claimed and not that it has left; the attempt of each."""
+        said = self.said()
+        held: dict[str, tuple[int, int]] = {m[1]: (m.start(), int(m[2])) for m in _CLAIMED.finditer(said)}
+        for end in _ENDED.finditer(said):
+            if end[1] in held and held[end[1]][0] < end.start():
+                del held[end[1]]
+        return {job_id: attempt for job_id, (_, attempt) in held.items()}
+
+    def family(self) -> list[psutil.Process]:
+        """The process and all that came out of it."""
+        try:
+            mine = psutil.Process(self.pid)
+            return [mine, *mine.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def signal(self, number: signal.Signals, *, all_of_it: bool = False) -> None:
+        """Send a signal to it, or to its children too, children first."""
+        for process in reversed(self.family()) if all_of_it else self.family()[:1]:
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+        self.stopped = number == signal.SIGSTOP or (self.stopped and number != signal.SIGCONT)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ends within that time."""
+        end = time.monotonic() + seconds
+        while self.running and time.monotonic() < end:
+            time.sleep(0.02)
+        return not self.running
+
+    def remember_alarms(self) -> None:
+        """Count what it has logged as errors, ids and numbers left out."""
+        self.alarms.update(_VARIABLE.sub("…", found)[:200] for found in _ALARM.findall(self.said()))
+
+    def say_last(self, lines: int = 25) -> str:
+        """The end of its log."""
+        return "\n".join(self.said().splitlines()[-lines:])
+
+
+def python(name: str, kind: str, points: Path, environment: Mapping[str, str], folder: Path, *, spared: bool) -> Child:
+    """One of our own processes, with points in its steps but where it is to be spared."""
+    plain = {"worker": "worker", "maintenance": "worker.maintenance", "api": "api"}[kind]
+    module = [plain] if spared else ["tests.chaos.process", kind, str(points)]
+    return Child(name, kind, [sys.executable, "-m", *module], environment, folder, spared=spared)

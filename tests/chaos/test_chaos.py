@@ -1,0 +1,23 @@
+"""A short run on each database. `make chaos` runs as long as you like."""
+
+import threading
+
+import pytest
+
+from tests.chaos.points import LABELS
+from tests.chaos.report import notes, table, violations
+from tests.chaos.run import Plan, run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_whatever_happens_to_the_processes_the_rows_are_those_of_a_quiet_run(database: str) -> None:
+    plan = Plan(database, 20251124, 30.0, jobs_per_second=4.0, mean_gap=0.8, lease=2.0, each_fault_once=True)
+    result = run(plan, threading.Event(), print)
+    print(table(result))
+    print(notes(result))
+    assert not violations(result)
+    assert sum(result.verdict.statuses.values()) > 10
+    assert len(result.monkey.labels) > 5
+    assert {label for labels in LABELS.values() for label in labels} >= set(result.monkey.labels)

@@ -1,0 +1,60 @@
+"""At each labelled point of a step a worker is killed, one point after the other, none left out."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import points
+from tests.chaos.verdict import judge
+from tests.processes import Process, eventually, running_system
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "points"
+    with running_system(migrated_url, tmp_path) as system:
+
+        def start_worker() -> Process:
+            return system.start(
+                *("-m", "tests.chaos.process", "worker", str(folder)), lease_seconds=1, scripted_latency=0.1
+            )
+
+        def submit(iterations: int) -> str:
+            accepted.append(system.submit(max_attempts=1000, seed=len(accepted), max_iterations=iterations))
+            return accepted[-1]
+
+        def pause() -> None:
+            system.wait_for_status(long, "in_progress")
+            system.store.pause(long)
+
+        accepted: list[str] = []
+        system.maintenance()
+        for _ in range(3):
+            start_worker().wait_for("is ready")
+        long = submit(30)
+        # The long job passes a step's points by itself, in one iteration or another.
+        brought_about: dict[str, Callable[[], object]] = {
+            "claim_next": lambda: submit(0),
+            "release": pause,
+            "finish": lambda: submit(0),
+        }
+        for label in points.LABELS["worker"]:
+            points.arm(folder, label, signal.SIGKILL)
+            brought_about.get(label.split(".")[1], lambda: None)()
+            [(reached, pid)] = eventually(lambda: points.reached(folder), why=f"a worker at {label}")
+            assert reached == label
+            assert system.process_of(pid).popen.wait(timeout=20) == -signal.SIGKILL
+            start_worker()
+            recorded = len(system.store.state(long).calls)
+            if "release" in label:
+                system.wait_for_status(long, "paused")
+                system.store.resume(long)
+                system.ring(long)
+            eventually(lambda before=recorded: len(system.store.state(long).calls) > before, why="another step")  # type: ignore[misc]
+        for job_id in accepted:
+            assert system.wait_for_end(job_id).status == "completed"
+        verdict = judge(system.engine, accepted, {}, system.calls())
+    assert verdict.wrong == []

@@ -1,0 +1,78 @@
+"""Fixtures that every suite shares. Nothing is skipped for want of a server: tests start their own."""
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, make_url
+
+from tests.services import new_database, postgres_server
+from tpo.jobs import schema
+from tpo.jobs.database import connect
+from tpo.jobs.store import Store
+
+# A run in the background inherits that Ctrl-C is ignored, and would hand it on to the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def postgres_admin_url() -> Iterator[str]:
+    """One PostgreSQL for the whole run."""
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty database of either kind, without the schema."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/tpo.db"
+        return
+    with new_database(request.getfixturevalue("postgres_admin_url")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that the migrations have built; each test has a copy."""
+    file = tmp_path_factory.mktemp("template") / "tpo.db"
+    schema.upgrade(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_admin_url: str) -> Iterator[str]:
+    """The name of a database that the migrations have built; each test has a copy."""
+    with new_database(postgres_admin_url) as url:
+        schema.upgrade(url)
+        name = make_url(url).database
+        assert name
+        yield name
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database of either kind with the schema and nothing in it."""
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "tpo.db")
+        yield f"sqlite:///{tmp_path}/tpo.db"
+        return
+    template = request.getfixturevalue("postgres_template")
+    with new_database(request.getfixturevalue("postgres_admin_url"), template) as url:
+        yield url
+
+
+@pytest.fixture
+def engine(migrated_url: str) -> Iterator[Engine]:
+    """An engine on a database with the schema."""
+    engine = connect(migrated_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def store(engine: Engine) -> Store:
+    """An empty store."""
+    return Store(engine)

@@ -1,0 +1,225 @@
+"""What every policy and every reward model has to do, whoever is behind the port."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.model_server import MODEL, ModelServer, model_server
+from tests.tiny_models import make_tokenizer, save_llama, save_reward
+from tpo import prompts
+from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
+from tpo.errors import Interrupted
+from tpo.ports import Generate, Score, cut_at
+from tpo.run import run
+from tpo.settings import Settings
+from tpo.state import Message, Params, State
+
+BACKENDS = ["scripted", "local", "openai"]
+REWARDS = ["scripted", "local", "vllm", "vllm-pooling", "sglang", "combined"]
+
+
+COMBINED = """
+[[part]]
+name = "quality"
+kind = "model"
+model = "scripted"
+
+[[part]]
+name = "short"
+kind = "length"
+most = 5
+weight = 0.5
+"""
+
+
+def go_on() -> None:
+    """Nothing stops the job."""
+
+
+def ask(text: str = "How do tides work?", **changes: Any) -> Generate:
+    values: dict[str, Any] = {
+        "kind": "sample",
+        "iteration": 0,
+        "first_sample": 0,
+        "messages": (Message(role="user", content=text),),
+        "seeds": (11, 12, 13),
+        "temperature": 0.7,
+        "top_p": 0.95,
+        "max_tokens": 24,
+    }
+    return Generate(**{**values, **changes})
+
+
+def rate(*responses: str) -> Score:
+    return Score(iteration=0, messages=(Message(role="user", content="How do tides work?"),), responses=responses)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ModelServer]:
+    with model_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def policy(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: ModelServer
+) -> Iterator[LoadedPolicy]:
+    spec, settings = "scripted", Settings(threads=1)
+    if request.param == "local":
+        spec = str(save_llama(tmp_path_factory.mktemp("policy")))
+    elif request.param == "openai":
+        spec, settings = f"openai:{MODEL}", Settings(openai_url=server.url, openai_samples="apart")
+    policy = load_policy(spec, settings)
+    yield policy
+    policy.close()
+
+
+@pytest.fixture(scope="module", params=REWARDS)
+def reward(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: ModelServer
+) -> Iterator[LoadedRewardModel]:
+    folder = tmp_path_factory.mktemp("reward")
+    spec, settings = "scripted", Settings(threads=1)
+    match request.param:
+        case "local":
+            spec = str(save_reward(folder))
+        case "vllm" | "vllm-pooling" | "sglang":
+            make_tokenizer().save_pretrained(folder)
+            spec = f"{request.param}:{MODEL}"
+            settings = Settings(reward_url=server.root, reward_tokenizer=str(folder))
+        case "combined":
+            (folder / "reward.toml").write_text(COMBINED)
+            spec, settings = "quality", Settings(reward_model="quality", reward_file=folder / "reward.toml")
+    reward = load_reward_model(spec, settings)
+    yield reward
+    reward.close()
+
+
+def test_a_response_ends_before_a_stop_string(policy: LoadedPolicy) -> None:
+    whole = policy.generate(ask(), go_on).texts
+    middle = len(whole[0].text) // 2
+    stop = ("never said", whole[0].text[middle - 2 : middle + 2])
+    cut = policy.generate(ask(stop=stop), go_on).texts
+    assert [t.text for t in cut] == [cut_at(t.text, stop) for t in whole]
+    assert cut[0].text != whole[0].text
+    assert cut[0].finish_reason == "stop"
+    assert cut[0].tokens < whole[0].tokens
+
+
+def test_one_text_for_each_seed(policy: LoadedPolicy) -> None:
+    for n in (1, 2, 7):
+        assert len(policy.generate(ask(seeds=tuple(range(n))), go_on).texts) == n
+
+
+def test_the_same_seed_gives_the_same_text(policy: LoadedPolicy) -> None:
+    first, again = (policy.generate(ask(), go_on).texts for _ in range(2))
+    assert first == again
+
+
+def test_a_seed_stands_for_its_text_wherever_it_is_asked_for(policy: LoadedPolicy) -> None:
+    together = policy.generate(ask(seeds=(5, 6, 7)), go_on).texts
+    assert together == tuple(policy.generate(ask(seeds=(seed,)), go_on).texts[0] for seed in (5, 6, 7))
+
+
+def test_seeds_differ(policy: LoadedPolicy) -> None:
+    assert len({t.text for t in policy.generate(ask(seeds=tuple(range(8))), go_on).texts}) > 4
+
+
+def test_large_seeds_are_seeds_like_others(policy: LoadedPolicy) -> None:
+    assert len(policy.generate(ask(seeds=(0, 2**63 - 1)), go_on).texts) == 2
+
+
+def test_temperature_zero_does_not_ask_the_seed(policy: LoadedPolicy) -> None:
+    assert len({t.text for t in policy.generate(ask(temperature=0.0, seeds=(1, 2, 3)), go_on).texts}) == 1
+
+
+def test_the_message_matters(policy: LoadedPolicy) -> None:
+    assert policy.generate(ask("One thing."), go_on).texts != policy.generate(ask("Another thing."), go_on).texts
+
+
+def test_tokens_are_counted_and_limited(policy: LoadedPolicy) -> None:
+    reply = policy.generate(ask(max_tokens=3), go_on)
+    assert reply.input_tokens > 3
+    assert reply.seconds >= 0
+    assert all(1 <= t.tokens <= 3 for t in reply.texts)
+    assert any(t.finish_reason == "length" and t.tokens == 3 for t in reply.texts)
+
+
+def test_the_prompt_is_counted_once_for_all_its_samples(policy: LoadedPolicy) -> None:
+    counts = {policy.generate(ask(seeds=tuple(range(n))), go_on).input_tokens for n in (1, 4)}
+    assert len(counts) == 1
+
+
+def test_an_interrupt_is_raised_to_the_caller(policy: LoadedPolicy, reward: LoadedRewardModel) -> None:
+    def stop() -> None:
+        raise Interrupted("cancelled")
+
+    with pytest.raises(Interrupted):
+        policy.generate(ask(), stop)
+    with pytest.raises(Interrupted):
+        reward.score(rate("It rains."), stop)
+    assert len(policy.generate(ask(), go_on).texts) == 3
+    assert len(reward.score(rate("It rains."), go_on).values) == 1
+
+
+def test_many_threads_get_what_one_gets(policy: LoadedPolicy) -> None:
+    requests = [ask(f"Question {i}", seeds=tuple(range(i, i + 1 + i % 3)), max_tokens=4 + i) for i in range(12)]
+    alone = [policy.generate(request, go_on).texts for request in requests]
+    together: dict[int, Any] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, r=r: together.update({i: policy.generate(r, go_on).texts}))
+        for i, r in enumerate(requests)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [together[i] for i in range(len(requests))] == alone
+
+
+def test_one_score_for_each_response(reward: LoadedRewardModel) -> None:
+    for responses in (("a",), ("a", "b b", "c c c")):
+        scores = reward.score(rate(*responses), go_on)
+        assert len(scores.values) == len(responses)
+        assert scores.input_tokens > 0
+
+
+def test_a_score_depends_on_the_response_and_on_no_other(reward: LoadedRewardModel) -> None:
+    responses = ("Short.", "A response that is somewhat longer than the others.", "Middling, it is.")
+    together = reward.score(rate(*responses), go_on).values
+    alone = [reward.score(rate(response), go_on).values[0] for response in responses]
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert len(set(together)) == 3
+
+
+def test_a_job_runs_with_any_reward_model_and_repeats(reward: LoadedRewardModel) -> None:
+    state = State(
+        input=(Message(role="user", content="Tides?"),), params=Params(), prompts=prompts.load("conversation")
+    )
+    results = [run(state, load_policy("scripted", Settings()), reward, lambda _: None, go_on) for _ in range(2)]
+    assert results[0].candidates == results[1].candidates
+    assert len(results[0].candidates) == 15
+
+
+def test_healthy_while_open(policy: LoadedPolicy, reward: LoadedRewardModel) -> None:
+    assert policy.healthy
+    assert reward.healthy
+
+
+def test_nothing_heavy_is_imported_for_the_scripted_ones() -> None:
+    code = (
+        "import sys; from tpo.backends import load_policy; from tpo.settings import Settings;"
+        "load_policy('scripted', Settings()); assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_time_passes_in_the_call(policy: LoadedPolicy) -> None:
+    started = time.perf_counter()
+    seconds = policy.generate(ask(), go_on).seconds
+    assert seconds <= time.perf_counter() - started + 1e-3

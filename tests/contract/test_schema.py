@@ -1,0 +1,130 @@
+"""The migrations, on both databases: they build what `tables` says, run up and down, and bear company."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
+
+from tests.jobs import claim, create, drive
+from tpo.errors import SchemaOutOfDate, StoreUnavailable
+from tpo.jobs import schema
+from tpo.jobs.database import connect
+from tpo.jobs.store import Store
+from tpo.jobs.tables import Base
+
+TABLES = {
+    *("jobs", "iterations", "candidates", "calls", "events", "workers", "tenants", "api_keys", "idempotency_keys"),
+    *("files", "file_parts", "batches", "batch_lines", "webhooks", "deliveries", "job_metadata", "queues", "turns"),
+}
+
+
+def test_up_and_down_and_up(database_url: str) -> None:
+    engine = connect(database_url)
+    for _ in range(2):
+        schema.upgrade(database_url)
+        schema.upgrade(database_url)
+        schema.check(engine)
+        assert set(inspect(engine).get_table_names()) == TABLES | {"alembic_version"}
+        schema.downgrade(database_url, "base")
+        assert inspect(engine).get_table_names() == ["alembic_version"]
+        with engine.connect() as connection:
+            leftovers = {
+                "sqlite": "SELECT count(*) FROM sqlite_master WHERE type IN ('trigger', 'view')",
+                "postgresql": "SELECT count(*) FROM pg_proc JOIN pg_namespace n ON n.oid = pronamespace"
+                " WHERE n.nspname = 'public'",
+            }[engine.dialect.name]
+            assert connection.scalar(text(leftovers)) == 0
+    engine.dispose()
+
+
+def test_the_migrations_build_what_the_models_say(database_url: str) -> None:
+    schema.upgrade(database_url)
+    engine = connect(database_url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+        statuses = [c["sqltext"] for c in inspect(connection).get_check_constraints("jobs")]
+        assert len(statuses) == 1
+        assert all(f"'{s}'" in statuses[0] for s in ("queued", "paused", "incomplete"))
+    engine.dispose()
+
+
+def test_check_names_what_is_there_and_what_to_do(database_url: str) -> None:
+    engine = connect(database_url)
+    with pytest.raises(SchemaOutOfDate, match=r"has schema none.*tpo db upgrade"):
+        schema.check(engine)
+    schema.upgrade(database_url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(SchemaOutOfDate, match="9999"):
+        schema.check(engine)
+    with pytest.raises(SchemaOutOfDate, match="9999"):
+        schema.upgrade(database_url)
+    engine.dispose()
+
+
+def test_many_upgrade_at_once(database_url: str) -> None:
+    together = threading.Barrier(6)
+
+    def upgrade(_: int) -> None:
+        together.wait()
+        schema.upgrade(database_url)
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(upgrade, range(6)))
+    engine = connect(database_url)
+    schema.check(engine)
+    engine.dispose()
+
+
+def test_a_database_that_is_not_there() -> None:
+    url = "postgresql+psycopg://nobody@127.0.0.1:1/nothing"
+    with pytest.raises(StoreUnavailable):
+        schema.upgrade(url)
+    engine = connect(url)
+    with pytest.raises(StoreUnavailable):
+        schema.check(engine)
+    engine.dispose()
+
+
+def test_a_schema_without_tenants_keeps_the_default_s_jobs_alone(migrated_url: str) -> None:
+    engine = connect(migrated_url)
+    store = Store(engine)
+    kept, gone = create(store), create(store.of("acme"))
+    for job_id in (kept, gone):
+        drive(store.of("acme" if job_id == gone else "default"), *claim(store, job_id))
+    state = store.state(kept)
+    store.create_key("k", "acme")
+    engine.dispose()
+    schema.downgrade(migrated_url, "0001")
+    with engine.connect() as connection:
+        assert connection.scalars(text("SELECT id FROM jobs")).all() == [kept]
+        for table in ("events", "calls", "candidates", "iterations"):
+            assert set(connection.scalars(text(f"SELECT job_id FROM {table}"))) == {kept}
+    engine.dispose()
+    schema.upgrade(migrated_url)
+    assert store.state(kept) == state
+    assert store.get(kept).tenant == "default"
+    store.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+    assert [job.id for job in store.page(limit=9)] == [kept]
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE jobs SET status = 'failed'"))
+    with pytest.raises(IntegrityError, match="a terminal status never changes"), engine.begin() as connection:
+        connection.execute(text("UPDATE jobs SET status = 'queued'"))
+    engine.dispose()
+
+
+def test_metadata_of_older_jobs_is_found(migrated_url: str) -> None:
+    engine = connect(migrated_url)
+    store = Store(engine)
+    wanted = create(store, metadata={"team": "ä'b", "n": "1"})
+    create(store, metadata={"team": "b"})
+    create(store)
+    engine.dispose()
+    schema.downgrade(migrated_url, "0004")
+    schema.upgrade(migrated_url)
+    assert [job.id for job in store.page(limit=9, metadata={"n": "1", "team": "ä'b"})] == [wanted]
+    engine.dispose()

@@ -1,0 +1,81 @@
+"""Files and batches whose time is over, on both databases."""
+
+import pytest
+from sqlalchemy import Engine, select, update
+
+from tests.jobs import execute, rows
+from tpo.errors import BatchNotFound, FileNotFound
+from tpo.jobs.batch_tables import Batch, File, FilePart
+from tpo.jobs.database import reading, writing
+from tpo.jobs.files import append, insert_file
+from tpo.jobs.store import Store
+from tpo.settings import Settings
+from worker.retention import Purger
+
+DAY = 24 * 3600.0
+
+
+def upload(store: Store, keep_seconds: float | None = None) -> str:
+    file_id = store.begin_file("a", "batch", keep_seconds)
+    store.append_part(file_id, b"x")
+    return store.complete_file(file_id).id
+
+
+def new_batch(store: Store, file_id: str) -> Batch:
+    return store.create_batch(
+        endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=DAY, metadata={}
+    ).batch
+
+
+def ended_batch(engine: Engine, store: Store, file_id: str) -> Batch:
+    """A batch that has ended, with an output."""
+    batch = new_batch(store, file_id)
+    with writing(engine) as session:
+        output = insert_file(session, store.tenant, "output", "batch_output")
+        append(session, output, b"y")
+        session.execute(update(File).where(File.id == output).values(complete=True))
+        session.execute(update(Batch).where(Batch.id == batch.id).values(output_file_id=output))
+    store.refuse_batch(store.batch(batch.id), "empty_file", "")
+    return store.batch(batch.id)
+
+
+def ids(engine: Engine) -> tuple[set[str], set[str], set[str]]:
+    with reading(engine) as session:
+        files, parts, batches = (select(column) for column in (File.id, FilePart.file_id, Batch.id))
+        return set(session.scalars(files)), set(session.scalars(parts)), set(session.scalars(batches))
+
+
+def test_a_purge_forgets_files_and_batches_whose_time_is_over(engine: Engine, store: Store) -> None:
+    old_input, young, read_now, expired = (upload(store) for _ in range(4))
+    old = ended_batch(engine, store, old_input)
+    working = new_batch(store, read_now)
+    another_s = upload(store.of("acme"))
+    unfinished = store.begin_file("a", "batch")
+    aged = (old_input, read_now, another_s, unfinished)
+    execute(engine, f"UPDATE files SET created_at = created_at - {31 * DAY} WHERE id IN {aged}")
+    execute(engine, f"UPDATE batches SET ended_at = ended_at - {31 * DAY} WHERE id = '{old.id}'")
+    execute(engine, f"UPDATE files SET expires_at = created_at - 1 WHERE id = '{expired}'")
+
+    Purger(Settings(retention_days=None), store).purge()
+    assert ids(engine)[0] == {old_input, old.output_file_id, young, read_now, another_s, unfinished}
+
+    Purger(Settings(retention_days=30), store).purge()
+    files, parts, batches = ids(engine)
+    assert files == {young, read_now, unfinished}  # a batch still reads it; nobody has completed it
+    assert parts == {young, read_now}
+    assert batches == {working.id}
+    before = rows(engine)
+    Purger(Settings(retention_days=30), store).purge()
+    assert rows(engine) == before
+
+
+def test_a_batch_is_forgotten_by_its_owner_alone(engine: Engine, store: Store) -> None:
+    batch = ended_batch(engine, store, upload(store))
+    with pytest.raises(BatchNotFound):
+        store.of("acme").forget_batch(batch.id)
+    assert batch.output_file_id
+    assert store.file(batch.output_file_id)
+    store.forget_batch(batch.id)
+    with pytest.raises(FileNotFound):
+        store.file(batch.output_file_id)
+    assert ids(engine)[2] == set()

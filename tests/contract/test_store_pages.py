@@ -1,0 +1,46 @@
+"""Lists by age, status and metadata, on both databases: whatever is asked, what a plain look through all jobs gives."""
+
+from itertools import product
+from typing import Literal, get_args
+
+import pytest
+
+from tests.jobs import claim, create
+from tpo.jobs.store import Outcome, Store
+from tpo.jobs.tables import Job
+from tpo.status import Status
+
+STATUSES: tuple[Status, ...] = get_args(Status)
+METADATA: tuple[dict[str, str], ...] = ({}, {"a": "1"}, {"b": "2", "a": "1"}, {"a": "2"}, {"c": "1"})
+
+
+@pytest.fixture
+def jobs(store: Store) -> list[Job]:
+    """Jobs of one tenant among those of another, the oldest first."""
+    ids = []
+    for number, metadata in enumerate([*METADATA, *METADATA, *METADATA]):
+        create(store.of("other"), metadata=metadata)
+        job_id = create(store, metadata=metadata)
+        ids.append(job_id)
+        if number % 3:
+            lease, _ = claim(store, job_id)
+            store.finish(lease, Outcome("completed" if number % 2 else "failed"))
+    return sorted((store.get(job_id) for job_id in ids), key=lambda job: job.id)
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+@pytest.mark.parametrize("statuses", [[], ["completed"], ["queued", "failed", "queued"], ["paused"], [*STATUSES]])
+@pytest.mark.parametrize("metadata", METADATA)
+def test_any_filter(
+    store: Store, jobs: list[Job], order: Literal["asc", "desc"], statuses: list[Status], metadata: dict[str, str]
+) -> None:
+    ordered = jobs if order == "asc" else jobs[::-1]
+    matching = [
+        job.id
+        for job in ordered
+        if (not statuses or job.status in statuses) and metadata.items() <= job.job_metadata.items()
+    ]
+    for after, limit in product((None, ordered[0].id, ordered[7].id, ordered[-1].id), (1, 4, 99)):
+        follow = [i for i in matching if after is None or (i > after if order == "asc" else i < after)]
+        found = store.page(limit=limit, after=after, order=order, statuses=statuses, metadata=metadata)
+        assert [job.id for job in found] == follow[:limit]

@@ -1,0 +1,248 @@
+"""That the store costs no more as it grows, on both databases: by its plans and by what it reads, not by a clock."""
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from sqlalchemy import Engine, inspect
+
+from bench.filling import SERVES, Filled, fill, new_job, policy
+from tests.fakes import FakeReward, step
+from tests.plans import SMALL_TABLES, counted_steps, recorded, rows_read, scans
+from tests.services import new_database
+from tpo.jobs import schema
+from tpo.jobs.batches import NewLine
+from tpo.jobs.database import connect
+from tpo.jobs.store import Limits, Once, Outcome, Store
+from tpo.jobs.tables import Base
+from tpo.status import Status
+
+JOBS = 2000
+TIMES = 8
+"""How much smaller the other database is."""
+LISTED = 5
+A_FEW_ROWS = {"sqlite": 100, "postgresql": 20}
+"""Steps, or rows, of a page that holds some jobs in the one and none in the other."""
+Operation = Callable[[Store, Filled], object]
+
+
+def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> str:
+    """A job as it goes from a client through a worker."""
+    once = Once("body", secrets.token_hex(8))
+    metadata = {"run": filled.run, "more": "x"}
+    job = store.submit(
+        new_job(), once=once, limits=Limits(10_000, 10_000), metadata=metadata, max_attempts=3, **SERVES
+    ).job
+    claimed = store.claim(job.id, "worker-1", 3600, **SERVES)
+    assert claimed
+    lease, state = claimed
+    store.register("worker-1", slots=1, **SERVES)
+    store.renew("worker-1", [job.id], 3600)
+    store.look("worker-1", [job.id])
+    store.news({job.id: 1, filled.middle: 2})
+    while (after := step(state, policy(), FakeReward())) is not state:
+        store.checkpoint(lease, state, after)
+        state = after
+    if outcome is None:
+        store.release(lease)
+    else:
+        store.finish(lease, outcome)
+    return job.id
+
+
+def client_changes(store: Store, filled: Filled) -> None:
+    """What clients do to a job that waits, and to one that has ended."""
+    job_id = whole_job(store, filled)
+    for change in (store.pause, store.resume, store.retry_now, store.cancel, store.forget):
+        change(job_id)
+
+
+def sweep_lost(store: Store, filled: Filled) -> None:
+    job = store.create(new_job(), max_attempts=3, deadline_seconds=-1, **SERVES)
+    lost = store.create(new_job(), max_attempts=3, **SERVES).id
+    assert store.claim(lost, "worker-2", -1, **SERVES)
+    bells = store.sweep(ring_again_seconds=3600, forget_worker_seconds=60)
+    assert [bell.model for bell in bells] == [SERVES["model"]]
+    assert store.get(lost).status == "queued"
+    assert store.get(job.id).status == "expired"
+    store.cancel(lost)
+
+
+def webhooks(store: Store, filled: Filled) -> None:
+    hook = store.create_webhook("https://example.com/", ["job.completed"]).row
+    whole_job(store, filled, Outcome("completed"))
+    store.ping_webhook(hook.id)
+    assert store.deliveries_page(hook.id, limit=LISTED)
+    first, second = store.due_deliveries(9)
+    parcel, other = store.claim_delivery(first, 60), store.claim_next_delivery(hook.id, 60)
+    assert parcel
+    assert other
+    assert other.delivery_id == second
+    store.delivered(parcel)
+    store.not_delivered(other, "timeout", 5)
+    store.webhooks_page(limit=LISTED)
+    store.update_webhook(hook.id, {"enabled": False})
+    store.purge_deliveries(3600)
+    store.delete_webhook(hook.id)
+
+
+def batches(store: Store, filled: Filled) -> None:
+    file_id = store.begin_file("lines.jsonl", "batch")
+    store.append_part(file_id, b"{}\n")
+    store.complete_file(file_id)
+    store.files_page(limit=LISTED, purpose="batch")
+    made = store.create_batch(
+        endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=3600, metadata={}
+    ).batch
+    store.due_batches(0)
+    store.begin_batch(made, 1)
+    work = store.settle(made.id)
+    assert work
+    wanted: Any = (new_job(), {"max_attempts": 3, "metadata": None, **SERVES})
+    store.take_lines(work.batch, [NewLine(1, "a", wanted)], 3, 1)
+    (job_id,) = store.open_jobs(made.id, 9, waiting_only=True)
+    store.cancel(job_id)
+    work = store.settle(made.id)
+    assert work
+    store.begin_files(work.batch)
+    batch = store.unended_batch(made.id)
+    assert batch
+    store.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
+    batch = store.unended_batch(made.id)
+    assert batch
+    store.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
+    ended = store.batch(made.id)
+    assert ended.status == "completed"
+    store.batches_page(limit=LISTED)
+    store.delete_file(file_id)
+
+
+def page(**how: Any) -> Operation:
+    def read(store: Store, filled: Filled) -> None:
+        after = filled.middle if how.get("from_the_middle") else None
+        metadata = {key: filled.run if value == "RUN" else value for key, value in how.get("metadata", {}).items()}
+        known = {key: value for key, value in how.items() if key not in ("from_the_middle", "metadata")}
+        store.page(limit=LISTED, after=after, metadata=metadata, **known)
+
+    return read
+
+
+STATUSES: tuple[Status, ...] = get_args(Status)
+READS: dict[str, Operation] = {
+    "get": lambda store, filled: store.get(filled.middle),
+    "state": lambda store, filled: store.state(filled.middle),
+    "events": lambda store, filled: store.events(filled.middle, 3),
+    "newest": page(),
+    "middle": page(from_the_middle=True),
+    "middle, oldest first": page(from_the_middle=True, order="asc"),
+    "a status that many have": page(statuses=["completed"], from_the_middle=True),
+    "a status that few have": page(statuses=["expired"], order="asc"),
+    "a status that none has": page(statuses=["cancelling"]),
+    "several": page(statuses=["queued", "failed", "failed", "expired"], from_the_middle=True),
+    "several that few have": page(statuses=["expired", "paused", "cancelled"], from_the_middle=True),
+    "all": page(statuses=STATUSES),
+    "metadata": page(metadata={"run": "RUN"}, from_the_middle=True),
+    "metadata that no job has": page(metadata={"run": "none"}),
+    "two pairs, first rare": page(metadata={"more": "x", "run": "RUN"}),
+    "quotas": lambda store, filled: store.free_places(Limits(in_flight=LISTED)),
+    "workers": lambda store, filled: store.workers(60),
+    "key": lambda store, filled: store.tenant_of("nobody"),
+}
+WRITES: dict[str, Operation] = {
+    "a whole job": lambda store, filled: whole_job(store, filled, Outcome("completed", output="Draft")),
+    "client's changes": client_changes,
+    "sweep": sweep_lost,
+    "purge": lambda store, filled: (store.purge(1.0, batch=2), store.purge_keys(1.0, batch=2)),
+    "webhooks": webhooks,
+    "batches": batches,
+}
+
+
+Sizes = list[tuple[Engine, Filled]]
+
+
+@pytest.fixture(scope="module")
+def sqlite_sizes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sizes]:
+    """A small and a large SQLite database."""
+    folder: Path = tmp_path_factory.mktemp("plans")
+    urls = (f"sqlite:///{folder}/small.db", f"sqlite:///{folder}/large.db")
+    with _filled(urls[0], JOBS // TIMES) as small, _filled(urls[1], JOBS) as large:
+        yield [small, large]
+
+
+@pytest.fixture(scope="module")
+def postgres_sizes(postgres_admin_url: str) -> Iterator[Sizes]:
+    """A small and a large PostgreSQL database."""
+    with (
+        new_database(postgres_admin_url) as first,
+        new_database(postgres_admin_url) as second,
+        _filled(first, JOBS // TIMES) as small,
+        _filled(second, JOBS) as large,
+    ):
+        yield [small, large]
+
+
+@pytest.fixture(scope="module", params=["sqlite_sizes", "postgres_sizes"])
+def sizes(request: pytest.FixtureRequest) -> Sizes:
+    """A small and a large database of one kind."""
+    found: Sizes = request.getfixturevalue(request.param)
+    return found
+
+
+@contextlib.contextmanager
+def _filled(url: str, jobs: int) -> Iterator[tuple[Engine, Filled]]:
+    schema.upgrade(url)
+    engine = connect(url)
+    yield engine, fill(engine, jobs)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("name", [*READS, *WRITES])
+def test_nothing_scans_a_table(sizes: Sizes, name: str) -> None:
+    for engine, filled in sizes:
+        with recorded(engine) as statements:
+            (READS | WRITES)[name](Store(engine), filled)
+    assert statements
+    assert {s.sql: found for s in statements if (found := scans(engine, s))} == {}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_read_reads_no_more_where_there_is_more(sizes: Sizes, name: str) -> None:
+    work = []
+    for engine, filled in sizes:
+        READS[name](Store(engine), filled)
+        if engine.dialect.name == "sqlite":
+            with counted_steps(engine) as steps:
+                READS[name](Store(engine), filled)
+            work.append(steps[0])
+        else:
+            with recorded(engine) as statements:
+                READS[name](Store(engine), filled)
+            assert statements
+            work.append(sum(rows_read(engine, s) for s in statements))
+    small, large = work
+    assert large <= 1.5 * small + A_FEW_ROWS[sizes[0][0].dialect.name]
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_write_takes_no_more_steps_where_there_is_more(sqlite_sizes: Sizes, name: str) -> None:
+    work = []
+    for engine, filled in sqlite_sizes:
+        with counted_steps(engine) as steps:
+            WRITES[name](Store(engine), filled)
+        work.append(steps[0])
+    small, large = work
+    assert 0 < large <= 1.2 * small
+
+
+def test_what_refers_to_a_row_is_found_by_an_index(sizes: Sizes) -> None:
+    """Or deleting the row would scan for it."""
+    found = inspect(sizes[0][0])
+    for table in Base.metadata.sorted_tables:
+        leading = {index["column_names"][0] for index in found.get_indexes(table.name)}
+        leading.add(found.get_pk_constraint(table.name)["constrained_columns"][0])
+        assert {fk.parent.name for fk in table.foreign_keys} <= leading, table.name
+    assert SMALL_TABLES - {"alembic_version"} <= set(Base.metadata.tables)

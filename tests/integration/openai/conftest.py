@@ -1,0 +1,81 @@
+"""A server with a worker, and the official client of it, for the tests of one module."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import openai
+import pytest
+
+from tests.api_client import KEY
+from tests.processes import Process, System, running_system
+from tests.services import free_port, new_database
+
+
+class Server(NamedTuple):
+    """A running API on a system, and its address."""
+
+    system: System
+    api: Process
+    url: str
+
+    def client(self, key: str = KEY) -> openai.OpenAI:
+        """The official client, unchanged but for its address and key; it repeats nothing, so that errors are seen."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+@contextlib.contextmanager
+def serving(system: System, **settings: object) -> Iterator[Server]:
+    """Start an API on a system."""
+    port = free_port()
+    api = system.start("-m", "api", port=port, api_key=KEY, lease_seconds=30, **settings)
+    api.wait_for("Listening on")
+    yield Server(system, api, f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def shared_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """A system on a database of either kind, for all tests of a module."""
+    folder: Path = tmp_path_factory.mktemp("system")
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), folder / "tpo.db")
+        with running_system(f"sqlite:///{folder}/tpo.db", folder) as system:
+            yield system
+        return
+    template = request.getfixturevalue("postgres_template")
+    with (
+        new_database(request.getfixturevalue("postgres_admin_url"), template) as url,
+        running_system(url, folder) as system,
+    ):
+        yield system
+
+
+@pytest.fixture(scope="module")
+def server(shared_system: System) -> Iterator[Server]:
+    """An API and a worker that answers within some tenths of a second."""
+    shared_system.worker(scripted_latency=0.02, slots=8)
+    with serving(shared_system, wait_seconds=30) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    """A client of that server."""
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def idle(sqlite_system: System) -> Iterator[Server]:
+    """An API without a worker: its jobs stay queued until a test changes that."""
+    with serving(sqlite_system, wait_seconds=1) as server:
+        yield server
+
+
+@pytest.fixture
+def idle_client(idle: Server) -> Iterator[openai.OpenAI]:
+    """A client of the API without a worker."""
+    with idle.client() as client:
+        yield client

@@ -1,0 +1,99 @@
+"""Every error reaches the official client as the exception that it has for it."""
+
+from typing import Any
+
+import openai
+import pytest
+
+from tests.integration.openai.conftest import Server, serving
+from tests.processes import System
+from tests.services import own_postgres
+from tpo.jobs import schema
+
+
+def create(client: openai.OpenAI, **more: Any) -> Any:
+    return client.responses.create(**{"model": "scripted", "input": "Why?", "background": True, **more})
+
+
+def test_401(idle: Server) -> None:
+    with idle.client("wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
+        create(client)
+    assert caught.value.code == "invalid_api_key"
+
+
+def test_400(idle_client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        idle_client.post(
+            "/responses", content=b"{", options={"headers": {"content-type": "application/json"}}, cast_to=object
+        )
+
+
+def test_404(idle_client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        idle_client.responses.retrieve("resp_" + "0" * 32)
+    assert caught.value.code == "job_not_found"
+    with pytest.raises(openai.NotFoundError):
+        idle_client.embeddings.create(model="scripted", input="x")
+
+
+def test_409(idle_client: openai.OpenAI) -> None:
+    response = create(idle_client)
+    with pytest.raises(openai.ConflictError):
+        idle_client.responses.delete(response.id)
+    assert idle_client.responses.cancel(response.id).status == "cancelled"
+    idle_client.responses.delete(response.id)
+    with pytest.raises(openai.NotFoundError):
+        idle_client.responses.retrieve(response.id)
+    named = {"extra_body": {"tpo": {"external_id": "mine"}}}
+    first = create(idle_client, **named)
+    assert create(idle_client, **named).id == first.id
+    with pytest.raises(openai.ConflictError) as caught:
+        create(idle_client, **named, input="Something else")
+    assert caught.value.code == "external_id_taken"
+
+
+def test_422(idle_client: openai.OpenAI) -> None:
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        create(idle_client, model="gpt-9")
+    assert (caught.value.code, caught.value.param, caught.value.type) == (
+        "unknown_model",
+        "model",
+        "invalid_request_error",
+    )
+    assert caught.value.request_id
+
+
+def test_429(sqlite_system: System) -> None:
+    with serving(sqlite_system, max_jobs_in_flight=1) as server, server.client() as client:
+        create(client)
+        with pytest.raises(openai.RateLimitError) as caught:
+            create(client)
+        assert caught.value.response.headers["retry-after"]
+
+
+def test_503_and_the_client_s_own_retries_outlast_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tests.processes import running_system
+
+    with own_postgres() as postgres:
+        schema.upgrade(postgres.url)
+        folder = tmp_path_factory.mktemp("system")
+        with running_system(postgres.url, folder) as system, serving(system) as server, server.client() as client:
+            create(client)
+            postgres.stop()
+            with pytest.raises(openai.InternalServerError) as caught:
+                create(client)
+            assert caught.value.status_code == 503
+            assert caught.value.response.headers["retry-after"]
+            postgres.start()
+            with client.with_options(max_retries=5) as patient:
+                assert create(patient).status == "queued"
+
+
+def test_models(idle: Server, idle_client: openai.OpenAI) -> None:
+    idle.system.store.register("w1", model="scripted", reward_model="scripted", slots=1)
+    [model] = list(idle_client.models.list())
+    assert (model.id, model.object, model.owned_by) == ("scripted", "model", "tpo")
+    assert isinstance(model.created, int)
+    assert idle_client.models.retrieve("scripted") == model
+    with pytest.raises(openai.NotFoundError):
+        idle_client.models.retrieve("gpt-9")

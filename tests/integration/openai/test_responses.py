@@ -1,0 +1,266 @@
+"""Responses through the official client."""
+
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from openai.types.responses import Response, ResponseCompletedEvent, ResponseStreamEvent
+
+from tests.api_client import KEY
+from tests.integration.openai.conftest import Server
+from tests.processes import eventually
+from tpo.openai import views
+
+SHORT: dict[str, Any] = {"sample_size": 2, "max_iterations": 1}
+ENDED = ("completed", "failed", "cancelled", "incomplete")
+
+
+def create(client: openai.OpenAI, **more: Any) -> Response:
+    body = {"tpo": SHORT, **more.pop("extra_body", {})}
+    response = client.responses.create(
+        **{"model": "scripted", "input": "Why?", "background": True, "extra_body": body, **more}
+    )
+    assert isinstance(response, Response)
+    return response
+
+
+def ended(client: openai.OpenAI, response_id: str) -> Response:
+    def look() -> Response | None:
+        response = client.responses.retrieve(response_id)
+        return response if response.status in ENDED else None
+
+    return eventually(look, why="the response ends")
+
+
+class TestCreate:
+    def test_is_polled_until_it_has_an_answer(self, client: openai.OpenAI, server: Server) -> None:
+        response = create(
+            client,
+            instructions="Be short.",
+            temperature=0.5,
+            top_p=0.9,
+            max_output_tokens=64,
+            metadata={"ticket": "4711"},
+        )
+        assert response.status in ("queued", "in_progress")
+        assert (response.temperature, response.top_p, response.max_output_tokens) == (0.5, 0.9, 64)
+        assert (response.instructions, response.metadata) == ("Be short.", {"ticket": "4711"})
+        assert response.output_text == ""
+        done = ended(client, response.id)
+        assert done.status == "completed"
+        assert done.output_text.startswith("Draft ")
+        assert done.usage
+        assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens > 0
+        job = server.system.store.get(views.job_id_of(response.id))
+        assert job.output == done.output_text
+        assert [m["role"] for m in job.input] == ["system", "user"]
+        assert (job.params["sample_size"], job.params["temperature"]) == (2, 0.5)
+
+    def test_waits_where_it_is_not_in_the_background(self, client: openai.OpenAI) -> None:
+        response = create(client, background=False)
+        assert response.status == "completed"
+        assert response.output_text
+
+    @pytest.mark.parametrize("given_back", ["as it is", "model_dump", "to_dict"])
+    def test_reads_messages_and_parts(self, client: openai.OpenAI, server: Server, given_back: str) -> None:
+        first = create(client, background=False)
+        turns: Any = [
+            {"role": "developer", "content": "Be kind."},
+            {
+                "role": "user",
+                "content": [{"type": "input_text", "text": "One "}, {"type": "input_text", "text": "two"}],
+            },
+            *(item if given_back == "as it is" else getattr(item, given_back)() for item in first.output),
+            {"type": "message", "role": "user", "content": "And now?"},
+        ]
+        response = create(client, input=turns, instructions="Be short.")
+        job = server.system.store.get(views.job_id_of(response.id))
+        assert [m["role"] for m in job.input] == ["system", "user", "assistant", "user"]
+        assert job.input[0]["content"] == "Be short.\n\nBe kind."
+        assert job.input[1]["content"] == "One two"
+        assert job.input[2]["content"] == first.output_text
+
+    def test_is_the_job_by_another_name(self, client: openai.OpenAI) -> None:
+        response = create(client)
+        job: Any = client.get(f"/jobs/{views.job_id_of(response.id)}", cast_to=object)
+        assert job["created_at"] == response.created_at
+        details: Any = response.model_extra
+        assert details["tpo"]["job_id"] == job["id"]
+
+    @pytest.mark.parametrize(
+        ("more", "param"),
+        [
+            ({"tools": [{"type": "web_search"}]}, "tools"),
+            ({"previous_response_id": "resp_1"}, "previous_response_id"),
+            ({"store": False}, "store"),
+            ({"user": "u"}, "user"),
+            ({"temperature": 3}, "temperature"),
+            ({"max_output_tokens": 0}, "max_output_tokens"),
+            ({"input": []}, "input"),
+            ({"input": " "}, "input"),
+            ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+            ({"extra_body": {"tpo": {"sample_size": 0}}}, "tpo.sample_size"),
+            ({"extra_body": {"tpo": {"sample_sizes": 1}}}, "tpo.sample_sizes"),
+            ({"extra_body": {"tpo": {"reward_model": "nobody"}}}, "tpo.reward_model"),
+            ({"extra_body": {"tpo": {"prompt_set": "nobody's"}}}, "tpo.prompt_set"),
+            ({"extra_body": {"tpo": {"temperature": 1}}, "temperature": 1}, "tpo.temperature"),
+            ({"model": "gpt-9"}, "model"),
+            ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ],
+    )
+    def test_names_what_it_refuses(self, client: openai.OpenAI, more: dict[str, Any], param: str) -> None:
+        with pytest.raises(openai.UnprocessableEntityError) as caught:
+            create(client, **more)
+        assert caught.value.param == param
+        assert caught.value.code in ("invalid_input", "unknown_model")
+
+
+class TestInputItems:
+    def test_are_what_was_asked(self, idle_client: openai.OpenAI) -> None:
+        turns: Any = [
+            {"role": "user", "content": "One"},
+            {"role": "assistant", "content": "Two"},
+            {"role": "user", "content": "Three"},
+        ]
+        made = idle_client.responses.create(input=turns, instructions="Be kind.", background=True, model="scripted")
+        listed = idle_client.responses.input_items.list(made.id, order="asc", limit=2)
+        assert listed.has_next_page()
+        items: list[Any] = list(listed)
+        assert [(item.type, item.role, item.content[0].type, item.content[0].text) for item in items] == [
+            ("message", "user", "input_text", "One"),
+            ("message", "assistant", "output_text", "Two"),
+            ("message", "user", "input_text", "Three"),
+        ]
+        ids = [item.id for item in items]
+        assert len(set(ids)) == 3
+        assert [item.id for item in idle_client.responses.input_items.list(made.id)] == ids[::-1]
+        assert list(idle_client.responses.input_items.list(made.id, order="asc", after=ids[-1])) == []
+
+    def test_refuse_what_is_no_place_in_them(self, idle_client: openai.OpenAI) -> None:
+        made = idle_client.responses.create(input="Hello", background=True, model="scripted")
+        assert len(list(idle_client.responses.input_items.list(made.id))) == 1
+        with pytest.raises(openai.UnprocessableEntityError) as caught:
+            idle_client.responses.input_items.list(made.id, after="msg_1")
+        assert caught.value.param == "after"
+        with pytest.raises(openai.NotFoundError):
+            idle_client.responses.input_items.list("resp_" + "0" * 32)
+
+
+class TestEnds:
+    def test_cancel(self, idle_client: openai.OpenAI) -> None:
+        response = create(idle_client)
+        for _ in range(2):
+            cancelled = idle_client.responses.cancel(response.id)
+            assert cancelled.status == "cancelled"
+        assert cancelled.incomplete_details
+        with idle_client.responses.retrieve(response.id, stream=True) as stream:
+            assert [e.type for e in stream] == ["response.created", "response.queued", "response.incomplete"]
+
+    @pytest.mark.parametrize(
+        ("status", "values", "shown"),
+        [
+            ("cancelling", {}, "in_progress"),
+            ("paused", {}, "queued"),
+            ("expired", {"completed_at": 1.0}, "incomplete"),
+            ("incomplete", {"completed_at": 1.0, "output": "so far", "incomplete_reason": "deadline"}, "incomplete"),
+            ("failed", {"completed_at": 1.0, "error_code": "context_too_long", "error_message": "Too long."}, "failed"),
+        ],
+    )
+    def test_status(
+        self, idle: Server, idle_client: openai.OpenAI, status: str, values: dict[str, Any], shown: str
+    ) -> None:
+        from tests.jobs import put
+
+        response = create(idle_client)
+        put(idle.system.engine, views.job_id_of(response.id), status=status, **values)
+        found = idle_client.responses.retrieve(response.id)
+        assert found.status == shown
+        assert (found.error is not None) == (status == "failed")
+        assert (found.incomplete_details is not None) == (shown == "incomplete")
+        assert found.output_text == values.get("output", "")
+
+    def test_one_that_takes_too_long_is_told_and_goes_on(self, idle: Server, idle_client: openai.OpenAI) -> None:
+        with pytest.raises(openai.InternalServerError) as caught:
+            create(idle_client, background=False)
+        assert (caught.value.status_code, caught.value.code) == (504, "still_running")
+        assert caught.value.response.headers["x-should-retry"] == "false"
+        job_id = caught.value.response.headers["location"].removeprefix("/v1/jobs/")
+        assert job_id in str(caught.value)
+        idle.system.worker(scripted_latency=0)
+        assert idle.system.wait_for_end(job_id).status == "completed"
+
+    def test_an_unknown_one_is_not_found(self, client: openai.OpenAI) -> None:
+        for unknown in ("resp_" + "0" * 32, "resp_1", "job_" + "0" * 32):
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(unknown)
+            with pytest.raises(openai.NotFoundError):
+                client.responses.cancel(unknown)
+
+
+class TestStream:
+    def test_has_the_client_s_types_and_its_helper_reads_it(self, client: openai.OpenAI) -> None:
+        with client.responses.stream(
+            model="scripted", input="Why?", background=True, extra_body={"tpo": SHORT}
+        ) as stream:
+            events = list(stream)
+            final = stream.get_final_response()
+        types = [e.type for e in events]
+        assert types[:2] == ["response.created", "response.queued"]
+        assert types[-7:] == [
+            "response.output_item.added",
+            "response.content_part.added",
+            "response.output_text.delta",
+            "response.output_text.done",
+            "response.content_part.done",
+            "response.output_item.done",
+            "response.completed",
+        ]
+        assert "response.in_progress" in types[2:-7]
+        assert [e.sequence_number for e in events] == list(range(len(events)))
+        assert final.output_text == client.responses.retrieve(final.id).output_text != ""
+
+    def test_a_cut_stream_is_resumed_without_a_gap(self, client: openai.OpenAI) -> None:
+        started = create(client, extra_body={"tpo": {**SHORT, "max_iterations": 2}})
+        seen: list[ResponseStreamEvent] = []
+        last = None
+        while not seen or seen[-1].type != "response.completed":
+            resume: Any = {} if last is None else {"starting_after": last}
+            with client.responses.retrieve(started.id, stream=True, **resume) as stream:
+                for event, _ in zip(stream, range(3), strict=False):  # then the connection is dropped
+                    seen.append(event)
+                    last = event.sequence_number
+        assert [e.sequence_number for e in seen] == list(range(len(seen)))
+        with client.responses.retrieve(started.id, stream=True) as stream:
+            whole = list(stream)
+        assert [e.type for e in whole] == [e.type for e in seen]
+        assert isinstance(whole[-1], ResponseCompletedEvent)
+        assert whole[-1].response.output_text
+
+    def test_progress_is_told(self, client: openai.OpenAI) -> None:
+        started = create(client)
+        with client.responses.retrieve(started.id, stream=True) as stream:
+            told = [e.response.model_extra["tpo"]["event"] for e in stream if e.type == "response.in_progress"]  # type: ignore[index]
+        assert {"type": "job.phase", "iteration": 0, "phase": "scoring"} in told
+        assert any(t["type"] == "job.iteration.completed" for t in told)
+
+    def test_after_the_last_there_is_nothing(self, client: openai.OpenAI) -> None:
+        done = create(client, background=False)
+        with client.responses.retrieve(done.id, stream=True, starting_after=10_000) as stream:
+            assert list(stream) == []
+
+    @pytest.mark.parametrize(
+        ("query", "param"),
+        [
+            ("starting_after=1", "starting_after"),
+            ("stream=true&starting_after=x", "starting_after"),
+            ("streams=1", "streams"),
+        ],
+    )
+    def test_a_wrong_query_is_refused(self, client: openai.OpenAI, server: Server, query: str, param: str) -> None:
+        response = create(client)
+        answer = httpx2.get(
+            f"{server.url}/v1/responses/{response.id}?{query}", headers={"authorization": f"Bearer {KEY}"}
+        )
+        assert answer.status_code == 422
+        assert answer.json()["error"]["param"] == param

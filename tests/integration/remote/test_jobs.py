@@ -1,0 +1,194 @@
+"""Jobs whose policy and reward model are behind HTTP, from the API to the last candidate, with a server that dies."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.model_server import MODEL, ModelServer, model_server
+from tests.processes import System, eventually, marker, timeless
+from tests.services import free_port
+from tpo.backends import load_policy, load_reward_model
+from tpo.run import run
+from tpo.settings import Settings
+from tpo.state import State
+
+REWARD = """
+[[part]]
+name = "quality"
+kind = "model"
+model = "vllm:{model}"
+url = "{root}"
+key = "reward"
+
+[[part]]
+name = "short"
+kind = "length"
+most = 20
+weight = 0.5
+
+[[part]]
+name = "no_refund"
+kind = "regex"
+pattern = '(?i)\\brefund'
+absent = true
+weight = 0.25
+"""
+
+
+@pytest.fixture
+def own_server() -> Iterator[ModelServer]:
+    """A server that the test may kill."""
+    with model_server() as server:
+        yield server
+
+
+def remote(system: System, server: ModelServer) -> Settings:
+    """Point the system's processes at a server; the settings of them in this process."""
+    system.environment |= {
+        "TPO_POLICY": f"openai:{MODEL}",
+        "TPO_OPENAI_URL": server.url,
+        "TPO_REWARD_MODEL": f"vllm:{MODEL}",
+        "TPO_REWARD_URL": server.root,
+    }
+    return Settings(
+        policy=f"openai:{MODEL}",
+        openai_url=server.url,
+        reward_model=f"vllm:{MODEL}",
+        reward_url=server.root,
+    )
+
+
+def undisturbed(state: State, settings: Settings) -> State:
+    """What a run from the start in this process gives."""
+    fresh = state.model_copy(update={"candidates": (), "iterations": (), "calls": ()})
+    with (
+        closing(load_policy(settings.policy, settings)) as policy,
+        closing(load_reward_model(settings.reward_model, settings, policy)) as reward,
+    ):
+        return timeless(run(fresh, policy, reward, lambda _state: None, lambda: None))
+
+
+def test_a_server_that_dies_in_the_middle_of_a_call_costs_nothing_but_time(
+    sqlite_system: System, own_server: ModelServer
+) -> None:
+    system, server = sqlite_system, own_server
+    settings = remote(system, server)
+    worker = system.worker()
+    # One request for the samples, three for their scores, and the critique, which never comes.
+    server.control({}, {}, {}, {}, {"hangs": True})
+    job_id = system.submit(sample_size=3, max_iterations=2)
+    eventually(lambda: len(server.seen()) == 5, why="the critique's request")
+    server.kill()
+    worker.wait_for("the server of the model at")
+    server.start()
+    job = system.wait_for_end(job_id)
+    assert (job.status, job.attempt) == ("completed", 1)
+    state = system.store.state(job_id)
+    assert timeless(state) == undisturbed(state, settings)
+    assert len(state.candidates) == 9
+
+
+def test_a_cancelled_job_leaves_the_server(sqlite_system: System, own_server: ModelServer) -> None:
+    system, server = sqlite_system, own_server
+    remote(system, server)
+    system.worker()
+    server.control({"hangs": True})
+    job_id = system.submit()
+    eventually(server.seen, why="the request")
+    system.store.cancel(job_id)
+    assert system.wait_for_end(job_id).status == "cancelled"
+    assert eventually(server.left, why="the end of the connection") == 1
+
+
+def test_what_a_server_refuses_fails_its_own_job_and_no_other(sqlite_system: System, own_server: ModelServer) -> None:
+    system, server = sqlite_system, own_server
+    remote(system, server)
+    worker = system.worker()
+    server.control(window=600)
+    too_long, fits = system.submit("word " * 700), system.submit("Why?", max_tokens=40, critique_max_tokens=8192)
+    job = system.wait_for_end(too_long)
+    assert (job.status, job.error_code) == ("failed", "context_too_long")
+    assert "Shorten the conversation" in (job.error_message or "")
+    assert system.wait_for_end(fits).status == "completed"
+    assert worker.stop() == 0
+
+
+def test_a_server_that_cannot_be_used_is_told_at_the_start(sqlite_system: System, own_server: ModelServer) -> None:
+    remote(sqlite_system, own_server)
+    right, wrong = marker(), marker()
+    own_server.control(key=right)
+    for settings, says in (
+        ({"openai_api_key": wrong, "reward_api_key": right}, "refused the key (401): set TPO_OPENAI_API_KEY"),
+        (
+            {"openai_api_key": right, "reward_url": "http://127.0.0.1:9", "remote_start_seconds": 0.3},
+            "is its address right?",
+        ),
+    ):
+        process = sqlite_system.start("-m", "worker", **settings)
+        assert process.popen.wait(60) == 1
+        assert says in process.output
+        assert not [key for key in (right, wrong) if key in process.output]
+
+
+def test_the_shipped_models_behind_http_from_submission_to_the_parts_of_each_reward(
+    sqlite_system: System, tmp_path: Path
+) -> None:
+    with model_server("demo") as server:
+        system, key = sqlite_system, marker()
+        server.control(key=key)
+        file = tmp_path / "quality.toml"
+        file.write_text(REWARD.format(model=MODEL, root=server.root))
+        system.environment |= {
+            "TPO_POLICY": f"openai:{MODEL}",
+            "TPO_OPENAI_URL": server.url,
+            "TPO_OPENAI_API_KEY": key,
+            "TPO_OPENAI_SAMPLES": "apart",
+            "TPO_PROMPT_SET": "tiny",
+            "TPO_REWARD_MODEL": "quality",
+            "TPO_REWARD_FILE": str(file),
+            "TPO_SERVER_KEYS": f'{{"reward": "{key}"}}',
+        }
+        port = free_port()
+        system.start("-m", "api", port=port).wait_for("Listening on")
+        system.worker()
+        body = {
+            "input": "My name is Clara. My lamp is now broken. Can I get a quick refund?",
+            "parameters": {"sample_size": 4, "max_iterations": 2, "seed": 1},
+        }
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90, trust_env=False) as api:
+            job_id = api.post("/v1/jobs", json=body).raise_for_status().json()["id"]
+            system.wait_for_end(job_id)
+            job = api.get(f"/v1/jobs/{job_id}").json()
+            candidates = api.get(f"/v1/jobs/{job_id}/candidates").json()["data"]
+        assert job["status"] == "completed"
+        assert (job["model"], job["parameters"]["reward_model"]) == (f"openai:{MODEL}", "quality")
+        assert len(candidates) == 12
+        scored = [c for c in candidates if c["reward"] is not None]
+        assert len(scored) > 6
+        for candidate in scored:
+            parts = {part["name"]: part for part in candidate["parts"]}
+            assert list(parts) == ["quality", "short", "no_refund"]
+            assert candidate["reward"] == pytest.approx(sum(p["value"] * p["weight"] for p in candidate["parts"]))
+            assert parts["no_refund"]["value"] == float("refund" not in candidate["text"].lower())
+        first = max(c["reward"] for c in scored if c["iteration"] == 0)
+        assert job["best"]["reward"] > first
+        state = system.store.state(job_id)
+        settings = Settings(
+            policy=f"openai:{MODEL}",
+            openai_url=server.url,
+            openai_api_key=key,
+            openai_samples="apart",
+            reward_model="quality",
+            reward_file=file,
+            server_keys={"reward": key},
+        )
+        # Scores in one batch and alone differ in their last bits; nothing else does.
+        for candidate, again in zip(state.candidates, undisturbed(state, settings).candidates, strict=True):
+            assert (candidate.id, candidate.text, candidate.unusable) == (again.id, again.text, again.unusable)
+            assert candidate.reward == pytest.approx(again.reward, abs=1e-4)
+        told = "".join(process.output for process in system.processes)
+        assert key not in told
+        assert candidates[0]["text"] not in told

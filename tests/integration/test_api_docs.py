@@ -1,0 +1,38 @@
+"""Every command in docs/api.md runs, and does what the page says."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from tests.error_codes import codes
+from tests.processes import System
+from tests.services import free_port
+
+PAGE = Path(__file__).parents[2] / "docs" / "api.md"
+
+
+def test_every_command_works(sqlite_system: System) -> None:
+    sqlite_system.store.register("w1", model="scripted", reward_model="scripted", slots=1)
+    port = free_port()
+    sqlite_system.start("-m", "api", port=port, lease_seconds=600).wait_for("Listening on")
+    commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
+    script = commands.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("curl ", "curl --fail-with-body -w '\\n' ")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == commands.count("curl ") - 1  # one answer goes into $JOB
+    submitted, limited, first, again, polled = answers[:5]
+    assert limited["parameters"]["early_stop"] == {"patience": 2, "min_gain": 0.1}
+    assert first["id"] == again["id"] != submitted["id"]
+    assert (polled["status"], polled["metadata"]) == ("queued", {"ticket": "4711"})
+    told = [answer["status"] for answer in answers if answer.get("id") == polled["id"] and "status" in answer]
+    assert told == ["queued", "queued", "paused", "queued", "cancelled"]
+    assert {"id": polled["id"], "object": "job", "deleted": True} in answers
+
+
+def test_every_code_is_listed() -> None:
+    listed = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| \d{3} \|.*$", PAGE.read_text(), re.MULTILINE))))
+    assert codes() <= listed

@@ -1,0 +1,182 @@
+"""Bad input and faults that only a real process shows: raw bytes on its socket, and a broker that goes away."""
+
+import json
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.api_client import assert_problem
+from tests.integration.test_api_process import Api, started_api
+from tests.integration.test_events import STREAM, frames
+from tests.processes import System, running_system
+
+MANY = 100_000_000
+
+
+@pytest.fixture(scope="module")
+def module_api(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    folder = tmp_path_factory.mktemp("faults")
+    shutil.copy(sqlite_template, folder / "tpo.db")
+    with running_system(f"sqlite:///{folder}/tpo.db", folder) as system, started_api(system) as api:
+        yield api
+
+
+def raw(port: int, request: bytes) -> bytes:
+    """What the server answers to these bytes, until it closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(request)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+        return answer
+
+
+def header_lines(answer: bytes) -> list[bytes]:
+    return answer.partition(b"\r\n\r\n")[0].split(b"\r\n")
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/responses", "/v1/batches", "/v1/webhooks"])
+def test_a_body_of_100_mb_costs_no_memory(sqlite_system: System, path: str) -> None:
+    with started_api(sqlite_system) as api:
+        process = psutil.Process(api.process.pid)
+        api.client.get("/v1/jobs")
+        before = process.memory_info().rss
+        assert_problem(_sent(api, path, "application/json"), 413, "body_too_large")
+        assert process.memory_info().rss - before < 20_000_000
+
+
+def test_an_upload_of_100_mb_costs_little_memory(sqlite_system: System) -> None:
+    with started_api(sqlite_system, max_file_bytes=2 * MANY) as api:
+        process = psutil.Process(api.process.pid)
+        api.client.get("/v1/jobs")
+        before = process.memory_info().rss
+        highest = 0
+
+        def parts() -> Any:
+            nonlocal highest
+            yield b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+            for _ in range(MANY // 1_000_000):
+                highest = max(highest, process.memory_info().rss)
+                yield b"x" * 1_000_000
+            yield b"\r\n--b--\r\n"
+
+        answer = api.client.post(
+            "/v1/files", content=parts(), headers={"content-type": "multipart/form-data; boundary=b"}
+        )
+        assert answer.status_code == 200
+        assert answer.json()["bytes"] == MANY
+        assert max(highest, process.memory_info().rss) - before < 40_000_000
+
+
+def _sent(api: Api, path: str, content_type: str) -> httpx.Response:
+    """The answer to a body of 100 MB that is announced: none of it is waited for."""
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {content_type}\r\ncontent-length: {MANY}\r\n\r\n"
+    answer = raw(api.port, head.encode())
+    status, *headers = header_lines(answer)
+    assert b"connection: close" in headers
+    pairs = [line.split(b": ", 1) for line in headers]
+    return httpx.Response(
+        int(status.split()[1]),
+        headers=[(name, value) for name, value in pairs],
+        content=answer.partition(b"\r\n\r\n")[2],
+    )
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET /v1/jobs/job_x%0d%0aset-cookie:%20a=b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs?after=%0d%0aset-cookie:%20a=b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nx-request-id: a\rset-cookie: a=b\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nx-request-id: a\nset-cookie: a=b\r\nconnection: close\r\n\r\n",
+        b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\nidempotency-key: a\x00b\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nprefer: wait=1\r\n set-cookie: a=b\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/9.9\r\n\r\n",
+    ],
+)
+def test_no_header_can_be_smuggled_into_an_answer(module_api: Api, request_bytes: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", module_api.port), timeout=30) as connection:
+        connection.sendall(request_bytes)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    assert not [line for line in header_lines(answer) if line.lower().startswith(b"set-cookie")]
+    assert answer.count(b"HTTP/1.1 ") <= 1
+    assert b" 500 " not in answer.partition(b"\r\n")[0]
+    assert module_api.client.get("/healthz").status_code == 200
+    assert "Traceback" not in module_api.process.output
+
+
+def test_a_file_s_name_says_nothing_in_a_header(module_api: Api) -> None:
+    name = "a\"; filename*=utf-8''b\r\nset-cookie: a=b"
+    made = module_api.client.post("/v1/files", data={"purpose": "batch"}, files={"file": (name, b"x")})
+    assert made.status_code == 200
+    answer = module_api.client.get(f"/v1/files/{made.json()['id']}/content")
+    assert answer.headers["content-disposition"] == "attachment"
+    assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/responses", "/v1/chat/completions", "/v1/batches", "/v1/webhooks", "/v1/jobs/job_" + "0" * 32 + "/extend"],
+)
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b'{"input": "\xff"}', 400, "invalid_json"),
+        (b"[" * 100_000, 400, "invalid_json"),
+        (b'{"a":' * 30_000 + b"1" + b"}" * 30_000, 400, "invalid_json"),
+        (b'{"unheard_of": NaN}', 422, "invalid_input"),
+        (b"[]", 422, "invalid_input"),
+        (b'{"unheard_of": 1}', 422, "invalid_input"),
+    ],
+)
+def test_every_address_refuses_what_is_not_its_body(
+    module_api: Api, path: str, content: bytes, status: int, code: str
+) -> None:
+    answer = module_api.client.post(path, content=content, headers={"content-type": "application/json"})
+    problem = assert_problem(answer, status, code, answer.json()["error"]["param"])
+    if b"unheard_of" in content:
+        assert "unheard_of: is not a known field" in problem["detail"]
+
+
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        ("/v1/jobs", "job_" + "0" * 32),
+        ("/v1/files", "file-0"),
+        ("/v1/batches", "batch_0"),
+        ("/v1/webhooks", "wh_0"),
+    ],
+)
+def test_past_the_end_of_a_list_there_is_nothing(module_api: Api, path: str, last: str) -> None:
+    empty: dict[str, Any] = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    assert module_api.client.get(path, params={"after": last}).json() == empty
+
+
+def test_a_stream_goes_on_while_the_broker_is_away(system: System) -> None:
+    system.worker(scripted_latency=0.3)
+    with started_api(system) as api:
+        job = api.client.post("/v1/jobs", json={"input": "Hello", "parameters": {"max_iterations": 2}}).json()
+        with api.client.stream("GET", f"/v1/jobs/{job['id']}/events", headers=STREAM) as response:
+            told = frames(response)
+            while next(told)["event"] != "job.started":
+                pass
+            system.broker.stop(kill=True)
+            rest = [json.loads(frame["data"]) for frame in told]
+        assert rest[-1]["type"] == "job.completed"
+        assert [event["sequence_number"] for event in rest] == list(
+            range(rest[0]["sequence_number"], rest[-1]["sequence_number"] + 1)
+        )
+        assert api.client.get(f"/v1/jobs/{job['id']}").json()["status"] == "completed"

@@ -1,0 +1,314 @@
+"""A real `python -m api` beside a real broker and both databases, while they fail."""
+
+import contextlib
+import signal
+import socket
+import sqlite3
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from openai.pagination import SyncCursorPage
+from openai.types import Model
+
+from tests.api_client import KEY, UNKNOWN_ID, assert_problem
+from tests.processes import System, eventually, marker, running_system
+from tests.services import free_port, own_postgres, suspended
+from tpo.jobs import schema
+from tpo.queue import queue_of
+from tpo.settings import SCRIPTED
+
+
+class Api:
+    """An API process that listens, and a client of it."""
+
+    def __init__(self, system: System, **settings: object) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process = system.start("-m", "api", port=self.port, **settings)
+        self.process.wait_for("Listening on")
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def submit(self, text: str = "Hello") -> httpx.Response:
+        return self.client.post("/v1/jobs", json={"input": text})
+
+    @property
+    def threads(self) -> int:
+        """How many threads it has: one more once its first request runs."""
+        return psutil.Process(self.process.pid).num_threads()
+
+
+@contextlib.contextmanager
+def started_api(system: System, **settings: object) -> Iterator[Api]:
+    api = Api(system, **settings)
+    with api.client:
+        yield api
+
+
+@pytest.fixture
+def api(system: System) -> Iterator[Api]:
+    with started_api(system) as api:
+        yield api
+
+
+@pytest.fixture
+def sqlite_api(sqlite_system: System) -> Iterator[Api]:
+    with started_api(sqlite_system) as api:
+        yield api
+
+
+def test_answers_on_one_connection_do_not_wait_for_acknowledgements(sqlite_api: Api) -> None:
+    took = []
+    for _ in range(21):
+        began = time.perf_counter()
+        sqlite_api.client.get("/healthz")
+        took.append(time.perf_counter() - began)
+    assert sorted(took)[10] < 0.03  # it was 0.04 with Nagle's algorithm
+
+
+class TestBroker:
+    def test_a_job_submitted_while_it_is_down_is_rung_for_later(self, system: System, api: Api) -> None:
+        assert api.submit().status_code == 202
+        system.broker.stop(kill=True)
+        began = time.monotonic()
+        response = api.submit()
+        assert time.monotonic() - began < 1.5
+        assert response.status_code == 202
+        job_id = response.json()["id"]
+        assert api.client.get(response.headers["location"]).json()["status"] == "queued"
+        assert_problem(api.client.get("/readyz"), 503, "not_ready")
+        bells = system.store.sweep(ring_again_seconds=0, forget_worker_seconds=60)
+        assert [bell.model for bell in bells] == [SCRIPTED]
+        assert system.store.get(job_id).status == "queued"
+        system.broker.start()
+        api.submit()
+        eventually(lambda: api.client.get("/readyz").json()["checks"]["broker"] == "ok", why="the broker is back")
+
+    def test_one_that_hangs_delays_an_answer_by_seconds(self, sqlite_system: System, sqlite_api: Api) -> None:
+        assert sqlite_api.submit().status_code == 202
+        assert sqlite_system.broker.process
+        sqlite_system.broker.process.send_signal(signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            first = sqlite_api.submit()
+            took = time.monotonic() - began
+            with ThreadPoolExecutor(8) as pool:
+                together = list(pool.map(lambda _i: sqlite_api.submit(), range(8)))
+            took_together = time.monotonic() - began - took
+            ready = sqlite_api.client.get("/readyz")
+        finally:
+            sqlite_system.broker.process.send_signal(signal.SIGCONT)
+        assert [r.status_code for r in (first, *together)] == [202] * 9
+        assert took < 4
+        assert took_together < 10
+        assert_problem(ready, 503, "not_ready")
+        assert ready.json()["checks"]["broker"] == "missing"
+
+    def test_rings_again_when_it_is_back(self, sqlite_system: System, sqlite_api: Api) -> None:
+        import redis
+
+        sqlite_system.broker.stop()
+        sqlite_api.submit()
+        sqlite_system.broker.start()
+        job_id = sqlite_api.submit().json()["id"]
+        broker = redis.Redis(port=sqlite_system.broker.port)
+        waiting = b"".join(broker.lrange(queue_of("scripted"), 0, -1))  # type: ignore[arg-type]
+        broker.close()
+        assert job_id.encode() in waiting
+
+
+class TestDatabase:
+    def test_postgresql_that_stops_is_a_503_until_it_is_back(self, tmp_path: Path) -> None:
+        with own_postgres() as postgres:
+            schema.upgrade(postgres.url)
+            with running_system(postgres.url, tmp_path) as system, started_api(system) as api:
+                job_id = api.submit().json()["id"]
+                postgres.stop()
+                for _ in range(2):
+                    assert_problem(api.submit(), 503, "database_unavailable")
+                    assert_problem(api.client.get("/v1/jobs"), 503, "database_unavailable")
+                    assert_problem(api.client.post(f"/v1/jobs/{job_id}/cancel"), 503, "database_unavailable")
+                assert api.client.get("/healthz").status_code == 200
+                assert api.client.get("/readyz").json()["checks"]["database"] == "missing"
+                with started_api(system) as second:
+                    assert_problem(second.submit(), 503, "database_unavailable")
+                    postgres.start()
+                    assert second.submit().status_code == 202
+                assert len(api.client.get("/v1/jobs").json()["data"]) == 2
+
+    def test_an_sqlite_file_that_is_gone_is_a_503_until_it_is_back(
+        self, sqlite_system: System, sqlite_api: Api, tmp_path: Path
+    ) -> None:
+        job_id = sqlite_api.submit().json()["id"]
+        moved = tmp_path / "moved"
+        moved.mkdir()
+        for file in tmp_path.glob("tpo.db*"):
+            file.rename(moved / file.name)
+        (tmp_path / "tpo.db").mkdir()
+        assert_problem(sqlite_api.submit(), 503, "database_unavailable")
+        (tmp_path / "tpo.db").rmdir()
+        for file in moved.iterdir():
+            file.rename(tmp_path / file.name)
+        assert [job["id"] for job in sqlite_api.client.get("/v1/jobs").json()["data"]] == [job_id]
+
+    def test_one_without_the_schema_is_refused(self, database_url: str, tmp_path: Path) -> None:
+        with running_system(database_url, tmp_path) as system:
+            process = system.start("-m", "api", port=free_port())
+            assert process.popen.wait(timeout=60) == 1
+            assert "tpo db upgrade" in process.output
+            assert "Traceback" not in process.output
+
+
+class TestProcess:
+    def test_says_that_its_port_is_taken(self, sqlite_system: System) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            process = sqlite_system.start("-m", "api", port=port)
+            assert process.popen.wait(timeout=60) == 1
+        assert f"port {port}" in process.output
+        assert "TPO_PORT" in process.output
+        assert "Traceback" not in process.output
+
+    def test_says_that_it_has_no_key(self, sqlite_system: System, sqlite_api: Api) -> None:
+        sqlite_api.process.wait_for("No TPO_API_KEY: this machine alone")
+        open_to_others = sqlite_system.start("-m", "api", port=free_port(), host="0.0.0.0")
+        assert open_to_others.popen.wait(timeout=60) == 1
+        assert "TPO_API_KEY" in open_to_others.output
+
+    def test_names_a_wrong_setting_without_its_value(self, sqlite_system: System) -> None:
+        process = sqlite_system.start("-m", "api", port=free_port(), api_key="too-short-key")
+        assert process.popen.wait(timeout=60) == 1
+        assert "TPO_API_KEY" in process.output
+        assert "too-short-key" not in process.output
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_ends_within_seconds(self, sqlite_api: Api, number: int) -> None:
+        assert sqlite_api.client.get("/healthz").status_code == 200  # a connection that stays open
+        began = time.monotonic()
+        assert sqlite_api.process.stop(number) == 0
+        assert time.monotonic() - began < 8
+
+    def test_finishes_the_request_that_runs(self, sqlite_system: System, sqlite_api: Api, tmp_path: Path) -> None:
+        # A writer holds SQLite's lock until after the signal; the submit that waits for it must still be answered.
+        writer = sqlite3.connect(tmp_path / "tpo.db", isolation_level=None)
+        writer.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as pool:
+            threads = sqlite_api.threads
+            answer = pool.submit(sqlite_api.submit)
+            eventually(lambda: sqlite_api.threads > threads, why="the request runs")
+            sqlite_api.process.popen.send_signal(signal.SIGTERM)
+            writer.execute("ROLLBACK")
+            writer.close()
+            response = answer.result(timeout=30)
+        assert response.status_code == 202
+        assert sqlite_api.process.popen.wait(timeout=30) == 0
+        assert sqlite_system.store.get(response.json()["id"]).status == "queued"
+
+    def test_ends_while_the_database_hangs(self, tmp_path: Path) -> None:
+        with own_postgres() as postgres:
+            schema.upgrade(postgres.url)
+            with (
+                running_system(postgres.url, tmp_path) as system,
+                started_api(system) as api,
+                suspended(postgres.folder),
+                ThreadPoolExecutor(1) as pool,
+            ):
+                threads = api.threads
+                hangs = pool.submit(api.submit)
+                eventually(lambda: api.threads > threads, why="the request runs")
+                assert httpx.get(f"{api.url}/healthz").status_code == 200
+                began = time.monotonic()
+                api.process.stop()
+                assert time.monotonic() - began < 15
+                assert_problem(hangs.result(timeout=30), 503, "server_stopping")
+                assert "Traceback" not in api.process.output
+
+    def test_sends_an_answer_at_once(self, sqlite_api: Api) -> None:
+        def seconds() -> float:
+            began = time.monotonic()
+            sqlite_api.client.get("/healthz")
+            return time.monotonic() - began
+
+        # Without TCP_NODELAY the client's delayed acknowledgement holds each answer back for 40 ms.
+        assert statistics.median(seconds() for _ in range(40)) < 0.03
+
+    def test_logs_no_text_and_no_query(self, system: System, api: Api) -> None:
+        secret = marker()
+        api.submit(secret)
+        api.client.post("/v1/jobs", json={"input": secret, secret: secret})
+        api.client.get(f"/v1/jobs?after={secret}")
+        api.client.post("/v1/jobs", content=secret + '{"')
+        system.broker.stop(kill=True)
+        job_id = api.submit(secret).json()["id"]
+        api.client.get(f"/v1/jobs/{job_id}%0aforged", headers={"x-request-id": "in-the-log"})
+        api.process.wait_for("in-the-log")
+        assert secret not in api.process.output
+        assert "\nforged" not in api.process.output
+        assert f"will ring for {job_id}" in api.process.output
+
+    def test_refuses_an_endless_body(self, sqlite_api: Api) -> None:
+        sent = 0
+        with socket.create_connection(("127.0.0.1", sqlite_api.port)) as connection:
+            connection.sendall(
+                b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"transfer-encoding: chunked\r\n\r\n"
+            )
+            with contextlib.suppress(ConnectionError):
+                while sent < 200_000_000:
+                    connection.sendall(b"10000\r\n" + b" " * 65536 + b"\r\n")
+                    sent += 65536
+        assert sent < 100_000_000
+        assert "POST /v1/jobs 413" in sqlite_api.process.output
+
+
+class TestOpenAIClient:
+    @pytest.fixture
+    def client(self, sqlite_system: System) -> Iterator[openai.OpenAI]:
+        with (
+            started_api(sqlite_system, api_key=KEY) as api,
+            openai.OpenAI(base_url=f"{api.url}/v1", api_key=KEY, max_retries=0) as client,
+        ):
+            yield client
+
+    def test_keeps_code_param_and_body(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.UnprocessableEntityError) as caught:
+            client.post("/jobs", body={"input": "x", "model": "nobody"}, cast_to=object)
+        error = caught.value
+        assert (error.code, error.param, error.type) == ("unknown_model", "model", "invalid_request_error")
+        assert isinstance(error.body, dict)
+        assert error.body["message"]
+        assert error.request_id
+        assert error.response.json()["status"] == 422
+
+    def test_raises_its_own_classes(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError) as missing:
+            client.get(f"/jobs/{UNKNOWN_ID}", cast_to=object)
+        assert missing.value.code == "job_not_found"
+        with pytest.raises(openai.BadRequestError):
+            client.post(
+                "/jobs", content=b"{", options={"headers": {"content-type": "application/json"}}, cast_to=object
+            )
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="wrong").get("/jobs", cast_to=object)
+
+    def test_submits_and_pages_on_the_last_id(self, client: openai.OpenAI) -> None:
+        made = [_post(client, {"input": f"job {i}"})["id"] for i in range(5)]
+        pages = client.get_api_list("/jobs", page=SyncCursorPage[Model], model=Model, options={"params": {"limit": 2}})
+        assert sorted(job.id for job in pages) == sorted(made)
+
+    def test_lists_models(self, client: openai.OpenAI, sqlite_system: System) -> None:
+        sqlite_system.store.register("w1", model="scripted", reward_model="scripted", slots=1)
+        assert [model.id for model in client.models.list()] == ["scripted"]
+
+
+def _post(client: openai.OpenAI, body: dict[str, Any]) -> dict[str, Any]:
+    answer: Any = client.post("/jobs", body=body, cast_to=object)
+    assert isinstance(answer, dict)
+    return answer

@@ -1,0 +1,137 @@
+"""Keys and tenants over HTTP and on the command line, on both databases."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
+
+from api import keys
+from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
+from tests.fakes import new_state
+from tests.services import Valkey, free_port, valkey_server
+from tpo.cli import app
+from tpo.errors import QuotaExceeded
+from tpo.jobs.database import connect
+from tpo.jobs.store import Limits, Store
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with valkey_server(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def clients(url: str, valkey: Valkey, *secrets: str | None, **settings: Any) -> Iterator[list[TestClient]]:
+    """Clients of one server, each with its key."""
+    with api_client(database_url=url, broker_url=valkey.url, **settings) as client:
+        yield [_with_key(client, secret) for secret in secrets]
+
+
+def _with_key(client: TestClient, secret: str | None) -> TestClient:
+    # Not entered: the application's lifespan is the first client's.
+    return TestClient(client.app, headers={"authorization": f"Bearer {secret}"} if secret else {})
+
+
+def test_tenants_do_not_see_each_other(migrated_url: str, valkey: Valkey, store: Store) -> None:
+    first, second = (store.create_key("k", tenant).secret for tenant in ("acme", "other"))
+    with clients(migrated_url, valkey, first, second, KEY, api_key=KEY) as (acme, other, default):
+        job = submit(acme)
+        assert acme.get(f"/v1/jobs/{job['id']}").json() == job
+        for stranger in (other, default):
+            for method, path in (("GET", ""), ("GET", "/iterations"), ("GET", "/candidates"), ("POST", "/cancel")):
+                theirs = stranger.request(method, f"/v1/jobs/{job['id']}{path}")
+                unknown = stranger.request(method, f"/v1/jobs/{UNKNOWN_ID}{path}")
+                assert_problem(theirs, 404, "job_not_found")
+                same = theirs.text.replace(job["id"], UNKNOWN_ID)
+                assert same == unknown.text
+            assert stranger.get("/v1/jobs").json()["data"] == []
+            assert stranger.get("/v1/jobs", params={"after": job["id"], "order": "asc"}).json()["data"] == []
+        for stranger in (acme, other):
+            assert_problem(stranger.get("/metrics"), 404, "not_found")
+        assert default.get("/metrics").status_code == 200
+        own = submit(default)
+        assert [j["id"] for j in default.get("/v1/jobs").json()["data"]] == [own["id"]]
+        assert store.get(own["id"]).tenant == "default"
+        assert acme.get(f"/v1/jobs/{job['id']}").json()["status"] == "queued"
+
+
+def test_a_server_without_any_key_asks_for_none(migrated_url: str, valkey: Valkey, store: Store) -> None:
+    with clients(migrated_url, valkey, None, "whatever") as (without, with_some_key):
+        job = submit(without)
+        assert with_some_key.get(f"/v1/jobs/{job['id']}").status_code == 200
+    secret = store.create_key("first", "acme").secret
+    with clients(migrated_url, valkey, None, "whatever", secret) as (without, wrong, right):
+        for closed in (without, wrong):
+            assert_problem(closed.get("/v1/jobs"), 401, "invalid_api_key")
+            assert closed.get("/healthz").status_code == 200
+        assert right.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_server_can_require_keys_before_there_is_one(migrated_url: str, valkey: Valkey) -> None:
+    with clients(migrated_url, valkey, None, require_key=True) as (without,):
+        assert_problem(without.get("/v1/jobs"), 401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic {}", "{}", "Bearer {} {}", "Bearer {}x"])
+def test_what_is_no_key(migrated_url: str, valkey: Valkey, store: Store, header: str) -> None:
+    secret = store.create_key("k", "acme").secret
+    with clients(migrated_url, valkey, None) as (client,):
+        refused = client.get("/v1/jobs", headers={"authorization": header.replace("{}", secret)})
+        assert_problem(refused, 401, "invalid_api_key")
+
+
+def test_a_revoked_key_is_refused_within_seconds(
+    migrated_url: str, valkey: Valkey, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = store.create_key("k", "acme")
+    with clients(migrated_url, valkey, key.secret) as (client,):
+        assert client.get("/v1/jobs").status_code == 200
+        store.revoke_key(key.row.id)
+        assert client.get("/v1/jobs").status_code == 200  # remembered
+        now = time.monotonic
+        monkeypatch.setattr(keys, "time", SimpleNamespace(monotonic=lambda: now() + 6))
+        assert_problem(client.get("/v1/jobs"), 401, "invalid_api_key")
+
+
+def test_a_lost_database_is_no_refusal(migrated_url: str, valkey: Valkey) -> None:
+    with clients(migrated_url, valkey, "some-key-that-is-long", require_key=True) as (client,):
+        lost = connect(f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/none")
+        client.app.state.store = Store(lost)  # type: ignore[attr-defined]
+        assert_problem(client.get("/v1/jobs"), 503, "database_unavailable")
+
+
+def test_the_command_line(migrated_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+    monkeypatch.setenv("TPO_DATABASE_URL", migrated_url)
+    monkeypatch.chdir(tmp_path)
+
+    def tpo(*words: str) -> Any:
+        done = CliRunner().invoke(app, ["keys", *words])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert "no keys" in tpo("list")
+    made = json.loads(tpo("create", "laptop", "--tenant", "acme", "--json"))
+    assert store.tenant_of(made["key"]) == "acme"
+    plain = tpo("create", "desk").strip()
+    assert store.tenant_of(plain) == "default"
+    listed = tpo("list", "--json")
+    assert [key["name"] for key in json.loads(listed)] == ["laptop", "desk"]
+    assert made["key"] not in listed
+    assert made["key"][4:] not in tpo("list")
+    assert "acme" in tpo("limit", "acme", "--jobs-in-flight", "0")
+    with pytest.raises(QuotaExceeded):
+        store.of("acme").submit(new_state(), limits=Limits(), max_attempts=1, model="m", reward_model="r")
+    assert made["id"] in tpo("revoke", made["id"])
+    assert store.tenant_of(made["key"]) is None
+    wrong = CliRunner().invoke(app, ["keys", "revoke", "key_none"])
+    assert (wrong.exit_code, "no key" in wrong.output) == (1, True)
+    refused = CliRunner().invoke(app, ["keys", "create", "k", "--tenant", "a b"])
+    assert refused.exit_code == 2

@@ -1,0 +1,248 @@
+"""Processes and servers are killed, paused and restarted: every job ends, as if nothing had happened."""
+
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.processes import (
+    Process,
+    StartedCall,
+    System,
+    eventually,
+    running_system,
+    timeless,
+    uninterrupted,
+    worker_pid,
+)
+from tests.services import own_postgres
+from tpo.jobs import schema
+from tpo.queue import queue_of
+from tpo.settings import SCRIPTED
+
+PHASES = [("sample", 0), ("score", 0), ("loss", 1), ("gradient", 1), ("update", 1), ("score", 1)]
+LATENCY = 0.3
+
+
+def assert_exact(system: System, *job_ids: str) -> None:
+    """The jobs have completed with the rows of an uninterrupted run, and told of it without a gap."""
+    for job_id in job_ids:
+        job, state = system.store.get(job_id), system.store.state(job_id)
+        assert job.status == "completed", (job.error_code, job.error_message)
+        assert timeless(state) == uninterrupted(state)
+        assert state.best
+        assert job.output == state.best.text
+        events = system.store.events(job_id)
+        assert [event.number for event in events] == list(range(1, len(events) + 1))
+        assert events[-1].type == "job.completed"
+
+
+def repeated(calls: list[StartedCall]) -> int:
+    """How many model calls were started although they had been started before."""
+    return sum(count - 1 for count in Counter(call.digest for call in calls).values())
+
+
+def wait_for_call(system: System, phase: tuple[str, int]) -> StartedCall:
+    return eventually(lambda: next((c for c in system.calls() if c.phase == phase), None), why=f"a call of {phase}")
+
+
+def wait_for_call_of(system: System, worker: Process) -> None:
+    eventually(lambda: [c for c in system.calls() if c.pid == worker.pid], why="a call of this worker")
+
+
+def wait_for_claim(system: System, job_id: str, fence: int) -> None:
+    eventually(lambda: system.store.get(job_id).fence >= fence, why="another claim")
+
+
+def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
+    dice = random.Random(20250112)
+    system.maintenance()
+    for _ in range(2):
+        system.worker(lease_seconds=1)
+    job_id = system.submit(max_attempts=len(PHASES) + 2)
+    detected = []
+    for phase in PHASES:
+        call = wait_for_call(system, phase)
+        time.sleep(dice.uniform(0, LATENCY))
+        fence = system.store.get(job_id).fence
+        system.process_of(call.pid).kill()
+        killed = time.monotonic()
+        system.start("-m", "worker", lease_seconds=1)
+        wait_for_claim(system, job_id, fence + 1)
+        detected.append(time.monotonic() - killed)
+    system.wait_for_end(job_id)
+    assert_exact(system, job_id)
+    calls = system.calls()
+    assert repeated(calls) <= len(PHASES)
+    assert max(Counter(call.digest for call in calls).values()) <= 2
+    assert len(calls) == len(system.store.state(job_id).calls) + repeated(calls)
+    print("claimed again after", [f"{seconds:.2f} s" for seconds in detected])
+
+
+def test_a_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
+    system.maintenance()
+    first = system.worker(scripted_latency=0.5, lease_seconds=1)
+    job_id = system.submit()
+    wait_for_call(system, ("score", 0))
+    system.pause(first)
+    system.worker(scripted_latency=0.5, lease_seconds=1)
+    wait_for_claim(system, job_id, 2)
+    first.go_on()
+    first.wait_for(f"{job_id} left: another worker has it")
+    assert system.store.get(job_id).status == "in_progress"
+    assert worker_pid(system.store.get(job_id)) != first.pid
+    system.wait_for_end(job_id)
+    assert_exact(system, job_id)
+    assert repeated(system.calls()) <= 1
+    assert system.store.get(job_id).fence == 2
+
+
+def test_sigterm_under_load_loses_and_repeats_nothing(system: System) -> None:
+    system.maintenance(ring_again_seconds=600)  # what is handed back is rung for by the worker itself
+    workers = [system.worker(slots=4) for _ in range(2)]
+    job_ids = [system.submit(seed=seed) for seed in range(16)]
+    for worker in workers:
+        wait_for_call_of(system, worker)
+        successor = system.start("-m", "worker")
+        began = time.monotonic()
+        assert worker.stop() == 0
+        print(f"drained in {time.monotonic() - began:.2f} s")
+        assert not [j for j in system.store.page(limit=100) if str(worker.pid) in (j.lease_owner or "")]
+        successor.wait_for("is ready")
+    jobs = [system.wait_for_end(job_id) for job_id in job_ids]
+    assert_exact(system, *job_ids)
+    assert repeated(system.calls()) == 0
+    assert {job.attempt for job in jobs} == {1}
+    assert sum(job.fence for job in jobs) > len(jobs)
+
+
+def test_sigterm_interrupts_a_call_that_takes_too_long(system: System) -> None:
+    worker = system.worker(scripted_latency=60, drain_seconds=0.5)
+    job_id = system.submit()
+    eventually(system.calls, why="a model call")
+    assert worker.stop() == 0
+    job = system.store.get(job_id)
+    assert (job.status, job.attempt, job.lease_owner) == ("queued", 0, None)
+
+
+def test_sigterm_ends_a_worker_whose_thread_hangs(sqlite_system: System) -> None:
+    system = sqlite_system
+    worker = system.start("-m", "tests.hanging_worker", drain_seconds=0.5)
+    worker.wait_for("is ready")
+    job_id = system.submit()
+    system.wait_for_status(job_id, "in_progress")
+    assert worker.stop() == 0
+    job = system.store.get(job_id)
+    assert (job.status, job.attempt, job.lease_owner) == ("queued", 0, None)
+    assert system.store.workers(60) == []
+    system.worker()
+    system.wait_for_end(job_id)
+    assert_exact(system, job_id)
+
+
+def test_jobs_survive_the_loss_of_everything_in_the_broker(system: System) -> None:
+    system.maintenance()
+    lost = [system.submit(seed=seed) for seed in range(3)]
+    system.broker.command("FLUSHALL")
+    system.worker(slots=2, scripted_latency=0.1)
+    running = [system.submit(seed=seed) for seed in range(3, 6)]
+    system.wait_for_status(running[0], "in_progress")
+    system.broker.command("FLUSHALL")
+    system.broker.stop(kill=True)
+    unheard = [system.submit(seed=seed) for seed in range(6, 9)]
+    system.broker.start()
+    for job_id in lost + running + unheard:
+        system.wait_for_end(job_id)
+    assert_exact(system, *lost, *running, *unheard)
+    assert repeated(system.calls()) == 0
+
+
+def test_queued_doorbells_survive_a_killed_broker(sqlite_system: System) -> None:
+    system = sqlite_system
+    job_id = system.submit()
+    assert system.broker.persisted(), "the append-only file is not on the disk"
+    system.broker.stop(kill=True)
+    system.broker.start()
+    assert system.broker.command("LLEN", queue_of(SCRIPTED)) == 1
+    system.worker(lease_seconds=60)  # nobody sweeps here: a lease that is lost on a busy machine stays lost
+    system.wait_for_end(job_id)
+
+
+def test_a_job_that_kills_its_worker_ends_and_others_go_on(system: System) -> None:
+    system.maintenance()
+    poison = system.submit("Poison.", max_attempts=2)
+    for attempt in (1, 2):
+        worker = system.worker(lease_seconds=1, scripted_latency=1)
+        # The status alone would be that of the attempt before, whose lease has not run out yet.
+        wait_for_claim(system, poison, attempt)
+        worker.kill()
+    job = system.wait_for_end(poison)
+    assert (job.status, job.error_code, job.attempt) == ("failed", "worker_lost", 2)
+    system.worker()
+    system.wait_for_end(other := system.submit())
+    assert_exact(system, other)
+
+
+def test_the_pause_before_another_attempt_outlives_every_process(system: System) -> None:
+    worker = system.start("-m", "tests.unavailable_worker")
+    worker.wait_for("is ready")
+    job_id = system.submit(max_attempts=2)
+    worker.wait_for("for another attempt (backend_unavailable)")
+    worker.kill()
+    system.broker.command("FLUSHALL")
+    waits = system.store.get(job_id)
+    assert (waits.status, waits.attempt) == ("queued", 1)
+    assert waits.next_attempt_at
+    system.worker()
+    system.ring(job_id)  # too early: it does not count
+    system.maintenance()
+    system.wait_for_end(job_id)
+    assert_exact(system, job_id)
+    first, second = (e.created_at for e in system.store.events(job_id) if e.type == "job.started")
+    assert first < waits.next_attempt_at <= second
+
+
+def test_a_budget_holds_over_a_worker_that_was_killed(system: System) -> None:
+    system.maintenance()
+    worker = system.worker(lease_seconds=1)
+    job_id = system.submit(max_iterations=9, max_output_tokens=250)
+    wait_for_call(system, ("loss", 1))
+    worker.kill()
+    system.worker()
+    job, state = system.wait_for_end(job_id), system.store.state(job_id)
+    assert (job.status, job.incomplete_reason, job.attempt) == ("incomplete", "max_output_tokens", 2)
+    assert timeless(state) == uninterrupted(state)
+    assert state.best
+    assert job.output == state.best.text
+
+
+@pytest.mark.slow
+def test_a_database_that_restarts_costs_no_call(tmp_path: Path) -> None:
+    with own_postgres() as server:
+        schema.upgrade(server.url)
+        with running_system(server.url, tmp_path) as system:
+            system.maintenance(lease_seconds=30)
+            system.worker(lease_seconds=30, scripted_latency=1)
+            job_ids = [system.submit(seed=seed) for seed in range(3)]
+            wait_for_call(system, ("loss", 1))
+            server.stop()
+            server.start()
+            for job_id in job_ids:
+                system.wait_for_end(job_id)
+            assert_exact(system, *job_ids)
+            assert repeated(system.calls()) == 0
+            assert {system.store.get(job_id).attempt for job_id in job_ids} == {1}
+
+
+def test_a_process_without_work_survives_a_restart_of_the_broker(sqlite_system: System) -> None:
+    system = sqlite_system
+    processes: list[Process] = [system.worker(), system.maintenance()]
+    for _ in range(2):
+        system.broker.stop(kill=True)
+        system.broker.start()
+        job_id = system.submit(ring=False)
+        system.wait_for_end(job_id)
+        assert_exact(system, job_id)
+    assert [process.stop() for process in processes] == [0, 0]

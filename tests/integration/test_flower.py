@@ -1,0 +1,107 @@
+"""Flower as it runs beside a real worker: a live view behind its password."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from tests.services import valkey_server
+from tests.stack import Up, running_up, tpo
+
+BROKER_PASSWORD = "broker-pass-5521"
+AUTH = ("ops", "flower-pass-8842")
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Everything, with a broker that wants a password; one job went through."""
+    folder = tmp_path_factory.mktemp("flower")
+    with valkey_server(folder / "valkey") as valkey:
+        _set_password(valkey.port)
+        broker = f"redis://:{BROKER_PASSWORD}@127.0.0.1:{valkey.port}/0"
+        with running_up(
+            folder / "data", TPO_BROKER_URL=broker, TPO_FLOWER_BASIC_AUTH=":".join(AUTH), TPO_FLOWER_HOST="127.0.0.1"
+        ) as running:
+            _wait_for_workers(running)
+            done = tpo("submit", "--wait", "Where is my parcel?", env=running.env)
+            assert done.returncode == 0, done.stderr
+            yield running
+            assert running.stop()[0] == 0
+
+
+def test_it_shows_workers_and_tasks_by_name_with_their_runtime(up: Up) -> None:
+    (task,) = _run_job_tasks(up)
+    assert task["state"] == "SUCCESS"
+    assert task["runtime"] > 0
+    assert re.fullmatch(r"\[?\(?['\"]job_[0-9a-f]{32}['\"],?\)?\]?", task["args"])
+    assert task["kwargs"] == "{}"
+    names = " ".join(_get(up, "/api/workers").json())
+    assert "tpo-worker-" in names
+    assert "tpo-maintenance-" in names
+
+
+@pytest.mark.parametrize("page", ["/", "/tasks", "/broker", "/metrics", "/api/tasks", "/api/workers"])
+def test_nothing_is_shown_without_the_password(up: Up, page: str) -> None:
+    for auth in (None, ("ops", "wrong-password"), ("", "")):
+        answer = httpx.get(up.facts["flower"] + page, auth=auth)
+        assert answer.status_code == 401
+        assert "tpo" not in answer.text
+
+
+def test_its_health_is_open_and_says_nothing(up: Up) -> None:
+    answer = httpx.get(up.facts["flower"] + "/healthcheck")
+    assert (answer.status_code, answer.text) == (200, "OK")
+
+
+@pytest.mark.parametrize("path", ["/api/task/send-task/tpo.run_job", "/api/worker/shutdown/{worker}"])
+def test_it_changes_nothing(up: Up, path: str) -> None:
+    worker = next(name for name in _get(up, "/api/workers").json() if "tpo-worker-" in name)
+    answer = httpx.post(
+        up.facts["flower"] + path.format(worker=worker), auth=AUTH, content=json.dumps({"args": ["job_x"]})
+    )
+    assert answer.status_code == 403
+    assert httpx.get(f"{up.facts['api']}/readyz").status_code == 200
+
+
+def test_it_listens_on_loopback_alone(up: Up) -> None:
+    port = up.ports["flower-port"]
+    table = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    listening = re.findall(rf"([0-9A-F]+):{port:04X} [0-9A-F]+:0000 0A", table)
+    assert listening == ["0100007F"]
+
+
+def _get(up: Up, page: str) -> httpx.Response:
+    answer = httpx.get(up.facts["flower"] + page, auth=AUTH, timeout=30)
+    assert answer.status_code == 200, page
+    return answer
+
+
+def _run_job_tasks(up: Up) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        tasks = [t for t in _get(up, "/api/tasks").json().values() if t["name"] == "tpo.run_job"]
+        if tasks and all(t["state"] == "SUCCESS" for t in tasks):
+            return tasks
+        time.sleep(0.1)
+    raise AssertionError("Flower never saw the job's task end")
+
+
+def _wait_for_workers(up: Up) -> None:
+    """Flower shows what happens from when it listens to events on."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if len(_get(up, "/api/workers?refresh=true").json()) >= 2:
+            return
+        time.sleep(0.1)
+    raise AssertionError("Flower never saw the workers")
+
+
+def _set_password(port: int) -> None:
+    with redis.Redis(port=port) as client:
+        client.config_set("requirepass", BROKER_PASSWORD)

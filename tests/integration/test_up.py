@@ -1,0 +1,183 @@
+"""`tpo up` with real processes that are really killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.services import free_port, new_database, valkey_server
+from tests.stack import Up, all_gone, environment, running_up, tpo
+
+SERVICES = {"broker", "api", "flower", "maintenance", "worker"}
+
+
+def _answer(up: Up, prompt: str = "Where is my parcel?") -> str:
+    done = tpo("submit", "--wait", prompt, env=up.env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_one_interrupt_drains_everything_worker_first_and_broker_last(tmp_path: Path) -> None:
+    with running_up(tmp_path / "data") as up:
+        assert set(up.pids) == SERVICES
+        assert up.facts["api"] == f"http://127.0.0.1:{up.ports['port']}"
+        docs = httpx.get(up.facts["docs"])
+        assert docs.status_code == 200
+        assert "://" not in docs.text  # no page of another server: it works without a network
+        assert httpx.get(up.facts["flower"]).status_code == 200
+        answer = _answer(up)
+        family = up.family()
+        code, told = up.stop(signal.SIGINT)
+    assert code == 0
+    assert all_gone(family)
+    stopped = [fact for fact in told if fact["event"] == "stopped"]
+    assert [stopped[0]["service"], stopped[-1]["service"]] == ["worker", "broker"]
+    assert {fact["how"] for fact in stopped} == {"exit code 0"}
+    # What was done is still there when it is started again.
+    with running_up(tmp_path / "data") as up:
+        (job,) = httpx.get(f"{up.facts['api']}/v1/jobs").json()["data"]
+        assert job["output"].strip() == answer.strip()
+        code, _ = up.stop(signal.SIGTERM)
+    assert code == 0
+
+
+@pytest.mark.slow
+def test_killed_children_are_restarted(tmp_path: Path) -> None:
+    with running_up(tmp_path / "data", TPO_LEASE_SECONDS="3", TPO_SWEEP_SECONDS="0.5") as up:
+        before = dict(up.pids)
+        for pid in before.values():
+            os.kill(pid, signal.SIGKILL)
+        started: set[str] = set()
+        for fact in up.told():
+            if fact["event"] == "started":
+                started.add(fact["service"])
+            if started == SERVICES:
+                break
+        assert not set(before.values()) & set(up.pids.values())
+        _wait_ready(up)
+        assert "Draft" in _answer(up)
+
+
+def test_a_killed_parent_leaves_nobody(tmp_path: Path) -> None:
+    with running_up(tmp_path / "data", "--workers", "2") as up:
+        family = up.family()
+        assert len(family) == 1 + len(SERVICES) + 1
+        up.process.kill()
+        assert all_gone(family)
+
+
+def test_a_second_interrupt_kills_what_hangs(tmp_path: Path) -> None:
+    with running_up(tmp_path / "data") as up:
+        family = up.family()
+        os.kill(up.pids["worker"], signal.SIGSTOP)
+        up.process.send_signal(signal.SIGINT)
+        assert up.wait_for("stopping")["service"] == "worker"
+        code, _ = up.stop(signal.SIGINT)
+    assert code == 130
+    assert all_gone(family)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 70, "300.1.1.1"])
+def test_a_host_that_is_none_is_one_line(tmp_path: Path, host: str) -> None:
+    env = environment(TPO_API_KEY="a-key-of-this-test")
+    done = tpo("up", "--data-dir", str(tmp_path / "data"), "--host", host, "--port", _port(), env=env)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert host in done.stderr
+
+
+def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for option in ("--port", "--flower-port", "--broker-port"):
+            others = [w for o in ("--port", "--flower-port", "--broker-port") if o != option for w in (o, _port())]
+            done = tpo("up", "--data-dir", str(tmp_path / "data"), option, port, *others)
+            assert done.returncode == 1
+            assert f"port {port}" in done.stderr
+            assert option in done.stderr
+            assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "data" / "tpo.db").exists()
+
+
+def test_a_broker_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) -> None:
+    env = environment(TPO_BROKER_URL=f"redis://:secret-word@127.0.0.1:{free_port()}/0")
+    done = tpo("up", "--data-dir", str(tmp_path), "--port", _port(), "--flower-port", _port(), env=env)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "tpo: TPO_BROKER_URL cannot be reached: is it right, and does the server run?\n"
+    assert not (tmp_path / "tpo.db").exists()
+
+
+def test_two_ports_that_are_one_are_refused(tmp_path: Path) -> None:
+    done = tpo("up", "--data-dir", str(tmp_path), "--port", "45001", "--flower-port", "45001")
+    assert done.returncode == 1
+    assert "cannot both have port 45001" in done.stderr
+
+
+def test_a_second_one_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with running_up(tmp_path / "data") as up:
+        done = tpo("up", "--data-dir", str(tmp_path / "data"), "--port", _port(), "--flower-port", _port())
+        assert done.returncode == 1
+        assert f"already runs on {tmp_path / 'data'}" in done.stderr
+        assert f"process {up.process.pid}" in done.stderr
+        assert up.process.poll() is None
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_there_ends_it_with_the_reason(tmp_path: Path) -> None:
+    ports = {"port": free_port(), "flower-port": free_port(), "broker-port": free_port()}
+    up = Up(tmp_path / "data", ports, environment(TPO_POLICY=str(tmp_path / "no-such-model")))
+    with up.process:
+        told = list(up.told())
+        family = set(up.pids.values())
+        assert up.process.wait(60) == 1
+        assert "no-such-model" in up.errors()
+    assert [fact["event"] for fact in told].count("ended") == 1
+    assert not any(psutil.pid_exists(pid) for pid in family)
+
+
+def test_servers_of_the_environment_are_used(tmp_path: Path, postgres_admin_url: str) -> None:
+    with (
+        valkey_server(tmp_path / "valkey") as valkey,
+        new_database(postgres_admin_url) as database,
+        running_up(tmp_path / "data", TPO_BROKER_URL=valkey.url, TPO_DATABASE_URL=database) as up,
+    ):
+        assert set(up.pids) == SERVICES - {"broker"}
+        assert "Draft" in _answer(up)
+        assert not (tmp_path / "data" / "tpo.db").exists()
+
+
+def test_an_open_address_without_a_key_is_refused(tmp_path: Path) -> None:
+    done = tpo("up", "--data-dir", str(tmp_path), "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert "TPO_API_KEY" in done.stderr
+
+
+def test_no_secret_in_the_process_list(tmp_path: Path) -> None:
+    secrets = {"TPO_API_KEY": "key-0123456789abcdef", "TPO_FLOWER_BASIC_AUTH": "ops:flower-secret-1"}
+    with running_up(tmp_path / "data", **secrets) as up:
+        shown = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        assert str(up.ports["broker-port"]) in shown
+        assert not [secret for secret in ("key-0123456789abcdef", "flower-secret-1") if secret in shown]
+
+
+def _port() -> str:
+    return str(free_port())
+
+
+def _wait_ready(up: Up) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{up.env['TPO_URL']}/readyz", timeout=10).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError("not ready again")

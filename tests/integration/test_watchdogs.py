@@ -1,0 +1,129 @@
+"""Processes that live and do nothing end by themselves, and a database that hangs keeps nobody for long."""
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cutting import cutter
+from tests.processes import System, eventually, running_system, timeless, uninterrupted
+from tests.services import free_port, own_postgres, suspended
+from tpo.errors import StoreUnavailable
+from tpo.jobs import schema
+from tpo.jobs.database import connect
+from tpo.jobs.store import Store
+from tpo.queue import MAINTENANCE_QUEUE
+
+
+def assert_exact(system: System, job_id: str) -> None:
+    state = system.store.state(job_id)
+    assert system.store.get(job_id).status == "completed"
+    assert timeless(state) == uninterrupted(state)
+
+
+def test_a_consumer_that_has_gone_silent_ends_its_process(sqlite_system: System) -> None:
+    system = sqlite_system
+    system.maintenance()  # rings again: the first message is lost in the connection
+    with cutter(system.broker.port) as proxy:
+        worker = system.worker(broker_url=f"redis://127.0.0.1:{proxy.port}/0", ring_again_seconds=0.5)
+        system.wait_for_end(system.submit())
+        # As after a reset that the client does not see: its connection is open, and nothing comes on it any more.
+        proxy.freeze()
+        job_id = system.submit(seed=1)
+        assert worker.popen.wait(timeout=60) == 1
+        assert "the consumer takes none" in worker.output
+        assert system.store.get(job_id).status == "queued"
+        assert system.store.workers(60) == []
+    system.worker()
+    system.ring(job_id)
+    system.wait_for_end(job_id)
+    assert_exact(system, job_id)
+
+
+def test_a_silent_consumer_hands_its_jobs_back(sqlite_system: System) -> None:
+    system = sqlite_system
+    system.maintenance()
+    with cutter(system.broker.port) as proxy:
+        worker = system.worker(
+            broker_url=f"redis://127.0.0.1:{proxy.port}/0", ring_again_seconds=0.5, scripted_latency=1, slots=2
+        )
+        running = system.submit()
+        system.wait_for_status(running, "in_progress")
+        proxy.freeze()
+        system.submit(seed=1)
+        assert worker.popen.wait(timeout=60) == 1
+    job = system.store.get(running)
+    assert (job.status, job.lease_owner) in (("queued", None), ("completed", None))
+
+
+def test_a_silent_maintenance_worker_ends_too(sqlite_system: System) -> None:
+    system = sqlite_system
+    with cutter(system.broker.port) as proxy:
+        maintenance = system.maintenance(broker_url=f"redis://127.0.0.1:{proxy.port}/0")
+        proxy.freeze()
+        assert maintenance.popen.wait(timeout=60) == 1
+        assert "the consumer takes none" in maintenance.output
+    assert system.broker.command("LLEN", MAINTENANCE_QUEUE) > 0
+
+
+def test_a_busy_or_idle_worker_is_not_taken_for_silent(sqlite_system: System) -> None:
+    system = sqlite_system
+    worker = system.worker(ring_again_seconds=0.2, slots=1, scripted_latency=0.5)
+    running = system.submit()
+    system.wait_for_status(running, "in_progress")
+    waiting = system.submit(seed=1)
+    system.wait_for_end(running)
+    system.wait_for_end(waiting)
+    assert worker.stop() == 0
+    assert "the consumer takes none" not in worker.output
+
+
+def test_a_worker_whose_model_is_stuck_stops_its_heartbeat(sqlite_system: System) -> None:
+    system = sqlite_system
+    system.maintenance(lease_seconds=1)
+    worker = system.start("-m", "tests.hanging_worker", "stuck", lease_seconds=1)
+    worker.wait_for("is ready")
+    job_id = system.submit()
+    system.wait_for_status(job_id, "in_progress")
+    assert worker.popen.wait(timeout=60) == 1
+    assert "a model is stuck" in worker.output
+    assert system.store.workers(60) == []
+    system.worker()
+    job = system.wait_for_end(job_id)
+    assert_exact(system, job_id)
+    assert job.attempt == 2  # it counts, as a crash does
+
+
+@pytest.mark.slow
+def test_a_database_that_hangs_keeps_nobody_for_long(tmp_path: Path) -> None:
+    with own_postgres() as server:
+        schema.upgrade(server.url)
+        with running_system(server.url, tmp_path) as system:
+            port = free_port()
+            system.start("-m", "api", port=port).wait_for("Listening on")
+            system.maintenance()
+            worker = system.worker(scripted_latency=1)
+            job_id = system.submit()
+            eventually(system.calls, why="a model call")
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+                assert client.get(f"/v1/jobs/{job_id}").status_code == 200
+                with suspended(server.folder):
+                    answer = client.get(f"/v1/jobs/{job_id}")  # while it hangs: nobody waits for its end
+                    worker.wait_for("leases cannot be renewed")
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
+                assert client.get(f"/v1/jobs/{job_id}").status_code == 200
+            system.wait_for_end(job_id)
+            assert_exact(system, job_id)
+
+
+@pytest.mark.slow
+def test_a_connection_to_a_server_that_hangs_is_given_up() -> None:
+    with own_postgres() as server:
+        schema.upgrade(server.url)
+        engine = connect(server.url)
+        store = Store(engine)
+        store.ping()
+        with suspended(server.folder), pytest.raises(StoreUnavailable):
+            store.ping()
+        store.ping()
+        engine.dispose()

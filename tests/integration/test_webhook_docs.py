@@ -1,0 +1,31 @@
+"""The snippets in docs/webhooks.md run, and receive what the page says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.api_client import KEY
+from tests.processes import System, eventually
+from tests.receiver import receiving
+from tests.services import free_port
+
+PAGE = Path(__file__).parents[2] / "docs" / "webhooks.md"
+
+
+def test_every_snippet_works(sqlite_system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    allowed = {"webhook_allow_private": "true"}
+    sqlite_system.start("-m", "api", port=port, api_key=KEY, **allowed).wait_for("Listening on")
+    sqlite_system.maintenance(**allowed)
+    with receiving() as receiver:
+        for name, value in {"TPO_URL": f"http://127.0.0.1:{port}", "TPO_KEY": KEY, "HOOK_URL": receiver.url}.items():
+            monkeypatch.setenv(name, value)
+        names: dict[str, Any] = {}
+        snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+        exec("\n".join(snippets), names)
+        eventually(lambda: receiver.received, why="the test event")
+        got = receiver.received[0]
+        assert names["receive"](got.body, got.headers) == f"webhook.test {names['webhook']['id']}"
+        names["api"].close()

@@ -1,0 +1,129 @@
+"""Webhooks over HTTPS, from real processes and from a courier in this one, and the ends of batches as they are told."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from standardwebhooks import Webhook
+
+from tests.integration.openai.test_batches import line
+from tests.integration.test_webhooks import courier, finish
+from tests.processes import System, eventually
+from tests.receiver import AUTHORITY, TLS, Receiver, receiving
+from tpo.jobs.store import Store
+from tpo.jobs.webhook_tables import Delivery
+from tpo.settings import Settings
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving(tls=True) as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def sqlite_store(sqlite_system: System) -> Store:
+    return sqlite_system.store
+
+
+def delivery(store: Store, webhook_id: str) -> Delivery:
+    (found,) = store.deliveries_page(webhook_id, limit=2)
+    return found
+
+
+def test_a_certificate_of_an_authority_that_is_named(sqlite_store: Store, receiver: Receiver) -> None:
+    webhook = sqlite_store.create_webhook(f"{receiver.url}/in", ["job.completed"])
+    job_id = finish(sqlite_store)
+    strict, trusting = courier(sqlite_store), courier(sqlite_store, webhook_ca_file=AUTHORITY)
+
+    def refused() -> bool:
+        strict.ring()
+        return delivery(sqlite_store, webhook.row.id).last_error == "tls_failed"
+
+    eventually(refused, why="an authority that nobody named is not believed")
+    assert receiver.received == []
+
+    def arrived() -> bool:
+        trusting.ring()
+        return delivery(sqlite_store, webhook.row.id).status == "delivered"
+
+    eventually(arrived, why="the delivery")
+    (got,) = receiver.received
+    assert Webhook(webhook.secret).verify(got.body, got.headers)["data"]["id"] == job_id
+
+
+def test_a_certificate_of_another_name(
+    sqlite_store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = int(receiver.url.rpartition(":")[2])
+    for host in ("hooks.example", "other.example"):
+        sqlite_store.create_webhook(f"https://{host}:{port}/", ["job.completed"])
+    right, wrong = (w.id for w in reversed(sqlite_store.webhooks_page(limit=2)))
+    real = socket.getaddrinfo
+
+    def resolve(host: Any, *words: Any, **more: Any) -> Any:
+        if str(host).endswith(".example"):
+            return [(2, 1, 6, "", ("127.0.0.1", port))]
+        return real(host, *words, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    finish(sqlite_store)
+    works = courier(sqlite_store, webhook_ca_file=AUTHORITY)
+
+    def told() -> bool:
+        works.ring()
+        return (
+            delivery(sqlite_store, right).status == "delivered"
+            and delivery(sqlite_store, wrong).last_error == "tls_failed"
+        )
+
+    eventually(told, why="one arrives, the other does not")
+    assert len(receiver.received) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no certificate", (TLS / "receiver.pem").read_bytes()[-200:]])
+def test_what_is_no_file_of_certificates_is_refused_at_the_start(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "authorities.pem"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValidationError, match="TPO_WEBHOOK_CA_FILE"):
+        Settings(webhook_ca_file=file)
+    assert Settings(webhook_ca_file=AUTHORITY).webhook_ca_file == AUTHORITY
+
+
+def test_every_end_of_a_batch_is_told_by_real_processes(sqlite_system: System, receiver: Receiver) -> None:
+    system, store = sqlite_system, sqlite_system.store
+    webhook = store.create_webhook(
+        receiver.url, [f"batch.{end}" for end in ("completed", "failed", "cancelled", "expired")]
+    )
+
+    def batch(text: str, seconds: float = 3600) -> str:
+        file_id = store.begin_file("a", "batch")
+        store.append_part(file_id, text.encode())
+        store.complete_file(file_id)
+        return store.create_batch(
+            endpoint="/v1/responses", input_file_id=file_id, window="1h", seconds=seconds, metadata={}
+        ).batch.id
+
+    wanted = {
+        "batch.completed": batch(line("a")),
+        "batch.failed": batch("\n"),
+        "batch.cancelled": batch(line("a")),
+        "batch.expired": batch(line("a"), seconds=0),
+    }
+    store.cancel_batch(wanted["batch.cancelled"])
+    system.environment["SSL_CERT_FILE"] = str(AUTHORITY)  # in place of the system's authorities
+    system.worker(scripted_latency=0)
+    system.maintenance(webhook_allow_private="true", webhook_retry_seconds=0.2)
+    eventually(lambda: len(receiver.received) >= 4, why="four ends are told")
+    told = {}
+    for got in receiver.received:
+        Webhook(webhook.secret).verify(got.body, got.headers)
+        event = json.loads(got.body)
+        assert event.keys() == {"id", "object", "type", "created_at", "data"}
+        told[event["type"]] = event["data"]["id"]
+    assert told == wanted

@@ -1,0 +1,206 @@
+"""What a worker does while nothing breaks: it runs jobs, many at once, stops them when asked, and says no text."""
+
+import base64
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import redis
+
+from tests.processes import System, eventually, marker, timeless, uninterrupted
+from tpo.queue import queue_of
+from tpo.settings import SCRIPTED
+
+
+def opened(message: bytes) -> str:
+    """A message of the broker in clear, its body decoded."""
+    return message.decode() + base64.b64decode(json.loads(message)["body"]).decode()
+
+
+def test_a_job_runs_through_and_no_text_leaves_the_database(sqlite_system: System) -> None:
+    system = sqlite_system
+    password, word = marker(), marker()
+    with redis.Redis(port=system.broker.port) as client:
+        client.config_set("requirepass", password)
+    system.broker.url = f"redis://:{password}@127.0.0.1:{system.broker.port}/0"
+    system.environment["TPO_BROKER_URL"] = system.broker.url
+    with redis.Redis.from_url(system.broker.url) as client, client.pubsub() as events:
+        events.psubscribe("*")
+        job_id = system.submit(f"Tell me of the {word}.")
+        messages = client.lrange(queue_of(SCRIPTED), 0, -1)
+        maintenance = system.maintenance()
+        worker = system.worker()
+        assert system.wait_for_end(job_id).status == "completed"
+        assert [process.stop() for process in (worker, maintenance)] == [0, 0]
+        told = ""
+        while event := events.get_message(timeout=0.5):
+            told += opened(event["data"]) if event["type"] == "pmessage" else ""
+    state = system.store.state(job_id)
+    assert timeless(state) == uninterrupted(state)
+    message = opened(messages[0])
+    assert json.loads(messages[0])["headers"]["argsrepr"] == f"['{job_id}']"
+    assert f'[["{job_id}"], {{}}' in message
+    assert '"task-started"' in told
+    assert job_id in told
+    logs = "".join(process.output for process in system.processes)
+    assert job_id in logs
+    texts = [word, password, *(c.text for c in state.candidates)]
+    texts += [note.text for i in state.iterations for note in (i.loss, i.gradient) if note]
+    for place in (logs, message, told):
+        assert not [text for text in texts if text in place or json.dumps(text)[1:-1] in place]
+
+
+def test_twenty_jobs_run_at_once(system: System) -> None:
+    system.worker(slots=20, scripted_latency=0.7)
+    job_ids = [system.submit(seed=seed) for seed in range(20)]
+    jobs = [system.wait_for_end(job_id) for job_id in job_ids]
+    assert {job.status for job in jobs} == {"completed"}
+    assert max(job.started_at or 0 for job in jobs) < min(job.completed_at or 0 for job in jobs)
+
+
+def test_a_busy_worker_leaves_doorbells_to_an_idle_one(sqlite_system: System) -> None:
+    system = sqlite_system
+    system.worker(slots=1, scripted_latency=20)
+    running = system.submit()
+    system.wait_for_status(running, "in_progress")
+    waiting = [system.submit(seed=seed) for seed in (1, 2, 3)]
+    system.worker(slots=3)
+    for job_id in waiting:
+        system.wait_for_end(job_id)
+    assert system.store.get(running).status == "in_progress"
+
+
+def test_one_run_for_a_doorbell_that_is_rung_twenty_times(system: System) -> None:
+    for _ in range(2):
+        system.worker()
+    job_id = system.submit(ring=False)
+    for _ in range(20):
+        system.ring(job_id)
+    job = system.wait_for_end(job_id)
+    system.wait_for_end(system.submit(seed=1))
+    assert (job.status, job.attempt, job.fence) == ("completed", 1, 1)
+    assert len(system.calls()) == 2 * len(system.store.state(job_id).calls)
+
+
+def test_cancel_ends_a_running_call_and_nothing_is_written_after(system: System) -> None:
+    worker = system.worker(scripted_latency=600)  # only a call that is ended in its middle ends while the test waits
+    job_id = system.submit()
+    eventually(system.calls, why="a model call")
+    began = time.monotonic()
+    assert system.store.cancel(job_id).status == "cancelling"
+    job = system.wait_for_end(job_id)
+    took = time.monotonic() - began
+    worker.wait_for(f"{job_id} cancelled")
+    assert job.status == system.store.get(job_id).status == "cancelled"
+    assert [e.type for e in system.store.events(job_id)][-2:] == ["job.cancelling", "job.cancelled"]
+    assert system.store.state(job_id).calls == ()
+    print(f"cancel took {took:.2f} s")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_worker_ends_at_once(sqlite_system: System, number: int) -> None:
+    processes = [sqlite_system.worker(drain_seconds=600), sqlite_system.maintenance()]
+    assert len(eventually(lambda: sqlite_system.store.workers(10), why="the worker's row")) == 1
+    assert [process.stop(number) for process in processes] == [0, 0]
+    # Not by the bound on a drain, which leaves without a word.
+    assert all("has ended" in process.output for process in processes)
+    assert not sqlite_system.store.workers(10)
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "code", "message"),
+    [
+        ("worker", {"slots": 0}, 2, "TPO_SLOTS: Input should be greater than or equal to 1"),
+        ("worker.maintenance", {"database_url": "mysql://u:secret@h/d"}, 2, "TPO_DATABASE_URL must start with"),
+        ("worker", {"policy": "/no/such/folder"}, 1, "/no/such/folder"),
+        ("worker", {"database_url": "sqlite:///empty.db"}, 1, "tpo db upgrade"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    sqlite_system: System, module: str, settings: dict[str, str], code: int, message: str
+) -> None:
+    process = sqlite_system.start("-m", module, **settings)
+    assert process.popen.wait(timeout=60) == code
+    assert message in process.output
+    assert "Traceback" not in process.output
+    assert "secret" not in process.output
+    assert not sqlite_system.store.workers(60)
+
+
+def test_a_paused_job_stops_within_a_call_and_goes_on_elsewhere(system: System) -> None:
+    first = system.worker(scripted_latency=1)
+    job_id = system.submit()
+    eventually(lambda: len(system.calls()) >= 2, why="the second call runs")
+    system.store.pause(job_id)
+    running = len(system.calls())
+    system.wait_for_status(job_id, "paused")
+    calls = len(system.calls())
+    assert calls <= running + 1  # one may have asked just before the pause whether to begin
+    first.stop()
+    system.worker()
+    job = system.store.resume(job_id)
+    assert job.attempt == 0
+    system.ring(job_id)
+    assert system.wait_for_end(job_id).status == "completed"
+    state = system.store.state(job_id)
+    assert timeless(state) == uninterrupted(state)
+    assert len(system.calls()) - calls <= len(state.calls)
+    events = [event.type for event in system.store.events(job_id)]
+    assert (events.count("job.paused"), events.count("job.resumed")) == (1, 1)
+
+
+def test_a_pause_and_a_resume_in_one_breath_lose_nothing(system: System) -> None:
+    system.worker(scripted_latency=0.2)
+    system.maintenance()
+    job_id = system.submit()
+    for _ in range(5):
+        system.wait_for_status(job_id, "in_progress")
+        system.store.pause(job_id)
+        system.store.resume(job_id)
+    assert system.wait_for_end(job_id).status == "completed"
+    assert timeless(system.store.state(job_id)) == uninterrupted(system.store.state(job_id))
+
+
+def test_what_is_over_its_retention_is_forgotten(sqlite_system: System) -> None:
+    system = sqlite_system
+    ended, live = system.submit(ring=False), system.submit(ring=False)
+    system.store.cancel(ended)
+    system.start(
+        "-c",
+        "import worker.retention as r; r.PURGE_SECONDS = 0.2; import worker.maintenance as m; "
+        "m.PURGE_SECONDS = 0.2; import sys; from worker.start import start; sys.exit(start(m.main))",
+        retention_days=1e-9,
+    )
+    eventually(lambda: len(system.store.page(limit=9)) == 1, why="it is forgotten")
+    assert system.store.get(live).status == "queued"
+
+
+def test_a_worker_waits_for_its_broker_and_can_be_stopped_meanwhile(sqlite_system: System) -> None:
+    system = sqlite_system
+    system.broker.stop()
+    stopped = [system.start("-m", "worker"), system.start("-m", "worker.maintenance")]
+    waiting = system.start("-m", "worker")
+    for process in (*stopped, waiting):
+        process.wait_for("cannot be reached")
+    assert [process.stop() for process in stopped] == [0, 0]
+    job_id = system.submit(ring=False)
+    system.broker.start()
+    system.maintenance()
+    assert system.wait_for_end(job_id).status == "completed"
+    assert waiting.stop() == 0
+
+
+def test_a_worker_waits_for_its_database_and_can_be_stopped_meanwhile(sqlite_system: System) -> None:
+    process = sqlite_system.start("-m", "worker", database_url="postgresql+psycopg://nobody:word@127.0.0.1:1/none")
+    process.wait_for("the database cannot be reached")
+    assert process.stop() == 0
+    assert "word" not in process.output
+
+
+@pytest.mark.parametrize("module", ["worker.maintenance", "worker.tasks", "worker.__main__"])
+def test_torch_is_loaded_with_a_model_and_not_before(module: str) -> None:
+    check = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0

@@ -1,0 +1,106 @@
+"""Random models of some thousand parameters with a tokenizer of bytes, saved as real ones are, nothing downloaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+BOS, END, PAD, TURN = "<bos>", "<end>", "<pad>", "<turn>"
+ADDED = ("<improved>", "</improved>", "<think>", "</think>")
+CONTEXT = 256
+
+TEMPLATE = (
+    "{{ '<bos>' }}{% for m in messages %}{{ '<turn>' + m['role'] + ': ' + m['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<turn>assistant: ' }}{% endif %}"
+)
+NO_SYSTEM_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+)
+ALTERNATING_TEMPLATE = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% endfor %}" + TEMPLATE
+)
+
+
+def make_tokenizer(template: str | None = TEMPLATE, pad: str | None = PAD) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that writes one BOS of its own accord, as Llama's does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in (BOS, END, PAD, TURN)])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ADDED])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=END, pad_token=pad, chat_template=template
+    )
+
+
+def _config(**changes: Any) -> dict[str, Any]:
+    tokenizer = make_tokenizer()
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": tokenizer.convert_tokens_to_ids(BOS),
+        "eos_token_id": tokenizer.convert_tokens_to_ids(END),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD),
+        "initializer_range": 0.3,
+        **changes,
+    }
+
+
+def save_llama(folder: Path, *, template: str | None = TEMPLATE, pad: str | None = PAD, **changes: Any) -> Path:
+    """A policy: Llama with grouped key/value heads."""
+    torch.manual_seed(7)
+    LlamaForCausalLM(LlamaConfig(**_config(**changes))).save_pretrained(folder)
+    make_tokenizer(template, pad).save_pretrained(folder)
+    return folder
+
+
+def save_sliding(folder: Path, *, mixed: bool) -> Path:
+    """A policy that looks back eight tokens: in each layer (Mistral), or in one of two (Qwen 2)."""
+    torch.manual_seed(8)
+    if mixed:
+        config = Qwen2Config(
+            **_config(sliding_window=8, use_sliding_window=True, layer_types=["full_attention", "sliding_attention"])
+        )
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    else:
+        MistralForCausalLM(MistralConfig(**_config(sliding_window=8))).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_capped(folder: Path) -> Path:
+    """A policy whose attention logits are capped (Gemma 2), and which looks back eight tokens in one of two layers."""
+    torch.manual_seed(8)
+    config = Gemma2Config(**_config(head_dim=8, sliding_window=8))
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_reward(folder: Path, *, template: str | None = TEMPLATE, pad: str | None = PAD, **changes: Any) -> Path:
+    """A reward model: Llama with a head for one label."""
+    torch.manual_seed(9)
+    config = LlamaConfig(**_config(**{"num_labels": 1, **changes}))
+    LlamaForSequenceClassification(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    make_tokenizer(template, pad).save_pretrained(folder)
+    return folder

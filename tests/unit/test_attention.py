@@ -1,0 +1,37 @@
+"""Which of torch's attention kernels prompts are read by. No GPU is needed: shapes alone, and the calls are watched."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpo.backends.local.attention import Head, causal
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes each call of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("there", "size", "window", "flash"),
+    [(True, 128, None, True), (True, 84, None, False), (True, 128, 16, False), (False, 128, None, False)],
+    ids=["fits", "odd head size", "sliding window", "none on this GPU"],
+)
+def test_flash_attention_reads_a_prompt_where_it_can_and_another_kernel_elsewhere(
+    there: bool, size: int, window: int | None, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: there)
+    q, k = (torch.empty(heads, n, size, dtype=torch.float16, device="meta") for heads, n in ((32, 7), (8, 19)))
+    with Watch() as seen:
+        out = causal(q, k, k, Head(size**-0.5, window, None))
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert ("aten::_scaled_dot_product_flash_attention" in seen.calls) == flash

@@ -1,0 +1,216 @@
+"""What is loaded, how, and what is refused with which words."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_models import CONTEXT, save_capped, save_llama, save_reward
+from tpo.backends import load_policy, load_reward_model
+from tpo.backends.local.loading import load_policy_model, load_reward_network
+from tpo.errors import ModelRefused
+from tpo.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reward(tmp_path_factory.mktemp("reward"))
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / "copy"))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_a_policy_comes_whole(policy_folder: Path) -> None:
+    model = load_policy_model(str(policy_folder), Settings())
+    assert model.network.dtype == torch.float32
+    assert model.network.config._attn_implementation == "sdpa"
+    assert not model.network.training
+    assert model.context == CONTEXT
+    assert len(model.stop_tokens) == 1
+
+
+def test_attention_that_torch_cannot_fuse_is_computed_in_full(tmp_path: Path) -> None:
+    model = load_policy_model(str(save_capped(tmp_path)), Settings())
+    assert model.network.config._attn_implementation == "eager"
+
+
+def test_several_end_tokens_are_all_heeded(policy_folder: Path, tmp_path: Path) -> None:
+    folder = copy(policy_folder, tmp_path)
+    edit(folder / "generation_config.json", eos_token_id=[3, 5])
+    assert load_policy_model(str(folder), Settings()).stop_tokens >= {3, 5}
+
+
+def test_dtype_as_set_and_rewards_in_float32_all_the_same(policy_folder: Path, reward_folder: Path) -> None:
+    settings = Settings(dtype="bfloat16")
+    assert load_policy_model(str(policy_folder), settings).network.dtype == torch.bfloat16
+    assert load_reward_network(str(reward_folder), settings).network.dtype == torch.float32
+    halved = load_reward_network(str(reward_folder), Settings(reward_dtype="bfloat16"))
+    assert halved.network.dtype == torch.bfloat16
+
+
+def test_a_device_that_is_not_there_is_refused(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelRefused, match="TPO_DEVICE=cuda"):
+        load_policy_model(str(policy_folder), Settings(device="cuda"))
+
+
+@pytest.mark.parametrize("load", [load_policy, load_reward_model])
+def test_a_folder_that_is_not_there(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match="There is no folder"):
+        load(str(tmp_path / "none"), Settings())
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match=r"holds no config\.json"):
+        load_policy(str(tmp_path), Settings())
+
+
+def test_a_folder_without_weights(policy_folder: Path, tmp_path: Path) -> None:
+    folder = copy(policy_folder, tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelRefused, match="holds no weights"):
+        load_policy(str(folder), Settings())
+
+
+@pytest.mark.parametrize(("kind", "load"), [("policy", load_policy), ("reward", load_reward_model)])
+def test_a_pickle_is_never_opened(kind: str, load: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = copy(request.getfixturevalue(f"{kind}_folder"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    opened = tmp_path / "opened"
+    (folder / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {opened}'\ntR.".encode())
+    with pytest.raises(ModelRefused, match=r"is a pickle.*save_pretrained"):
+        load(str(folder), Settings())
+    assert not opened.exists()
+
+
+def test_weights_that_are_cut_short(policy_folder: Path, tmp_path: Path) -> None:
+    folder = copy(policy_folder, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelRefused):
+        load_policy(str(folder), Settings())
+
+
+def test_a_language_model_is_no_reward_model(policy_folder: Path) -> None:
+    with pytest.raises(ModelRefused, match="is not a reward model: its config names LlamaForCausalLM"):
+        load_reward_model(str(policy_folder), Settings())
+
+
+def test_a_language_model_that_says_it_is_a_reward_model(policy_folder: Path, tmp_path: Path) -> None:
+    folder = copy(policy_folder, tmp_path)
+    edit(
+        folder / "config.json",
+        architectures=["LlamaForSequenceClassification"],
+        id2label={"0": "LABEL_0"},
+        label2id={"LABEL_0": 0},
+    )
+    with pytest.raises(ModelRefused, match=r"has no score\.weight"):
+        load_reward_model(str(folder), Settings())
+
+
+def test_several_labels_are_no_score(tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match="has 3 labels"):
+        load_reward_model(str(save_reward(tmp_path, num_labels=3)), Settings())
+
+
+@pytest.mark.parametrize(("kind", "load"), [("policy", load_policy), ("reward", load_reward_model)])
+def test_code_of_a_repository_is_never_run(
+    kind: str, load: Any, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = copy(request.getfixturevalue(f"{kind}_folder"), tmp_path)
+    (folder / "own.py").write_text("raise SystemExit('this was run')")
+    models = {"AutoModelForCausalLM": "own.M", "AutoModelForSequenceClassification": "own.M"}
+    edit(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.C", **models})
+    with pytest.raises(ModelRefused, match="needs code from its own repository"):
+        load(str(folder), Settings())
+
+
+def test_code_of_a_tokenizer_is_never_run(policy_folder: Path, tmp_path: Path) -> None:
+    folder = copy(policy_folder, tmp_path)
+    (folder / "own.py").write_text("raise SystemExit('this was run')")
+    edit(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.T", "own.T"]})
+    with contextlib.suppress(ModelRefused):  # it may be loaded as what the library itself knows
+        load_policy_model(str(folder), Settings())
+
+
+def test_an_architecture_that_nobody_knows(policy_folder: Path, tmp_path: Path) -> None:
+    folder = copy(policy_folder, tmp_path)
+    edit(folder / "config.json", model_type="unheard_of")
+    with pytest.raises(ModelRefused, match="unheard_of"):
+        load_policy(str(folder), Settings())
+
+
+def test_layers_that_keep_other_things_are_refused(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path)
+    edit(folder / "config.json", model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(ModelRefused, match="linear_attention"):
+        load_policy(str(folder), Settings())
+
+
+@pytest.mark.parametrize(("save", "load"), [(save_llama, load_policy), (save_reward, load_reward_model)])
+def test_a_tokenizer_without_a_chat_template(save: Any, load: Any, tmp_path: Path) -> None:
+    folder = save(tmp_path, template=None)
+    with pytest.raises(ModelRefused, match=r"no chat template.*chat_template\.jinja"):
+        load(str(folder), Settings())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_is_no_policy(tied: bool, tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match="is not a policy: its config names LlamaForSequenceClassification"):
+        load_policy(str(save_reward(tmp_path, tie_word_embeddings=tied)), Settings())
+
+
+def test_a_policy_without_its_head_is_not_whole(reward_folder: Path, tmp_path: Path) -> None:
+    headless = copy(reward_folder, tmp_path)
+    edit(headless / "config.json", architectures=["LlamaForCausalLM"])
+    with pytest.raises(ModelRefused, match=r"has no lm_head\.weight"):
+        load_policy(str(headless), Settings())
+
+
+def test_a_name_on_the_hub_without_a_network() -> None:
+    code = (
+        "from tpo.backends import load_policy; from tpo.errors import ModelRefused; from tpo.settings import Settings\n"
+        "try: load_policy('nobody/nothing', Settings())\n"
+        "except ModelRefused as error: print(error)"
+    )
+    env = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100, env=env
+    )
+    assert "cannot be had from the Hugging Face Hub" in found.stdout
+    assert "HF_HUB_OFFLINE" in found.stdout
+
+
+def test_without_torch_the_hint_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tpo.backends.local.policy", None)
+    monkeypatch.setitem(sys.modules, "tpo.backends.local.reward", None)
+    for load in (load_policy, load_reward_model):
+        with pytest.raises(ModelRefused, match="pip install"):
+            load("demo", Settings())
+
+
+def test_threads_are_set(policy_folder: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        load_policy_model(str(policy_folder), Settings(threads=1))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

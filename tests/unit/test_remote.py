@@ -1,0 +1,227 @@
+"""What servers say, read: refusals for length, pauses, chat completions; and the circuit breaker by itself."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import httpx
+import pytest
+
+from tpo.backends.remote.breaker import FAILURES, Breaker, ServerFailed
+from tpo.backends.remote.context import TooLong, too_long
+from tpo.backends.remote.reply import read_completion, without_thinking
+from tpo.backends.remote.server import Malformed, Refused, retry_after
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "means"),
+    [
+        (
+            (
+                "This model's maximum context length is 4096 tokens and your request has 3000 input tokens (8192 > "
+                "4096 - 3000). 'max_tokens' or 'max_completion_tokens' is too large: 8192."
+            ),
+            "BadRequestError",
+            TooLong(4096, 3000),
+        ),
+        (
+            (
+                "This model's maximum context length is 128000 tokens. However, you requested 65535 output tokens and "
+                "your prompt contains at least 62466 input tokens, for a total of at least 128001 tokens."
+            ),
+            "",
+            TooLong(128000, None),
+        ),
+        (
+            (
+                "This model's maximum context length is 4096 tokens. However, you requested 4118 tokens (3118 in the "
+                "messages, 1000 in the completion). Please reduce the length of the messages or completion."
+            ),
+            "context_length_exceeded",
+            TooLong(4096, 3118),
+        ),
+        (
+            "This model's maximum context length is 4097 tokens. However, your messages resulted in 33986 tokens.",
+            "context_length_exceeded",
+            TooLong(4097, 33986),
+        ),
+        (
+            "The decoder prompt (length 5000) is longer than the maximum model length of 4096.",
+            "",
+            TooLong(4096, 5000),
+        ),
+        (
+            (
+                "Requested token count exceeds the model's maximum context length of 8192 tokens. You requested a "
+                "total of 9000 tokens: 808 tokens from the input messages and 8192 tokens for the completion."
+            ),
+            "",
+            TooLong(8192, 808),
+        ),
+        ("The input (9000 tokens) is longer than the model's context length (8192 tokens).", "", TooLong(8192, 9000)),
+        (
+            (
+                "the request exceeds the available context size. try increasing the context size n_ctx: 256 "
+                "n_prompt_tokens: 1407"
+            ),
+            "exceed_context_size_error",
+            TooLong(256, 1407),
+        ),
+        ("max_tokens must be at least 1, got -186.", "BadRequestError", TooLong(None, None)),
+        (
+            "max_tokens=8192 cannot be greater than max_model_len=512. Please request fewer output tokens.",
+            "BadRequestError",
+            TooLong(512, None),
+        ),
+        (
+            (
+                "This model's maximum context length is 512 tokens. However, your prompt contains at least 513 input "
+                "tokens, which exceeds this limit even without any output tokens."
+            ),
+            "BadRequestError",
+            TooLong(512, None, alone=True),
+        ),
+        (
+            "max_completion_tokens is too large: 8192.This model supports at most 512 completion tokens.",
+            "",
+            TooLong(512, None),
+        ),
+        (
+            "request (806 tokens) exceeds the available context size (512 tokens) n_ctx: 512 n_prompt_tokens: 806",
+            "exceed_context_size_error",
+            TooLong(512, 806),
+        ),
+        ("Your text is too rude.", "", None),
+        ("top_p must be in (0, 1], got 0.", "BadRequestError", None),
+    ],
+)
+def test_what_does_not_fit(said: str, code: str, means: TooLong | None) -> None:
+    assert too_long(Refused(400, said, code)) == means
+
+
+def test_another_status_is_no_matter_of_length() -> None:
+    assert too_long(Refused(401, "maximum context length is 5", "")) is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after": "7", "retry-after-ms": "250"}, 0.25),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "1e"}, None),
+    ],
+)
+def test_a_pause_that_is_asked_for(headers: dict[str, str], seconds: float | None) -> None:
+    assert retry_after(httpx.Headers(headers)) == seconds
+
+
+def test_a_pause_until_a_date() -> None:
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    assert retry_after(httpx.Headers({"retry-after": date})) == pytest.approx(90, abs=30)
+
+
+@pytest.mark.parametrize(
+    ("content", "answer", "reasoning"),
+    [
+        ("Plain.", "Plain.", ""),
+        ("<think>Hm.</think>\n\nSo.", "So.", "<think>Hm."),
+        ("Hm.</think>So.", "So.", "Hm."),
+        ("<think>Hm.", "", "<think>Hm."),
+        ("Tags: <think> and </think>.", "Tags: <think> and </think>.", ""),
+        ("", "", ""),
+    ],
+)
+def test_thinking_within_the_text(content: str, answer: str, reasoning: str) -> None:
+    assert without_thinking(content) == (answer, reasoning)
+
+
+def completion(*contents: str | None, usage: Any = None, **message: Any) -> dict[str, Any]:
+    choices = [{"message": {"content": c, **message}, "finish_reason": "stop"} for c in contents]
+    return {"choices": choices, "usage": usage}
+
+
+def test_tokens_add_up_to_what_the_server_counted() -> None:
+    usage = {"prompt_tokens": 5, "completion_tokens": 17, "completion_tokens_details": {"reasoning_tokens": 6}}
+    reply = read_completion(completion("a" * 10, "b" * 33, "", usage=usage, reasoning_content="why " * 9))
+    assert sum(t.tokens for t in reply.texts) == 11
+    assert reply.reasoning_tokens == 6
+    assert reply.texts[1].tokens > reply.texts[0].tokens > reply.texts[2].tokens == 0
+    alone = read_completion(completion("four", usage={"prompt_tokens": 5, "completion_tokens": 17}))
+    assert alone.texts[0].tokens == 17
+
+
+def test_answers_in_parts_and_answers_without_text() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    reply = read_completion({"choices": [{"message": {"content": parts}}, {"message": {"content": None}}]})
+    assert [(t.text, t.finish_reason) for t in reply.texts] == [("one two", "stop"), ("", "stop")]
+    assert reply.input_tokens is None
+
+
+@pytest.mark.parametrize("answer", [None, [], {}, {"choices": [{}]}, {"choices": [{"message": {"content": 5}}]}])
+def test_what_is_no_completion(answer: Any) -> None:
+    with pytest.raises(Malformed, match="not with a chat completion"):
+        read_completion(answer)
+
+
+def test_an_open_circuit_lets_one_through_at_a_time_until_one_succeeds() -> None:
+    async def run() -> tuple[int, int]:
+        breaker = Breaker(0.01, 0.02)
+        up = asyncio.Event()
+        inside, most, asked = 0, 0, 0
+
+        async def request() -> None:
+            nonlocal inside, most, asked
+            while True:
+                try:
+                    async with breaker.turn():
+                        inside, asked = inside + 1, asked + 1
+                        most = max(most, inside if breaker.is_open else 0)
+                        try:
+                            await asyncio.sleep(0.001)
+                            if not up.is_set():
+                                raise ServerFailed
+                        finally:
+                            inside -= 1
+                        return
+                except ServerFailed:
+                    if asked > 5 * FAILURES:
+                        up.set()
+
+        async with asyncio.timeout(30):
+            for _ in range(FAILURES):
+                with pytest.raises(ServerFailed):
+                    async with breaker.turn():
+                        raise ServerFailed
+            assert breaker.is_open
+            await asyncio.gather(*(request() for _ in range(20)))
+        assert not breaker.is_open
+        return most, asked
+
+    most, asked = asyncio.run(run())
+    assert most == 1
+    assert asked > 5 * FAILURES + 1
+
+
+def test_a_refusal_closes_the_circuit_and_a_cancelled_request_says_nothing() -> None:
+    async def run() -> None:
+        breaker = Breaker(0.0, 0.0)
+        for _ in range(FAILURES):
+            with pytest.raises(ServerFailed):
+                async with breaker.turn():
+                    raise ServerFailed
+        with pytest.raises(asyncio.CancelledError):
+            async with breaker.turn():
+                raise asyncio.CancelledError
+        assert breaker.is_open
+        with pytest.raises(Refused):
+            async with breaker.turn():
+                raise Refused(400, "no", "")
+        assert not breaker.is_open
+
+    asyncio.run(run())

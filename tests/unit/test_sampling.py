@@ -1,0 +1,90 @@
+"""Draws of the exponential race: the right shares, the right nucleus, and nothing that the company changes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tpo.backends.local.sampling import Sampler
+
+CPU = torch.device("cpu")
+DRAWS = 20_000
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, steps: int = DRAWS) -> Tensor:
+    """One token at each of many steps, all of one seed."""
+    sampler = Sampler([1234] * steps, [temperature] * steps, [top_p] * steps, CPU)
+    return sampler(logits.expand(steps, -1), torch.arange(steps))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8), (2.0, 0.95)])
+def test_shares_are_those_of_the_truncated_distribution(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, -3.0])
+    p = torch.softmax(logits / temperature, 0)
+    p[(p.cumsum(0) - p) >= top_p] = 0
+    p /= p.sum()
+    counts = torch.bincount(draw(logits, temperature, top_p), minlength=6)
+    assert torch.allclose(counts / DRAWS, p, atol=0.015)
+    assert counts[p == 0].sum() == 0
+
+
+def test_seeds_draw_independently_too() -> None:
+    sampler = Sampler(list(range(DRAWS)), [1.0] * DRAWS, [1.0] * DRAWS, CPU)
+    tokens = sampler(torch.zeros(DRAWS, 4), torch.zeros(DRAWS, dtype=torch.long))
+    assert torch.allclose(torch.bincount(tokens) / DRAWS, torch.full((4,), 0.25), atol=0.015)
+
+
+def test_temperature_zero_takes_the_best_beside_rows_that_sample() -> None:
+    logits = torch.randn(64, 50)
+    tokens = Sampler(range(64), [0.0, 1.0] * 32, [0.9] * 64, CPU)(logits, torch.zeros(64, dtype=torch.long))
+    assert torch.equal(tokens[::2], logits.argmax(-1)[::2])
+    assert not torch.equal(tokens[1::2], logits.argmax(-1)[1::2])
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-45])
+def test_a_tiny_temperature_takes_the_best(temperature: float) -> None:
+    logits = torch.randperm(300).float()
+    assert set(draw(logits, temperature, 0.95, 100).tolist()) == {int(logits.argmax())}
+
+
+def test_a_tiny_top_p_takes_the_best() -> None:
+    logits = torch.randn(1, 50)
+    assert set(draw(logits, 2.0, 1e-6, 100).tolist()) == {int(logits.argmax())}
+
+
+def test_a_nucleus_longer_than_the_shortlist_is_whole() -> None:
+    tokens = draw(torch.zeros(800), 1.0, 0.5, 3000)
+    assert 390 < len(set(tokens.tolist())) <= 401
+
+
+def test_a_row_draws_the_same_whatever_the_other_rows_need() -> None:
+    peaked, flat = torch.randn(1, 3000) * 8, torch.zeros(1, 3000)
+    step = torch.tensor([5])
+    alone = Sampler([9], [0.7], [0.95], CPU)(peaked, step)
+    for other_top_p in (0.95, 1.0):
+        company = Sampler([9, 8], [0.7, 1.0], [0.95, other_top_p], CPU)(torch.cat([peaked, flat]), step.expand(2))
+        assert company[0] == alone[0]
+
+
+def test_noise_outlives_the_last_bits_of_the_logits() -> None:
+    logits = torch.randn(2000, 300)
+    sampler = Sampler(range(2000), [0.7] * 2000, [0.95] * 2000, CPU)
+    step = torch.zeros(2000, dtype=torch.long)
+    moved = sampler(logits + torch.randn_like(logits) * 1e-6, step)
+    assert (moved != sampler(logits, step)).sum() <= 2
+
+
+def test_rows_without_a_limit_do_not_have_the_vocabulary_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_out: list[tuple[int, int]] = []
+    topk = Tensor.topk
+
+    def watched(self: Tensor, k: int, dim: int) -> Any:
+        sorted_out.append((len(self), k))
+        return topk(self, k, dim=dim)
+
+    monkeypatch.setattr(Tensor, "topk", watched)
+    # Three rows with a limit, one that takes the best of all, and two without a limit.
+    sampler = Sampler(range(6), [0.7, 0.7, 0.7, 0.0, 0.7, 0.7], [0.9, 0.9, 0.9, 1.0, 1.0, 1.0], CPU)
+    sampler(torch.arange(5000.0).expand(6, -1), torch.zeros(6, dtype=torch.long))
+    assert sorted_out == [(4, 64)]

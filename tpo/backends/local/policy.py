@@ -1,0 +1,121 @@
+"""The policy on this machine: messages to tokens, the engine, tokens to text."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from tpo.backends.local.building import EngineOptions, build_engine
+from tpo.backends.local.chat import without_thinking
+from tpo.backends.local.generating import GenerateEngine
+from tpo.backends.local.loading import Model, load_policy_model
+from tpo.backends.local.requests import Completion, Engine, TokenRequest
+from tpo.backends.local.waiting import result_of
+from tpo.errors import ContextTooLong, ModelRefused, PromptRefused
+from tpo.ports import Generate, Generation, Interrupt, Text, cut_at
+from tpo.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+_BEFORE = 8
+"""Tokens looked at before a stop string could begin: what is decoded from the middle of a text may lose its first space
+or letter."""
+
+
+class LocalPolicy:
+    """A causal language model behind one engine; many jobs' threads call it at once."""
+
+    def __init__(self, model: Model, engine: Engine) -> None:
+        self._model = model
+        self._engine = engine
+        self._context = min(model.context, engine.capacity)
+
+    @classmethod
+    def load(cls, spec: str, settings: Settings) -> Self:
+        """Load the weights, start the engine and try it out. Raises ModelRefused."""
+        model = load_policy_model(spec, settings)
+        return cls(model, _engine(model, settings))
+
+    @property
+    def healthy(self) -> bool:
+        """False when the engine's loop has died."""
+        return self._engine.healthy
+
+    def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
+        """Sample responses. Raises ContextTooLong, PromptRefused, BadReply, BackendUnavailable, and what interrupts.
+
+        In float32 the same seed gives the same text, alone and in company; in less, nearly always.
+        """
+        started = time.perf_counter()
+        interrupt()
+        prompt = self._prompt(request)
+        opened = self._model.chat.opens_thinking(prompt)
+        future = self._engine.submit(
+            TokenRequest(
+                prompt=tuple(prompt),
+                seeds=request.seeds,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                max_tokens=min(request.max_tokens, self._context - len(prompt)),
+                ended=self._ends_at(request.stop, opened=opened) if request.stop else None,
+                under_way=request.kind != "sample" or request.iteration > 0,
+            )
+        )
+        completions = result_of(future, interrupt).completions
+        texts = tuple(self._text(completion, request.stop, opened=opened) for completion in completions)
+        return Generation(
+            texts=texts,
+            input_tokens=len(prompt),
+            seconds=time.perf_counter() - started,
+            reasoning_tokens=sum(len(c.tokens) for c in completions) - sum(t.tokens for t in texts),
+        )
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.close()
+
+    def _prompt(self, request: Generate) -> list[int]:
+        prompt = self._model.chat.encode(request.messages, for_reply=True)
+        context = self._context
+        if len(prompt) >= context:
+            raise ContextTooLong(
+                f"The prompt of the {request.kind} call has {len(prompt)} tokens; the policy holds {context} with its "
+                f"answer, so at most {context - 1} fit. Shorten the conversation, or lower max_tokens so that the "
+                "responses which the critic reads are shorter."
+            )
+        if max(prompt) >= self._model.vocabulary:
+            raise PromptRefused(
+                f"The tokenizer gave token {max(prompt)}, and the policy knows only {self._model.vocabulary}."
+            )
+        return prompt
+
+    def _ends_at(self, stop: tuple[str, ...], *, opened: bool) -> Callable[[Sequence[int]], bool]:
+        """Whether an answer holds one of these strings. A token has a byte at least, so that a few are looked at."""
+        chat = self._model.chat
+        longest = max(len(s.encode()) for s in stop) + _BEFORE
+
+        def ended(tokens: Sequence[int]) -> bool:
+            if not any(s in chat.decode(tokens[-longest:]) for s in stop):
+                return False
+            answer = without_thinking(chat.decode(tokens), opened=opened)
+            return cut_at(answer, stop) != answer
+
+        return ended
+
+    def _text(self, completion: Completion, stop: tuple[str, ...], *, opened: bool) -> Text:
+        reply = self._model.chat.decode(completion.tokens)
+        answer = without_thinking(reply, opened=opened)
+        text = cut_at(answer, stop)
+        tokens = len(completion.tokens) if answer == reply else self._model.chat.count(text)
+        return Text(text=text, finish_reason=completion.finish_reason if text == answer else "stop", tokens=tokens)
+
+
+def _engine(model: Model, settings: Settings) -> Engine:
+    options = EngineOptions(settings.batch_rows, settings.cache_gib, settings.prefill_tokens)
+    try:
+        return build_engine(model.network, model.stop_tokens, model.context, options, f"The policy {model.name}")
+    except ModelRefused as error:
+        if not settings.engine_fallback:
+            raise
+        _log.warning("%s Requests are answered one at a time, by generate.", error)
+        return GenerateEngine(model.network, model.stop_tokens, model.context)

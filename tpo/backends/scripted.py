@@ -1,0 +1,142 @@
+"""The deterministic fake of both models, for tests, demonstrations and load: no weights, no luck, no wall clock.
+
+Texts depend on the call's kind, its messages and the seed alone. Each response carries the number of its draft; an
+update is a later draft than those it was shown, most of the time, and later drafts score higher, so that curves rise.
+"""
+
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from tpo.ports import Generate, Generation, Interrupt, Rewards, Score, Text, cut_at
+from tpo.state import CallKind, Message
+
+_WORDS = (
+    *("clear", "careful", "short", "honest", "useful", "example", "reason", "detail", "step", "answer", "question"),
+    *("because", "first", "then", "finally", "means", "shows", "helps", "explains", "keeps", "avoids"),
+    *("the", "a", "this", "that", "with", "for", "and", "of"),
+)
+
+_TAGS = re.compile(r"<(\w+)> and </\1>")
+_FALLBACK_TAG = "improved"
+_DRAFT = re.compile(r"\bDraft (\d{1,6})\b")
+_SLICE = 0.02
+
+
+class ScriptedPolicy:
+    """A policy that answers out of a hash."""
+
+    healthy = True
+
+    def __init__(self, latency: float = 0.0, log: Path | None = None) -> None:
+        self._latency = latency
+        self._log = log
+
+    def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
+        """One text for each seed; with temperature 0 the seed does not matter."""
+        started = time.perf_counter()
+        _start(request.kind, request, self._log)
+        _take_time(self._latency, interrupt)
+        texts = tuple(self._text(request, seed if request.temperature > 0 else 0) for seed in request.seeds)
+        return Generation(texts=texts, input_tokens=_count(request.messages), seconds=time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+    def _text(self, request: Generate, seed: int) -> Text:
+        conversation = "\x00".join(f"{m.role}\x01{m.content}" for m in request.messages)
+        dice = _digest(request.kind, conversation, str(seed))
+        words = _reply(request, dice).split(" ")
+        written = " ".join(words[: request.max_tokens])
+        text = cut_at(written, request.stop)
+        whole = text != written or len(words) <= request.max_tokens
+        return Text(text=text, finish_reason="stop" if whole else "length", tokens=len(text.split()))
+
+
+class ScriptedRewardModel:
+    """A reward model that reads the draft's number and adds a hash of the text, less than one."""
+
+    healthy = True
+
+    def __init__(self, latency: float = 0.0, log: Path | None = None) -> None:
+        self._latency = latency
+        self._log = log
+
+    def score(self, request: Score, interrupt: Interrupt) -> Rewards:
+        """One score for each response, which depends on its text alone."""
+        started = time.perf_counter()
+        _start("score", request, self._log)
+        _take_time(self._latency, interrupt)
+        read = _count(request.messages) * len(request.responses) + sum(len(r.split()) for r in request.responses)
+        values = tuple(_reward(response) for response in request.responses)
+        return Rewards(values=values, input_tokens=read, seconds=time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def _reply(request: Generate, dice: bytes) -> str:
+    prose = " ".join(_WORDS[byte % len(_WORDS)] for byte in dice[8 : 20 + dice[1] % 20])
+    match request.kind:
+        case "sample":
+            return f"Draft {1 + dice[0] % 3}: {prose}."
+        case "loss":
+            return f"The chosen response is {prose}. The other one is not."
+        case "gradient":
+            return f"1. Say more of what is {prose}. 2. Say less of the rest."
+        case "update":
+            answer = f"Draft {_latest_draft(request.messages) + dice[0] % 4}: {prose}."
+            if dice[2] < 256 // 20:
+                return answer
+            tag = _tag(request.messages[-1].content)
+            return f"<{tag}> {answer} </{tag}>"
+
+
+def _latest_draft(messages: Iterable[Message]) -> int:
+    return max((int(number) for m in messages for number in _DRAFT.findall(m.content)), default=1)
+
+
+def _tag(prompt: str) -> str:
+    """The pair of tags that the prompt asks for; the demo's prompts ask for none, and mean this one."""
+    names = _TAGS.findall(prompt)
+    return str(names[-1]) if names else _FALLBACK_TAG
+
+
+def _reward(response: str) -> float:
+    draft = _DRAFT.search(response)
+    fraction = int.from_bytes(_digest("score", response)[:4]) / 2**32
+    return (int(draft.group(1)) if draft else 0) + fraction
+
+
+def _digest(*parts: str) -> bytes:
+    return hashlib.blake2b("\x02".join(parts).encode("utf-8", "surrogatepass")).digest()
+
+
+def _count(messages: Iterable[Message]) -> int:
+    return sum(len(m.content.split()) for m in messages)
+
+
+def _start(kind: CallKind, request: Generate | Score, log: Path | None) -> None:
+    """Append `kind iteration digest pid` in one write: lines of many processes do not mix, and a kill loses none."""
+    if log is None:
+        return
+    digest = _digest(kind, repr(request)).hex()[:16]
+    line = f"{kind} {request.iteration} {digest} {os.getpid()}\n"
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+
+
+def _take_time(seconds: float, interrupt: Interrupt) -> None:
+    never = threading.Event()
+    end = time.monotonic() + seconds
+    interrupt()
+    while (left := end - time.monotonic()) > 0:
+        never.wait(min(left, _SLICE))
+        interrupt()

@@ -1,0 +1,5 @@
+"""`python -m tpo.cli` is `tpo`."""
+
+from tpo.cli import app
+
+app()

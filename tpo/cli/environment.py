@@ -1,0 +1,38 @@
+"""The environment as the commands see it: what is wrong in it is one clear line, not a traceback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tpo.cli.output import USAGE, Failure
+
+if TYPE_CHECKING:
+    from tpo.jobs.store import Store
+    from tpo.settings import Settings
+
+
+def read_settings(**overrides: Any) -> "Settings":
+    """The settings of this environment, changed by what was typed."""
+    from pydantic import ValidationError
+
+    from tpo.settings import Settings, explained
+
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise Failure(explained(error), USAGE) from None
+
+
+@contextmanager
+def open_store() -> Iterator["Store"]:
+    """The store in the database of TPO_DATABASE_URL. Raises SchemaOutOfDate."""
+    from tpo.jobs import schema
+    from tpo.jobs.database import connect
+    from tpo.jobs.store import Store
+
+    engine = connect(read_settings().database_url.get_secret_value(), pool_size=1)
+    try:
+        schema.check(engine)
+        yield Store(engine)
+    finally:
+        engine.dispose()

@@ -1,0 +1,76 @@
+"""How jobs go, while they go: a live table on a terminal, a line for each change anywhere else."""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tpo.client import Job
+
+STYLES = {"completed": "green", "failed": "red", "expired": "red", "incomplete": "yellow", "cancelled": "yellow"}
+
+
+class Board:
+    """Jobs as the API tells of them."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._jobs: dict[str, Job] = {}
+        self._live = Live(console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, job: "Job") -> None:
+        """What is known of a job now."""
+        before = self._jobs.get(job["id"])
+        self._jobs[job["id"]] = job
+        if self._live:
+            self._live.update(table(list(self._jobs.values())))
+        elif before is None or step_of(before) != step_of(job):
+            self._console.print(f"{job['id']}  {step_of(job)}  {best_of(job)}".rstrip(), markup=False)
+
+
+def table(jobs: "list[Job]") -> "Table":
+    """Jobs as rows."""
+    from rich.table import Table
+
+    rows = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("job", "status", "iteration", "phase", "best"):
+        rows.add_column(name, no_wrap=True)
+    for job in jobs:
+        status, progress = job["status"], job["progress"]
+        rows.add_row(
+            job["id"],
+            f"[{STYLES.get(status, 'cyan')}]{status}[/]",
+            f"{progress['iteration']}/{progress['max_iterations']}",
+            progress["phase"] or "",
+            best_of(job),
+        )
+    return rows
+
+
+def step_of(job: "Job") -> str:
+    """Where a job stands, in words."""
+    progress = job["progress"]
+    if not progress["phase"]:
+        return str(job["status"])
+    return f"{job['status']}  iteration {progress['iteration']}/{progress['max_iterations']}  {progress['phase']}"
+
+
+def best_of(job: "Job") -> str:
+    """The best reward so far."""
+    best = job["best"]
+    return "" if best is None or best["reward"] is None else f"{best['reward']:+.2f}"

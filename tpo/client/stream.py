@@ -1,0 +1,56 @@
+"""A job's events as they happen; a stream that is cut is resumed where it stopped."""
+
+import json
+from collections.abc import Iterator
+
+from tpo.client.errors import ClientError, NotThere, Unreachable
+from tpo.client.transport import Transport
+from tpo.client.types import TERMINAL, Event
+
+SILENCE_SECONDS = 45.0
+"""The server says something every 15 s; after so long without a word the connection is dead."""
+
+_LAST = frozenset(f"job.{status}" for status in TERMINAL)
+
+
+def follow(transport: Transport, job_path: str, after: int) -> Iterator[Event]:
+    """The events after that number, to the job's last one, each once and in order. Raises ClientError."""
+    attempt = 0
+    while True:
+        seen = after
+        try:
+            for event in _once(transport, job_path, after):
+                after = event["sequence_number"]
+                attempt = 0
+                yield event
+                if event["type"] in _LAST:
+                    return
+            # It ended in peace and told nothing: the job had ended at that number, or before.
+            if after == seen and transport.json("GET", job_path)["status"] in TERMINAL:
+                return
+            error: ClientError = Unreachable(f"the server at {transport.url} ends its event streams early")
+        except ClientError as cut:
+            error = cut
+        transport.backoff.wait(attempt, error)
+        attempt += 1
+
+
+def _once(transport: Transport, job_path: str, after: int) -> Iterator[Event]:
+    headers = {"accept": "text/event-stream", "last-event-id": str(after)}
+    response = transport.open(f"{job_path}/events", headers, SILENCE_SECONDS)
+    try:
+        lines = response.iter_lines()
+        data: list[str] = []
+        while (line := transport.explained(lambda: next(lines, None))) is not None:
+            if line.startswith("data:"):
+                data.append(line[5:].removeprefix(" "))
+            elif not line and data:
+                event = json.loads("\n".join(data))
+                data = []
+                if event["type"] == "stream.closed":
+                    if event["reason"] == "job_deleted":
+                        raise NotThere("the job was deleted", 404, {"code": "job_not_found"}, response.headers)
+                    return
+                yield event
+    finally:
+        response.close()

@@ -1,0 +1,292 @@
+"""The engine for SQLite and PostgreSQL, the database's clock, and sessions whose failures have our names."""
+
+import os
+import select
+import sqlite3
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import psycopg
+from psycopg.pq import TransactionStatus
+from sqlalchemy import URL, Connection, Double, Engine, create_engine, event, make_url
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InvalidatePoolError, OperationalError, SAWarning
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from tpo.errors import DatabaseRefused, StoreUnavailable
+
+Done = TypeVar("Done")
+
+_BUSY_SECONDS = 15
+_ANSWER_SECONDS = 12.0
+"""A PostgreSQL that has not answered by then hangs: it would have given up a statement itself before."""
+
+_POSTGRESQL: dict[str, Any] = {
+    # A host that has gone is an error within seconds; by default it blocks for hours.
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+_LIMITS = (
+    "-c statement_timeout=10000 -c lock_timeout=8000"
+    # A process that is stopped in the middle of a transaction must not keep others from its rows for ever.
+    " -c idle_in_transaction_session_timeout=15000"
+)
+
+
+class now(FunctionElement[float]):  # noqa: N801 - it is used as an SQL function
+    """Unix seconds by the database's clock: the one clock that all processes share."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    # Not clock_timestamp(): it may differ from row to row, so that no index could be searched with it.
+    return "extract(epoch from statement_timestamp())::double precision"
+
+
+class _Impatient(psycopg.Connection[Any]):
+    """A connection that is closed where the server hangs: one that is stopped keeps its sockets, and says nothing."""
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        """What the server answers. Raises OperationalError when it does not."""
+        try:
+            return super().wait(gen, interval, timeout or _ANSWER_SECONDS)
+        except psycopg.OperationalError:
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # the answer may come yet, to nobody
+                self.pgconn.finish()
+            raise
+
+
+def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
+    """An engine with a bounded pool, whose errors quote no values. Nothing is connected yet. Raises DatabaseRefused.
+
+    No statement takes longer than some seconds, but with `patient`, where it takes as long as it takes.
+    """
+    if _checked(url).get_backend_name() == "sqlite":
+        engine = create_engine(
+            url,
+            pool_size=pool_size,
+            hide_parameters=True,
+            connect_args={"timeout": _BUSY_SECONDS},
+            execution_options={_TURN: threading.Lock(), _WAITING: deque()},
+        )
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "checkout", _still_the_same_file)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    engine = create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=4,
+        pool_timeout=10,
+        hide_parameters=True,
+        connect_args=_POSTGRESQL if patient else {**_POSTGRESQL, "options": _LIMITS},
+    )
+    if not patient:
+        event.listen(engine, "do_connect", lambda _dialect, _record, args, named: _Impatient.connect(*args, **named))
+    event.listen(engine, "checkout", _still_connected)
+    return engine
+
+
+def _checked(url: str) -> URL:
+    """The parsed URL: the driver knows its options, and the folder of a file is there. Raises DatabaseRefused."""
+    parsed = make_url(url)
+    file = parsed.database
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SAWarning)  # SQLAlchemy leaves out what it does not know, with a warning
+            _, options = parsed.get_dialect()().create_connect_args(parsed)
+        if parsed.get_backend_name() == "sqlite":
+            sqlite3.connect(":memory:", **options).close()
+        else:
+            psycopg.conninfo.make_conninfo(**options)
+    except (SAWarning, TypeError, ValueError, psycopg.Error, sqlite3.Error):
+        unknown = ", ".join(sorted(parsed.query)) or "its parts"
+        raise DatabaseRefused(f"TPO_DATABASE_URL: the driver refuses {unknown}; mend or remove it.") from None
+    if parsed.get_backend_name() == "sqlite" and file and file != ":memory:":
+        folder = Path(file).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"TPO_DATABASE_URL: the folder {folder} cannot be made: {error.strerror}."
+            raise DatabaseRefused(why) from None
+    return parsed
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # this module says BEGIN, not the driver
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _still_the_same_file(connection: Any, record: Any, _proxy: Any) -> None:
+    """Connect anew where the file was moved or removed: SQLite would go on writing where nobody looks again."""
+    file = connection.execute("PRAGMA database_list").fetchone()[2]
+    seen = _identity(file)
+    if record.info.setdefault("file", seen) != seen:
+        raise DisconnectionError("The database's file was replaced.")
+
+
+def _still_connected(connection: Any, _record: Any, _proxy: Any) -> None:
+    """Connect anew where the server has hung up: only then has it something to say to a connection that rests."""
+    # Looking costs microseconds; to ask the server, as SQLAlchemy's pre-ping does, is a round trip for each query.
+    arrived = select.poll()
+    arrived.register(connection.fileno(), select.POLLIN)
+    if arrived.poll(0):
+        raise InvalidatePoolError("The server has closed the connection.")
+
+
+def _identity(file: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A writer takes the lock at once: one that reads first and upgrades later fails with "database is locked".
+    if begin := connection.get_execution_options().get(_BEGIN, "BEGIN IMMEDIATE"):
+        connection.exec_driver_sql(begin)
+
+
+_BEGIN = "tpo_begin"
+_TURN = "tpo_turn"
+_WAITING = "tpo_waiting"
+_DAMAGED = "The database's file is damaged, or is no SQLite database: restore it, or name another file."
+_JOIN: Literal["create_savepoint"] = "create_savepoint"
+_READS: dict[str, dict[str, Any]] = {
+    "sqlite": {_BEGIN: "BEGIN"},
+    "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+}
+_ASKS: dict[str, dict[str, Any]] = {"sqlite": {_BEGIN: ""}, "postgresql": {"isolation_level": "AUTOCOMMIT"}}
+
+
+@contextmanager
+def asking(engine: Engine) -> Iterator[Connection]:
+    """A connection for one query, which needs no transaction for that. Raises StoreUnavailable, DatabaseRefused."""
+    with _translated(), engine.connect().execution_options(**_ASKS[engine.dialect.name]) as connection:
+        yield connection
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Session]:
+    """A session that only reads, all of it from one snapshot. Raises StoreUnavailable, DatabaseRefused."""
+    with (
+        _translated(),
+        engine.connect().execution_options(**_READS[engine.dialect.name]) as connection,
+        Session(connection, expire_on_commit=False) as session,
+    ):
+        yield session
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Session]:
+    """A session that commits at its end and rolls back on any error. Raises StoreUnavailable, DatabaseRefused."""
+    with _translated(), _turn(engine), Session(engine, expire_on_commit=False) as session, session.begin():
+        yield session
+
+
+def write(engine: Engine, work: Callable[[Session], Done]) -> Done:
+    """Do some work in a transaction, and give what it gives. Raises StoreUnavailable, and what the work raises.
+
+    What several threads write to SQLite at once is committed together, for each commit waits for the disk; each piece
+    of work stands or falls alone all the same.
+    """
+    waiting: deque[_Work] | None = engine.get_execution_options().get(_WAITING)
+    if waiting is None:
+        with writing(engine) as session:
+            return work(session)
+    mine = _Work(work)
+    waiting.append(mine)
+    with _translated():
+        try:
+            with _turn(engine):
+                if not mine.done():
+                    _write_together(engine, [waiting.popleft() for _ in range(len(waiting))])
+        finally:
+            with suppress(ValueError):
+                waiting.remove(mine)
+        found: Done = mine.result()
+        return found
+
+
+class _Work(Future[Any]):
+    """What one thread wants to have written."""
+
+    def __init__(self, work: Callable[[Session], Any]) -> None:
+        super().__init__()
+        self.work = work
+
+
+def _write_together(engine: Engine, group: list[_Work]) -> None:
+    """Do all of it in one transaction, each in a savepoint of its own; nobody is told of success before the commit."""
+    found: list[Callable[[], None]] = []
+    try:
+        with engine.begin() as connection:
+            for each in group:
+                try:
+                    with (
+                        Session(connection, expire_on_commit=False, join_transaction_mode=_JOIN) as session,
+                        session.begin(),
+                    ):
+                        result = each.work(session)
+                except OperationalError:
+                    raise  # the database fails, not the work: nothing of the group is written
+                except Exception as error:  # of the work, or of what its session had held back until here
+                    found.append(partial(each.set_exception, error))
+                else:
+                    found.append(partial(each.set_result, result))
+    except BaseException as error:  # whatever it is: the others wait for an answer
+        found = [partial(each.set_exception, error) for each in group]
+    for tell in found:
+        tell()
+
+
+@contextmanager
+def _turn(engine: Engine) -> Iterator[None]:
+    """The place of the one thread of a process that may write to SQLite, which itself lets waiters sleep and poll."""
+    turn: threading.Lock | None = engine.get_execution_options().get(_TURN)
+    if turn is None:
+        yield
+    elif not turn.acquire(timeout=_BUSY_SECONDS):
+        raise StoreUnavailable()
+    else:
+        try:
+            yield
+        finally:
+            turn.release()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, PoolTimeout) as error:
+        raise StoreUnavailable() from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise StoreUnavailable() from error
+        if getattr(error.orig, "sqlite_errorcode", None) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+            raise DatabaseRefused(_DAMAGED) from error
+        raise

@@ -1,0 +1,47 @@
+"""What a job tells of itself, derived from two states: no second bookkeeping that could disagree with the first."""
+
+from typing import Any, NamedTuple
+
+from tpo.loop import Standing
+from tpo.state import State
+
+
+class Event(NamedTuple):
+    """One event before it has a number."""
+
+    type: str
+    data: dict[str, Any]
+
+
+def of_start(where: Standing, attempt: int) -> list[Event]:
+    """A worker took the job."""
+    return [Event("job.started", {"attempt": attempt}), *_of_next(where)]
+
+
+def of_checkpoint(after: State, where: Standing) -> list[Event]:
+    """One model call was recorded, and the state stands there. What follows is told now, so that a listener sees it."""
+    was = after.calls[-1].iteration
+    events: list[Event] = []
+    if where.complete > was:
+        events.append(Event("job.iteration.completed", summary(after, was)))
+        if decline := after.declines.get(was):
+            events.append(Event("job.iteration.declined", decline._asdict()))
+        if where.phase:
+            events.append(Event("job.iteration.started", {"iteration": where.iteration}))
+    return events + _of_next(where)
+
+
+def summary(state: State, iteration: int) -> dict[str, Any]:
+    """One iteration in numbers."""
+    best = state.best
+    return {
+        "iteration": iteration,
+        "mean_reward": state.mean_reward(iteration),
+        "best_reward": best.reward if best else None,
+        "best_candidate": best.id if best else None,
+        "usable": sum(1 for c in state.of_iteration(iteration) if not c.unusable),
+    }
+
+
+def _of_next(where: Standing) -> list[Event]:
+    return [Event("job.phase", {"iteration": where.iteration, "phase": where.phase})] if where.phase else []

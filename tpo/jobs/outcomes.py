@@ -1,0 +1,47 @@
+"""How a job ends, and what its end tells."""
+
+from dataclasses import dataclass
+
+from tpo.jobs.events import Event
+from tpo.jobs.tables import IncompleteReason, Job
+from tpo.loop import standing
+from tpo.state import GivenUp, State
+from tpo.status import Status
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    status: Status
+    output: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    incomplete_reason: IncompleteReason | None = None
+    stop_reason: GivenUp | None = None
+    """Why a job that completed made fewer iterations than it was to make."""
+
+
+def outcome_of_run(state: State) -> Outcome:
+    """The outcome of a run that has no next call: whole, given up, or cut short by a budget."""
+    output = state.best.text if state.best else None
+    match standing(state).stopped:
+        case "early_stop" | "decline" as reason:
+            return Outcome("completed", output=output, stop_reason=reason)
+        case None:
+            return Outcome("completed", output=output)
+        case budget:
+            return Outcome("incomplete", output=output, incomplete_reason=budget)
+
+
+def outcome_of_deadline(state: State) -> Outcome:
+    """The best so far where there is one."""
+    if state.best is None:
+        return Outcome("expired")
+    return Outcome("incomplete", output=state.best.text, incomplete_reason="deadline")
+
+
+def told_at_end(job: Job) -> Event:
+    """The last event of a job, with why it ended when it did."""
+    reason = job.incomplete_reason or job.stop_reason or job.error_code
+    return Event(f"job.{job.status}", {"reason": reason} if reason else {})

@@ -1,0 +1,118 @@
+"""How much a tenant may ask for: jobs in flight, and jobs a minute."""
+
+from dataclasses import dataclass
+from typing import cast
+
+from sqlalchemy import Table, bindparam, func, select
+from sqlalchemy.orm import Session
+
+from tpo.errors import QuotaExceeded
+from tpo.jobs.bound import Bound
+from tpo.jobs.database import now, reading, writing
+from tpo.jobs.keys import ensure_tenant
+from tpo.jobs.tables import Job, Tenant
+from tpo.status import LIVE
+
+_WINDOW_SECONDS = 60.0
+_IN_FLIGHT_RETRY_SECONDS = 5.0
+"""Nobody knows when a job ends; a client that asks so often costs little."""
+
+_TENANTS = cast("Table", Tenant.__table__).c
+_LIMITS = select(_TENANTS.max_jobs_in_flight, _TENANTS.max_jobs_per_minute, _TENANTS.max_jobs_running).where(
+    _TENANTS.id == bindparam("tenant")
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a tenant may ask for; None is no limit."""
+
+    in_flight: int | None = None
+    per_minute: int | None = None
+    running: int | None = None
+    """Of those in flight, how many run at once: the others wait."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a tenant may still ask for in this minute."""
+
+    limit: int
+    remaining: int
+    reset: float
+    """Seconds until there is more room than now."""
+
+
+class QuotaQueries(Bound):
+    """The part of the store that knows each tenant's limits."""
+
+    def set_limits(self, tenant: str, limits: Limits) -> None:
+        """Give a tenant limits of its own; None goes back to the settings'."""
+        with writing(self._engine) as session:
+            ensure_tenant(session, tenant)
+            row = session.get_one(Tenant, tenant)
+            row.max_jobs_in_flight, row.max_jobs_per_minute = limits.in_flight, limits.per_minute
+            row.max_jobs_running = limits.running
+
+    def free_places(self, limits: Limits) -> int | None:
+        """How many more jobs of the tenant may be in flight; None where nothing limits it."""
+        with reading(self._engine) as session:
+            most = _own_limits(session, self.tenant, limits).in_flight
+            return None if most is None else max(0, most - _in_flight(session, self.tenant, most))
+
+
+def check_room(session: Session, tenant: str, limits: Limits) -> Room | None:
+    """What is left once one more job is made, in the transaction that makes it. Raises QuotaExceeded."""
+    limits = _own_limits(session, tenant, limits)
+    if limits.in_flight is None and limits.per_minute is None:
+        return None
+    # One job of a tenant is counted at a time, or two at once would both find the last place free.
+    ensure_tenant(session, tenant)
+    session.execute(select(Tenant.id).where(Tenant.id == tenant).with_for_update())
+    room = _room_of_minute(session, tenant, limits.per_minute) if limits.per_minute is not None else None
+    if limits.in_flight is not None and _in_flight(session, tenant, limits.in_flight) >= limits.in_flight:
+        raise QuotaExceeded(
+            f"{limits.in_flight} jobs may be in flight, and so many are: wait until one has ended.",
+            "too_many_jobs_in_flight",
+            _IN_FLIGHT_RETRY_SECONDS,
+            limits.in_flight,
+            0,
+            _IN_FLIGHT_RETRY_SECONDS,
+        )
+    return room
+
+
+def _own_limits(session: Session, tenant: str, limits: Limits) -> Limits:
+    own = session.execute(_LIMITS, {"tenant": tenant}).one_or_none()
+    if own is None:
+        return limits
+    return Limits(
+        limits.in_flight if own.max_jobs_in_flight is None else own.max_jobs_in_flight,
+        limits.per_minute if own.max_jobs_per_minute is None else own.max_jobs_per_minute,
+        limits.running if own.max_jobs_running is None else own.max_jobs_running,
+    )
+
+
+def _in_flight(session: Session, tenant: str, most: int) -> int:
+    """Jobs in flight, counted up to the limit: more of them make the count no longer."""
+    flying = select(Job.id).where(Job.tenant == tenant, Job.status.in_(LIVE)).limit(most)
+    return session.execute(select(func.count()).select_from(flying.subquery())).scalar_one()
+
+
+def _room_of_minute(session: Session, tenant: str, limit: int) -> Room:
+    moment = session.execute(select(now())).scalar_one()
+    # Ids sort by the time of their making: the window is the end of an index.
+    since = f"job_{int((moment - _WINDOW_SECONDS) * 1000):012x}"
+    lately = select(Job.created_at).where(Job.tenant == tenant, Job.id > since).order_by(Job.id).limit(limit).subquery()
+    made, oldest = session.execute(select(func.count(), func.min(lately.c.created_at))).one()
+    reset = max(0.0, (oldest if made else moment) + _WINDOW_SECONDS - moment)
+    if made >= limit:
+        raise QuotaExceeded(
+            f"{made} jobs were made within a minute, and {limit} are allowed.",
+            "rate_limit_exceeded",
+            reset,
+            limit,
+            0,
+            reset,
+        )
+    return Room(limit, limit - made - 1, reset)

@@ -1,0 +1,80 @@
+"""Brings a database to the schema of this version, and says whether it has it. The steps stand in `migrations`."""
+
+import logging
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection, Engine, event, text
+
+from tpo.errors import SchemaOutOfDate
+from tpo.jobs.database import connect, reading, writing
+
+_LOCK = 0x74706F  # "tpo": any number will do that nobody else locks in the same database
+
+logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every connection
+
+
+def upgrade(url: str) -> None:
+    """Bring the database to the schema of this version; all of it or nothing. Safe to repeat, and for many at once.
+
+    Raises SchemaOutOfDate when a newer version made the database, and StoreUnavailable.
+    """
+    _migrate(url, lambda config: command.upgrade(config, "head"))
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take the schema back to an earlier revision ("base" for none), and the data that it cannot hold with it."""
+    _migrate(url, lambda config: command.downgrade(config, revision))
+
+
+def check(engine: Engine) -> None:
+    """Raise SchemaOutOfDate unless the database has the schema of this version."""
+    with reading(engine) as session:
+        found = MigrationContext.configure(session.connection()).get_current_heads()
+    expected = ScriptDirectory.from_config(_config()).get_heads()
+    if list(found) != expected:
+        has = ", ".join(found) or "none"
+        raise SchemaOutOfDate(
+            f"The database has schema {has}, this version needs {', '.join(expected)}: run `tpo db upgrade`."
+        )
+
+
+def _migrate(url: str, step: Callable[[Config], None]) -> None:
+    engine = connect(url, pool_size=1, patient=True)  # an index of millions of rows takes its time
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _without_foreign_keys)
+    try:
+        with writing(engine) as session:
+            connection = session.connection()
+            _wait_for_turn(connection)
+            step(_config(connection))
+    except CommandError as error:
+        raise SchemaOutOfDate(f"The database's schema cannot be changed to that of this version: {error}") from error
+    finally:
+        engine.dispose()
+
+
+def _wait_for_turn(connection: Connection) -> None:
+    """Let one process migrate at a time. On SQLite the transaction has the only write lock already."""
+    if connection.dialect.name == "postgresql":
+        # An index of millions of jobs takes minutes, and so long do the others wait.
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+
+
+def _without_foreign_keys(connection: Any, _record: Any) -> None:
+    # SQLite alters a table by making a new one and dropping the old one, which would delete what refers to it.
+    connection.execute("PRAGMA foreign_keys = OFF")
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(files("migrations")).replace("%", "%%"))
+    return config

@@ -1,0 +1,267 @@
+"""The schema as typed models. Times are unix seconds by the database's clock; the migrations build it."""
+
+from typing import Any, Literal
+
+from sqlalchemy import JSON, CheckConstraint, Double, ForeignKey, Index, String, Text, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from tpo.jobs.database import now
+from tpo.state import Budget, GivenUp
+from tpo.status import LIVE, TERMINAL, Status
+
+DEFAULT_TENANT = "default"
+"""Whose jobs are those of a server without keys, and of the key that stands in the settings."""
+
+_STATUSES = (*LIVE, *TERMINAL)
+
+
+IncompleteReason = Literal[Budget, "deadline"]
+
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    """An index of some rows alone: it stays small, however many jobs have ended or wait."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
+class Base(DeclarativeBase):
+    """All tables."""
+
+    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, float: Double, str: Text}  # noqa: RUF012
+
+
+class Job(Base):
+    """One optimization: who asked for what, who holds it, where it stands, what came of it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint("status IN ({})".format(", ".join(f"'{s}'" for s in _STATUSES)), name="jobs_status"),
+        Index("jobs_by_tenant", "tenant", "id"),
+        Index("jobs_by_tenant_and_status", "tenant", "status", "id"),
+        Index("jobs_by_external_id", "tenant", "external_id", unique=True),
+        Index("jobs_by_end", "completed_at"),
+        Index("jobs_by_status", "status", "id"),
+        # A queue's line: waiting jobs by the tenant and the priority, the oldest of each first.
+        _partial(
+            *("jobs_in_line", "model", "reward_model", "tenant", "priority", "id"),
+            where="status = 'queued' AND next_attempt_at IS NULL",
+        ),
+        _partial("jobs_running", "model", "reward_model", "tenant", where="status IN ('in_progress', 'cancelling')"),
+        # With the status, or to SQLite any index that begins with it is as good.
+        _partial(
+            *("jobs_by_next_attempt", "status", "next_attempt_at"),
+            where="status = 'queued' AND next_attempt_at IS NOT NULL",
+        ),
+        # Most jobs have no deadline, and change their status several times.
+        _partial("jobs_by_deadline", "status", "deadline_at", where="deadline_at IS NOT NULL"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), default=DEFAULT_TENANT)
+    external_id: Mapped[str | None] = mapped_column(String(512))
+    """The client's own name for the job, unique among its tenant's."""
+    fingerprint: Mapped[str | None] = mapped_column(String(64))
+    """A hash of the body that made the job: what comes again is told from what is new."""
+    source_id: Mapped[str | None] = mapped_column(String(40))
+    """The job from whose pool this one started."""
+    status: Mapped[Status] = mapped_column(String(16), default="queued")
+    model: Mapped[str]
+    reward_model: Mapped[str]
+    input: Mapped[list[Any]]
+    params: Mapped[dict[str, Any]]
+    prompts: Mapped[dict[str, Any]]
+    priority: Mapped[int] = mapped_column(default=0)
+    """From -100 to 100; the higher goes first."""
+    job_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
+
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    completed_at: Mapped[float | None]
+    cancel_requested_at: Mapped[float | None]
+    pause_requested_at: Mapped[float | None]
+    progressed_at: Mapped[float | None]
+    deadline_at: Mapped[float | None]
+    next_attempt_at: Mapped[float | None]
+    """A queued job with this is not in line: the sweeper puts it back there when the time has come."""
+
+    attempt: Mapped[int] = mapped_column(default=0)
+    attempts_in_vain: Mapped[int] = mapped_column(default=0)
+    """Attempts since the last recorded step; those count against `max_attempts`."""
+    max_attempts: Mapped[int]
+    fence: Mapped[int] = mapped_column(default=0)
+    lease_owner: Mapped[str | None]
+    lease_until: Mapped[float | None]
+    rung_at: Mapped[float]
+    """When the job last came into line, and workers were rung for."""
+
+    iteration: Mapped[int] = mapped_column(default=0)
+    phase: Mapped[str | None]
+    best_candidate: Mapped[str | None]
+    best_reward: Mapped[float | None]
+    declined_iteration: Mapped[int | None]
+    """The last iteration whose mean reward fell below that of the one before."""
+    input_tokens: Mapped[int] = mapped_column(default=0)
+    output_tokens: Mapped[int] = mapped_column(default=0)
+    reward_tokens: Mapped[int] = mapped_column(default=0)
+    call_seconds: Mapped[float] = mapped_column(default=0.0)
+    """What its model calls took so far, waiting inside the back end included."""
+    last_event: Mapped[int] = mapped_column(default=0)
+
+    output: Mapped[str | None]
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
+    incomplete_reason: Mapped[IncompleteReason | None] = mapped_column(Text)
+    stop_reason: Mapped[GivenUp | None] = mapped_column(Text)
+    """Why a completed job made fewer iterations than it was to make."""
+
+
+class _OfJob:
+    """A row that belongs to a job and goes with it."""
+
+    job_id: Mapped[str] = mapped_column(
+        String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, sort_order=-1
+    )
+
+
+class Tenant(Base):
+    """Whose jobs and keys they are, and how much they may ask for where that is not what the settings say."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    created_at: Mapped[float]
+    max_jobs_in_flight: Mapped[int | None]
+    max_jobs_per_minute: Mapped[int | None]
+    max_jobs_running: Mapped[int | None]
+
+
+class ApiKey(Base):
+    """A key by its hash: the key itself is shown once and stored nowhere."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (Index("api_keys_by_hash", "hash", unique=True), Index("api_keys_by_tenant", "tenant"))
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), ForeignKey("tenants.id", ondelete="CASCADE"))
+    name: Mapped[str]
+    hash: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float]
+    revoked_at: Mapped[float | None]
+
+
+class IdempotencyKey(Base):
+    """What a client called one request: said again, it is the same request."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        Index("idempotency_keys_by_age", "created_at"),
+        Index("idempotency_keys_by_job", "job_id"),
+        Index("idempotency_keys_by_file", "file_id"),
+        Index("idempotency_keys_by_batch", "batch_id"),
+    )
+
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
+    file_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("files.id", ondelete="CASCADE"))
+    batch_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("batches.id", ondelete="CASCADE"))
+    created_at: Mapped[float]
+
+
+class MetadataRow(_OfJob, Base):
+    """One pair of a job's metadata, beside the whole in the job's row: a list by a pair finds its jobs here."""
+
+    __tablename__ = "job_metadata"
+    __table_args__ = (Index("job_metadata_by_pair", "tenant", "key", "value", "job_id"),)
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(String(512))
+    tenant: Mapped[str] = mapped_column(String(64))
+
+
+class IterationRow(_OfJob, Base):
+    """One round of critique: whom it compared, and what was said."""
+
+    __tablename__ = "iterations"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    chosen: Mapped[str]
+    rejected: Mapped[str | None]
+    loss: Mapped[str | None]
+    loss_attempt: Mapped[int] = mapped_column(default=0)
+    gradient: Mapped[str | None]
+    gradient_attempt: Mapped[int] = mapped_column(default=0)
+
+
+class CandidateRow(_OfJob, Base):
+    """One sampled response."""
+
+    __tablename__ = "candidates"
+
+    iteration: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    sample: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    text: Mapped[str]
+    tokens: Mapped[int]
+    reward: Mapped[float | None]
+    unusable: Mapped[str | None]
+    parts: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """What the reward is the sum of; null where it has no parts."""
+
+
+class CallRow(_OfJob, Base):
+    """One model call. The primary key is what makes a step's record single."""
+
+    __tablename__ = "calls"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    kind: Mapped[str] = mapped_column(String(16))
+    iteration: Mapped[int]
+    n: Mapped[int]
+    input_tokens: Mapped[int]
+    output_tokens: Mapped[int]
+    seconds: Mapped[float]
+
+
+class EventRow(_OfJob, Base):
+    """One thing that happened to a job; numbers run 1..n without a gap."""
+
+    __tablename__ = "events"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    type: Mapped[str] = mapped_column(String(40))
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[float] = mapped_column(insert_default=now())
+
+
+class Worker(Base):
+    """One worker process that is, or lately was, alive, and what it serves."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    model: Mapped[str]
+    reward_model: Mapped[str]
+    slots: Mapped[int]
+    started_at: Mapped[float]
+    seen_at: Mapped[float]
+
+
+class Queue(Base):
+    """The jobs of one policy, where an operator has said something about them."""
+
+    __tablename__ = "queues"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    paused_at: Mapped[float | None]
+
+
+class Turn(Base):
+    """When a tenant last had a turn at one priority, with one pair of models."""
+
+    __tablename__ = "turns"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    reward_model: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
+    priority: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    served_at: Mapped[float]

@@ -1,0 +1,69 @@
+"""How a job's row changes: one conditional UPDATE, and the events that tell of it, in the same transaction."""
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Update, and_, case, insert, update
+from sqlalchemy.orm import Session
+
+from tpo.jobs.database import now
+from tpo.jobs.events import Event
+from tpo.jobs.outbox import tell_of_job
+from tpo.jobs.tables import EventRow, Job
+from tpo.status import TERMINAL, Status
+
+NO_LEASE = {"lease_owner": None, "lease_until": None}
+CANCELLED = {"status": "cancelled", "completed_at": now(), "phase": None, "pause_requested_at": None, **NO_LEASE}
+
+
+def of(job_id: str, *statuses: Status) -> ColumnElement[bool]:
+    """The job, in one of these states."""
+    return and_(Job.id == job_id, Job.status.in_(statuses))
+
+
+def update_job(which: ColumnElement[bool], values: dict[str, Any]) -> Update:
+    """An UPDATE of jobs that looks at the rows alone."""
+    return update(Job).where(which).values(values).execution_options(synchronize_session=False)
+
+
+def transition(session: Session, which: ColumnElement[bool], values: dict[str, Any], told: Event) -> bool:
+    """Change the one job that matches, and record the event; False where none does."""
+    job = session.scalars(update_job(which, values).returning(Job)).one_or_none()
+    if job is None:
+        return False
+    record(session, job, [told])
+    return True
+
+
+def put_back(
+    session: Session,
+    which: ColumnElement[bool],
+    values: dict[str, Any],
+    delay_seconds: float | None,
+    reason: str | None = None,
+) -> Status | None:
+    """Let the one job that matches wait again: paused where that was asked for, else queued. None where none does."""
+    pause = Job.pause_requested_at.is_not(None)
+    values = {**values, "status": case((pause, "paused"), else_="queued"), "pause_requested_at": None}
+    job = session.scalars(update_job(which, values).returning(Job)).one_or_none()
+    if job is None:
+        return None
+    why = {"delay_seconds": delay_seconds, "reason": reason}
+    record(session, job, [Event("job.paused", {}) if job.status == "paused" else Event("job.retrying", why)])
+    return job.status
+
+
+def record(session: Session, job: Job, told: list[Event], values: dict[str, Any] | None = None) -> None:
+    """Number events after the job's last one. The job's row is locked by the UPDATE that came before."""
+    last = job.last_event + len(told)
+    session.execute(update_job(Job.id == job.id, {**(values or {}), "last_event": last}))
+    insert_events(session, job.id, job.last_event + 1, told)
+    session.refresh(job)
+    if job.status in TERMINAL:
+        tell_of_job(session, job)
+
+
+def insert_events(session: Session, job_id: str, first: int, told: list[Event]) -> None:
+    """Write events, the first of them with that number."""
+    if told:
+        rows = [{"job_id": job_id, "number": n, "type": e.type, "data": e.data} for n, e in enumerate(told, first)]
+        session.execute(insert(EventRow), rows)

@@ -1,0 +1,1 @@
+"""The processes that do the work: one job worker a GPU, and one for maintenance. Celery here and nowhere else."""

@@ -1,0 +1,97 @@
+"""`python -m worker`: serves one policy and one reward model until it is told to stop."""
+
+import contextlib
+import os
+import sys
+import threading
+
+from tpo.backends import LoadedPolicy, LoadedRewardModel
+from tpo.errors import LeaseLost, StoreUnavailable
+from tpo.jobs.store import Store
+from tpo.queue import RUN_JOB, Doorbell, queue_of
+from tpo.settings import Settings
+from worker.app import controller, make_app
+from worker.drain import Drain
+from worker.lease import Leases
+from worker.logs import log
+from worker.models import load
+from worker.start import node_name, start
+from worker.tasks import JobRunner
+from worker.watch import Consumer, watch_consumer, watch_models
+
+_GRACE_SECONDS = 4.0
+"""What an interrupted model call gets to notice it, before the process ends without it."""
+
+_SILENT_BELLS = 4
+"""A job that waits is rung for again and again: a consumer that has missed so many rounds hears none."""
+
+_SICK_SECONDS = 6.0
+"""A model that is unhealthy for so long ends the process, where no job's thread has met that and done so."""
+
+
+def main(settings: Settings, store: Store) -> int:
+    """Load the models, then serve. Gives the exit code. Raises ModelRefused."""
+    policy, reward = load(settings)
+    return serve(settings, store, policy, reward)
+
+
+def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: LoadedRewardModel) -> int:
+    """Run jobs with these models until SIGTERM or Ctrl-C, then hand back what runs. Gives the exit code."""
+    name = node_name("worker")
+    doorbell = Doorbell(settings.broker_url.get_secret_value())
+    drain = Drain()
+    leases = Leases(store, drain, name, settings)
+    runner = JobRunner(settings, store, doorbell, policy, reward, leases, drain, name)
+    app = make_app(settings, queue_of(settings.policy))
+    consumer = Consumer(settings.slots, lambda: doorbell.waiting(settings.policy))
+    app.task(name=RUN_JOB, typing=False)(consumer.hears(runner.run_job))
+
+    def ready() -> None:
+        leases.start()
+        watch_consumer(consumer, drain, _SILENT_BELLS * settings.ring_again_seconds)
+        watch_models(
+            lambda: policy.healthy and reward.healthy, drain, lambda: _leave(store, leases, name), _SICK_SECONDS
+        )
+        log.info("%s is ready: %d slots, %s, %s", name, settings.slots, settings.policy, settings.reward_model)
+
+    worker = controller(app, name=name, threads=settings.slots, on_ready=ready)
+    drain.on_signals()
+    drain.bound(settings.drain_seconds + 2 * _GRACE_SECONDS)
+    threading.Thread(
+        target=_drain_jobs, args=(settings, drain, leases, runner, name), name="drain", daemon=True
+    ).start()
+    worker.start()
+    _leave(store, leases, name)
+    policy.close()
+    reward.close()
+    log.info("%s has ended", name)
+    return drain.exit_code if drain.begun.is_set() else 1
+
+
+def _drain_jobs(settings: Settings, drain: Drain, leases: Leases, runner: JobRunner, name: str) -> None:
+    """Give running calls their time, then interrupt them, then hand back what still hangs and leave it behind."""
+    drain.begun.wait()
+    log.info("draining: %d jobs", len(leases.held()))
+    if leases.wait_until_idle(settings.drain_seconds):
+        return
+    drain.interrupting.set()
+    if leases.wait_until_idle(_GRACE_SECONDS):
+        return
+    for lease in leases.held():
+        log.warning("%s hangs; it is handed back without its thread", lease.job_id)
+        with contextlib.suppress(LeaseLost, StoreUnavailable):
+            runner.hand_back(lease)
+            runner.ring_for_next()
+    _leave(runner.store, leases, name)
+    os._exit(drain.exit_code)
+
+
+def _leave(store: Store, leases: Leases, name: str) -> None:
+    """Tell the database that this worker takes no more jobs; nothing tells it otherwise afterwards."""
+    leases.stop()
+    with contextlib.suppress(StoreUnavailable):
+        store.unregister(name)
+
+
+if __name__ == "__main__":
+    sys.exit(start(main))

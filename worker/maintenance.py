@@ -1,0 +1,108 @@
+"""`python -m worker.maintenance`: beat and the sweeper, without models and behind no long job."""
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery
+from celery.beat import ScheduleEntry, Scheduler, Service
+from kombu.connection import Connection
+from kombu.messaging import Producer
+
+from tpo.errors import frames
+from tpo.jobs.store import Store
+from tpo.queue import (
+    ADVANCE_BATCH,
+    DELIVER_WEBHOOK,
+    MAINTENANCE_QUEUE,
+    PURGE,
+    RING_BATCHES,
+    RING_WEBHOOKS,
+    SWEEP,
+    Doorbell,
+)
+from tpo.settings import Settings
+from worker.app import controller, make_app, reconnect
+from worker.batches import RING_SECONDS, Batcher
+from worker.courier import RING_SECONDS as RING_WEBHOOKS_SECONDS
+from worker.courier import Courier
+from worker.drain import Drain
+from worker.logs import log
+from worker.retention import PURGE_SECONDS, Purger
+from worker.start import node_name, start
+from worker.tasks import Sweeper
+from worker.watch import Consumer, watch_consumer
+
+_END_SECONDS = 10.0
+_SILENT_ROUNDS = 4
+_SILENT_SECONDS = 5.0
+
+
+def main(settings: Settings, store: Store) -> int:
+    """Sweep until SIGTERM or Ctrl-C. Gives the exit code."""
+    name = node_name("maintenance")
+    doorbell = Doorbell(settings.broker_url.get_secret_value())
+    sweeper = Sweeper(settings, store, doorbell)
+    batcher = Batcher(settings, store, doorbell)
+    courier = Courier(settings, store, doorbell)
+    app = make_app(settings, MAINTENANCE_QUEUE, beat_schedule=_schedule(settings), beat_max_loop_interval=1)
+    tasks: dict[str, Callable[..., None]] = {
+        SWEEP: sweeper.sweep,
+        RING_BATCHES: batcher.ring,
+        ADVANCE_BATCH: batcher.advance,
+        RING_WEBHOOKS: courier.ring,
+        DELIVER_WEBHOOK: courier.deliver,
+        PURGE: Purger(settings, store).purge,
+    }
+    consumer = Consumer(1, doorbell.waiting_for_maintenance)
+    for task, do in tasks.items():
+        app.task(name=task, typing=False)(consumer.hears(do))
+    drain = Drain()
+
+    def ready() -> None:
+        watch_consumer(consumer, drain, max(_SILENT_SECONDS, _SILENT_ROUNDS * settings.sweep_seconds))
+        log.info("%s is ready", name)
+
+    worker = controller(app, name=name, threads=1, on_ready=ready)
+    drain.on_signals()
+    drain.bound(_END_SECONDS)
+    threading.Thread(target=_beat, args=(app, drain), name="beat", daemon=True).start()
+    worker.start()
+    log.info("%s has ended", name)
+    return drain.exit_code if drain.begun.is_set() else 1
+
+
+def _schedule(settings: Settings) -> dict[str, Any]:
+    # A message that nobody took in time is worth nothing: the next one does the same.
+    rounds = {
+        SWEEP: settings.sweep_seconds,
+        RING_BATCHES: RING_SECONDS,
+        RING_WEBHOOKS: RING_WEBHOOKS_SECONDS,
+        PURGE: PURGE_SECONDS,
+    }
+    return {task: {"task": task, "schedule": often, "options": {"expires": often}} for task, often in rounds.items()}
+
+
+def _beat(app: Celery, drain: Drain) -> None:
+    try:
+        Service(app, max_interval=1, scheduler_cls=_Scheduler, remote_control=False).start()
+    except Exception as error:
+        drain.fail(f"beat has ended: {frames(error)}")
+
+
+class _Scheduler(Scheduler):  # type: ignore[misc]
+    """Celery's scheduler in memory, that says an outage of the broker in one line and tries again soon."""
+
+    def apply_entry(self, entry: ScheduleEntry, producer: Producer | None = None) -> None:
+        try:
+            self.apply_async(entry, producer=producer, advance=False, retry=False)
+        except Exception as error:
+            log.warning("%s not sent: %s", entry.name, type(error).__name__)
+
+    def _ensure_connected(self) -> Connection:
+        return reconnect(self.connection)
+
+
+if __name__ == "__main__":
+    sys.exit(start(main))
