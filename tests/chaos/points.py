@@ -1,6 +1,7 @@
 """Labelled points of a step: armed from outside, the first process that reaches one is killed or stopped there.
 
-A point is armed by a file of its name. Whoever moves that file away owns it, so that one arming is one fault.
+A point is armed by a file of its name. Whoever moves that file away owns it, so that one arming is one fault; only what has been read is
+reported as reached, so that whoever asks may delete the report at once.
 """
 
 import os
@@ -71,12 +72,14 @@ class Points:
     def here(self, label: str) -> None:
         """Die or stop where this point is armed."""
         name = f"{self._kind}.{label}"
-        mine = self._folder / _REACHED / f"{name}.{os.getpid()}"
+        mine = self._folder / f"taken.{os.getpid()}.{threading.get_ident()}"
         try:
             os.rename(self._folder / name, mine)
         except FileNotFoundError:
             return
-        os.kill(os.getpid(), signal.Signals[mine.read_text()])
+        number = signal.Signals[mine.read_text()]
+        mine.rename(self._folder / _REACHED / f"{name}.{os.getpid()}")
+        os.kill(os.getpid(), number)
 
     def on(self, store: Store) -> Store:
         """The same store with a point before, inside and after each of its writes."""
