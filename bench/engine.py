@@ -70,6 +70,7 @@ def compare(name: str, jobs: list[int], longest: float) -> StepEngine:
     few = 2 if parameters < 50e6 else 1
     run(one_at_a_time(model), 1, first=999)
     before = run(one_at_a_time(model), few)
+    _ended("one at a time, `generate`, before the rest", few, before)
     engine = start(ours)
     run(our_engine(engine), 1, first=999)
     ways: dict[str, Callable[[int], Way]] = {
@@ -90,10 +91,12 @@ def compare(name: str, jobs: list[int], longest: float) -> StepEngine:
             line = run(make(count), count, first=1000 * count)
             runs[way, count] = line
             seconds = line.cpu / count
+            _ended(way, count, line)
             if way == ENGINE:
                 held = engine.held * _slot_bytes(model) / 2**20
                 print(f"{count} jobs: {held:.0f} MiB of keys and values held, {peak_mib():.0f} MiB peak of the process")
     after = run(one_at_a_time(model), few)
+    _ended("one at a time, `generate`, after the rest", few, after)
     base = Run(before.tokens + after.tokens, before.cpu + after.cpu, before.wall + after.wall, ())
     apart = abs((before.tokens / before.cpu) / (after.tokens / after.cpu) - 1)
     print(f"\n{HEADER}")
@@ -105,6 +108,11 @@ def compare(name: str, jobs: list[int], longest: float) -> StepEngine:
             print(f"| {name} | {count} | {way} | left out: about {known:.0f} s | | | | | | |")
     print(f"\nOne at a time, before and after all this: {apart:.0%} apart in tokens / CPU s.", flush=True)
     return engine
+
+
+def _ended(way: str, jobs: int, line: Run) -> None:
+    """The table comes at the end, perhaps an hour later: what is known by then."""
+    print(f"{way}, {jobs} jobs: {line.tokens} tokens, {line.cpu:.1f} CPU s, {line.wall:.1f} s", flush=True)
 
 
 def _line(name: str, jobs: str, way: str, line: Run, base: Run) -> None:
