@@ -57,7 +57,7 @@ _JOB: dict[str, Any] = {
         "output_tokens": 2400,
         "total_tokens": 4200,
         "reward_tokens": 1500,
-        "seconds": 7.5,
+        "gpu_seconds": 7.5,
     },
 }
 

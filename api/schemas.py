@@ -74,7 +74,9 @@ class Usage(Wire):
     output_tokens: int
     total_tokens: int
     reward_tokens: int
-    seconds: float = Field(description="inside its model calls, waiting for a place among others included")
+    gpu_seconds: float = Field(
+        description="wall time inside its model calls on whatever device, waiting for a place among others included"
+    )
 
 
 class Job(Identified):

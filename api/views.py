@@ -50,7 +50,7 @@ def job(row: tables.Job, settings: Settings) -> schemas.Job:
                 input_tokens=row.input_tokens,
                 output_tokens=row.output_tokens,
                 reward_tokens=row.reward_tokens,
-                seconds=row.call_seconds,
+                gpu_seconds=row.call_seconds,
             )
         ),
     )

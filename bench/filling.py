@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from sqlalchemy import Connection, Engine, Table, create_engine, event, text
 
 from tests.fakes import FakePolicy, FakeReward, go_on, new_state, said, tagged
+from tests.jobs import claim_one
 from tpo.jobs.store import Outcome, Store
 from tpo.jobs.tables import Base
 from tpo.ports import Generate, Text
@@ -114,7 +115,7 @@ def _create(store: Store) -> _Created:
 
 def _ended(store: Store) -> str:
     job_id = _create(store).job_id
-    claimed = store.claim(job_id, "template", 3600, **SERVES)
+    claimed = claim_one(store, job_id, "template", 3600, **SERVES)
     if claimed is None:
         raise SystemExit("the template could not be claimed")
     lease, saved = claimed

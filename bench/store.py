@@ -21,6 +21,7 @@ from sqlalchemy import Engine, text
 
 from bench.filling import CANDIDATES, SERVES, Filled, fill, new_job, policy
 from tests.fakes import FakeReward, step
+from tests.jobs import claim_one
 from tests.services import new_database, postgres_server
 from tpo.jobs import schema
 from tpo.jobs.database import connect
@@ -72,7 +73,7 @@ class Subject:
 
     def claimed(self, job_id: str, seconds: float = 3600) -> tuple[Lease, State]:
         """A job in the hands of a worker."""
-        claimed = self.store.claim(job_id, "worker-1", seconds, **SERVES)
+        claimed = claim_one(self.store, job_id, "worker-1", seconds, **SERVES)
         if claimed is None:
             raise SystemExit(f"{job_id} could not be claimed")
         return claimed

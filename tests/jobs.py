@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from sqlalchemy import Engine, insert, select, text, update
+from sqlalchemy import Engine, and_, insert, select, text, update
 
 from tests.fakes import FakePolicy, FakeReward, go_on, new_state
 from tpo.jobs.database import writing
 from tpo.jobs.store import Lease, Store
 from tpo.jobs.tables import Base, Job
+from tpo.jobs.workers import take
 from tpo.run import run
 from tpo.state import State
 
@@ -20,9 +21,18 @@ def create(store: Store, state: State | None = None, max_attempts: int = 3, **kw
     return store.create(state, max_attempts=max_attempts, model="policy", reward_model="reward", **kw).id
 
 
+def claim_one(
+    store: Store, job_id: str, worker: str, lease_seconds: float, *, model: str, reward_model: str
+) -> tuple[Lease, State] | None:
+    """Claim this job, whoever's turn it is; None where the worker cannot have it."""
+    which = and_(Job.id == job_id, Job.model == model, Job.reward_model == reward_model)
+    with writing(store._engine) as session:
+        return take(session, which, worker, lease_seconds)
+
+
 def claim(store: Store, job_id: str, worker: str = "worker-1", seconds: float = 30.0) -> tuple[Lease, State]:
     """Claim a job that can be claimed. With negative seconds the lease has run out already."""
-    claimed = store.claim(job_id, worker, seconds, **SERVES)
+    claimed = claim_one(store, job_id, worker, seconds, **SERVES)
     assert claimed is not None
     return claimed
 

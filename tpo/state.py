@@ -153,7 +153,7 @@ class Usage(Frozen):
     input_tokens: int = 0
     output_tokens: int = 0
     reward_tokens: int = 0
-    seconds: float = Field(0.0, description="inside its model calls")
+    gpu_seconds: float = Field(0.0, description="wall time inside its model calls, whatever they run on")
 
     @property
     def total_tokens(self) -> int:
@@ -210,7 +210,7 @@ class State(Frozen):
             input_tokens=sum(c.input_tokens for c in policy),
             output_tokens=sum(c.output_tokens for c in policy),
             reward_tokens=sum(c.input_tokens for c in self.calls if c.kind == "score"),
-            seconds=sum(c.seconds for c in self.calls),
+            gpu_seconds=sum(c.seconds for c in self.calls),
         )
 
     def mean_reward(self, iteration: int) -> float | None:

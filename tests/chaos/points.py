@@ -1,7 +1,7 @@
 """Labelled points of a step: armed from outside, the first process that reaches one is killed or stopped there.
 
-A point is armed by a file of its name. Whoever moves that file away owns it, so that one arming is one fault; only what has been read is
-reported as reached, so that whoever asks may delete the report at once.
+A point is armed by a file of its name. Whoever moves that file away owns it, so that one arming is one fault; only what
+has been read is reported as reached, so that whoever asks may delete the report at once.
 """
 
 import os

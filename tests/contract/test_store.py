@@ -7,7 +7,7 @@ from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import IntegrityError
 
 from tests.fakes import FakePolicy, FakeReward, new_state, said, step, tagged
-from tests.jobs import SERVES, claim, create, drive, event_types, execute, put, rows
+from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, execute, put, rows
 from tpo.errors import JobNotFound, LeaseLost, NoUsableSample
 from tpo.jobs.store import Flags, Outcome, Store
 from tpo.jobs.tables import Job
@@ -36,7 +36,7 @@ def test_a_job_that_is_not_there(store: Store) -> None:
         with pytest.raises(JobNotFound, match="job_no"):
             ask("job_no")
     assert store.events("job_no") == []
-    assert store.claim("job_no", "worker-1", 30, **SERVES) is None
+    assert claim_one(store, "job_no", "worker-1", 30, **SERVES) is None
 
 
 def test_pages(store: Store) -> None:
@@ -68,7 +68,7 @@ def test_a_claim_takes_the_lease_counts_the_attempt_and_raises_the_fence(store: 
     assert state == store.state(job_id)
     assert event_types(store, job_id) == ["job.queued", "job.started", "job.phase"]
 
-    assert store.claim(job_id, "worker-2", 30, **SERVES) is None
+    assert claim_one(store, job_id, "worker-2", 30, **SERVES) is None
     store.release(lease, delay_seconds=0)
     again, _ = claim(store, job_id, "worker-2")
     assert (again.fence, again.attempt) == (2, 2)
@@ -79,7 +79,7 @@ def test_a_claim_takes_the_lease_counts_the_attempt_and_raises_the_fence(store: 
 def test_a_worker_takes_no_job_that_it_does_not_serve(engine: Engine, store: Store, serves: dict[str, str]) -> None:
     job_id = create(store)
     before = rows(engine)
-    assert store.claim(job_id, "worker-1", 30, **serves) is None
+    assert claim_one(store, job_id, "worker-1", 30, **serves) is None
     assert rows(engine) == before
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_claimed(engine: Engine, store: Store) -> None:
     put(engine, paused, status="paused")
     before = rows(engine)
     for job_id in (waits, tried, late, paused):
-        assert store.claim(job_id, "worker-1", 30, **SERVES) is None
+        assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
     assert rows(engine) == before
 
 
@@ -249,7 +249,7 @@ def test_how_a_job_ends(engine: Engine, store: Store, outcome: Outcome) -> None:
     ):
         with pytest.raises(LeaseLost):
             write()
-    assert store.claim(job.id, "worker-1", 30, **SERVES) is None
+    assert claim_one(store, job.id, "worker-1", 30, **SERVES) is None
     assert store.cancel(job.id).status == outcome.status
     assert store.sweep(ring_again_seconds=-1, forget_worker_seconds=60) == []
     assert rows(engine) == ended
@@ -293,7 +293,7 @@ def test_releasing_with_a_delay_counts_the_attempt_and_waits(engine: Engine, sto
     job = store.get(lease.job_id)
     assert (job.status, job.attempt) == ("queued", 1)
     assert job.next_attempt_at is not None
-    assert store.claim(job.id, "worker-2", 30, **SERVES) is None
+    assert claim_one(store, job.id, "worker-2", 30, **SERVES) is None
     assert store.sweep(ring_again_seconds=60, forget_worker_seconds=60) == []
     put(engine, job.id, next_attempt_at=job.created_at)
     due = [store.sweep(ring_again_seconds=60, forget_worker_seconds=60) for _ in range(2)]

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from tests.fakes import new_state, step
-from tests.jobs import SERVES, claim, create, drive, event_types, put, rows
+from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
 from tests.processes import eventually
 from tests.services import free_port, new_database
 from tpo.errors import DatabaseRefused, ExternalIdTaken, LeaseLost, StoreUnavailable
@@ -43,7 +43,7 @@ def at_once(*actions: Callable[[], object]) -> list[object]:
 def test_of_eight_that_race_one_claims(store: Store) -> None:
     for _ in range(5):
         job_id = create(store)
-        claims = at_once(*[partial(store.claim, job_id, f"worker-{w}", 30, **SERVES) for w in range(8)])
+        claims = at_once(*[partial(claim_one, store, job_id, f"worker-{w}", 30, **SERVES) for w in range(8)])
         assert sum(c is not None for c in claims) == 1
         assert (store.get(job_id).attempt, store.get(job_id).fence) == (1, 1)
         assert event_types(store, job_id) == ["job.queued", "job.started", "job.phase"]
@@ -129,13 +129,13 @@ def test_a_release_whose_answer_was_lost_is_told_as_it_stands(store: Store) -> N
 def test_a_job_that_no_version_can_read_ends_after_its_attempts(engine: Engine, store: Store) -> None:
     job_id = create(store, max_attempts=2)
     put(engine, job_id, params={"mode": "of the future"})
-    assert store.claim(job_id, "worker-1", 30.0, **SERVES) is None
+    assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None
     job = store.get(job_id)
     assert (job.status, job.lease_owner, job.attempt) == ("queued", None, 1)
     assert job.next_attempt_at is not None
-    assert store.claim(job_id, "worker-1", 30.0, **SERVES) is None  # it waits
+    assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None  # it waits
     put(engine, job_id, next_attempt_at=None)
-    assert store.claim(job_id, "worker-1", 30.0, **SERVES) is None
+    assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None
     job = store.get(job_id)
     assert (job.status, job.error_code, job.lease_owner) == ("failed", "unreadable_record", None)
     assert event_types(store, job_id) == ["job.queued", "job.retrying", "job.failed"]
@@ -219,7 +219,7 @@ def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
         store.ping,
         partial(store.get, "job_1"),
         partial(create, store),
-        partial(store.claim, "job_1", "worker-1", 30, **SERVES),
+        partial(store.claim_next, "worker-1", 30, **SERVES),
         partial(store.sweep, ring_again_seconds=1, forget_worker_seconds=1),
     ):
         with pytest.raises(StoreUnavailable):

@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 
 from tests.contract.test_store_faults import at_once
 from tests.fakes import FakePolicy, FakeReward, go_on, new_state, step
-from tests.jobs import SERVES, claim, create, drive, event_types, put, rows
+from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
 from tpo.errors import JobNotFound, WrongState
 from tpo.jobs.store import Flags, Outcome, Store, extended, outcome_of_run, retried
 from tpo.jobs.tables import Job
@@ -34,7 +34,7 @@ def test_a_queued_job_is_paused_at_once_and_resumed(engine: Engine, store: Store
     assert store.pause(job_id).status == "paused"
     paused = rows(engine)
     assert store.pause(job_id).status == "paused"
-    assert store.claim(job_id, "worker-1", 30, **SERVES) is None
+    assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
     assert store.sweep(ring_again_seconds=-1, forget_worker_seconds=60) == []
     assert rows(engine) == paused
     assert store.resume(job_id).status == "queued"
@@ -130,7 +130,7 @@ def test_pause_resume_and_cancel_race_with_work(store: Store) -> None:
 def test_a_job_that_waits_is_retried_at_once(store: Store) -> None:
     lease, _ = claim(store, create(store))
     store.release(lease, delay_seconds=500)
-    assert store.claim(lease.job_id, "worker-1", 30, **SERVES) is None
+    assert claim_one(store, lease.job_id, "worker-1", 30, **SERVES) is None
     assert store.retry_now(lease.job_id).next_attempt_at is None
     assert claim(store, lease.job_id)[0].attempt == 2
 

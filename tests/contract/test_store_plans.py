@@ -11,6 +11,7 @@ from sqlalchemy import Engine, inspect
 
 from bench.filling import SERVES, Filled, fill, new_job, policy
 from tests.fakes import FakeReward, step
+from tests.jobs import claim_one
 from tests.plans import SMALL_TABLES, counted_steps, recorded, rows_read, scans
 from tests.services import new_database
 from tpo.jobs import schema
@@ -36,7 +37,7 @@ def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> s
     job = store.submit(
         new_job(), once=once, limits=Limits(10_000, 10_000), metadata=metadata, max_attempts=3, **SERVES
     ).job
-    claimed = store.claim(job.id, "worker-1", 3600, **SERVES)
+    claimed = claim_one(store, job.id, "worker-1", 3600, **SERVES)
     assert claimed
     lease, state = claimed
     store.register("worker-1", slots=1, **SERVES)
@@ -63,7 +64,7 @@ def client_changes(store: Store, filled: Filled) -> None:
 def sweep_lost(store: Store, filled: Filled) -> None:
     job = store.create(new_job(), max_attempts=3, deadline_seconds=-1, **SERVES)
     lost = store.create(new_job(), max_attempts=3, **SERVES).id
-    assert store.claim(lost, "worker-2", -1, **SERVES)
+    assert claim_one(store, lost, "worker-2", -1, **SERVES)
     bells = store.sweep(ring_again_seconds=3600, forget_worker_seconds=60)
     assert [bell.model for bell in bells] == [SERVES["model"]]
     assert store.get(lost).status == "queued"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine
 
 from tests.fakes import new_state, step
-from tests.jobs import SERVES, claim, create, drive, event_types, put, rows
+from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
 from tpo.errors import LeaseLost, WrongState
 from tpo.jobs.store import Lease, Outcome, Store
 from tpo.state import State
@@ -53,7 +53,7 @@ def test_a_job_that_loses_every_worker_fails(store: Store) -> None:
     assert (job.status, job.error_code, job.lease_owner) == ("failed", "worker_lost", None)
     assert job.completed_at is not None
     assert event_types(store, job_id)[-1] == "job.failed"
-    assert store.claim(job_id, "worker-1", 30, **SERVES) is None
+    assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
 
 
 def test_a_poison_job_does_not_take_those_beside_it_down(store: Store) -> None:
@@ -193,7 +193,7 @@ class Life:
         try:
             match what:
                 case "claim":
-                    claimed = store.claim(self.job_id, "worker-1", how, **SERVES)
+                    claimed = claim_one(store, self.job_id, "worker-1", how, **SERVES)
                     self.leases += [claimed[0]] if claimed else []
                 case "cancel":
                     store.cancel(self.job_id)

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine
 
 from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
-from tests.jobs import execute
+from tests.jobs import claim_one, execute
 from tests.services import Valkey, free_port, valkey_server
 from tpo.jobs.database import connect
 from tpo.jobs.store import Outcome, Store, outcome_of_run
@@ -44,7 +44,7 @@ def client(make_client: MakeClient) -> TestClient:
 
 def run_steps(store: Store, job_id: str, steps: int | None = None) -> State:
     """Do a job's next model calls with replies that can be foretold: a reward is the length of its text."""
-    claimed = store.claim(job_id, "worker-1", 30, model="scripted", reward_model="scripted")
+    claimed = claim_one(store, job_id, "worker-1", 30, model="scripted", reward_model="scripted")
     assert claimed
     lease, state = claimed
     while (request := pending(state)) and (steps is None or steps > 0):
@@ -130,7 +130,7 @@ class TestSubmit:
             "error": None,
             "incomplete_details": None,
             "stop_reason": None,
-            "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "reward_tokens": 0, "seconds": 0},
+            "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "reward_tokens": 0, "gpu_seconds": 0},
         }
 
     def test_keeps_what_was_asked_for(self, client: TestClient, store: Store) -> None:
@@ -265,7 +265,7 @@ class TestRecord:
             "output_tokens": 30,
             "total_tokens": 130,
             "reward_tokens": 7,
-            "seconds": 0.75,
+            "gpu_seconds": 0.75,
         }
         assert second["chosen"] == {"id": "0-2", "text": "xxx", "reward": 3.0}
         assert second["rejected"] == {"id": "0-0", "text": "x", "reward": 1.0}
@@ -319,7 +319,7 @@ class TestRecord:
 
     def test_tells_of_a_failure(self, client: TestClient, store: Store) -> None:
         job = submit(client)
-        claimed = store.claim(job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
+        claimed = claim_one(store, job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
         assert claimed
         store.finish(claimed[0], Outcome("failed", error_code="context_too_long", error_message="Too long."))
         after = client.get(f"/v1/jobs/{job['id']}").json()
@@ -328,7 +328,7 @@ class TestRecord:
 
     def test_tells_of_an_early_end(self, client: TestClient, store: Store) -> None:
         job = submit(client)
-        claimed = store.claim(job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
+        claimed = claim_one(store, job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
         assert claimed
         store.finish(claimed[0], Outcome("incomplete", output="best so far", incomplete_reason="deadline"))
         after = client.get(f"/v1/jobs/{job['id']}").json()
@@ -345,7 +345,7 @@ class TestCancel:
 
     def test_asks_a_running_job(self, client: TestClient, store: Store) -> None:
         job = submit(client)
-        store.claim(job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
+        claim_one(store, job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
         assert client.post(f"/v1/jobs/{job['id']}/cancel").json()["status"] == "cancelling"
 
     def test_leaves_a_finished_job_as_it_is(self, client: TestClient, store: Store) -> None:

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.api_client import UNKNOWN_ID, api_client, assert_problem, submit
 from tests.integration.test_api import run_steps
+from tests.jobs import claim_one
 from tests.services import Valkey, valkey_server
 from tpo.jobs.store import Outcome, Store
 from tpo.ports import Generate
@@ -34,7 +35,7 @@ def conflict(response: Any) -> None:
 
 
 def fail(store: Store, job_id: str, code: str = "worker_lost") -> None:
-    claimed = store.claim(job_id, "worker-1", 30, model="scripted", reward_model="scripted")
+    claimed = claim_one(store, job_id, "worker-1", 30, model="scripted", reward_model="scripted")
     assert claimed
     store.finish(claimed[0], Outcome("failed", error_code=code, error_message="It failed."))
 
@@ -48,7 +49,7 @@ class TestPause:
 
     def test_asks_a_running_job(self, client: TestClient, store: Store) -> None:
         job_id = submit(client)["id"]
-        store.claim(job_id, "worker-1", 30, model="scripted", reward_model="scripted")
+        claim_one(store, job_id, "worker-1", 30, model="scripted", reward_model="scripted")
         asked = client.post(f"/v1/jobs/{job_id}/pause").json()
         assert (asked["status"], asked["pause_requested_at"] is None) == ("in_progress", False)
         assert client.post(f"/v1/jobs/{job_id}/resume").json()["pause_requested_at"] is None
@@ -81,7 +82,7 @@ class TestRetry:
 
     def test_ends_a_wait(self, client: TestClient, store: Store) -> None:
         job = submit(client)
-        claimed = store.claim(job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
+        claimed = claim_one(store, job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
         assert claimed
         store.release(claimed[0], delay_seconds=500)
         assert client.get(f"/v1/jobs/{job['id']}").json()["next_attempt_at"]
@@ -164,12 +165,12 @@ class TestStopping:
         run_steps(store, job["id"])  # each call of the policy takes 0.5 s, the score 0.25 s
         ended = client.get(f"/v1/jobs/{job['id']}").json()
         assert (ended["status"], ended["incomplete_details"]) == ("incomplete", {"reason": "max_seconds"})
-        assert (ended["output"], ended["stop_reason"], ended["usage"]["seconds"]) == ("xx", None, 1.75)
+        assert (ended["output"], ended["stop_reason"], ended["usage"]["gpu_seconds"]) == ("xx", None, 1.75)
         assert ended["progress"] == {"iteration": 1, "max_iterations": 2, "phase": None}
         _, cut = client.get(f"/v1/jobs/{job['id']}/iterations").json()["data"]
-        assert (cut["complete"], cut["phase"], cut["reason"], cut["usage"]["seconds"]) == (False, None, None, 1.0)
+        assert (cut["complete"], cut["phase"], cut["reason"], cut["usage"]["gpu_seconds"]) == (False, None, None, 1.0)
         new = client.post(f"/v1/jobs/{job['id']}/retry").json()
-        assert (new["progress"]["phase"], new["usage"]["seconds"]) == ("update", 0)
+        assert (new["progress"]["phase"], new["usage"]["gpu_seconds"]) == ("update", 0)
 
     def test_a_job_that_is_given_up(self, client: TestClient, store: Store) -> None:
         rule = {"early_stop": {"min_gain": 1000}}

@@ -412,7 +412,7 @@ def within_a_budget(last: State) -> None:
     for most, spent in (
         (params.max_output_tokens, used.output_tokens),
         (params.max_total_tokens, used.total_tokens),
-        (params.max_seconds, used.seconds),
+        (params.max_seconds, used.gpu_seconds),
     ):
         assert most is None or spent < most
 

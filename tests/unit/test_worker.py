@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from celery.worker import state as celery_state
 
-from tests.jobs import put
+from tests.jobs import claim_one, put
 from tests.processes import timeless, uninterrupted
 from tpo import prompts
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
@@ -321,7 +321,7 @@ def test_a_lost_lease_stops_the_job_and_writes_nothing(bench: Bench) -> None:
         if request.kind == "gradient":
             held = bench.leases.held()[0]
             bench.store.release(held, delay_seconds=0)
-            assert bench.store.claim(job_id, "thief", 30, model="scripted", reward_model="scripted")
+            assert claim_one(bench.store, job_id, "thief", 30, model="scripted", reward_model="scripted")
 
     bench.policy.before = steal
     job = bench.run(job_id)
@@ -410,7 +410,7 @@ def test_a_lease_of_another_worker_stays_lost() -> None:
 def test_the_keeper_renews_and_carries_flags_back(bench: Bench) -> None:
     settings = bench.settings.model_copy(update={"lease_seconds": 0.3})
     leases = Leases(bench.store, bench.drain, "worker", settings)
-    claimed = bench.store.claim(job_id := bench.create(), "worker", 0.3, model="scripted", reward_model="scripted")
+    claimed = claim_one(bench.store, job_id := bench.create(), "worker", 0.3, model="scripted", reward_model="scripted")
     assert claimed
     leases.start()
     try:

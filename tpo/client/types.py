@@ -47,13 +47,13 @@ class Incomplete(TypedDict):
 
 
 class Usage(TypedDict):
-    """Tokens, and seconds inside model calls."""
+    """Tokens, and seconds inside model calls, whatever the models run on."""
 
     input_tokens: int
     output_tokens: int
     total_tokens: int
     reward_tokens: int
-    seconds: float
+    gpu_seconds: float
 
 
 class Job(TypedDict):

@@ -112,5 +112,5 @@ def progress_of(state: State, where: Standing) -> dict[str, Any]:
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,
         "reward_tokens": usage.reward_tokens,
-        "call_seconds": usage.seconds,
+        "call_seconds": usage.gpu_seconds,
     }

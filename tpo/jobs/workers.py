@@ -52,14 +52,6 @@ class Flags:
 class WorkerQueries(Bound):
     """The part of the store that workers use. They work for every tenant."""
 
-    def claim(
-        self, job_id: str, worker: str, lease_seconds: float, *, model: str, reward_model: str
-    ) -> tuple[Lease, State] | None:
-        """Take one job, whoever's turn it is, with what is recorded of it; None where this worker cannot have it."""
-        serves = and_(Job.id == job_id, Job.model == model, Job.reward_model == reward_model)
-        with writing(self._engine) as session:
-            return take(session, serves, worker, lease_seconds)
-
     def checkpoint(self, lease: Lease, before: State, after: State) -> Flags:
         """Record one model call and all that it changed. Raises LeaseLost, and then nothing is written."""
         where = standing(after)

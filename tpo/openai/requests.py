@@ -46,9 +46,13 @@ class InputItem(Turn):
 
 
 class ChatMessage(Turn):
-    """One message of a chat. An earlier answer can be given back as it is."""
+    """One message of a chat. An earlier answer can be given back as it is, dumped by the client or not."""
 
     refusal: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
 
 
 class PlainText(Wire):

@@ -31,8 +31,11 @@ class TestAnswer:
         assert (params["seed"], params["max_tokens"], params["temperature"], params["top_p"]) == (7, 64, 0.5, 0.9)
         assert job.job_metadata == {"a": "b"}
 
-    def test_can_be_given_back(self, client: openai.OpenAI) -> None:
+    @pytest.mark.parametrize("given_back", ["as it is", "model_dump", "to_dict"])
+    def test_can_be_given_back(self, client: openai.OpenAI, given_back: str) -> None:
         first = ask(client).choices[0].message
+        if given_back != "as it is":
+            first = getattr(first, given_back)()
         again = ask(client, messages=[*HELLO, first, {"role": "user", "content": [{"type": "text", "text": "More"}]}])
         assert again.choices[0].message.content
 
