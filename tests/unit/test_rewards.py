@@ -12,8 +12,9 @@ import pytest
 
 from tests.fakes import go_on, said
 from tpo.backends import load_reward_model
+from tpo.backends.rewards import verifiers
 from tpo.backends.rewards.combined import CombinedReward
-from tpo.errors import BackendUnavailable, BadReply, ModelRefused
+from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused
 from tpo.ports import Generate, Generation, Interrupt, RewardModel, Rewards, Score, Text
 from tpo.settings import Settings
 from tpo.state import Message, RewardPart
@@ -64,6 +65,12 @@ pattern = '(?i)\bplease\b'""",
         "pleased",
     ) == [1, 0]
     assert values(tmp_path, "kind = 'regex'\npattern = 'as an AI'\nabsent = true", "Yes.", "as an AI I") == [1, 0]
+
+
+def test_a_pattern_that_backtracks_for_ever_costs_one_response(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifiers, "LONGEST_SEARCH_SECONDS", 0.2)
+    found, stopped = values(tmp_path, "kind = 'regex'\npattern = '(a|aa)+$'", "aaa", "a" * 100 + "b")
+    assert (found, math.isnan(stopped)) == (1, True)
 
 
 def test_json(tmp_path: Path) -> None:
@@ -207,6 +214,19 @@ def test_a_pairwise_judge_compares_with_its_own_answer_in_both_orders(tmp_path: 
     own = [r for r in judge.asked if "[Response A]" not in r.messages[-1].content]
     assert len(own) == 1
     assert len(judge.asked) == 1 + 2 * 3
+
+
+def test_a_response_too_long_for_the_judge_is_left_out_while_others_fit(tmp_path: Path) -> None:
+    def say(request: Generate, _sample: int) -> str:
+        if "long" in request.messages[0].content:
+            raise ContextTooLong
+        return "<score>7</score>"
+
+    reward = load(tmp_path, RUBRIC, Marks(say))
+    fits, does_not = reward.score(rate("short", "long"), go_on).values
+    assert (fits, math.isnan(does_not)) == (7, True)
+    with pytest.raises(ContextTooLong):
+        reward.score(rate("long", "longer"), go_on)
 
 
 def test_one_judgement_that_fails_ends_the_others(tmp_path: Path) -> None:

@@ -37,8 +37,11 @@ class Verified:
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
         """One value for each response."""
-        interrupt()
-        return Rewards(values=tuple(map(self._verifier, request.responses)), input_tokens=0, seconds=0.0)
+        values = []
+        for response in request.responses:
+            interrupt()
+            values.append(self._verifier(response))
+        return Rewards(values=tuple(values), input_tokens=0, seconds=0.0)
 
 
 class Rescaled:
@@ -132,7 +135,7 @@ def _made(
         case LengthPart():
             return Verified(verifiers.length(part)), []
         case RegexPart():
-            return Verified(verifiers.regex(part)), []
+            return Verified(verifiers.pattern(part)), []
         case JsonPart():
             return Verified(verifiers.json_schema(part)), []
         case PluginPart():

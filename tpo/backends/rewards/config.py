@@ -1,11 +1,11 @@
 """What stands in a reward file, and what is wrong with one."""
 
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jsonschema_rs
+import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tpo.errors import ModelRefused
@@ -18,8 +18,8 @@ OWN_POLICY = "policy"
 
 def _pattern(text: str) -> str:
     try:
-        re.compile(text)
-    except re.error as error:
+        regex.compile(text)
+    except regex.error as error:
         raise ValueError(f"is no regular expression: {error}") from None
     return text
 

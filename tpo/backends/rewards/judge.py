@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from tpo.backends.rewards.config import JudgePart
+from tpo.errors import ContextTooLong
 from tpo.loop import derived_seed, query_text
 from tpo.ports import Generate, Interrupt, Policy, Rewards, Score, Text
 from tpo.state import Message
@@ -180,7 +181,11 @@ class _Failed(Exception):
 
 
 def _each(value: Callable[[str, Interrupt], float], request: Score, interrupt: Interrupt) -> tuple[float, ...]:
-    """The value of each response, all asked for at once: one engine or one server batches them."""
+    """The value of each response, all asked for at once: one engine or one server batches them.
+
+    A response that the judge's context has no room for is NaN; where that is so of all, it is the conversation that is
+    too long: raises ContextTooLong.
+    """
     failed = threading.Event()
 
     def go_on() -> None:
@@ -188,14 +193,24 @@ def _each(value: Callable[[str, Interrupt], float], request: Score, interrupt: I
         if failed.is_set():
             raise _Failed
 
+    def one(response: str) -> float | ContextTooLong:
+        try:
+            return value(response, go_on)
+        except ContextTooLong as error:
+            return error
+
     with ThreadPoolExecutor(min(len(request.responses), _AT_ONCE), "judge") as threads:
-        futures = [threads.submit(value, response, go_on) for response in request.responses]
+        futures = [threads.submit(one, response) for response in request.responses]
         done = wait(futures, return_when=FIRST_EXCEPTION).done
         errors = [error for error in (future.exception() for future in done) if error]
         if errors:
             failed.set()
             raise next((e for e in errors if not isinstance(e, _Failed)), errors[0])
-        return tuple(future.result() for future in futures)
+    values = [future.result() for future in futures]
+    too_long = [value for value in values if isinstance(value, ContextTooLong)]
+    if len(too_long) == len(values):
+        raise too_long[0]
+    return tuple(math.nan if isinstance(value, ContextTooLong) else value for value in values)
 
 
 def _filled(template: str, **texts: str) -> str:
