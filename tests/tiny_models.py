@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -91,10 +92,28 @@ def save_sliding(folder: Path, *, mixed: bool) -> Path:
 def save_capped(folder: Path) -> Path:
     """A policy whose attention logits are capped (Gemma 2), and which looks back eight tokens in one of two layers."""
     torch.manual_seed(8)
-    config = Gemma2Config(**_config(head_dim=8, sliding_window=8))
+    config = Gemma2Config(**_config(head_dim=8, sliding_window=8, attn_logit_softcapping=0.5))
     Gemma2ForCausalLM(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+KINDS = ("llama", "sliding", "mixed", "capped")
+"""Policies whose attention differs."""
+
+
+def load_kind(kind: str, folder: Path) -> Any:
+    """A policy of one of these kinds, in float32, with the attention that transformers itself computes exactly."""
+    match kind:
+        case "llama":
+            save_llama(folder)
+        case "capped":
+            save_capped(folder)
+        case _:
+            save_sliding(folder, mixed=kind == "mixed")
+    attention = "eager" if kind == "capped" else "sdpa"
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    return model.eval()
 
 
 def save_reward(folder: Path, *, template: str | None = TEMPLATE, pad: str | None = PAD, **changes: Any) -> Path:

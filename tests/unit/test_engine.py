@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.tiny_models import save_capped, save_llama, save_sliding
+from tests.tiny_models import KINDS, load_kind
 from tpo.backends.local import pulse
 from tpo.backends.local.engine import StepEngine
 from tpo.backends.local.requests import Answer, Completion, TokenRequest
@@ -44,19 +44,9 @@ def start(
     return StepEngine(Runner(model, adopt(model, "model"), tokens), Limits(rows, tokens, chunk), stop)
 
 
-@pytest.fixture(scope="module", params=["llama", "sliding", "mixed", "capped"])
+@pytest.fixture(scope="module", params=KINDS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp(request.param)
-    match request.param:
-        case "llama":
-            save_llama(folder)
-        case "capped":
-            save_capped(folder)
-        case kind:
-            save_sliding(folder, mixed=kind == "mixed")
-    attention = "eager" if request.param == "capped" else "sdpa"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-    return model.eval()
+    return load_kind(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
