@@ -48,7 +48,9 @@ def table(jobs: "list[Job]") -> "Table":
     from rich.table import Table
 
     rows = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("job", "status", "iteration", "phase", "best"):
+    # A window may be narrower than a row: an id is of use as a whole only.
+    rows.add_column("job", no_wrap=True, min_width=max((len(job["id"]) for job in jobs), default=0))
+    for name in ("status", "iteration", "phase", "best"):
         rows.add_column(name, no_wrap=True)
     for job in jobs:
         status, progress = job["status"], job["progress"]
