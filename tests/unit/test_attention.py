@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpo.backends.local.attention import Head, causal
+from tpo.backends.local import attention
+from tpo.backends.local.attention import Head, _scores, causal
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -35,3 +36,25 @@ def test_flash_attention_reads_a_prompt_where_it_can_and_another_kernel_elsewher
         out = causal(q, k, k, Head(size**-0.5, window, None))
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert ("aten::_scaled_dot_product_flash_attention" in seen.calls) == flash
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("most", [1, 200])
+def test_scores_are_held_in_parts_and_give_the_same(
+    window: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (torch.randn(heads, n, size) for heads, n, size in ((4, 7, 8), (2, 19, 8), (2, 19, 6)))
+    head = Head(8**-0.5, window, cap=2.0)
+    whole = causal(q, k, v, head)
+    monkeypatch.setattr(attention, "_MOST_SCORES", most)
+    held = []
+
+    def noted(*given: Any) -> torch.Tensor:
+        scores = _scores(*given)
+        held.append(scores.numel())
+        return scores
+
+    monkeypatch.setattr(attention, "_scores", noted)
+    torch.testing.assert_close(causal(q, k, v, head), whole)
+    assert max(held) <= max(most, 4 * 19)
+    assert len(held) > 1

@@ -21,6 +21,9 @@ from tpo.backends.local.scheduler import Chunk, Row
 
 NAME = "tpo"
 
+_MOST_SCORES = 2**25
+"""Scores that are held at once where no kernel does without holding them: 128 MiB, however long the prompt."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -315,8 +318,15 @@ def causal(q: Tensor, k: Tensor, v: Tensor, head: Head) -> Tensor:
         return functional.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=seen, is_causal=seen is None, scale=head.scale
         )[0]
-    scores = _scores(q, k, head).masked_fill(~_seen(n, m, head.window, q.device), -torch.inf)
-    return (scores.softmax(-1) @ v.float()).to(q.dtype)
+    outputs = []
+    step = max(1, _MOST_SCORES // (q.shape[0] * m))
+    for begin in range(0, n, step):
+        part = q[:, begin : begin + step]
+        end = m - n + begin + part.shape[1]
+        seen = _seen(part.shape[1], end, head.window, q.device)
+        scores = _scores(part, k[:, :end], head).masked_fill(~seen, -torch.inf)
+        outputs.append((scores.softmax(-1) @ v[:, :end].float()).to(q.dtype))
+    return torch.cat(outputs, 1)
 
 
 def _flash_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
