@@ -56,11 +56,12 @@ def wait_for_claim(system: System, job_id: str, fence: int) -> None:
     eventually(lambda: system.store.get(job_id).fence >= fence, why="another claim")
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
     dice = random.Random(20250112)
     system.maintenance()
     for _ in range(2):
-        system.worker(lease_seconds=1)
+        system.worker(lease_seconds=2)
     job_id = system.submit(max_attempts=len(PHASES) + 2)
     detected = []
     for phase in PHASES:
@@ -69,7 +70,7 @@ def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
         fence = system.store.get(job_id).fence
         system.process_of(call.pid).kill()
         killed = time.monotonic()
-        system.start("-m", "worker", lease_seconds=1)
+        system.start("-m", "worker", lease_seconds=2)
         wait_for_claim(system, job_id, fence + 1)
         detected.append(time.monotonic() - killed)
     system.wait_for_end(job_id)
@@ -87,7 +88,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
     job_id = system.submit()
     wait_for_call(system, ("score", 0))
     system.pause(first)
-    system.worker(scripted_latency=0.5, lease_seconds=1)
+    system.worker(scripted_latency=0.5, lease_seconds=30)
     wait_for_claim(system, job_id, 2)
     first.go_on()
     first.wait_for(f"{job_id} left: another worker has it")
