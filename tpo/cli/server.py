@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tpo.cli.output import Failure
-from tpo.client import AuthenticationFailed, Client, ClientError, Unreachable
+from tpo.cli.output import USAGE, Failure
+from tpo.client import AuthenticationFailed, Client, ClientError, InvalidRequest, Unreachable
 
 _RETRIES = 2
 """Of a person who waits for a line."""
@@ -20,5 +20,7 @@ def connected(url: str, api_key: str | None) -> Iterator[Client]:
         raise Failure(f"{error}; start one with `tpo up`, or name another by --url or TPO_URL") from None
     except AuthenticationFailed as error:
         raise Failure(f"{error} (set TPO_API_KEY, or give --api-key)") from None
+    except InvalidRequest as error:
+        raise Failure(str(error), USAGE) from None
     except ClientError as error:
         raise Failure(str(error)) from None
