@@ -19,6 +19,7 @@ from api import schemas
 from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tests.error_codes import codes
 from tests.services import valkey_server
+from tpo.state import Params
 
 MakeClient = Callable[..., TestClient]
 
@@ -278,6 +279,8 @@ class TestDescription:
         for name, schema in components["schemas"].items():
             for example in schema.get("examples", []):
                 check({"$ref": f"#/components/schemas/{name}"}, example)
+                if "tpo" in schema["properties"] and "object" in example:  # of a response or a chat, not of a request
+                    Params.model_validate(example["tpo"]["parameters"])
         for path, operations in description["paths"].items():
             for operation in operations.values():
                 bodies = [*operation["responses"].values(), operation.get("requestBody", {})]
