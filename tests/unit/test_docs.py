@@ -131,17 +131,23 @@ def source_of(module: str) -> str:
     return (folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text()
 
 
-def test_no_help_hides_a_word_in_brackets() -> None:
-    """They are read as a style, and not shown."""
+def all_of(command: Any) -> Iterator[Any]:
+    """A command and all that stand below it."""
+    yield command
+    for each in getattr(command, "commands", {}).values():
+        yield from all_of(each)
 
-    def all_of(command: Any) -> Iterator[Any]:
-        yield command
-        for each in getattr(command, "commands", {}).values():
-            yield from all_of(each)
 
-    found = list(all_of(typer.main.get_command(app)))
+def test_every_command_knows_json() -> None:
+    found = [command for command in all_of(typer.main.get_command(app)) if not hasattr(command, "commands")]
     assert len(found) > 20
     for command in found:
+        assert any("--json" in parameter.opts for parameter in command.params), command.name
+
+
+def test_no_help_hides_a_word_in_brackets() -> None:
+    """They are read as a style, and not shown."""
+    for command in all_of(typer.main.get_command(app)):
         for text in (command.help, *(getattr(parameter, "help", None) for parameter in command.params)):
             assert "[" not in (text or ""), text
 
