@@ -74,6 +74,14 @@ UNREADABLE: Answers = {
         unsupported_media_type="Send JSON, with the header Content-Type: application/json.",
     ),
 }
+UPLOAD: Answers = {
+    **_answers(413, "Larger than the server allows", body_too_large="The body is larger than 200065536 bytes."),
+    **_answers(
+        415,
+        "Not sent as what it must be",
+        unsupported_media_type="Send a form, with the header Content-Type: multipart/form-data.",
+    ),
+}
 STILL_RUNNING = _answers(
     504,
     "The job takes longer than the server waits; it goes on",
