@@ -4,6 +4,7 @@ from typing import Any
 
 from api import schemas
 from api.errors import told
+from tpo.jobs.webhooks import MAX_WEBHOOKS
 
 Answers = dict[int | str, dict[str, Any]]
 
@@ -18,7 +19,9 @@ def _answers(status: int, description: str, **examples: str | tuple[str, str]) -
     return {status: {"model": schemas.Problem, "description": description, "content": content}}
 
 
-_INVALID: dict[str, str | tuple[str, str]] = {"invalid_input": ("limit: Input should be less than 101", "limit")}
+_INVALID: dict[str, str | tuple[str, str]] = {
+    "invalid_input": ("limit: Input should be less than or equal to 100", "limit")
+}
 _SAID: dict[str, str | tuple[str, str]] = {
     "idempotency_key_reused": (
         "This Idempotency-Key came with another body before: take a new key for a new request.",
@@ -26,7 +29,7 @@ _SAID: dict[str, str | tuple[str, str]] = {
     )
 }
 _UNSERVED: dict[str, str | tuple[str, str]] = {
-    "unknown_model": ("model: no worker serves the policy 'gpt-9'; there are demo.", "model")
+    "unknown_model": ("No worker serves the policy 'gpt-9'; there are: demo.", "model")
 }
 
 ALWAYS: Answers = {
@@ -54,7 +57,11 @@ NOT_SHOWN = _answers(
 )
 FILE_NOT_FOUND = _answers(404, "There is no file with this id", file_not_found="There is no file with this id.")
 BATCH_NOT_FOUND = _answers(404, "There is no batch with this id", batch_not_found="There is no batch with this id.")
-MODEL_NOT_FOUND = _answers(404, "No live worker serves it", model_not_found="No live worker serves this policy.")
+MODEL_NOT_FOUND = _answers(
+    404,
+    "No live worker serves it",
+    model_not_found="No live worker serves this policy; /v1/models lists those that are served.",
+)
 WEBHOOK_NOT_FOUND = _answers(
     404, "There is no webhook with this id", webhook_not_found="There is no webhook with this id."
 )
@@ -67,10 +74,19 @@ UNREADABLE: Answers = {
         unsupported_media_type="Send JSON, with the header Content-Type: application/json.",
     ),
 }
+UPLOAD: Answers = {
+    **_answers(413, "Larger than the server allows", body_too_large="The body is larger than 200065536 bytes."),
+    **_answers(
+        415,
+        "Not sent as what it must be",
+        unsupported_media_type="Send a form, with the header Content-Type: multipart/form-data.",
+    ),
+}
 STILL_RUNNING = _answers(
     504,
     "The job takes longer than the server waits; it goes on",
-    still_running="The job job_… still runs after 300 s and goes on: poll /v1/responses/resp_….",
+    still_running="The job job_… still runs after 300 s and goes on: poll /v1/responses/resp_…, or ask with "
+    "background: true.",
 )
 CONFLICT = _answers(
     409,
@@ -84,14 +100,25 @@ TAKEN = _answers(
 )
 IN_USE = _answers(
     409,
-    "Something else stands against it; do not retry",
+    "A batch still reads it; do not retry",
     conflict="The file file-… is read by a batch that has not ended.",
+)
+TOO_MANY_WEBHOOKS = _answers(
+    409,
+    "The tenant has as many as it may; do not retry",
+    conflict=f"There are {MAX_WEBHOOKS} webhooks already: delete one first.",
+)
+SWITCHED_OFF = _answers(
+    409, "It is switched off; do not retry", conflict="The webhook is switched off: enable it first."
+)
+NOT_ENDED = _answers(
+    409, "It has not ended; do not retry", wrong_state="The batch batch_… has not ended: cancel it first."
 )
 TOO_MANY = _answers(
     429,
     "A quota is used up: wait for `Retry-After`",
-    rate_limit_exceeded="At most 60 jobs a minute: try again in 3 s.",
-    too_many_jobs_in_flight="At most 100 jobs at the same time: wait until one has ended.",
+    rate_limit_exceeded="60 jobs were made within a minute, and 60 are allowed.",
+    too_many_jobs_in_flight="100 jobs may be in flight, and so many are: wait until one has ended.",
 )
 NO_ANSWER = _answers(
     500,

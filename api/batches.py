@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from api.answers import BATCH_NOT_FOUND, CONFLICT, FILE_NOT_FOUND, INVALID, INVALID_OR_SAID, UNAVAILABLE, UNREADABLE
+from api.answers import BATCH_NOT_FOUND, FILE_NOT_FOUND, INVALID, INVALID_OR_SAID, NOT_ENDED, UNAVAILABLE, UNREADABLE
 from api.deps import DoorbellDep, NoQuery, SettingsDep, StoreDep, sane_id
 from api.once import REPLAYED, once
 from api.paging import Page, PageQuery
@@ -81,7 +81,7 @@ def cancel(batch_id: BatchId, store: StoreDep) -> files.Batch:
     return files.batch(store.cancel_batch(batch_id))
 
 
-@router.delete("/{batch_id}", dependencies=[NoQuery], responses={**BATCH_NOT_FOUND, **CONFLICT})
+@router.delete("/{batch_id}", dependencies=[NoQuery], responses={**BATCH_NOT_FOUND, **NOT_ENDED})
 def forget(batch_id: BatchId, store: StoreDep) -> files.BatchDeleted:
     """Forget a batch that has ended, with its output and its errors. Its input and its jobs stay."""
     store.forget_batch(batch_id)

@@ -3,6 +3,24 @@
 import json
 from typing import Any
 
+_PARAMETERS: dict[str, Any] = {
+    "mode": "tpo",
+    "sample_size": 5,
+    "max_iterations": 2,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "max_tokens": 2048,
+    "stop": [],
+    "critique_temperature": 0.7,
+    "critique_top_p": 0.99,
+    "critique_max_tokens": 8192,
+    "seed": 7,
+    "max_output_tokens": None,
+    "max_total_tokens": None,
+    "max_seconds": None,
+    "early_stop": {"patience": 1, "min_gain": 0.1},
+    "stop_on_decline": False,
+}
 _JOB: dict[str, Any] = {
     "id": "job_0199c0ffee00aa55aa55aa55aa55aa55",
     "object": "job",
@@ -10,22 +28,7 @@ _JOB: dict[str, Any] = {
     "model": "demo",
     "input": "Where is my parcel?",
     "parameters": {
-        "mode": "tpo",
-        "sample_size": 5,
-        "max_iterations": 2,
-        "temperature": 0.7,
-        "top_p": 0.95,
-        "max_tokens": 2048,
-        "stop": [],
-        "critique_temperature": 0.7,
-        "critique_top_p": 0.99,
-        "critique_max_tokens": 8192,
-        "seed": 7,
-        "max_output_tokens": None,
-        "max_total_tokens": None,
-        "max_seconds": None,
-        "early_stop": {"patience": 1, "min_gain": 0.1},
-        "stop_on_decline": False,
+        **_PARAMETERS,
         "reward_model": "demo",
         "prompt_set": "tiny",
         "prompt_set_version": 1,
@@ -157,7 +160,7 @@ _DELIVERY: dict[str, Any] = {
 _FILE: dict[str, Any] = {
     "id": f"file-{_DIGITS}",
     "object": "file",
-    "bytes": 140,
+    "bytes": 104,
     "created_at": 1750000000,
     "filename": "requests.jsonl",
     "purpose": "batch",
@@ -203,7 +206,7 @@ _DETAILS: dict[str, Any] = {
     "best_reward": 4.25,
     "reward_model": "demo",
     "reward_tokens": 1500,
-    "parameters": {"mode": "tpo", "samples": 5, "iterations": 2},
+    "parameters": _PARAMETERS,
     "event": None,
 }
 _RESPONSE: dict[str, Any] = {

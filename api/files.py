@@ -10,7 +10,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
-from api.answers import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_SAID, UNAVAILABLE, UNREADABLE
+from api.answers import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_SAID, UNAVAILABLE, UPLOAD
 from api.deps import NoQuery, SettingsDep, StoreDep, sane_id
 from api.examples import FILE_CONTENT
 from api.once import REPLAYED, once
@@ -78,7 +78,7 @@ FileId = Annotated[str, Depends(_file_id)]
     "",
     dependencies=[NoQuery],
     response_model=files.File,
-    responses={**INVALID_OR_SAID, **UNREADABLE},
+    responses={**INVALID_OR_SAID, **UPLOAD},
     openapi_extra={**_FORM, **described(IDEMPOTENCY_KEY)},
 )
 async def upload(request: Request, store: StoreDep, settings: SettingsDep, response: Response) -> files.File:

@@ -85,7 +85,10 @@ async def get(
     settings: SettingsDep,
     query: Annotated[queries.WaitQuery, Query()],
 ) -> Response:
-    """One job, with an `ETag`. With `wait`, the answer comes when there is news, or the time is up."""
+    """One job, with an `ETag`. With `wait`, the answer comes when the job has ended, or the time is up.
+
+    With `If-None-Match` beside it, it comes as soon as anything has happened.
+    """
     row = await run_in_threadpool(store.get, job_id)
     known = _known(request)
     body, tag = _shown(views.job(row, settings))

@@ -146,7 +146,7 @@ class Candidate(Wire):
     text: str
     reward: float | None
     parts: tuple[RewardPart, ...] = Field(
-        description="what the reward is the weighted sum of; empty where it has one part"
+        description="what the reward is the weighted sum of; empty where one model gave it and read them whole"
     )
     unusable: Unusable | None
     tokens: int

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends
 from pydantic import Field
 
-from api.answers import IN_USE, INVALID, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
+from api.answers import INVALID, SWITCHED_OFF, TOO_MANY_WEBHOOKS, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
 from api.deps import NoQuery, SettingsDep, StoreDep, sane_id
 from api.paging import Page, PageQuery
 from tpo.addresses import check_url
@@ -98,7 +98,7 @@ def _webhook_id(webhook_id: str) -> str:
 WebhookId = Annotated[str, Depends(_webhook_id)]
 
 
-@router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **IN_USE})
+@router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS})
 def create(body: WebhookRequest, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
     """Make a webhook. The answer alone shows its `secret`."""
     check_url(body.url, allow_private=settings.webhook_allow_private)
@@ -137,7 +137,12 @@ def rotate(webhook_id: WebhookId, store: StoreDep, body: Rotate | None = None) -
     return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
 
 
-@router.post("/{webhook_id}/test", status_code=202, dependencies=[NoQuery], responses={**WEBHOOK_NOT_FOUND, **IN_USE})
+@router.post(
+    "/{webhook_id}/test",
+    status_code=202,
+    dependencies=[NoQuery],
+    responses={**WEBHOOK_NOT_FOUND, **SWITCHED_OFF},
+)
 def test(webhook_id: WebhookId, store: StoreDep) -> Delivery:
     """Have an event `webhook.test` delivered."""
     return _delivery(store.ping_webhook(webhook_id))

@@ -1,6 +1,6 @@
 """One large batch through `/v1/files` and `/v1/batches`: how long each part takes, and whether memory stays flat.
 
-    python -m bench.batches [--lines 50000] [--postgres] [--ingest-only]
+    python -m bench.batches [--lines 50000] [--database sqlite|postgresql] [--ingest-only]
 
 A request is one call of the scripted back end, which takes no time: what is measured is the way in and out. With
 `--ingest-only` there is no worker and no limit of jobs under way: every line becomes a job, and none of them runs.

@@ -14,11 +14,17 @@ TPOError
 ├── Interrupted             not a failure: a job was told to stop between two steps
 ├── LeaseLost               another worker owns the job; nothing may be written
 ├── JobNotFound             there is no such job
-├── NotFound                there is no such file, model or batch
+├── KeyNotFound             there is no such API key
+├── NotFound                there is no such file, model, batch or webhook
 │   ├── FileNotFound
 │   ├── ModelNotFound
 │   ├── BatchNotFound
 │   └── WebhookNotFound
+├── SameKeyOtherBody        an Idempotency-Key came with another body before
+├── Conflict                the state of something does not allow it; asking again does not help
+│   ├── ExternalIdTaken     another request made a job with this external_id
+│   └── WrongState          a job or a batch is not in a state in which that can be done
+├── QuotaExceeded           the tenant asks for more than it may, for now
 ├── StoreUnavailable        the database cannot be reached
 ├── SchemaOutOfDate         the database's schema is not the one of this version
 └── QueueUnavailable        the broker cannot be reached
@@ -138,7 +144,7 @@ class SameKeyOtherBody(TPOError):
 
 
 class Conflict(TPOError):
-    """The job's state does not allow that; asking again does not help."""
+    """The state of something does not allow that; asking again does not help."""
 
     code = "conflict"
 
@@ -150,7 +156,7 @@ class ExternalIdTaken(Conflict):
 
 
 class WrongState(Conflict):
-    """The job is not in a state in which that can be done."""
+    """The job or batch is not in a state in which that can be done."""
 
     code = "wrong_state"
 

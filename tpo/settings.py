@@ -73,10 +73,16 @@ class Settings(BaseSettings):
         "vllm-pooling:MODEL, sglang:MODEL, or what TPO_REWARD_FILE describes",
     )
     prompt_set: str | None = Field(None, description="default prompt set of jobs that name none")
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
+    device: Literal["auto", "cuda", "mps", "cpu"] = Field(
+        "auto", description="of local models: cuda, mps or cpu; auto: the first of these that is there"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of a local policy: float32, bfloat16 or float16; auto: float32 on a CPU, else bfloat16, "
+        "or float16 where cuda has no bfloat16",
+    )
     reward_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of the reward model; less moves close scores with the company in the batch"
+        "float32", description="of a local reward model: float32, bfloat16 or float16, whose scores are coarser"
     )
     batch_rows: int = Field(512, ge=1, description="responses that the policy writes at once, over all jobs")
     cache_gib: float | None = Field(
@@ -141,21 +147,29 @@ class Settings(BaseSettings):
         60.0, gt=0, description="a wait of so long outweighs one point of priority: nothing waits for ever"
     )
     drain_seconds: float = Field(20.0, gt=0, description="time that SIGTERM leaves to running model calls")
-    max_attempts: int = Field(3, ge=1, description="a job that was claimed so often and never ended has failed")
+    max_attempts: int = Field(
+        3, ge=1, description="a job fails after so many attempts in a row without a recorded model call"
+    )
 
     host: str = Field("127.0.0.1", description="address that the API binds to")
-    port: int = Field(8000, ge=1, le=65535)
-    api_key: SecretStr | None = Field(None, min_length=16, description="clients send it as a bearer token")
+    port: int = Field(8000, ge=1, le=65535, description="of the API")
+    api_key: SecretStr | None = Field(
+        None, min_length=16, description="clients send it as a bearer token; 16 characters or more"
+    )
     require_key: bool = Field(False, description="true: no request without a key, also before the first one is made")
     flower_host: str = Field("127.0.0.1", description="address that Flower binds to")
-    flower_port: int = Field(5555, ge=1, le=65535)
+    flower_port: int = Field(5555, ge=1, le=65535, description="of Flower")
     flower_basic_auth: SecretStr | None = Field(
         None, description="user:password of Flower; the password has 8 characters or more"
     )
 
-    max_sample_size: int = Field(MAX_SAMPLE_SIZE, ge=1, le=MAX_SAMPLE_SIZE)
-    max_iterations: int = Field(MAX_ITERATIONS, ge=0, le=MAX_ITERATIONS)
-    max_input_characters: int = Field(200_000, ge=1)
+    max_sample_size: int = Field(
+        MAX_SAMPLE_SIZE, ge=1, le=MAX_SAMPLE_SIZE, description="the largest sample_size that a job may ask for"
+    )
+    max_iterations: int = Field(
+        MAX_ITERATIONS, ge=0, le=MAX_ITERATIONS, description="the largest max_iterations that a job may ask for"
+    )
+    max_input_characters: int = Field(200_000, ge=1, description="of all messages of a job together")
     early_stop: EarlyStop | None = Field(
         None, description='of jobs that say nothing of it, as JSON: {"patience": 2, "min_gain": 0.1}; default: none'
     )
@@ -189,7 +203,6 @@ class Settings(BaseSettings):
     webhook_allow_private: bool = Field(
         False, description="true: also deliver to addresses that are not public, those of this machine among them"
     )
-
     webhook_ca_file: Path | None = Field(
         None, description="certificate authorities (PEM) that webhooks may have, beside the system's"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.error_codes import codes
 from tests.processes import System
 from tests.services import free_port
+from tpo.errors import BackendUnavailable, JobError
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -35,4 +36,12 @@ def test_every_command_works(sqlite_system: System) -> None:
 
 def test_every_code_is_listed() -> None:
     listed = set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\| \d{3} \|.*$", PAGE.read_text(), re.MULTILINE))))
-    assert codes() <= listed
+    assert listed - {"param"} == codes()
+
+
+def test_every_code_of_a_failed_job_is_listed() -> None:
+    _, _, table = PAGE.read_text().partition("| a failed job's `error.code` |")
+    listed = set(re.findall(r"`([a-z_]+)`", table.partition("\n\n")[0])) - {"retry"}
+    classes: list[type[JobError] | type[BackendUnavailable]] = [*JobError.__subclasses__(), BackendUnavailable]
+    said_by_classes = {error.code for error in classes}
+    assert listed == said_by_classes | {"worker_lost", "unreadable_record", "internal_error", "out_of_memory"}

@@ -19,6 +19,7 @@ from api import schemas
 from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tests.error_codes import codes
 from tests.services import valkey_server
+from tpo.state import Params
 
 MakeClient = Callable[..., TestClient]
 
@@ -278,6 +279,8 @@ class TestDescription:
         for name, schema in components["schemas"].items():
             for example in schema.get("examples", []):
                 check({"$ref": f"#/components/schemas/{name}"}, example)
+                if "tpo" in schema["properties"] and "object" in example:  # of a response or a chat, not of a request
+                    Params.model_validate(example["tpo"]["parameters"])
         for path, operations in description["paths"].items():
             for operation in operations.values():
                 bodies = [*operation["responses"].values(), operation.get("requestBody", {})]
@@ -292,6 +295,28 @@ class TestDescription:
                     else:
                         shown = body.get("example")
                     assert shown, f"{path} has no example of {media_type}"
+
+    @pytest.mark.parametrize(
+        ("method", "path", "sent"),
+        [
+            ("get", "/v1/jobs", {"params": {"limit": 101}}),
+            ("post", "/v1/jobs", {"json": {"input": "x", "model": "gpt-9"}}),
+            ("post", "/v1/jobs", {"content": "x", "headers": {"content-type": "text/plain"}}),
+            ("post", "/v1/files", {"json": {}}),
+            ("get", "/v1/models/{model_id}", {}),
+            ("get", "/v1/batches/{batch_id}", {}),
+        ],
+    )
+    def test_its_errors_say_what_the_server_says(
+        self, make_client: MakeClient, method: str, path: str, sent: dict[str, Any]
+    ) -> None:
+        client = make_client(policy="demo", reward_model="demo")
+        answer = client.request(method, path.replace("{", "").replace("}", ""), **sent)
+        told = client.get("/openapi.json").json()["paths"][path][method]["responses"][str(answer.status_code)]
+        error = answer.json()["error"]
+        shown = told["content"]["application/problem+json"]["examples"][error["code"]]["value"]["error"]
+        # Where an id stands in a message, the example has none.
+        assert shown == {**error, "message": re.sub(r" '[a-z]+_id'", " with this id", error["message"])}
 
     def test_tells_every_error_by_its_code(self, client: TestClient) -> None:
         told = {

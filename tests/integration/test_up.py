@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -13,6 +14,8 @@ import pytest
 
 from tests.services import free_port, new_database, valkey_server
 from tests.stack import Up, all_gone, environment, running_up, tpo
+from tpo.cli.stack import Stack
+from tpo.settings import Settings
 
 SERVICES = {"broker", "api", "flower", "maintenance", "worker"}
 
@@ -21,6 +24,19 @@ def _answer(up: Up, prompt: str = "Where is my parcel?") -> str:
     done = tpo("submit", "--wait", prompt, env=up.env)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"api_key": "key-of-16-characters"}, "TPO_API_KEY"),
+        ({"require_key": True, "host": "0.0.0.0"}, "with a key that"),
+        ({}, "this machine alone"),
+    ],
+)
+def test_it_tells_who_may_use_the_api(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
+    stack = Stack.plan(Settings(**settings), tmp_path, broker_port=6479, workers=1)
+    assert told in stack.guard
 
 
 def test_one_interrupt_drains_everything_worker_first_and_broker_last(tmp_path: Path) -> None:

@@ -1,20 +1,60 @@
 """The documents say what the code does."""
 
+import ast
+import importlib.util
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from pydantic import SecretStr
 
+from tpo.cli import app
 from tpo.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CARDS = sorted((ROOT / "demo").glob("**/*.md"))
+BENCHES = sorted((ROOT / "bench").glob("*.py"))
+WITH_SETTINGS = [
+    *DOCUMENTS,
+    *CARDS,
+    *(ROOT / name for name in ("CHANGELOG.md", ".env.example", "docker-compose.yml", "Makefile", "Dockerfile")),
+]
+OTHER_VARIABLES = {"TPO_URL", "TPO_KEY", "TPO_VERSION", "TPO_PUBLISH"}
+"""Of clients and of Compose: no process of the server reads them."""
+
+IN_THESE = ("", "tpo", "tpo/backends/local", "tests", "docs", "demo")
+"""Folders below which the documents name files; what they name elsewhere is no file of ours."""
+ELSEWHERE = {"generation_config.json", "docker-compose.override.yml"}
 
 
-def test_every_setting_is_documented() -> None:
-    text = (ROOT / "docs" / "deployment.md").read_text()
-    documented = set(re.findall(r"^\| `(TPO_[A-Z_]+)`", text, re.MULTILINE))
-    assert documented == {f"TPO_{name.upper()}" for name in Settings.model_fields}
+def shown(default: Any) -> str:
+    """A default as a table shows it."""
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
+    if default is None:
+        return ""
+    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    table = re.findall(
+        r"^\| `(TPO_.*?)` \| (.*?) \| (.*) \|$", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE
+    )
+    settings = Settings.model_fields.items()
+    assert [(name, default.strip(), what) for name, default, what in table] == [
+        (f"TPO_{name.upper()}", shown(field.default), field.description) for name, field in settings
+    ]
+
+
+@pytest.mark.parametrize("document", WITH_SETTINGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_settings_exist(document: Path) -> None:
+    named = set(re.findall(r"\bTPO_[A-Z_]*[A-Z]", document.read_text()))
+    assert named <= OTHER_VARIABLES | {f"TPO_{name.upper()}" for name in Settings.model_fields}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
@@ -26,9 +66,90 @@ def test_named_make_targets_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_linked_files_exist(document: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text())
-    missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    for link, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", document.read_text()):
+        if "://" not in link:
+            target = document.parent / link if link else document
+            assert target.exists(), link
+            assert not place or place in headings(target), f"{link}#{place}"
+
+
+def headings(document: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    titles = re.findall(r"^#+ (.*)", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *CARDS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_exist(document: Path) -> None:
+    named = set(re.findall(r"`(\w[\w./-]*(?:\.(?:py|md|json|toml|png|txt|yml)|/))`", document.read_text())) - ELSEWHERE
+    missing = {name for name in named if not any((ROOT / folder / name).exists() for folder in IN_THESE)}
     assert not missing
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *CARDS, *BENCHES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_commands_know_their_options(document: Path) -> None:
+    """`tpo` by its own description; a module by what its source says."""
+    text = document.read_text()
+    if document.suffix == ".py":
+        text = re.sub(r"[][]", "", ast.get_docstring(ast.parse(text)) or "")
+    for words in commands(text):
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if words[0] == "tpo":
+            known = options_of(words[1:])
+        else:
+            module = importlib.util.find_spec(words[2])
+            assert module, words
+            known = re.findall(r'"(--[a-z-]+)"', source_of(words[2]))
+        assert set(options) <= {*known, "--help"}, words
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The calls of `tpo` and of our modules in code."""
+    blocks = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    lines = [line for language, code in blocks.findall(text) if language in ("", "sh") for line in code.splitlines()]
+    lines += re.findall(r"(?:(?<=`)|(?<=^ {4}))[^`\n]+(?=`|$)", blocks.sub("", text), re.MULTILINE)
+    for line in lines:
+        found = re.search(r"(?:^|[ /`])(tpo|python -m (?:tests|bench|demo|api|worker)[\w.]*)( [^#`]*)?(?:$|[#`])", line)
+        if found:
+            yield shlex.split(" ".join(word or "" for word in found.groups()))
+
+
+def options_of(words: list[str]) -> list[str]:
+    """What a command of `tpo` knows. Fails where there is no such command."""
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        if not hasattr(command, "commands"):
+            break
+        if re.fullmatch(r"[a-z-]+", word) and not word.startswith("-"):
+            assert word in command.commands, f"tpo knows no {word}"
+            command = command.commands[word]
+    return [option for parameter in command.params for option in parameter.opts]
+
+
+def source_of(module: str) -> str:
+    folder = ROOT / module.replace(".", "/")
+    return (folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text()
+
+
+def all_of(command: Any) -> Iterator[Any]:
+    """A command and all that stand below it."""
+    yield command
+    for each in getattr(command, "commands", {}).values():
+        yield from all_of(each)
+
+
+def test_every_command_knows_json() -> None:
+    found = [command for command in all_of(typer.main.get_command(app)) if not hasattr(command, "commands")]
+    assert len(found) > 20
+    for command in found:
+        assert any("--json" in parameter.opts for parameter in command.params), command.name
+
+
+def test_no_help_hides_a_word_in_brackets() -> None:
+    """They are read as a style, and not shown."""
+    for command in all_of(typer.main.get_command(app)):
+        for text in (command.help, *(getattr(parameter, "help", None) for parameter in command.params)):
+            assert "[" not in (text or ""), text
 
 
 def test_every_guarantee_names_tests_that_exist() -> None:

@@ -50,7 +50,9 @@ _STDIN = 0
 Model = Annotated[str | None, typer.Option("--model", help="The policy.")]
 RewardModel = Annotated[str | None, typer.Option("--reward-model", help="What scores its responses.")]
 PromptSet = Annotated[str | None, typer.Option("--prompt-set", help="How the policy is asked to criticise and revise.")]
-Priority = Annotated[int | None, typer.Option("--priority", help="From -100 to 100; higher goes first. [default: 0]")]
+Priority = Annotated[
+    int | None, typer.Option("--priority", help="From -100 to 100; higher goes first.", show_default="0")
+]
 System = Annotated[str | None, typer.Option("--system", help="A system message before the prompt.")]
 Url = Annotated[str, typer.Option("--url", envvar="TPO_URL", help="Address of the API.")]
 Key = Annotated[str | None, typer.Option("--api-key", envvar="TPO_API_KEY", help="Its key.")]

@@ -39,7 +39,8 @@ class Stack:
     ports: dict[str, tuple[str, int]]
     api_url: str
     flower_url: str
-    has_key: bool
+    guard: str
+    """Who may use the API."""
 
     @classmethod
     def plan(cls, settings: Settings, data_dir: Path, *, broker_port: int, workers: int) -> Self:
@@ -83,7 +84,7 @@ class Stack:
             ports=ports,
             api_url=f"http://{_reachable(settings.host)}:{settings.port}",
             flower_url=f"http://{_reachable(settings.flower_host)}:{settings.flower_port}",
-            has_key=settings.api_key is not None,
+            guard=_guard(settings),
         )
 
 
@@ -108,7 +109,7 @@ _LINES = {
     "stopping": "stopping {service} ...",
     "stopped": "",
     "ready": (
-        "[green bold]ready[/]\n  API       {api}{guard}\n  API docs  {docs}\n  Flower    {flower}\n"
+        "[green bold]ready[/]\n  API       {api} ({guard})\n  API docs  {docs}\n  Flower    {flower}\n"
         '  logs      {logs}\nTry: tpo submit --wait "{example}"{url}\nCtrl-C drains and stops everything.'
     ),
     "done": "all stopped; the jobs are kept in {database}",
@@ -158,7 +159,7 @@ def _where(stack: Stack) -> dict[str, Any]:
         "docs": f"{stack.api_url}/docs",
         "flower": stack.flower_url,
         "logs": str(stack.data_dir / "logs"),
-        "guard": " (with the key in TPO_API_KEY)" if stack.has_key else " (no key; this machine alone)",
+        "guard": stack.guard,
         "example": _EXAMPLE,
         "url": "" if stack.api_url.endswith(":8000") else f" --url {stack.api_url}",
     }
@@ -228,6 +229,14 @@ def _is_ok(client: httpx.Client, url: str) -> bool:
         return client.get(url).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
+
+
+def _guard(settings: Settings) -> str:
+    if settings.api_key:
+        return "with the key in TPO_API_KEY"
+    if settings.require_key:
+        return "with a key that `tpo keys` has made"
+    return "this machine alone, without a key until `tpo keys` makes one"
 
 
 def _reachable(host: str) -> str:

@@ -7,10 +7,18 @@ import typer
 
 
 def up(
-    host: Annotated[str | None, typer.Option(help="Address of the API. Others than loopback need TPO_API_KEY.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the API. [default: 8000]")] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of the API. Others than loopback need TPO_API_KEY or TPO_REQUIRE_KEY.",
+            show_default="TPO_HOST, or 127.0.0.1",
+        ),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the API.", show_default="TPO_PORT, or 8000")
+    ] = None,
     flower_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port of Flower, on loopback. [default: 5555]")
+        int | None, typer.Option(min=1, max=65535, help="Port of Flower.", show_default="TPO_FLOWER_PORT, or 5555")
     ] = None,
     broker_port: Annotated[
         int, typer.Option(min=1, max=65535, help="Port of the embedded broker, on loopback.")

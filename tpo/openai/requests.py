@@ -87,7 +87,8 @@ class JobRequest(Wire):
     stream_options: StreamOptions | None = None
     tpo: dict[str, Any] | None = Field(
         None,
-        description="what OpenAI's API does not know: a job's `parameters`, `priority` and `deadline_seconds`",
+        description="what OpenAI's API does not know: each of a job's `parameters`, its `priority`, `deadline_seconds` "
+        "and `external_id`",
     )
 
     store: Literal[True] | None = Field(None, description="every job is stored")
