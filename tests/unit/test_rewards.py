@@ -13,7 +13,7 @@ import pytest
 from tests.fakes import go_on, said
 from tpo.backends import load_reward_model
 from tpo.backends.rewards import verifiers
-from tpo.backends.rewards.combined import CombinedReward
+from tpo.backends.rewards.combined import CombinedReward, load_combined
 from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused
 from tpo.ports import Generate, Generation, Interrupt, RewardModel, Rewards, Score, Text
 from tpo.settings import Settings
@@ -284,6 +284,74 @@ def test_a_wrong_file_is_told_what_is_wrong(tmp_path: Path, text: str, says: str
         load(tmp_path, text)
 
 
+ELSEWHERE = """
+[[part]]
+name = "quality"
+kind = "model"
+model = "vllm-pooling:m"
+url = "http://rewards"
+key = "rewards"
+task = "token_classify"
+tokenizer = "there"
+bounded = true
+
+[[part]]
+name = "judge"
+kind = "judge"
+policy = "openai:j"
+url = "http://judge/v1"
+limit_name = "max_completion_tokens"
+extra_body = {top_k = 20}
+"""
+
+
+def test_a_part_is_loaded_with_what_its_file_says_and_nothing_of_the_workers_own(tmp_path: Path) -> None:
+    own = Settings(
+        openai_url="http://own/v1",
+        openai_api_key="of the policy's own server",
+        openai_samples="apart",
+        openai_extra_body={"min_p": 0.1},
+        reward_api_key="of another server",
+        server_keys={"rewards": "of the rewards' server"},
+    )
+    loaded: dict[str, Settings] = {}
+    first = Fixed(1)
+
+    def load_reward(name: str, settings: Settings) -> RewardModel:
+        loaded[name] = settings
+        return first
+
+    def load_policy(name: str, settings: Settings) -> Any:
+        loaded[name] = settings
+        return Marks(None)
+
+    (file := tmp_path / "reward.toml").write_text(ELSEWHERE)
+    load_combined(file, own, load_reward, load_policy, None)
+    model, judge = loaded["vllm-pooling:m"], loaded["openai:j"]
+    assert model.reward_api_key
+    assert model.reward_api_key.get_secret_value() == "of the rewards' server"
+    assert (model.reward_url, model.reward_task, model.reward_tokenizer) == (
+        "http://rewards",
+        "token_classify",
+        "there",
+    )
+    assert model.reward_bounded
+    assert (judge.openai_url, judge.openai_api_key, judge.openai_samples) == ("http://judge/v1", None, "together")
+    assert (judge.openai_limit_name, judge.openai_extra_body) == ("max_completion_tokens", {"top_k": 20})
+
+    def refuse(name: str, settings: Settings) -> Any:
+        raise ModelRefused("no")
+
+    with pytest.raises(ModelRefused, match="no"):
+        load_combined(file, own, load_reward, refuse, None)
+    assert first.closed
+    loaded.clear()
+    file.write_text(ELSEWHERE + 'key = "nobody"\n')
+    with pytest.raises(ModelRefused, match="wants the key nobody"):
+        load_combined(file, own, load_reward, load_policy, None)
+    assert not loaded
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match=r"none\.toml cannot be read"):
         load_reward_model("q", Settings(reward_model="q", reward_file=tmp_path / "none.toml"))
@@ -312,6 +380,9 @@ def test_the_documented_plugin_is_found_once_it_is_installed(tmp_path: Path, mon
     assert rewards.values[0] > rewards.values[1]
     with pytest.raises(ModelRefused, match=r"plug-in kindness cannot be made: TypeError"):
         load(tmp_path, f'[[part]]\nname = "a"\nkind = "plugin"\nplugin = "{name}"\noptions = {{wrong = 1}}')
+    monkeypatch.setattr(sys.modules["kindness"], "Kindness", dict)
+    with pytest.raises(ModelRefused, match="has no method score"):
+        load(tmp_path, part)
     sys.modules.pop("kindness")
 
 
