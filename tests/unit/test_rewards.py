@@ -14,7 +14,7 @@ from tests.fakes import go_on, said
 from tpo.backends import load_reward_model
 from tpo.backends.rewards import verifiers
 from tpo.backends.rewards.combined import CombinedReward, load_combined
-from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused
+from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, Interrupted, ModelRefused
 from tpo.ports import Generate, Generation, Interrupt, RewardModel, Rewards, Score, Text
 from tpo.settings import Settings
 from tpo.state import Message, RewardPart
@@ -145,6 +145,22 @@ def test_a_part_that_is_no_number_makes_none_of_the_sum_but_one_of_weight_0_does
 def test_a_part_that_gives_too_few_scores_is_named() -> None:
     with pytest.raises(BadReply, match="part p1 was given 2 responses and gave 1"):
         combined((1, Fixed(1, 2)), (1, Fixed(1))).score(rate("a", "b"), go_on)
+
+
+def test_what_interrupts_is_noticed_before_each_part() -> None:
+    class Cancels(Fixed):
+        def score(self, _request: Score, _interrupt: Interrupt) -> Rewards:
+            cancelled.append(True)
+            return self.rewards
+
+    def interrupt() -> None:
+        if cancelled:
+            raise Interrupted("cancelled")
+
+    cancelled: list[bool] = []
+    with pytest.raises(Interrupted):
+        combined((1, Cancels(1)), (1, Cancels(1))).score(rate("a"), interrupt)
+    assert len(cancelled) == 1
 
 
 def test_what_a_part_notes_stands_under_its_name() -> None:
