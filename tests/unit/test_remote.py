@@ -156,6 +156,20 @@ def test_tokens_add_up_to_what_the_server_counted() -> None:
     assert alone.texts[0].tokens == 17
 
 
+@pytest.mark.parametrize(("reasoned", "left"), [(2990, 10), (3001, 0), (0, 3000)])
+def test_reasoning_that_is_counted_and_not_sent_is_no_part_of_the_answer(reasoned: int, left: int) -> None:
+    details = {"reasoning_tokens": reasoned}
+    usage = {"prompt_tokens": 5, "completion_tokens": 3000, "completion_tokens_details": details}
+    reply = read_completion(completion("a" * 40, "", usage=usage))
+    assert ([t.tokens for t in reply.texts], reply.reasoning_tokens) == ([left, 0], 3000 - left)
+
+
+def test_what_a_server_broke_off_has_no_share_in_its_count() -> None:
+    answer = completion("a" * 40, "b" * 400, usage={"prompt_tokens": 5, "completion_tokens": 110})
+    answer["choices"][1]["finish_reason"] = "abort"
+    assert [t.tokens for t in read_completion(answer).texts] == [10]
+
+
 def test_answers_in_parts_and_answers_without_text() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     reply = read_completion({"choices": [{"message": {"content": parts}}, {"message": {"content": None}}]})
