@@ -109,7 +109,7 @@ def test_a_list_ends_at_its_limit_over_pages(monkeypatch: pytest.MonkeyPatch) ->
     def answer(request: httpx.Request) -> httpx.Response:
         begin = int(request.url.params.get("after", 0))
         data = [{"id": str(begin + i + 1)} for i in range(int(request.url.params["limit"]))]
-        return httpx.Response(200, json={"data": data, "has_more": True, "last_id": data[-1]["id"]})
+        return httpx.Response(200, json={"data": data, "has_more": begin < 1000, "last_id": data[-1]["id"]})
 
     client = Made(answer)
     assert [job["id"] for job in client.list(limit=250)] == [str(i + 1) for i in range(250)]
