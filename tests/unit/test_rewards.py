@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes import go_on, said
 from tpo.backends import load_reward_model
-from tpo.backends.rewards import verifiers
+from tpo.backends.rewards import judge, verifiers
 from tpo.backends.rewards.combined import CombinedReward, load_combined
 from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, Interrupted, ModelRefused
 from tpo.ports import Generate, Generation, Interrupt, RewardModel, Rewards, Score, Text
@@ -232,6 +232,17 @@ def test_a_pairwise_judge_compares_with_its_own_answer_in_both_orders(tmp_path: 
     own = [r for r in judge.asked if "[Response A]" not in r.messages[-1].content]
     assert len(own) == 1
     assert len(judge.asked) == 1 + 2 * 3
+
+
+def test_a_judge_keeps_its_last_answers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "_KEPT", 2)
+    marks = Marks(lambda request, _: "<score>0</score>")
+    reward = load(tmp_path, f'{RUBRIC}mode = "pairwise"\n', marks)
+    for query in ("a", "b", "a", "c", "a", "b"):
+        messages = (Message(role="user", content=query),)
+        reward.score(Score(iteration=0, messages=messages, responses=("r",)), go_on)
+    asked = [request.messages[0].content for request in marks.asked]
+    assert [text for text in asked if len(text) == 1] == ["a", "b", "c", "b"]
 
 
 def test_a_response_too_long_for_the_judge_is_left_out_while_others_fit(tmp_path: Path) -> None:
