@@ -47,7 +47,7 @@ class Marks:
         interrupt()
         self.asked.append(request)
         texts: tuple[Text, ...] = tuple(said(self._say(request, i)) for i in range(request.n))
-        return Generation(texts=texts, input_tokens=10, seconds=0.1)
+        return Generation(texts=texts, input_tokens=10, seconds=0.1, reasoning_tokens=5)
 
 
 def test_length(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_judge_marks_each_response(tmp_path: Path) -> None:
     assert len(prompts) == 2
     assert all("Hello {query}?" in p and "Is it {true}?" in p and "from 1 (worst) to 10 (best)" in p for p in prompts)
     assert "a bad one {lowest} <score>10</score>" in prompts[1]
-    assert rewards.input_tokens > 20
+    assert rewards.input_tokens == 2 * (10 + 3 + 5), "read, written, and thought"
 
 
 @pytest.mark.parametrize("first", ["no score at all", "<score>11</score>", "<score>x</score>", ""])
