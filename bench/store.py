@@ -35,7 +35,6 @@ STEP_BARS = {"sqlite": 5.0, "postgresql": 10.0}
 HELD = 64
 """Jobs that workers hold meanwhile: a fleet does not grow with the store."""
 LOST = 5
-LISTENED = 100
 PURGED = 5
 READ = 5
 """Times in a row that each read is timed, for it takes less than what else happens on the machine."""

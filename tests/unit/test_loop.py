@@ -70,11 +70,14 @@ def test_sampling_settings_of_each_call() -> None:
         critique_temperature=0.8,
         critique_top_p=0.9,
         critique_max_tokens=100,
+        stop=("END",),
     )
     finish(new_state().model_copy(update={"params": params}), policy)
     for request in policy.asked:
         asked = (request.temperature, request.top_p, request.max_tokens)
         assert asked == ((0.5, 0.6, 70) if request.kind in ("sample", "update") else (0.8, 0.9, 100))
+        # An answer in tags ends with its tag, and a critique may quote what ends a response.
+        assert request.stop == (("END",) if request.kind == "sample" else ())
     assert (Params().temperature, Params().top_p, Params().critique_top_p, Params().max_tokens) == (
         0.7,
         0.95,

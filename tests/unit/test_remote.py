@@ -8,10 +8,14 @@ from typing import Any
 import httpx
 import pytest
 
+from tpo.backends.remote.apis import VllmClassify
 from tpo.backends.remote.breaker import FAILURES, Breaker, ServerFailed
 from tpo.backends.remote.context import TooLong, too_long
 from tpo.backends.remote.reply import read_completion, without_thinking
+from tpo.backends.remote.reward import BOUNDED_IN_A_ROW, RemoteRewardModel
 from tpo.backends.remote.server import Malformed, Refused, retry_after
+from tpo.errors import BackendUnavailable, ModelRefused
+from tpo.ports import Score
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,20 @@ def test_tokens_add_up_to_what_the_server_counted() -> None:
     assert alone.texts[0].tokens == 17
 
 
+@pytest.mark.parametrize(("reasoned", "left"), [(2990, 10), (3001, 0), (0, 3000)])
+def test_reasoning_that_is_counted_and_not_sent_is_no_part_of_the_answer(reasoned: int, left: int) -> None:
+    details = {"reasoning_tokens": reasoned}
+    usage = {"prompt_tokens": 5, "completion_tokens": 3000, "completion_tokens_details": details}
+    reply = read_completion(completion("a" * 40, "", usage=usage))
+    assert ([t.tokens for t in reply.texts], reply.reasoning_tokens) == ([left, 0], 3000 - left)
+
+
+def test_what_a_server_broke_off_has_no_share_in_its_count() -> None:
+    answer = completion("a" * 40, "b" * 400, usage={"prompt_tokens": 5, "completion_tokens": 110})
+    answer["choices"][1]["finish_reason"] = "abort"
+    assert [t.tokens for t in read_completion(answer).texts] == [10]
+
+
 def test_answers_in_parts_and_answers_without_text() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     reply = read_completion({"choices": [{"message": {"content": parts}}, {"message": {"content": None}}]})
@@ -208,6 +226,62 @@ def test_an_open_circuit_lets_one_through_at_a_time_until_one_succeeds() -> None
     assert asked > 5 * FAILURES + 1
 
 
+async def one_fails(breaker: Breaker) -> None:
+    async with breaker.turn():
+        await asyncio.sleep(0)  # where several fail at once, all are on their way before the first one has
+        raise ServerFailed
+
+
+async def all_fail(breaker: Breaker, requests: int) -> None:
+    failed = await asyncio.gather(*(one_fails(breaker) for _ in range(requests)), return_exceptions=True)
+    assert all(isinstance(error, ServerFailed) for error in failed)
+
+
+def test_the_pause_grows_by_who_asks_alone_and_begins_anew_with_the_next_outage() -> None:
+    async def run() -> None:
+        breaker = Breaker(0.01, 64.0)
+        await all_fail(breaker, 3 * FAILURES)
+        assert (breaker.is_open, breaker._pause) == (True, 0.02)
+        await all_fail(breaker, 1)
+        assert (breaker.is_open, breaker._pause) == (True, 0.04)
+        async with breaker.turn():
+            pass
+        assert (breaker.is_open, breaker._pause) == (False, 0.01)
+
+    asyncio.run(run())
+
+
+async def pass_through(breaker: Breaker, begun: asyncio.Event, end: asyncio.Event, error: Exception | None) -> None:
+    async with breaker.turn():
+        begun.set()
+        await end.wait()
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize("was_open", [True, False], ids=["who asked has failed", "a request of before succeeds"])
+def test_who_waits_has_its_turn_as_soon_as(was_open: bool) -> None:
+    async def run() -> None:
+        breaker = Breaker(0.01 if was_open else 3600.0, 3600.0)
+        begun, end, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        done.set()
+        if was_open:
+            await all_fail(breaker, FAILURES)
+        first = asyncio.create_task(pass_through(breaker, begun, end, ServerFailed() if was_open else None))
+        await begun.wait()
+        if not was_open:
+            await all_fail(breaker, FAILURES)
+        waits = asyncio.create_task(pass_through(breaker, asyncio.Event(), done, None))
+        await asyncio.sleep(0)
+        assert breaker.is_open
+        end.set()
+        await asyncio.gather(first, return_exceptions=True)
+        async with asyncio.timeout(30):
+            await waits
+
+    asyncio.run(run())
+
+
 def test_a_refusal_closes_the_circuit_and_a_cancelled_request_says_nothing() -> None:
     async def run() -> None:
         breaker = Breaker(0.0, 0.0)
@@ -225,3 +299,32 @@ def test_a_refusal_closes_the_circuit_and_a_cancelled_request_says_nothing() -> 
         assert not breaker.is_open
 
     asyncio.run(run())
+
+
+class Refusing:
+    """A server whose model has become another one."""
+
+    def call(self, work: Any, _interrupt: Any) -> Any:
+        work.close()
+        raise ModelRefused("The reward model's server gives 2 numbers for a response.")
+
+
+def test_one_score_outside_begins_the_watch_for_a_sigmoid_anew() -> None:
+    server: Any = Refusing()
+    reward = RemoteRewardModel("m", server, VllmClassify(), bounded=False)
+    for _ in range(3):
+        reward._watch([0.5] * (BOUNDED_IN_A_ROW - 1))
+        reward._watch([0.5, 1.5])
+    with pytest.raises(BackendUnavailable, match="sigmoid"):
+        reward._watch([0.5] * BOUNDED_IN_A_ROW)
+    bounded = RemoteRewardModel("m", server, VllmClassify(), bounded=True)
+    bounded._watch([0.5] * 2 * BOUNDED_IN_A_ROW)
+    assert (reward.healthy, bounded.healthy) == (False, True)
+
+
+def test_a_reward_model_that_has_become_another_one_ends_the_worker() -> None:
+    server: Any = Refusing()
+    reward = RemoteRewardModel("m", server, VllmClassify(), bounded=False)
+    with pytest.raises(BackendUnavailable, match="gives 2 numbers"):
+        reward.score(Score(iteration=0, messages=(), responses=("a",)), lambda: None)
+    assert not reward.healthy

@@ -12,9 +12,9 @@ import pytest
 
 from tests.fakes import go_on, said
 from tpo.backends import load_reward_model
-from tpo.backends.rewards import verifiers
-from tpo.backends.rewards.combined import CombinedReward
-from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused
+from tpo.backends.rewards import judge, verifiers
+from tpo.backends.rewards.combined import CombinedReward, load_combined
+from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, Interrupted, ModelRefused
 from tpo.ports import Generate, Generation, Interrupt, RewardModel, Rewards, Score, Text
 from tpo.settings import Settings
 from tpo.state import Message, RewardPart
@@ -47,7 +47,7 @@ class Marks:
         interrupt()
         self.asked.append(request)
         texts: tuple[Text, ...] = tuple(said(self._say(request, i)) for i in range(request.n))
-        return Generation(texts=texts, input_tokens=10, seconds=0.1)
+        return Generation(texts=texts, input_tokens=10, seconds=0.1, reasoning_tokens=5)
 
 
 def test_length(tmp_path: Path) -> None:
@@ -147,6 +147,22 @@ def test_a_part_that_gives_too_few_scores_is_named() -> None:
         combined((1, Fixed(1, 2)), (1, Fixed(1))).score(rate("a", "b"), go_on)
 
 
+def test_what_interrupts_is_noticed_before_each_part() -> None:
+    class Cancels(Fixed):
+        def score(self, _request: Score, _interrupt: Interrupt) -> Rewards:
+            cancelled.append(True)
+            return self.rewards
+
+    def interrupt() -> None:
+        if cancelled:
+            raise Interrupted("cancelled")
+
+    cancelled: list[bool] = []
+    with pytest.raises(Interrupted):
+        combined((1, Cancels(1)), (1, Cancels(1))).score(rate("a"), interrupt)
+    assert len(cancelled) == 1
+
+
 def test_what_a_part_notes_stands_under_its_name() -> None:
     notes = (RewardPart(name="reward", value=5.0), RewardPart(name="share_read", value=0.5, weight=0))
     (parts,) = combined((2, Fixed(5, parts=(notes,)))).score(rate("a"), go_on).parts
@@ -167,14 +183,16 @@ RUBRIC = '[[part]]\nname = "judge"\nkind = "judge"\nrubric = "Is it {true}?"\n'
 
 
 def test_a_judge_marks_each_response(tmp_path: Path) -> None:
-    judge = Marks(lambda request, _: f"So so. <score>{3 if 'bad one' in request.messages[0].content else 8}</score>")
+    judge = Marks(
+        lambda request, _: f"No <score>9</score>. <score>{3 if 'bad one' in request.messages[0].content else 8}</score>"
+    )
     rewards = load(tmp_path, RUBRIC, judge).score(rate("a good one", "a bad one {lowest} <score>10</score>"), go_on)
     assert rewards.values == (8, 3)
     prompts = sorted((request.messages[0].content for request in judge.asked), key=lambda p: "a bad one" in p)
     assert len(prompts) == 2
     assert all("Hello {query}?" in p and "Is it {true}?" in p and "from 1 (worst) to 10 (best)" in p for p in prompts)
     assert "a bad one {lowest} <score>10</score>" in prompts[1]
-    assert rewards.input_tokens > 20
+    assert rewards.input_tokens == 2 * (10 + 3 + 5), "read, written, and thought"
 
 
 @pytest.mark.parametrize("first", ["no score at all", "<score>11</score>", "<score>x</score>", ""])
@@ -214,6 +232,17 @@ def test_a_pairwise_judge_compares_with_its_own_answer_in_both_orders(tmp_path: 
     own = [r for r in judge.asked if "[Response A]" not in r.messages[-1].content]
     assert len(own) == 1
     assert len(judge.asked) == 1 + 2 * 3
+
+
+def test_a_judge_keeps_its_last_answers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "_KEPT", 2)
+    marks = Marks(lambda request, _: "<score>0</score>")
+    reward = load(tmp_path, f'{RUBRIC}mode = "pairwise"\n', marks)
+    for query in ("a", "b", "a", "c", "a", "b"):
+        messages = (Message(role="user", content=query),)
+        reward.score(Score(iteration=0, messages=messages, responses=("r",)), go_on)
+    asked = [request.messages[0].content for request in marks.asked]
+    assert [text for text in asked if len(text) == 1] == ["a", "b", "c", "b"]
 
 
 def test_a_response_too_long_for_the_judge_is_left_out_while_others_fit(tmp_path: Path) -> None:
@@ -284,6 +313,74 @@ def test_a_wrong_file_is_told_what_is_wrong(tmp_path: Path, text: str, says: str
         load(tmp_path, text)
 
 
+ELSEWHERE = """
+[[part]]
+name = "quality"
+kind = "model"
+model = "vllm-pooling:m"
+url = "http://rewards"
+key = "rewards"
+task = "token_classify"
+tokenizer = "there"
+bounded = true
+
+[[part]]
+name = "judge"
+kind = "judge"
+policy = "openai:j"
+url = "http://judge/v1"
+limit_name = "max_completion_tokens"
+extra_body = {top_k = 20}
+"""
+
+
+def test_a_part_is_loaded_with_what_its_file_says_and_nothing_of_the_workers_own(tmp_path: Path) -> None:
+    own = Settings(
+        openai_url="http://own/v1",
+        openai_api_key="of the policy's own server",
+        openai_samples="apart",
+        openai_extra_body={"min_p": 0.1},
+        reward_api_key="of another server",
+        server_keys={"rewards": "of the rewards' server"},
+    )
+    loaded: dict[str, Settings] = {}
+    first = Fixed(1)
+
+    def load_reward(name: str, settings: Settings) -> RewardModel:
+        loaded[name] = settings
+        return first
+
+    def load_policy(name: str, settings: Settings) -> Any:
+        loaded[name] = settings
+        return Marks(None)
+
+    (file := tmp_path / "reward.toml").write_text(ELSEWHERE)
+    load_combined(file, own, load_reward, load_policy, None)
+    model, judge = loaded["vllm-pooling:m"], loaded["openai:j"]
+    assert model.reward_api_key
+    assert model.reward_api_key.get_secret_value() == "of the rewards' server"
+    assert (model.reward_url, model.reward_task, model.reward_tokenizer) == (
+        "http://rewards",
+        "token_classify",
+        "there",
+    )
+    assert model.reward_bounded
+    assert (judge.openai_url, judge.openai_api_key, judge.openai_samples) == ("http://judge/v1", None, "together")
+    assert (judge.openai_limit_name, judge.openai_extra_body) == ("max_completion_tokens", {"top_k": 20})
+
+    def refuse(name: str, settings: Settings) -> Any:
+        raise ModelRefused("no")
+
+    with pytest.raises(ModelRefused, match="no"):
+        load_combined(file, own, load_reward, refuse, None)
+    assert first.closed
+    loaded.clear()
+    file.write_text(ELSEWHERE + 'key = "nobody"\n')
+    with pytest.raises(ModelRefused, match="wants the key nobody"):
+        load_combined(file, own, load_reward, load_policy, None)
+    assert not loaded
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match=r"none\.toml cannot be read"):
         load_reward_model("q", Settings(reward_model="q", reward_file=tmp_path / "none.toml"))
@@ -312,6 +409,9 @@ def test_the_documented_plugin_is_found_once_it_is_installed(tmp_path: Path, mon
     assert rewards.values[0] > rewards.values[1]
     with pytest.raises(ModelRefused, match=r"plug-in kindness cannot be made: TypeError"):
         load(tmp_path, f'[[part]]\nname = "a"\nkind = "plugin"\nplugin = "{name}"\noptions = {{wrong = 1}}')
+    monkeypatch.setattr(sys.modules["kindness"], "Kindness", dict)
+    with pytest.raises(ModelRefused, match="has no method score"):
+        load(tmp_path, part)
     sys.modules.pop("kindness")
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from tpo.jobs.database import connect
 from tpo.jobs.store import Claimed, Flags, Lease, Store
 from tpo.jobs.tables import Job
 from tpo.loop import pending
-from tpo.ports import Generate, Generation, Interrupt
+from tpo.ports import Generate, Generation, Interrupt, Rewards, Score
 from tpo.queue import Doorbell
 from tpo.settings import Settings
 from tpo.state import Message, Params, State
@@ -64,6 +65,16 @@ class Policy(ScriptedPolicy):
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
         self.before(request, interrupt)
         return super().generate(request, interrupt)
+
+
+class Reward(ScriptedRewardModel):
+    """The scripted reward model, that does what the test says before it scores."""
+
+    before: Callable[[Score, Interrupt], None] = staticmethod(lambda _request, _interrupt: None)
+
+    def score(self, request: Score, interrupt: Interrupt) -> Rewards:
+        self.before(request, interrupt)
+        return super().score(request, interrupt)
 
 
 class FlakyStore(Store):
@@ -103,6 +114,7 @@ class Bench:
 
     store: FlakyStore
     policy: Policy
+    reward: Reward
     bells: Bells
     drain: Drain
     leases: Leases
@@ -136,11 +148,11 @@ def bench(sqlite_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shutil.copy(sqlite_template, tmp_path / "tpo.db")
     settings = Settings(policy="scripted", reward_model="scripted", database_url=f"sqlite:///{tmp_path}/tpo.db")
     engine = connect(settings.database_url.get_secret_value())
-    store, policy, bells, drain = FlakyStore(engine), Policy(), Bells(), Drain()
+    store, policy, reward, bells, drain = FlakyStore(engine), Policy(), Reward(), Bells(), Drain()
     store.fails = {}
     leases = Leases(store, drain, "worker", settings)
-    runner = JobRunner(settings, store, bells, policy, ScriptedRewardModel(), leases, drain, "worker")
-    yield Bench(store, policy, bells, drain, leases, runner, settings)
+    runner = JobRunner(settings, store, bells, policy, reward, leases, drain, "worker")
+    yield Bench(store, policy, reward, bells, drain, leases, runner, settings)
     engine.dispose()
 
 
@@ -217,6 +229,8 @@ def test_each_failure_in_a_row_doubles_the_pause_and_a_step_starts_anew(bench: B
         assert longest / 2 <= pause_after("sample") <= longest
     assert pause_after("loss") <= 1
     assert 1 <= pause_after("loss") <= 2
+    put(bench.store._engine, job_id, attempts_in_vain=30, max_attempts=99)
+    assert pause_after("loss") <= 60
 
 
 @pytest.mark.parametrize("error", [ContextTooLong("Too long."), ValueError("?")])
@@ -272,6 +286,17 @@ def test_a_broken_model_ends_the_process_for_another_to_take_its_place(bench: Be
     assert bench.drain.begun.is_set()
     assert bench.drain.exit_code == 1
     assert celery_state.should_stop == 0
+
+
+def test_a_model_that_ends_with_its_worker_is_not_broken(bench: Bench) -> None:
+    def end(request: Generate, interrupt: Interrupt) -> None:
+        bench.drain.begun.set()
+        bench.policy.healthy = False
+        raise BackendUnavailable("The policy was closed.")
+
+    bench.policy.before = end
+    assert bench.run(bench.create()).status == "queued"
+    assert bench.drain.exit_code == 0
 
 
 def test_an_unexpected_error_is_told_by_its_place_alone(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
@@ -400,6 +425,34 @@ def test_a_lease_that_nobody_could_renew_is_taken_as_lost() -> None:
     held.interrupt()
 
 
+def test_a_checkpoint_renews_the_lease_from_before_it_was_written(bench: Bench) -> None:
+    called: dict[str, float] = {}
+    renewed: dict[str, float] = {}
+    written: dict[str, float] = {}
+
+    def look(request: Generate, _interrupt: Interrupt) -> None:
+        with bench.leases._lock:
+            (held,) = bench.leases._held
+        renewed[request.kind] = held._renewed
+        called[request.kind] = time.monotonic()
+
+    bench.policy.before = look
+    bench.store.watch = lambda after: written.update({after.calls[-1].kind: time.monotonic()})
+    bench.run(bench.create())
+    assert called["loss"] < renewed["gradient"] < written["loss"]
+
+
+def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
+    held = held_for(30)
+    for flags, reason in (
+        (Flags(cancel_requested=True, past_deadline=True, pause_requested=True), "cancelled"),
+        (Flags(cancel_requested=False, past_deadline=True, pause_requested=True), "deadline"),
+    ):
+        held.told(flags)
+        with pytest.raises(Interrupted, match=reason):
+            held.interrupt()
+
+
 def test_a_lease_of_another_worker_stays_lost() -> None:
     held = held_for(30)
     held.told(None)
@@ -407,25 +460,65 @@ def test_a_lease_of_another_worker_stays_lost() -> None:
         held.interrupt()
 
 
-def test_the_keeper_renews_and_carries_flags_back(bench: Bench) -> None:
-    settings = bench.settings.model_copy(update={"lease_seconds": 0.3})
-    leases = Leases(bench.store, bench.drain, "worker", settings)
-    claimed = claim_one(bench.store, job_id := bench.create(), "worker", 0.3, model="scripted", reward_model="scripted")
+def test_a_job_that_this_worker_has_claimed_anew_is_lost_to_its_first_thread(bench: Bench) -> None:
+    job_id = bench.create()
+
+    def claim() -> Lease:
+        claimed = claim_one(bench.store, job_id, "worker", 30, model="scripted", reward_model="scripted")
+        assert claimed
+        return claimed[0]
+
+    first = claim()
+    bench.store.release(first, delay_seconds=0)
+    with bench.leases.holding(first) as old, bench.leases.holding(claim()) as new:
+        bench.leases._ask(bench.leases._renew)
+        with pytest.raises(Interrupted, match="lease_lost"):
+            old.interrupt()
+        new.interrupt()
+
+
+def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed = claim_one(bench.store, job_id := bench.create(), "worker", 30, model="scripted", reward_model="scripted")
     assert claimed
-    leases.start()
-    try:
-        with leases.holding(claimed[0]) as held:
-            end = time.monotonic() + 1
-            while time.monotonic() < end:
-                held.interrupt()
-                time.sleep(0.01)
-            assert bench.store.sweep(ring_again_seconds=60, forget_worker_seconds=0.5) == []
-            assert [worker.id for worker in bench.store.workers(0.5)] == ["worker"]
+    troubles = [ValueError(SECRET), StoreUnavailable()]
+    leased: list[float] = []
+    renewed_often = threading.Event()
+    renew = bench.store.renew
+
+    def look_on(*args: Any) -> dict[str, tuple[int, Flags]]:
+        if troubles:
+            raise troubles.pop()
+        owned = renew(*args)
+        leased.append(bench.store.get(job_id).lease_until or 0)
+        if len(leased) == 3:
+            renewed_often.set()
+        return owned
+
+    monkeypatch.setattr(bench.store, "renew", look_on)
+    leases = Leases(bench.store, bench.drain, "worker", bench.settings.model_copy(update={"lease_seconds": 0.3}))
+    with leases.holding(claimed[0]) as held:
+        leases.start()
+        try:
+            assert renewed_often.wait(60)
+            held.interrupt()
+            assert leased == sorted(set(leased))
+            assert [worker.id for worker in bench.store.workers(60)] == ["worker"]
             bench.store.cancel(job_id)
             with pytest.raises(Interrupted, match="cancelled"):
-                interrupted_within(held, 2)
-    finally:
-        leases.stop()
+                interrupted_within(held, 60)
+        finally:
+            leases.stop()
+
+
+def test_who_waits_for_the_last_job_is_told_when_it_ends(bench: Bench) -> None:
+    waiting = threading.Thread(target=bench.leases.wait_until_idle, args=(3600,), daemon=True)
+    with bench.leases.holding(Lease("job_1", "worker", 1, 1, 1, 3, 30)):
+        waiting.start()
+        assert not bench.leases.wait_until_idle(0)
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def interrupted_within(held: Held, seconds: float) -> None:
@@ -433,6 +526,37 @@ def interrupted_within(held: Held, seconds: float) -> None:
     while time.monotonic() < end:
         held.interrupt()
         time.sleep(0.01)
+
+
+def test_a_lease_is_renewed_each_third_of_its_time_and_looked_at_in_between(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease("job_1", "worker", 1, 1, 1, 3, 30)
+    owned = {lease.job_id: (lease.fence, Flags(cancel_requested=False, past_deadline=False))}
+    clock = 0.0
+    asked: list[tuple[str, float]] = []
+    leases = Leases(bench.store, bench.drain, "worker", bench.settings.model_copy(update={"lease_seconds": 30}))
+
+    def asks(what: str) -> Any:
+        def answer(*_: Any) -> dict[str, tuple[int, Flags]]:
+            asked.append((what, clock))
+            return owned
+
+        return answer
+
+    def rest(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+        if clock > 25:
+            leases.stop()
+
+    monkeypatch.setattr("worker.lease.time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr(leases._stopping, "wait", rest)
+    monkeypatch.setattr(bench.store, "renew", asks("renew"))
+    monkeypatch.setattr(bench.store, "look", asks("look"))
+    with leases.holding(lease):
+        leases._keep()
+    assert asked == [("look" if second % 10 else "renew", second) for second in range(26)]
 
 
 def test_the_sweeper_rings_once_for_any_number_of_jobs(bench: Bench) -> None:
@@ -495,11 +619,12 @@ def test_a_paused_queue_ends_a_run_after_its_step_and_not_within_it(bench: Bench
     assert_exact(bench, bench.run(job_id))
 
 
-def test_a_pause_stops_a_running_call_and_costs_no_attempt(bench: Bench) -> None:
+@pytest.mark.parametrize(("kind", "calls"), [("score", 1), ("loss", 2)])
+def test_a_pause_stops_a_running_call_and_costs_no_attempt(bench: Bench, kind: str, calls: int) -> None:
     job_id = bench.create()
 
-    def pause(request: Generate, interrupt: Interrupt) -> None:
-        if request.kind == "loss":
+    def pause(request: Generate | Score, interrupt: Interrupt) -> None:
+        if (request.kind if isinstance(request, Generate) else "score") == kind:
             bench.store.pause(job_id)
             with bench.leases._lock:
                 (held,) = bench.leases._held
@@ -507,12 +632,13 @@ def test_a_pause_stops_a_running_call_and_costs_no_attempt(bench: Bench) -> None
             interrupt()
             raise AssertionError("the call goes on")
 
-    bench.policy.before = pause
+    bench.policy.before = bench.reward.before = pause
     bench.runner.run_job(job_id)
     job = bench.store.get(job_id)
-    assert (job.status, job.attempt, len(bench.store.state(job_id).calls)) == ("paused", 0, 2)
+    assert (job.status, job.attempt, len(bench.store.state(job_id).calls)) == ("paused", 0, calls)
     assert bench.bells.rung == []
     bench.policy.before = lambda _request, _interrupt: None
+    bench.reward.before = lambda _request, _interrupt: None
     bench.store.resume(job_id)
     bench.runner.run_job(job_id)
     assert_exact(bench, bench.store.get(job_id))

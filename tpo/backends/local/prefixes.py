@@ -7,7 +7,7 @@ When memory is needed, what was used longest ago goes first.
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from tpo.backends.local.arena import Arena, Chain, chain_length, cut
+from tpo.backends.local.arena import Arena, Chain, cut
 
 _BLOCK = 16
 
@@ -21,9 +21,6 @@ class Prefixes:
         self._arena = arena
         self._kept: OrderedDict[Tokens, Chain] = OrderedDict()
         self._by_block: dict[int, Tokens] = {}
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     def keep(self, tokens: Tokens, chain: Chain) -> None:
         """Hold a sequence of so many tokens as its chain has."""
@@ -61,11 +58,6 @@ class Prefixes:
         """Let go of everything."""
         while self.forget_one():
             pass
-
-    @property
-    def tokens(self) -> int:
-        """How much is kept, counted once for each sequence that holds it."""
-        return sum(chain_length(chain) for chain in self._kept.values())
 
 
 def _marks(tokens: Sequence[int]) -> list[int]:

@@ -33,14 +33,9 @@ class Completion:
 
 
 @dataclass
-class Timings:
-    """One request's way through the engine, in seconds of the monotonic clock, and its share of the work."""
+class Counts:
+    """What one request found in the engine's memory, and lost there."""
 
-    submitted: float
-    started: float | None = None
-    """When it first left the queue."""
-    first_token: float | None = None
-    finished: float | None = None
     reused_tokens: int = 0
     """Prompt tokens whose keys and values an earlier request had left."""
     put_back: int = 0
@@ -52,7 +47,7 @@ class Answer:
     """Completions in the order of the seeds."""
 
     completions: tuple[Completion, ...]
-    timings: Timings
+    counts: Counts
 
 
 @dataclass(eq=False)
@@ -62,10 +57,10 @@ class Ticket:
     request: TokenRequest
     number: int
     """Counts up with arrival: the largest is the youngest."""
-    timings: Timings
     todo: list[int] = field(default_factory=list)
     """Samples that nobody writes yet."""
     done: dict[int, Completion] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
     future: "Future[Answer]" = field(default_factory=Future)
 
     @property

@@ -88,17 +88,19 @@ class RewardEngine:
         self._thread.join()
 
     def _run(self) -> None:
+        items: list[Item] = []
+        batch: list[Item] = []
         try:
             with torch.inference_mode():
-                items: list[Item] = []
                 while self._collect(items):
                     # Whoever arrives meanwhile may share the next batch.
-                    self._answer(self._next_batch(items))
+                    batch = self._next_batch(items)
+                    self._answer(batch)
         except BaseException as error:
             _log.critical("the reward model's loop has died", exc_info=error)
             self._end(f"The reward model's loop has died and this process must be started anew: {error!r}")
         finally:
-            for ticket, _ in items:
+            for ticket, _ in (*batch, *items):
                 fail(ticket.future, BackendUnavailable(self._ended))
 
     def _collect(self, items: list[Item]) -> bool:

@@ -125,7 +125,7 @@ def _shared(counted: int, characters: Sequence[int], reasoned: int | None) -> li
     if not counted:
         return [estimated(n) for n in characters]
     answers, reasoning = list(characters[::2]), list(characters[1::2])
-    if reasoned is None or not any(reasoning):
+    if reasoned is None:
         return _by_share(counted, characters)
     reasoned = min(reasoned, counted)
     pairs = zip(_by_share(counted - reasoned, answers), _by_share(reasoned, reasoning), strict=True)

@@ -205,7 +205,7 @@ def _each(value: Callable[[str, Interrupt], float], request: Score, interrupt: I
         errors = [error for error in (future.exception() for future in done) if error]
         if errors:
             failed.set()
-            raise next((e for e in errors if not isinstance(e, _Failed)), errors[0])
+            raise errors[0]
     values = [future.result() for future in futures]
     too_long = [value for value in values if isinstance(value, ContextTooLong)]
     if len(too_long) == len(values):

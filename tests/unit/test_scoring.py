@@ -1,0 +1,93 @@
+"""The reward model's thread: whom it scores together, in which order, and who is told what breaks."""
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tpo.backends.local.scoring import RewardEngine
+from tpo.errors import BackendUnavailable
+
+POISON = 99
+
+
+class Network:
+    """Scores a conversation by its sum. Waits in its first pass, so that the rest arrives together."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        text = SimpleNamespace()
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.passes: list[list[list[int]]] = []
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+        self.error: BaseException = ValueError("?")
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_more: Any) -> Any:
+        rows = [r[m.bool()].tolist() for r, m in zip(input_ids, attention_mask, strict=True)]
+        self.passes.append(rows)
+        self.begun.set()
+        assert self.go_on.wait(60)
+        if any(POISON in row for row in rows):
+            raise self.error
+        return SimpleNamespace(logits=torch.tensor([[float(sum(row))] for row in rows]))
+
+
+@pytest.fixture
+def network() -> Network:
+    return Network()
+
+
+@pytest.fixture
+def busy(network: Network) -> Iterator[RewardEngine]:
+    """An engine within its first pass."""
+    engine = RewardEngine(network, 100)
+    engine.submit([[1]])
+    assert network.begun.wait(60)
+    yield engine
+    network.go_on.set()
+    engine.close()
+
+
+def test_whoever_waits_longest_comes_first_with_neighbours_in_length(busy: RewardEngine, network: Network) -> None:
+    long, short = busy.submit([[2] * 400]), [busy.submit([[3] * 300] * 2) for _ in range(3)]
+    network.go_on.set()
+    assert long.result(60) == (800,)
+    assert [future.result(60) for future in short] == [(900, 900)] * 3
+    assert network.passes[1] == [[2] * 400]
+    assert busy.submit([]).result(60) == ()
+
+
+def test_a_conversation_that_breaks_the_model_fails_alone(busy: RewardEngine, network: Network) -> None:
+    first, broken, last = busy.submit([[1], [2]]), busy.submit([[3], [POISON]]), busy.submit([[4]])
+    network.go_on.set()
+    assert (first.result(60), last.result(60)) == ((1, 2), (4,))
+    with pytest.raises(BackendUnavailable, match="failed: ValueError"):
+        broken.result(60)
+    assert sorted(token for (token,) in network.passes[1]) == [1, 2, 3, 4, POISON]
+    assert busy.healthy
+
+
+def test_what_nobody_waits_for_is_not_scored(busy: RewardEngine, network: Network) -> None:
+    gone, stays = busy.submit([[5]]), busy.submit([[6]])
+    gone.cancel()
+    network.go_on.set()
+    assert stays.result(60) == (6,)
+    assert network.passes[1:] == [[[6]]]
+
+
+def test_when_the_device_fails_everyone_is_told(busy: RewardEngine, network: Network) -> None:
+    network.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    futures = [busy.submit([[POISON]]), busy.submit([[7] * 500, [8] * 500]), busy.submit([[9] * 500])]
+    network.go_on.set()
+    for future in futures:
+        with pytest.raises(BackendUnavailable, match="illegal memory access"):
+            future.result(60)
+    assert not busy.healthy
+    with pytest.raises(BackendUnavailable, match="started anew"):
+        busy.submit([[1]])
