@@ -270,7 +270,7 @@ def our_engine(engine: StepEngine, reused: list[int] | None = None) -> Callable[
                 answers = [list(c.tokens) for c in answer.completions]
                 with lock:
                     if reused is not None:
-                        reused.append(answer.counts.reused_tokens)
+                        reused.append(answer.timings.reused_tokens)
                     going = progress.answer(i, answers)
 
         threads = [threading.Thread(target=carry, args=(i,)) for i in progress.asks]

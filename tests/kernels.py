@@ -18,7 +18,7 @@ from tests.tiny_models import CONTEXT, KINDS, load_kind
 from tpo.backends.local.arena import Piece, Segment
 from tpo.backends.local.cuda import CudaRunner
 from tpo.backends.local.engine import StepEngine
-from tpo.backends.local.requests import Completion, Ticket, TokenRequest
+from tpo.backends.local.requests import Completion, Ticket, Timings, TokenRequest
 from tpo.backends.local.runner import Runner, adopt
 from tpo.backends.local.scheduler import Chunk, Limits, Reading, Row
 
@@ -49,7 +49,7 @@ def written(runner: Runner, slots: int) -> Completions:
 
 def apart(runner: Runner) -> torch.Tensor:
     """Logits of two samples of one prompt, of which one is three tokens ahead."""
-    ticket = Ticket(TokenRequest(tuple(range(20)), (0, 1), 0.0, 1.0, 8), 0)
+    ticket = Ticket(TokenRequest(tuple(range(20)), (0, 1), 0.0, 1.0, 8), 0, Timings(0.0))
     reading = Reading(ticket, [0, 1], (Piece(Segment(2, 20, 20), 20),), 0)
     rows = [Row(ticket, i, reading.chain, [], [Segment(22 + 8 * i, 8)]) for i in range(2)]
     logits = []

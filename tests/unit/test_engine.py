@@ -302,7 +302,7 @@ def test_out_of_memory_puts_the_youngest_back_and_fails_nobody(
     answers = [future.result(60) for future in [engine.submit(request) for request in requests]]
     engine.close()
     assert [answer.completions for answer in answers] == expected
-    assert sum(answer.counts.put_back for answer in answers) > 0
+    assert sum(answer.timings.put_back for answer in answers) > 0
 
 
 def test_out_of_memory_with_one_sample_alone_fails_it_and_no_later_one(
@@ -376,13 +376,13 @@ def test_the_next_call_of_a_conversation_reads_only_what_is_new(engine: StepEngi
         return engine.submit(sampled(prompt, *seeds, max_tokens=40)).result(60)
 
     critique = ask(PROMPTS[3], 1)
-    assert critique.counts.reused_tokens == 0
+    assert critique.timings.reused_tokens == 0
     second = (*PROMPTS[3], *critique.completions[0].tokens, *range(20))
     gradient = ask(second, 2)
-    assert gradient.counts.reused_tokens == len(PROMPTS[3]) + 39
+    assert gradient.timings.reused_tokens == len(PROMPTS[3]) + 39
     third = (*second, *gradient.completions[0].tokens, *range(20))
     update = ask(third, 3, 4, 5)
-    assert update.counts.reused_tokens == len(second) + 39
+    assert update.timings.reused_tokens == len(second) + 39
     fresh = start(llama)
     assert results(fresh, sampled(third, 3, 4, 5, max_tokens=40))[0] == update.completions
     fresh.close()
@@ -425,6 +425,14 @@ def test_a_request_is_cancelled_in_the_middle_of_its_prompt(
     assert len(results(engine, greedy(PROMPTS[0]))) == 1
     assert not engine._scheduler.readings
     assert 3000 not in [len(tokens) for tokens in engine._scheduler.prefixes._kept]
+
+
+def test_times_are_told(engine: StepEngine) -> None:
+    times = engine.submit(greedy(PROMPTS[0], 2)).result(60).timings
+    assert times.started is not None
+    assert times.first_token is not None
+    assert times.finished is not None
+    assert times.submitted <= times.started <= times.first_token <= times.finished
 
 
 def test_when_the_loop_dies_everyone_is_told(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tpo.backends.local.arena import Arena, Piece, Segment, chain_length, cut
 from tpo.backends.local.prefixes import Prefixes
-from tpo.backends.local.requests import Ticket, TokenRequest
+from tpo.backends.local.requests import Ticket, Timings, TokenRequest
 from tpo.backends.local.scheduler import Row
 from tpo.backends.local.tables import Tables, work
 
@@ -101,7 +101,7 @@ def test_a_chain_is_cut_to_a_length(lengths: list[int], length: int) -> None:
 
 
 def row_of(prefix: tuple[Piece, ...], own: list[Segment]) -> Row:
-    ticket = Ticket(TokenRequest((1,) * chain_length(prefix), (0,), 0.0, 1.0, 99), 0)
+    ticket = Ticket(TokenRequest((1,) * chain_length(prefix), (0,), 0.0, 1.0, 99), 0, Timings(0.0))
     return Row(ticket, 0, prefix, [1], own)
 
 

@@ -24,7 +24,7 @@ from tests.tiny_models import (
 from tpo.backends.local.chat import Chat, without_thinking
 from tpo.backends.local.loading import Model, load_policy_model
 from tpo.backends.local.policy import LocalPolicy
-from tpo.backends.local.requests import Answer, Completion, Counts, TokenRequest
+from tpo.backends.local.requests import Answer, Completion, Timings, TokenRequest
 from tpo.backends.local.reward import LocalRewardModel
 from tpo.backends.local.scoring import RewardEngine
 from tpo.errors import ContextTooLong, Interrupted, ModelRefused, PromptRefused
@@ -79,7 +79,7 @@ class RecordingEngine:
     def submit(self, request: TokenRequest) -> "Future[Answer]":
         self.requests.append(request)
         future: Future[Answer] = Future()
-        future.set_result(Answer((self._reply,) * len(request.seeds), Counts()))
+        future.set_result(Answer((self._reply,) * len(request.seeds), Timings(0.0)))
         return future
 
     def close(self) -> None:

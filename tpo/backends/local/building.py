@@ -1,6 +1,7 @@
 """From a loaded model to an engine that serves it: attention put in, memory measured, and all tried out once."""
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from tpo.backends.local.arena import Piece, Segment
 from tpo.backends.local.engine import StepEngine, is_out_of_memory
-from tpo.backends.local.requests import Ticket, TokenRequest
+from tpo.backends.local.requests import Ticket, Timings, TokenRequest
 from tpo.backends.local.runner import INSTEAD, Runner, adopt, compare, plain_logits
 from tpo.backends.local.sampling import Sampler
 from tpo.backends.local.scheduler import Chunk, Limits, Reading, Row
@@ -98,7 +99,7 @@ def _memory(model: Any, shapes: Any, options: EngineOptions, context: int, chunk
     torch.cuda.reset_peak_memory_stats()
     runner = Runner(model, shapes, chunk)
     segment = Segment(1, chunk, chunk)
-    ticket = Ticket(TokenRequest((0,) * chunk, (0,), 0.7, 0.95, 1), 0)
+    ticket = Ticket(TokenRequest((0,) * chunk, (0,), 0.7, 0.95, 1), 0, Timings(0.0))
     runner.prefill([Chunk(Reading(ticket, [0], (Piece(segment, chunk),), 0), 0, chunk)])
     logits = torch.zeros(options.rows, runner.vocabulary, device=model.device)
     Sampler([0] * options.rows, [0.7] * options.rows, [0.95] * options.rows, model.device)(
@@ -114,7 +115,7 @@ def _memory(model: Any, shapes: Any, options: EngineOptions, context: int, chunk
 def _try(runner: Runner, probe: list[int], expected: Any, name: str) -> None:
     """A prompt in two parts, then token after token: the same logits as the model's own."""
     read = len(probe) - 6
-    ticket = Ticket(TokenRequest(tuple(probe[:read]), (0, 0), 0.0, 1.0, 8), 0)
+    ticket = Ticket(TokenRequest(tuple(probe[:read]), (0, 0), 0.0, 1.0, 8), 0, Timings(time.monotonic()))
     reading = Reading(ticket, [0, 1], (Piece(Segment(2, read, read), read),), 0)
     runner.prefill([Chunk(reading, 0, 29)])
     found = [runner.prefill([Chunk(reading, 29, read)])]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from tpo.backends.local.pulse import Pulse
-from tpo.backends.local.requests import Answer, Ticket, TokenRequest
+from tpo.backends.local.requests import Answer, Ticket, Timings, TokenRequest
 from tpo.backends.local.runner import Runner
 from tpo.backends.local.scheduler import Chunk, Limits, Scheduler
 from tpo.backends.local.waiting import fail
@@ -71,7 +71,7 @@ class StepEngine:
             if self._ended:
                 raise BackendUnavailable(self._ended)
             self._count += 1
-            ticket = Ticket(request, self._count, list(range(len(request.seeds))))
+            ticket = Ticket(request, self._count, Timings(time.monotonic()), list(range(len(request.seeds))))
             self._arrived.append(ticket)
             self._changed.notify()
         return ticket.future

@@ -6,6 +6,7 @@ Slow beside the engine, and used only where it is asked for (TPO_ENGINE_FALLBACK
 import logging
 import queue
 import threading
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tpo.backends.local.engine import is_out_of_memory
-from tpo.backends.local.requests import Answer, Completion, Ticket, TokenRequest
+from tpo.backends.local.requests import Answer, Completion, Ticket, Timings, TokenRequest
 from tpo.backends.local.sampling import Sampler
 from tpo.backends.local.waiting import fail, succeed
 from tpo.errors import BackendUnavailable
@@ -43,7 +44,7 @@ class GenerateEngine:
         """An answer to come. Raises BackendUnavailable when the engine was closed."""
         if self._ended:
             raise BackendUnavailable(self._ended)
-        ticket = Ticket(request, 0)
+        ticket = Ticket(request, 0, Timings(time.monotonic()))
         self._waiting.put(ticket)
         return ticket.future
 
@@ -74,6 +75,7 @@ class GenerateEngine:
 
     def _answer(self, ticket: Ticket) -> Answer:
         request, model = ticket.request, self._model
+        ticket.timings.started = time.monotonic()
         n, length = len(request.seeds), len(request.prompt)
         prompt = torch.tensor([request.prompt] * n, device=model.device)
         sampler = Sampler(request.seeds, [request.temperature] * n, [request.top_p] * n, model.device)
@@ -91,7 +93,8 @@ class GenerateEngine:
                 logits_processor=LogitsProcessorList([_Race(sampler, length)]),
                 stopping_criteria=StoppingCriteriaList([_Until(lambda: ticket.gone or self._ended is not None)]),
             )
-        return Answer(tuple(self._completion(row[length:].tolist()) for row in out), ticket.counts)
+        ticket.timings.finished = time.monotonic()
+        return Answer(tuple(self._completion(row[length:].tolist()) for row in out), ticket.timings)
 
     def _completion(self, tokens: list[int]) -> Completion:
         end = next((i + 1 for i, token in enumerate(tokens) if token in self._stop), None)

@@ -33,9 +33,14 @@ class Completion:
 
 
 @dataclass
-class Counts:
-    """What one request found in the engine's memory, and lost there."""
+class Timings:
+    """One request's way through the engine, in seconds of the monotonic clock, and its share of the work."""
 
+    submitted: float
+    started: float | None = None
+    """When it first left the queue."""
+    first_token: float | None = None
+    finished: float | None = None
     reused_tokens: int = 0
     """Prompt tokens whose keys and values an earlier request had left."""
     put_back: int = 0
@@ -47,7 +52,7 @@ class Answer:
     """Completions in the order of the seeds."""
 
     completions: tuple[Completion, ...]
-    counts: Counts
+    timings: Timings
 
 
 @dataclass(eq=False)
@@ -57,10 +62,10 @@ class Ticket:
     request: TokenRequest
     number: int
     """Counts up with arrival: the largest is the youngest."""
+    timings: Timings
     todo: list[int] = field(default_factory=list)
     """Samples that nobody writes yet."""
     done: dict[int, Completion] = field(default_factory=dict)
-    counts: Counts = field(default_factory=Counts)
     future: "Future[Answer]" = field(default_factory=Future)
 
     @property

@@ -8,6 +8,7 @@ tokens. The first of all always finds room, so that everything ends.
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from tpo.backends.local.arena import Arena, Chain, Piece, Segment, chain_length
@@ -138,6 +139,7 @@ class Scheduler:
         """A prompt has been read; each of its samples has its first token."""
         self.readings.remove(reading)
         ticket = reading.ticket
+        ticket.timings.first_token = ticket.timings.first_token or monotonic()
         self.prefixes.keep(reading.prompt, reading.chain)
         rows = [
             Row(ticket, sample, reading.chain, [token]) for sample, token in zip(reading.samples, first, strict=True)
@@ -208,7 +210,8 @@ class Scheduler:
         if len(request.seeds) == 1:
             self._keep(row)
         if len(done) == len(request.seeds):
-            succeed(row.ticket.future, Answer(tuple(done[i] for i in range(len(done))), row.ticket.counts))
+            row.ticket.timings.finished = monotonic()
+            succeed(row.ticket.future, Answer(tuple(done[i] for i in range(len(done))), row.ticket.timings))
         return True
 
     def _keep(self, row: Row) -> None:
@@ -221,7 +224,7 @@ class Scheduler:
 
     def _put_back(self, victim: Row | Reading) -> None:
         ticket = victim.ticket
-        ticket.counts.put_back += 1
+        ticket.timings.put_back += 1
         if isinstance(victim, Row):
             ticket.todo.append(victim.sample)
             self._remove([victim])
@@ -309,7 +312,8 @@ class Scheduler:
         samples, ticket.todo = ticket.todo[:count], ticket.todo[count:]
         if not ticket.todo:
             self.waiting.remove(ticket)
-        ticket.counts.reused_tokens = chain_length(known)
+        ticket.timings.started = ticket.timings.started or monotonic()
+        ticket.timings.reused_tokens = chain_length(known)
         self.readings.append(Reading(ticket, samples, chain, chain_length(known)))
         return True
 
