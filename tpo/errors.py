@@ -19,9 +19,9 @@ TPOError
 │   ├── ModelNotFound
 │   ├── BatchNotFound
 │   └── WebhookNotFound
-├── StoreUnavailable        the database cannot be reached
+├── StoreUnavailable        the database cannot be reached, or cannot do its work for now: says why
 ├── SchemaOutOfDate         the database's schema is not the one of this version
-└── QueueUnavailable        the broker cannot be reached
+└── QueueUnavailable        the broker cannot be reached, or takes nothing for now: says why
 """
 
 import traceback
