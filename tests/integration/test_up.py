@@ -110,7 +110,7 @@ def test_a_broker_that_is_not_there_is_said_before_anything_starts(tmp_path: Pat
     env = environment(TPO_BROKER_URL=f"redis://:secret-word@127.0.0.1:{free_port()}/0")
     done = tpo("up", "--data-dir", str(tmp_path), "--port", _port(), "--flower-port", _port(), env=env)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "tpo: TPO_BROKER_URL cannot be reached: is it right, and does the server run?\n"
+    assert done.stderr == "tpo: The broker cannot be reached. Is TPO_BROKER_URL right, and does the server run?\n"
     assert not (tmp_path / "tpo.db").exists()
 
 

@@ -211,8 +211,8 @@ def _refuse_absent_broker(stack: Stack) -> None:
     with closing(Doorbell(stack.broker_url)) as doorbell:
         try:
             doorbell.ping()
-        except QueueUnavailable:
-            raise Failure("TPO_BROKER_URL cannot be reached: is it right, and does the server run?") from None
+        except QueueUnavailable as error:
+            raise Failure(f"{error} Is TPO_BROKER_URL right, and does the server run?") from None
 
 
 def _answers(address: tuple[str, int]) -> bool:
