@@ -136,6 +136,8 @@ def run_stack(stack: Stack, report: Report) -> int:
         except ChildLost as error:
             messages().print(f"tpo: {error}", style="red", markup=False)
             return FAILED
+        except OSError as error:
+            raise Failure(f"cannot go on: {error.filename or stack.data_dir}: {error.strerror}") from None
     return 0
 
 
