@@ -66,8 +66,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     doorbell = Doorbell(settings.broker_url.get_secret_value())
     try:
         schema.check(engine)
-    except StoreUnavailable:
-        logger.warning("the database cannot be reached; requests are answered with 503 until it can")
+    except StoreUnavailable as error:
+        logger.warning("requests are answered with 503 until that has passed: %s", error)
     app.state.store = Store(engine)
     app.state.doorbell = doorbell
     feed = Feed(app.state.store)

@@ -114,7 +114,7 @@ def install(app: FastAPI) -> None:
 
 def database_unavailable(scope: Scope, error: Exception) -> JSONResponse:
     """The answer while the database is away."""
-    logger.warning("request %s: the database cannot be reached", scope["state"]["request_id"])
+    logger.warning("request %s: %s", scope["state"]["request_id"], error)
     return problem(scope, 503, detail=f"{error} Nothing was changed.", code="database_unavailable")
 
 

@@ -130,9 +130,9 @@ class Feed:
                 if self._away:
                     logger.info("the event streams go on: the database is back")
                 pause, self._away = LOOK_SECONDS, False
-            except StoreUnavailable:
+            except StoreUnavailable as error:
                 if not self._away:
-                    logger.warning("the event streams wait: the database cannot be reached")
+                    logger.warning("the event streams wait: %s", error)
                 pause, self._away = min(2 * pause, _LONGEST_PAUSE), True
             except Exception as error:
                 log_unexpected(error, "of the event streams")

@@ -15,7 +15,7 @@ from api.submitting import SubmitterDep
 from api.waiting import until_changed, until_ended
 from tpo.errors import InvalidInput
 from tpo.status import TERMINAL
-from tpo.submission import Submit
+from tpo.submission import MAX_METADATA, Submit
 
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 _PREFERRED_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*(\d{1,9})\s*(?:$|[,;])")
@@ -125,8 +125,10 @@ def _known(request: Request) -> set[str]:
 
 
 def _metadata(given: dict[str, object]) -> dict[str, str]:
-    wanted = {}
+    wanted: dict[str, str] = {}
     for name, value in given.items():
+        if len(wanted) == MAX_METADATA:
+            raise InvalidInput(f"{name}: a job has {MAX_METADATA} pairs at most", name)
         found = _METADATA.fullmatch(name)
         if found is None:
             raise InvalidInput(f"{name}: is not a known field", name)

@@ -72,9 +72,9 @@ class Submitter:
         """Ring for a job; where that cannot be done now, the sweeper does it."""
         try:
             self._doorbell.ring(job.id, job.model)
-        except QueueUnavailable:
+        except QueueUnavailable as error:
             request_id = self._request.state.request_id
-            logger.warning("request %s: the broker is away; the sweeper will ring for %s", request_id, job.id)
+            logger.warning("request %s: the sweeper will ring for %s: %s", request_id, job.id, error)
 
     @property
     def limits(self) -> Limits:

@@ -25,9 +25,9 @@ TPOError
 │   ├── ExternalIdTaken     another request made a job with this external_id
 │   └── WrongState          a job or a batch is not in a state in which that can be done
 ├── QuotaExceeded           the tenant asks for more than it may, for now
-├── StoreUnavailable        the database cannot be reached
+├── StoreUnavailable        the database cannot be reached, or cannot do its work for now: says why
 ├── SchemaOutOfDate         the database's schema is not the one of this version
-└── QueueUnavailable        the broker cannot be reached
+└── QueueUnavailable        the broker cannot be reached, or takes nothing for now: says why
 """
 
 import traceback

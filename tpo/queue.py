@@ -13,8 +13,15 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
@@ -34,6 +41,27 @@ BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {"socket_timeout": 2, "socket_connect
 
 ENOUGH_BELLS = 32
 """As many doorbells that nobody has answered wake as many slots, and each that claims a job rings for the next one."""
+
+
+_REASONS: dict[type[Exception], str] = {
+    AuthenticationError: "The broker refuses the user or password of TPO_BROKER_URL.",
+    NoPermissionError: "The broker's user may not do that: give it all commands and keys.",
+    OutOfMemoryError: "The broker's memory is full: raise its maxmemory.",
+    ReadOnlyError: "The broker is a replica: TPO_BROKER_URL must name the one that is written to.",
+}
+
+
+def unavailable(error: BaseException) -> QueueUnavailable:
+    """What an error of the broker means, in our own words: its own may quote a command."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for kind, why in _REASONS.items():
+            if isinstance(cause, kind):
+                return QueueUnavailable(why)
+        if isinstance(cause, ResponseError) and "DB index" in str(cause):
+            return QueueUnavailable("The broker has no database of the number in TPO_BROKER_URL.")
+        cause = cause.__cause__ or cause.__context__
+    return QueueUnavailable()
 
 
 def queue_of(model: str) -> str:
@@ -84,7 +112,7 @@ class Doorbell:
         try:
             self._celery.send_task(task, args=[row_id], queue=queue, retry=False)
         except (OperationalError, OSError) as error:
-            raise QueueUnavailable() from error
+            raise unavailable(error) from error
 
     def waiting(self, model: str) -> int:
         """How many doorbells the workers of a policy have not answered. Raises QueueUnavailable."""
@@ -98,13 +126,13 @@ class Doorbell:
         try:
             return int(self._redis.llen(queue))
         except RedisError as error:
-            raise QueueUnavailable() from error
+            raise unavailable(error) from error
 
     def _is_enough(self, queue: str) -> bool:
         try:
             return int(self._redis.llen(queue)) >= ENOUGH_BELLS
         except RedisTimeout as error:
-            raise QueueUnavailable() from error
+            raise unavailable(error) from error
         except RedisError:
             return False  # sending it tells whether the broker is away, and connects anew where it was restarted
 
@@ -114,7 +142,7 @@ class Doorbell:
             with self._celery.connection_for_write() as connection:
                 connection.ensure_connection(max_retries=1, timeout=2)
         except (OperationalError, OSError) as error:
-            raise QueueUnavailable() from error
+            raise unavailable(error) from error
 
     def close(self) -> None:
         """Give the connections back."""

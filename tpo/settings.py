@@ -7,7 +7,7 @@ import ssl
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -219,6 +219,7 @@ class Settings(BaseSettings):
                 _ = urlsplit(url).port
             except ValueError:
                 raise ValueError(f"TPO_{name}_URL: its port is not a number from 0 to 65535") from None
+        _check_broker(broker_url)
         if database_url.removeprefix("sqlite:///") in ("", ":memory:"):
             raise ValueError("TPO_DATABASE_URL must name a file: all processes share it")
         if self.webhook_ca_file is not None and not _holds_certificates(self.webhook_ca_file):
@@ -265,6 +266,23 @@ class Settings(BaseSettings):
     def max_body_bytes(self) -> int:
         """The largest request: any allowed input, every character escaped as JSON allows, and the rest."""
         return 12 * self.max_input_characters + 256 * 1024
+
+
+_BROKER_OPTIONS = {"ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs"}
+"""What both Celery and redis-py take behind a broker's URL; what one of them does not know fails at its first use."""
+
+
+def _check_broker(url: str) -> None:
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if not re.fullmatch(r"/?[0-9]*", parts.path):
+        raise ValueError("TPO_BROKER_URL: its database is not a number, as in redis://host:6379/0")
+    if options and (parts.scheme != "rediss" or not options.keys() <= _BROKER_OPTIONS):
+        raise ValueError(
+            f"TPO_BROKER_URL: it takes rediss:// with {', '.join(sorted(_BROKER_OPTIONS))}, and no other option"
+        )
+    if options.get("ssl_cert_reqs", "required") not in ("none", "optional", "required"):
+        raise ValueError("TPO_BROKER_URL: ssl_cert_reqs is none, optional or required")
 
 
 def _holds_certificates(file: Path) -> bool:

@@ -16,6 +16,7 @@ from tpo.state import Message, Params, State
 
 MAX_DEADLINE_SECONDS = 366 * 24 * 3600
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
+MAX_METADATA = 16
 
 
 class Wire(BaseModel):
@@ -136,7 +137,7 @@ class Submit(Wire):
     priority: int = Field(
         0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="the higher goes first; a long wait outweighs it in time"
     )
-    metadata: Metadata = Field(default_factory=dict, max_length=16)
+    metadata: Metadata = Field(default_factory=dict, max_length=MAX_METADATA)
     external_id: Annotated[StoredText, StringConstraints(min_length=1, max_length=512)] | None = Field(
         None, description="your own name for the job: said again, it gives the first job, and never makes a second"
     )

@@ -1,5 +1,6 @@
 """The Celery app and its settings: a broker that is only a doorbell, and threads."""
 
+import time
 from collections.abc import Callable
 
 from celery import Celery
@@ -9,9 +10,11 @@ from celery.worker.consumer import Consumer
 from celery.worker.state import maybe_shutdown
 from kombu.connection import Connection
 
-from tpo.queue import BROKER_TRANSPORT_OPTIONS
+from tpo.queue import BROKER_TRANSPORT_OPTIONS, unavailable
 from tpo.settings import Settings
 from worker.logs import log
+
+_REFUSED_SECONDS = 1.0
 
 
 def make_app(settings: Settings, queue: str, **more: object) -> Celery:
@@ -38,6 +41,8 @@ def make_app(settings: Settings, queue: str, **more: object) -> Celery:
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # A broker that answers and refuses, for its memory is full, is waited for as one that is away.
+        broker_channel_error_retry=True,
         broker_transport_options=BROKER_TRANSPORT_OPTIONS,
         **more,
     )
@@ -69,7 +74,7 @@ def reconnect(
     """Try to reach the broker for ever. Celery's own pause between two tries grows to 30 s; ours, to 2 s."""
 
     def failed(error: Exception, _interval: float) -> None:
-        log.warning("the broker %s cannot be reached: %s", connection.as_uri(), type(error).__name__)
+        log.warning("waiting for %s: %s", connection.as_uri(), unavailable(error))
 
     connection.ensure_connection(  # type: ignore[no-untyped-call]
         failed, interval_start=0.2, interval_step=0.2, interval_max=2, callback=between_tries
@@ -80,3 +85,8 @@ def reconnect(
 class _Consumer(Consumer):  # type: ignore[misc]
     def ensure_connected(self, conn: Connection) -> Connection:
         return reconnect(conn, maybe_shutdown)
+
+    def on_connection_error_before_connected(self, exc: Exception) -> None:
+        # A broker that refuses is connected to at once, and refuses again.
+        log.warning("waiting for %s: %s", self.conninfo.as_uri(), unavailable(exc))
+        time.sleep(_REFUSED_SECONDS)

@@ -38,10 +38,10 @@ class Batcher:
         try:
             for batch_id in self._store.due_batches(RING_SECONDS / 2):
                 self._doorbell.ring_batch(batch_id)
-        except StoreUnavailable:
-            log.warning("batches not looked for: the database cannot be reached")
-        except QueueUnavailable:
-            log.warning("batches not rung for: the broker cannot be reached")
+        except StoreUnavailable as error:
+            log.warning("batches not looked for: %s", error)
+        except QueueUnavailable as error:
+            log.warning("batches not rung for: %s", error)
         except Exception as error:
             log.error("batches not looked for: %s", frames(error))
 
@@ -50,10 +50,10 @@ class Batcher:
         try:
             if self._step(batch_id):
                 self._doorbell.ring_batch(batch_id)
-        except StoreUnavailable:
-            log.warning("%s not advanced: the database cannot be reached", batch_id)
-        except QueueUnavailable:
-            log.warning("%s not rung for: the broker cannot be reached", batch_id)
+        except StoreUnavailable as error:
+            log.warning("%s not advanced: %s", batch_id, error)
+        except QueueUnavailable as error:
+            log.warning("%s not rung for: %s", batch_id, error)
         except Exception as error:
             log.error("%s not advanced: %s", batch_id, frames(error))
 

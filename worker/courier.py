@@ -48,10 +48,10 @@ class Courier:
         try:
             for delivery_id in self._store.due_deliveries(_RINGS):
                 self._doorbell.ring_delivery(delivery_id)
-        except StoreUnavailable:
-            log.warning("deliveries not looked for: the database cannot be reached")
-        except QueueUnavailable:
-            log.warning("deliveries not rung for: the broker cannot be reached")
+        except StoreUnavailable as error:
+            log.warning("deliveries not looked for: %s", error)
+        except QueueUnavailable as error:
+            log.warning("deliveries not rung for: %s", error)
         except Exception as error:
             log.error("deliveries not looked for: %s", frames(error))
 
@@ -69,8 +69,8 @@ class Courier:
                 self._carry(parcel)
                 more = time.monotonic() < end
                 parcel = self._store.claim_next_delivery(parcel.webhook_id, self._claim_seconds) if more else None
-        except StoreUnavailable:
-            log.warning("%s: the database cannot be reached; it is sent again later", delivery_id)
+        except StoreUnavailable as error:
+            log.warning("%s is sent again later: %s", delivery_id, error)
         except Exception as error:
             log.error("%s not delivered: %s", delivery_id, frames(error))
         finally:

@@ -5,7 +5,7 @@ import sys
 
 from kombu.exceptions import OperationalError
 
-from tpo.queue import MAINTENANCE_QUEUE
+from tpo.queue import MAINTENANCE_QUEUE, unavailable
 from tpo.settings import settings
 from worker.app import make_app
 
@@ -26,8 +26,8 @@ def answers(kind: str) -> bool:
                 connection=connection,
             )
             return bool(inspect.ping())
-    except OperationalError:
-        print("the broker cannot be reached", file=sys.stderr)
+    except OperationalError as error:
+        print(unavailable(error), file=sys.stderr)
         return False
 
 

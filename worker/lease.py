@@ -130,8 +130,8 @@ class Leases:
                     renew_at = began + self._lease_seconds / 3
                 else:
                     self._ask(self._look)
-            except StoreUnavailable:
-                log.warning("leases cannot be renewed: the database cannot be reached")
+            except StoreUnavailable as error:
+                log.warning("leases cannot be renewed: %s", error)
             except Exception as error:
                 log.error("leases cannot be renewed: %s", frames(error))
             self._stopping.wait(pause)

@@ -21,6 +21,7 @@ from tpo.queue import (
     RING_WEBHOOKS,
     SWEEP,
     Doorbell,
+    unavailable,
 )
 from tpo.settings import Settings
 from worker.app import controller, make_app, reconnect
@@ -98,7 +99,7 @@ class _Scheduler(Scheduler):  # type: ignore[misc]
         try:
             self.apply_async(entry, producer=producer, advance=False, retry=False)
         except Exception as error:
-            log.warning("%s not sent: %s", entry.name, type(error).__name__)
+            log.warning("%s not sent: %s", entry.name, unavailable(error))
 
     def _ensure_connected(self) -> Connection:
         return reconnect(self.connection)

@@ -37,8 +37,8 @@ class Purger:
             _all_of(self._store.purge_keys, self._idempotency)
             _all_of(self._store.purge_deliveries, _DELIVERIES_SECONDS)
             _all_of(self._store.purge_turns, _DAY)
-        except StoreUnavailable:
-            log.warning("nothing forgotten: the database cannot be reached")
+        except StoreUnavailable as error:
+            log.warning("nothing forgotten: %s", error)
         except Exception as error:
             log.error("nothing forgotten: %s", frames(error))
 

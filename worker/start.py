@@ -46,6 +46,6 @@ def _store(settings: Settings) -> Store:
         try:
             check(engine)
             return Store(engine)
-        except StoreUnavailable:
-            log.warning("the database cannot be reached; trying again")
+        except StoreUnavailable as error:
+            log.warning("trying again: %s", error)
             time.sleep(_ASK_AGAIN_SECONDS)

@@ -71,8 +71,8 @@ class JobRunner:
                 ended = self._end(_Work(self, held, state))
             except LeaseLost:
                 ended = "left: another worker has it"
-            except StoreUnavailable:
-                ended = "left: the database cannot be reached"
+            except StoreUnavailable as error:
+                ended = f"left: {error}"
             except Exception as error:
                 log.error("%s cannot be ended: %s", job_id, frames(error))
                 ended = "left"
@@ -85,8 +85,8 @@ class JobRunner:
         settings = self._settings
         try:
             job_id = self.store.next_waiting(settings.policy, settings.reward_model, rules_of(settings))
-        except StoreUnavailable:
-            log.warning("not rung for the next job: the database cannot be reached")
+        except StoreUnavailable as error:
+            log.warning("not rung for the next job: %s", error)
         except Exception as error:
             log.error("not rung for the next job: %s", frames(error))
         else:
@@ -121,8 +121,8 @@ class JobRunner:
                 reward_model=settings.reward_model,
                 rules=rules_of(settings),
             )
-        except StoreUnavailable:
-            log.warning("no job claimed: the database cannot be reached")
+        except StoreUnavailable as error:
+            log.warning("no job claimed: %s", error)
         except Exception as error:
             log.error("no job can be claimed: %s", frames(error))
         return None
@@ -166,8 +166,8 @@ class JobRunner:
     def _ring(self, job_id: str) -> None:
         try:
             self._doorbell.ring(job_id, self._settings.policy)
-        except QueueUnavailable:
-            log.warning("%s not rung for: the broker cannot be reached; the sweeper will ring", job_id)
+        except QueueUnavailable as error:
+            log.warning("%s not rung for, the sweeper will ring: %s", job_id, error)
 
 
 def _passing(error: BackendUnavailable | QueueUnavailable | MemoryError) -> tuple[str, str]:
@@ -222,9 +222,9 @@ class Sweeper:
             for bell in bells:
                 self._doorbell.ring(bell.job_id, bell.model)
                 log.info("%s rung for", bell.job_id)
-        except StoreUnavailable:
-            log.warning("not swept: the database cannot be reached")
-        except QueueUnavailable:
-            log.warning("not rung: the broker cannot be reached")
+        except StoreUnavailable as error:
+            log.warning("not swept: %s", error)
+        except QueueUnavailable as error:
+            log.warning("not rung: %s", error)
         except Exception as error:
             log.error("not swept: %s", frames(error))

@@ -1,5 +1,6 @@
 """The store, on both databases: when databases are away, clocks are wrong, and many write at once."""
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +17,10 @@ from sqlalchemy.orm import Session
 from tests.fakes import new_state, step
 from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
 from tests.processes import eventually
-from tests.services import free_port, new_database
+from tests.services import free_port, new_database, own_postgres
 from tpo.errors import DatabaseRefused, ExternalIdTaken, LeaseLost, StoreUnavailable
 from tpo.jobs.database import connect, now, reading, write, writing
-from tpo.jobs.schema import upgrade
+from tpo.jobs.schema import check, upgrade
 from tpo.jobs.store import Outcome, Store
 from tpo.jobs.tables import Job, Tenant
 from tpo.status import Status
@@ -296,6 +297,88 @@ def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> No
         rung = [bell.job_id for bell in store.sweep(ring_again_seconds=60, forget_worker_seconds=60)]
     assert rung == [lost]
     assert store.get(locked).status == "in_progress"
+
+
+def test_a_postgresql_that_becomes_a_standby_is_waited_for_until_it_is_promoted() -> None:
+    with own_postgres() as server:
+        upgrade(server.url)
+        engine = connect(server.url)
+        store = Store(engine)
+        lease, state = claim(store, create(store))
+        server.stop()
+        (server.folder / "standby.signal").touch()
+        server.start()
+        for write_to_it in (partial(create, store), partial(store.checkpoint, lease, state, after := step(state))):
+            with pytest.raises(StoreUnavailable, match="can only be read: it is a standby"):
+                write_to_it()
+        assert store.state(lease.job_id) == state
+        with psycopg.connect(server.url.replace("+psycopg", "", 1), autocommit=True) as admin:
+            admin.execute("SELECT pg_promote()")
+        store.checkpoint(lease, state, after)
+        assert store.state(lease.job_id) == after
+        engine.dispose()
+
+
+def test_what_postgresql_lacks_is_said(postgres: Engine) -> None:
+    url = postgres.url
+    role = f"role_{secrets.token_hex(4)}"
+    with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as admin:
+        admin.execute(f'CREATE ROLE "{role}" LOGIN')
+        admin.execute(f'CREATE ROLE "{role}-full" LOGIN CONNECTION LIMIT 0')
+    for user, database, says in (
+        (role, url.database, "The database's user may not do that"),
+        (f"{role}-full", url.database, "takes no more connections"),
+        (role, f"{url.database}-none", "no such user or database"),
+    ):
+        engine = connect(url.set(username=user, database=database).render_as_string(hide_password=False))
+        with pytest.raises(StoreUnavailable, match=says):
+            check(engine)
+        with pytest.raises(StoreUnavailable, match=says):
+            create(Store(engine))
+        engine.dispose()
+
+
+def test_a_database_that_cannot_hold_every_text_is_refused(postgres_admin_url: str) -> None:
+    name = f"test_{secrets.token_hex(6)}"
+    url = make_url(postgres_admin_url).set(drivername="postgresql+psycopg", database=name)
+    with psycopg.connect(postgres_admin_url, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+        try:
+            with pytest.raises(DatabaseRefused, match=r"encoding is SQL_ASCII.* ENCODING 'UTF8'"):
+                upgrade(url.render_as_string(hide_password=False))
+        finally:
+            admin.execute(f"DROP DATABASE {name}")
+
+
+def test_what_the_url_asks_of_postgresql_is_kept_beside_our_limits(postgres: Engine) -> None:
+    engine = connect(
+        postgres.url.update_query_dict({"options": "-c search_path=elsewhere"}).render_as_string(hide_password=False)
+    )
+    with writing(engine) as session:
+        assert session.scalar(text("SHOW search_path")) == "elsewhere"
+        assert session.scalar(text("SHOW statement_timeout")) == "10s"
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("pragma", "says"),
+    [
+        ("max_page_count = 1", "The disk that holds the database is full"),  # as low as it can be: no page more
+        ("query_only = 1", "The database can only be read"),
+    ],
+)
+def test_what_sqlite_lacks_is_said_and_passes(sqlite: Engine, pragma: str, says: str) -> None:
+    store = Store(sqlite)
+    made = create(store)
+    sqlite.dispose()
+    event.listen(sqlite, "connect", prepare := lambda connection, _record: connection.execute(f"PRAGMA {pragma}"))
+    large = new_state(query="x" * 100_000)
+    with pytest.raises(StoreUnavailable, match=says):
+        create(store, large)
+    assert [job.id for job in store.page(limit=9)] == [made]
+    event.remove(sqlite, "connect", prepare)
+    sqlite.dispose()
+    assert store.state(create(store, large)) == large
 
 
 @pytest.fixture

@@ -294,6 +294,13 @@ class TestMetadataFilter:
         assert found(**{'we"ird.$[0] key': "v'%"}) == [4]
         assert found(team="A") == found(none="a") == found(**{'"': "x"}) == []
 
+    def test_asks_for_no_more_pairs_than_a_job_has(self, client: TestClient) -> None:
+        pairs = {f"metadata[key-{number}]": "value" for number in range(17)}
+        problem = assert_problem(client.get("/v1/jobs", params=pairs), 422, "invalid_input", "metadata[key-16]")
+        assert "16 pairs at most" in problem["detail"]
+        del pairs["metadata[key-16]"]
+        assert client.get("/v1/jobs", params=pairs).json()["data"] == []
+
     @pytest.mark.parametrize("name", ["metadata", "metadata[]", "metadata[a", "meta[a]", "x", "metadata[a\x00]"])
     def test_refuses_other_names(self, client: TestClient, name: str) -> None:
         assert_problem(client.get("/v1/jobs", params={name: "x"}), 422, "invalid_input", name)

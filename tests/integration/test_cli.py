@@ -80,6 +80,12 @@ def test_run_as_json_is_json_alone_and_repeats() -> None:
     assert json.loads(other.stdout)["output"] != value["output"]
 
 
+def test_json_is_the_same_where_stdout_cannot_take_every_character() -> None:
+    words = ("run", "Größe 😀", "-n", "1", "-d", "0", "--seed", "9", "--json")
+    told = [json.loads(tpo(*words, env=environment(PYTHONIOENCODING=name)).stdout) for name in ("ascii", "utf-8")]
+    assert told[0]["input"] == told[1]["input"] == [{"role": "user", "content": "Größe 😀"}]
+
+
 def test_run_reads_stdin_and_files(tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("Wo ist mein Päckchen?")
     outputs = [

@@ -1,5 +1,6 @@
 """`tpo up` with real processes that are really killed."""
 
+import json
 import os
 import signal
 import socket
@@ -126,8 +127,19 @@ def test_a_broker_that_is_not_there_is_said_before_anything_starts(tmp_path: Pat
     env = environment(TPO_BROKER_URL=f"redis://:secret-word@127.0.0.1:{free_port()}/0")
     done = tpo("up", "--data-dir", str(tmp_path), "--port", _port(), "--flower-port", _port(), env=env)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "tpo: TPO_BROKER_URL cannot be reached: is it right, and does the server run?\n"
+    assert done.stderr == "tpo: The broker cannot be reached. Is TPO_BROKER_URL right, and does the server run?\n"
     assert not (tmp_path / "tpo.db").exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "api.log"
+    log.mkdir(parents=True)  # as a file of another user is, also for root
+    ports = [word for name in ("port", "flower-port", "broker-port") for word in (f"--{name}", _port())]
+    done = tpo("up", "--json", "--data-dir", str(tmp_path), *ports)
+    assert done.returncode == 1
+    assert done.stderr == f"tpo: cannot go on: {log}: Is a directory\n"
+    (started,) = [fact["pid"] for fact in map(json.loads, done.stdout.splitlines()) if fact["event"] == "started"]
+    assert not psutil.pid_exists(started)
 
 
 def test_two_ports_that_are_one_are_refused(tmp_path: Path) -> None:

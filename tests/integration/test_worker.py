@@ -11,7 +11,8 @@ import pytest
 import redis
 
 from tests.processes import System, eventually, marker, timeless, uninterrupted
-from tpo.queue import queue_of
+from tpo.errors import QueueUnavailable
+from tpo.queue import Doorbell, queue_of
 from tpo.settings import SCRIPTED
 
 
@@ -193,9 +194,44 @@ def test_a_worker_waits_for_its_broker_and_can_be_stopped_meanwhile(sqlite_syste
     assert waiting.stop() == 0
 
 
+def test_a_worker_waits_for_a_broker_that_refuses_it(sqlite_system: System) -> None:
+    system = sqlite_system
+    system.broker.command("CONFIG", "SET", "maxmemory", "1")
+    full = [system.start("-m", "worker"), system.start("-m", "worker.maintenance")]
+    for process in full:
+        process.wait_for("The broker's memory is full")
+    job_id = system.submit()
+    system.broker.command("CONFIG", "SET", "maxmemory", "0")
+    assert system.wait_for_end(job_id).status == "completed"
+    assert [process.stop() for process in full] == [0, 0]
+    assert not [process.output for process in full if "Traceback" in process.output]
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        (":other-word@127.0.0.1:{port}/0", "The broker refuses the user or password"),
+        (":the-word@127.0.0.1:{port}/99", "The broker has no database of the number"),
+    ],
+)
+def test_a_broker_that_refuses_is_told_from_one_that_is_away(sqlite_system: System, address: str, says: str) -> None:
+    broker = sqlite_system.broker
+    broker.command("CONFIG", "SET", "requirepass", "the-word")
+    url = f"redis://{address.format(port=broker.port)}"
+    doorbell = Doorbell(url)
+    for ask in (doorbell.ping, lambda: doorbell.ring("job_1", SCRIPTED), lambda: doorbell.waiting(SCRIPTED)):
+        with pytest.raises(QueueUnavailable, match=says):
+            ask()
+    doorbell.close()
+    process = sqlite_system.start("-m", "worker", broker_url=url)
+    process.wait_for(says)
+    assert process.stop() == 0
+    assert "word@" not in process.output
+
+
 def test_a_worker_waits_for_its_database_and_can_be_stopped_meanwhile(sqlite_system: System) -> None:
     process = sqlite_system.start("-m", "worker", database_url="postgresql+psycopg://nobody:word@127.0.0.1:1/none")
-    process.wait_for("the database cannot be reached")
+    process.wait_for("The database cannot be reached")
     assert process.stop() == 0
     assert "word" not in process.output
 

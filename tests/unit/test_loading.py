@@ -109,6 +109,24 @@ def test_weights_that_are_cut_short(policy_folder: Path, tmp_path: Path) -> None
         load_policy(str(folder), Settings())
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[" * 200_000),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
+        ("tokenizer.json", "[" * 200_000),
+        ("tokenizer.json", '{"junk": "' + "x" * 5_000_000 + '"}'),
+        ("model.safetensors", "x" * 1000),
+    ],
+)
+def test_a_file_that_holds_something_else(name: str, content: str, policy_folder: Path, tmp_path: Path) -> None:
+    folder = copy(policy_folder, tmp_path)
+    (folder / name).write_text(content)
+    with pytest.raises(ModelRefused, match="cannot be loaded") as refused:
+        load_policy(str(folder), Settings())
+    assert len(str(refused.value)) < 1000
+
+
 def test_a_language_model_is_no_reward_model(policy_folder: Path) -> None:
     with pytest.raises(ModelRefused, match="is not a reward model: its config names LlamaForCausalLM"):
         load_reward_model(str(policy_folder), Settings())

@@ -49,6 +49,10 @@ def test_without_variables_everything_is_on_this_machine() -> None:
         ({"TPO_DATABASE_URL": "sqlite:///"}, "must name a file"),
         ({"TPO_DATABASE_URL": "sqlite:///:memory:"}, "must name a file"),
         ({"TPO_BROKER_URL": "redis://:word@h:notaport/0"}, "TPO_BROKER_URL: its port"),
+        ({"TPO_BROKER_URL": "redis://:word@h/main"}, "TPO_BROKER_URL: its database is not a number"),
+        ({"TPO_BROKER_URL": "redis://:word@h/0?db=1"}, "TPO_BROKER_URL: it takes rediss:// with ssl_ca_certs"),
+        ({"TPO_BROKER_URL": "rediss://h/0?socket_timeout=1"}, "and no other option"),
+        ({"TPO_BROKER_URL": "rediss://h/0?ssl_cert_reqs=no"}, "ssl_cert_reqs is none, optional or required"),
         ({"TPO_OPENAI_URL": "vllm:8000"}, "TPO_OPENAI_URL must start with http"),
         ({"TPO_OPENAI_URL": "http://user:word@vllm:8000/v1"}, "must hold no user or password"),
         ({"TPO_REWARD_URL": "http://vllm:notaport"}, "TPO_REWARD_URL is not a valid address"),
@@ -67,6 +71,14 @@ def test_unsafe_values_are_refused(monkeypatch: pytest.MonkeyPatch, variables: d
         monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError, match=says):
         Settings()
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://h", "redis://:word@h:1/15", "rediss://h/0?ssl_cert_reqs=none&ssl_ca_certs=/ca"]
+)
+def test_what_a_broker_may_be_called(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("TPO_BROKER_URL", url)
+    assert Settings().broker_url.get_secret_value() == url
 
 
 def test_with_a_key_the_api_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:

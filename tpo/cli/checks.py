@@ -173,8 +173,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", "database", f"reached, with the schema of this version ({engine.dialect.name})")
     except (DatabaseRefused, SchemaOutOfDate) as error:
         yield Finding("fail", "database", str(error))
-    except StoreUnavailable:
-        yield Finding("fail", "database", "TPO_DATABASE_URL cannot be reached: is it right, and does the server run?")
+    except StoreUnavailable as error:
+        yield Finding("fail", "database", f"{error} Is TPO_DATABASE_URL right, and does the server run?")
     finally:
         engine.dispose()
 
@@ -192,8 +192,8 @@ def _broker(settings: Settings) -> Iterator[Finding]:
     try:
         doorbell.ping()
         yield Finding("ok", "broker", "reached")
-    except QueueUnavailable:
-        yield Finding("fail", "broker", "TPO_BROKER_URL cannot be reached: is it right, and does the server run?")
+    except QueueUnavailable as error:
+        yield Finding("fail", "broker", f"{error} Is TPO_BROKER_URL right, and does the server run?")
     finally:
         doorbell.close()
 

@@ -1,5 +1,6 @@
 """What the commands say: results on stdout, everything else on stderr, one clear line for a failure."""
 
+import codecs
 import json
 import sys
 from functools import cache
@@ -64,4 +65,6 @@ def messages() -> "Console":
 
 def print_json(value: Any) -> None:
     """One JSON value on a line of stdout."""
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+    # Escaped where stdout cannot take every character (PYTHONIOENCODING=ascii, a locale of old): it is the same JSON.
+    plain = codecs.lookup(sys.stdout.encoding).name != "utf-8"
+    print(json.dumps(value, ensure_ascii=plain, default=str), flush=True)

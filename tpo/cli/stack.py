@@ -137,6 +137,8 @@ def run_stack(stack: Stack, report: Report) -> int:
         except ChildLost as error:
             messages().print(f"tpo: {error}", style="red", markup=False)
             return FAILED
+        except OSError as error:
+            raise Failure(f"cannot go on: {error.filename or stack.data_dir}: {error.strerror}") from None
     return 0
 
 
@@ -212,8 +214,8 @@ def _refuse_absent_broker(stack: Stack) -> None:
     with closing(Doorbell(stack.broker_url)) as doorbell:
         try:
             doorbell.ping()
-        except QueueUnavailable:
-            raise Failure("TPO_BROKER_URL cannot be reached: is it right, and does the server run?") from None
+        except QueueUnavailable as error:
+            raise Failure(f"{error} Is TPO_BROKER_URL right, and does the server run?") from None
 
 
 def _answers(address: tuple[str, int]) -> bool:

@@ -95,17 +95,35 @@ def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
         event.listen(engine, "begin", _begin_sqlite)
         return engine
     engine = create_engine(
-        url,
-        pool_size=pool_size,
-        max_overflow=4,
-        pool_timeout=10,
-        hide_parameters=True,
-        connect_args=_POSTGRESQL if patient else {**_POSTGRESQL, "options": _LIMITS},
+        url, pool_size=pool_size, max_overflow=4, pool_timeout=10, hide_parameters=True, connect_args=_POSTGRESQL
     )
-    if not patient:
-        event.listen(engine, "do_connect", lambda _dialect, _record, args, named: _Impatient.connect(*args, **named))
+    event.listen(engine, "do_connect", _open if patient else _open_impatiently)
     event.listen(engine, "checkout", _still_connected)
     return engine
+
+
+def _open_impatiently(dialect: Any, record: Any, args: Any, named: dict[str, Any]) -> Any:
+    """A connection with limits, beside what the URL asks of the server (a search_path, say)."""
+    limited = {**named, "options": f"{named.get('options', '')} {_LIMITS}".strip()}
+    return _open(dialect, record, args, limited, _Impatient)
+
+
+def _open(
+    _dialect: Any,
+    _record: Any,
+    args: Any,
+    named: dict[str, Any],
+    kind: type[psycopg.Connection[Any]] = psycopg.Connection,
+) -> Any:
+    """A connection to a database that can hold every text. Raises DatabaseRefused."""
+    connection = kind.connect(*args, **named)
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        connection.close()
+        raise DatabaseRefused(
+            f"The database's encoding is {encoding}, which cannot hold every text: make one with ENCODING 'UTF8'."
+        )
+    return connection
 
 
 def _checked(url: str) -> URL:
@@ -173,6 +191,30 @@ def _begin_sqlite(connection: Connection) -> None:
 _BEGIN = "tpo_begin"
 _TURN = "tpo_turn"
 _WAITING = "tpo_waiting"
+_CANNOT_WRITE = "The database can only be read: it is a standby, or set to be read-only."
+_TOO_MANY = "The database takes no more connections: raise max_connections, or run fewer processes."
+_DISK_FULL = "The disk that holds the database is full."
+_REASONS: dict[int | str, str] = {
+    sqlite3.SQLITE_BUSY: "Another process keeps the database's file locked.",
+    sqlite3.SQLITE_CANTOPEN: "The database's file cannot be opened: is it there, and may this user write there?",
+    sqlite3.SQLITE_FULL: _DISK_FULL,
+    sqlite3.SQLITE_IOERR: "The disk that holds the database fails.",
+    sqlite3.SQLITE_READONLY: "The database can only be read: may this user write to its file and folder?",
+    "0A000": _CANNOT_WRITE,  # what a standby answers to a transaction that is to write
+    "25006": _CANNOT_WRITE,
+    "42501": "The database's user may not do that: let it own the schema and its tables.",
+    "53100": _DISK_FULL,
+    "53300": _TOO_MANY,
+}
+"""By SQLite's code or PostgreSQL's SQLSTATE: what hinders the database now, and may pass."""
+_NOT_LET_IN = {
+    "too many": _TOO_MANY,
+    "remaining connection slots": _TOO_MANY,
+    "authentication failed": "The database refuses the user or password of TPO_DATABASE_URL.",
+    "pg_hba.conf": "The database refuses this user from this machine (pg_hba.conf).",
+    "does not exist": "The database's server has no such user or database as TPO_DATABASE_URL names.",
+}
+"""The same where a connection is refused: there, the driver tells no SQLSTATE, and a server in English says it."""
 _DAMAGED = "The database's file is damaged, or is no SQLite database: restore it, or name another file."
 _JOIN: Literal["create_savepoint"] = "create_savepoint"
 _READS: dict[str, dict[str, Any]] = {
@@ -282,11 +324,28 @@ def _turn(engine: Engine) -> Iterator[None]:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, PoolTimeout) as error:
+    except PoolTimeout as error:
         raise StoreUnavailable() from error
     except DBAPIError as error:
-        if error.connection_invalidated:
-            raise StoreUnavailable() from error
+        why = _reason(error)
+        if why or isinstance(error, OperationalError) or error.connection_invalidated:
+            raise StoreUnavailable(why) from error
         if getattr(error.orig, "sqlite_errorcode", None) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             raise DatabaseRefused(_DAMAGED) from error
         raise
+
+
+def _reason(error: DBAPIError) -> str | None:
+    """Why the database does not do what it was asked, in our own words: its own may quote texts and passwords."""
+    cause: BaseException | None = error
+    while cause is not None:  # where SQLite has ended the transaction itself, the rollback fails in its turn
+        if isinstance(cause, sqlite3.Error):
+            why = _REASONS.get(cause.sqlite_errorcode & 0xFF)  # above that, a code says more than we do
+        elif isinstance(cause, psycopg.Error) and cause.sqlstate is None:
+            why = next((why for part, why in _NOT_LET_IN.items() if part in str(cause)), None)
+        else:
+            why = _REASONS.get(getattr(cause, "sqlstate", None) or "")
+        if why:
+            return why
+        cause = cause.__cause__ or cause.__context__
+    return None

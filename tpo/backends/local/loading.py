@@ -21,7 +21,17 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 Role = Literal["policy", "reward model"]
 
-_UNREADABLE = (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
 """What transformers and tokenizers raise at files that are missing, or hold something else."""
 
 
@@ -194,16 +204,7 @@ def _weights(
         return network.to(device).eval().requires_grad_(False), info["missing_keys"]
     except torch.OutOfMemoryError as error:
         raise ModelRefused(f"The {role} {spec} does not fit the memory of {device}: {error}") from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except _UNREADABLE as error:
         raise _refusal(spec, role, error) from error
 
 
