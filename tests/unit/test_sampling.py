@@ -35,6 +35,13 @@ def test_seeds_draw_independently_too() -> None:
     assert torch.allclose(torch.bincount(tokens) / DRAWS, torch.full((4,), 0.25), atol=0.015)
 
 
+def test_neighbouring_seeds_are_no_shifts_of_one_another() -> None:
+    logits, steps = torch.zeros(100, 1000), torch.arange(100)
+    one, next_one = (Sampler([seed] * 100, [1.0] * 100, [1.0] * 100, CPU)(logits, steps) for seed in (1, 2))
+    assert (one[1:] == next_one[:-1]).sum() < 5
+    assert (one == next_one).sum() < 5
+
+
 def test_temperature_zero_takes_the_best_beside_rows_that_sample() -> None:
     logits = torch.randn(64, 50)
     tokens = Sampler(range(64), [0.0, 1.0] * 32, [0.9] * 64, CPU)(logits, torch.zeros(64, dtype=torch.long))
