@@ -218,7 +218,7 @@ class Life:
             assert job.fence != lease.fence or job.lease_owner is None
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(DONE, st.sampled_from([0, 0, 0, 1, 2])), max_size=25))
 def test_whatever_happens(store: Store, happens: list[tuple[tuple[str, Any], int]]) -> None:
     life = Life(store, new_state(sample_size=1, max_iterations=1))

@@ -359,9 +359,7 @@ _JSON = st.recursive(
 _FIELDS = ("model", "input", "parameters", "metadata", "deadline_seconds")
 
 
-@hypothesis_settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@hypothesis_settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.fixed_dictionaries({}, optional=dict.fromkeys(_FIELDS, _JSON)) | _JSON)
 def test_no_body_is_an_error_of_ours(client: TestClient, body: Any) -> None:
     response = client.post("/v1/jobs", content=json.dumps(body), headers={"content-type": "application/json"})

@@ -90,8 +90,21 @@ class Holders(RuleBasedStateMachine):
         assert self.arena._gaps == [(1, SIZE)]
 
 
-Holders.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+Holders.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
 TestHolders = Holders.TestCase
+
+
+def test_what_was_used_longest_ago_is_let_go_first() -> None:
+    arena = Arena(SIZE)
+    prefixes = Prefixes(arena)
+    first, second = ((token,) * 17 for token in (1, 2))
+    for tokens in (first, second):
+        segments = arena.take(17)
+        prefixes.keep(tokens, tuple(Piece(segment, 17) for segment in segments))
+        arena.release(segments)
+    assert chain_length(prefixes.longest(first)) == 16
+    prefixes.forget_one()
+    assert (chain_length(prefixes.longest(first)), prefixes.longest(second)) == (16, ())
 
 
 @given(lengths=st.lists(st.integers(1, 9), max_size=6), length=st.integers(0, 60))

@@ -365,7 +365,7 @@ def test_seeds_come_from_the_job_and_the_place_alone() -> None:
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 8), st.integers(0, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_no_two_samples_of_a_run_share_a_seed(seed: int, n: int, depth: int) -> None:
     policy = FakePolicy(lambda r, s: said("") if s < r.n and r.kind == "update" else plain(r, s))
     finish(new_state(sample_size=n, max_iterations=depth, seed=seed), policy)
@@ -420,7 +420,7 @@ def within_a_budget(last: State) -> None:
         assert most is None or spent < most
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.sampled_from(REPLIES), min_size=1, max_size=8),
     st.lists(REWARDS, min_size=1, max_size=6),

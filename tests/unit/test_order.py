@@ -82,7 +82,7 @@ JOBS = st.lists(
 SLOTS = st.integers(1, 5)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(JOBS, SLOTS)
 def test_promise_11_nothing_is_left_or_given_two_turns(jobs: list[Wanted], slots: int) -> None:
     turns = simulate(jobs, slots)
@@ -90,7 +90,7 @@ def test_promise_11_nothing_is_left_or_given_two_turns(jobs: list[Wanted], slots
     assert max(turn.running.total() for turn in turns) < slots
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(JOBS, SLOTS)
 def test_promise_11_a_lower_priority_goes_first_only_after_its_wait(jobs: list[Wanted], slots: int) -> None:
     for turn in simulate(jobs, slots):
@@ -98,7 +98,7 @@ def test_promise_11_a_lower_priority_goes_first_only_after_its_wait(jobs: list[W
         assert turn.at - turn.job.arrives >= above * MINUTE
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(JOBS, SLOTS)
 def test_promise_11_of_equal_priority_no_turn_goes_to_whom_has_more(jobs: list[Wanted], slots: int) -> None:
     equal = [Wanted(job.arrives, job.tenant, 0, job.seconds) for job in jobs]
@@ -107,7 +107,7 @@ def test_promise_11_of_equal_priority_no_turn_goes_to_whom_has_more(jobs: list[W
         assert turn.running[turn.job.tenant] == fewest
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(JOBS, SLOTS)
 def test_promise_11_of_one_tenant_and_priority_the_oldest_goes_first(jobs: list[Wanted], slots: int) -> None:
     seen: dict[tuple[str, int], float] = {}
