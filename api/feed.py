@@ -23,6 +23,8 @@ LOOK_SECONDS = 0.1
 """How often the reader looks: half of it is what an event waits on the average."""
 
 _LONGEST_PAUSE = 2.0
+_LAST_LOOK_SECONDS = 1.0
+"""What a look that runs at the end gets to end in."""
 _BUFFER = 256
 
 EndReason = Literal["slow_listener", "job_deleted", "server_stopping", "gone"]
@@ -140,7 +142,15 @@ class Feed:
             await asyncio.sleep(pause)
 
     async def _look(self) -> None:
-        news = await run_in_threadpool(self._store.news, dict(self._seen))
+        looking = asyncio.ensure_future(run_in_threadpool(self._store.news, dict(self._seen)))
+        try:
+            news = await asyncio.shield(looking)
+        except asyncio.CancelledError:
+            # Its thread goes on, and would give its connection back to a pool that is closed by then, and kept open.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_LOOK_SECONDS):
+                    await asyncio.gather(looking, return_exceptions=True)
+            raise
         for event in news.events:
             # Between two looks a job may have lost its last listener and found a new one, who has seen more.
             if event.number > self._seen.get(event.job_id, event.number):

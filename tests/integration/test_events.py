@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from tests.integration.test_api_process import Api, started_api
 from tests.jobs import create
 from tests.processes import System, eventually, running_system
 from tests.services import own_postgres
+from tpo.errors import StoreUnavailable
 from tpo.jobs import schema
 from tpo.jobs.store import Store
 
@@ -263,6 +265,31 @@ def _told_to_one_that_rests(
     asyncio.run(listens())
     told = [frame.splitlines() for frame in b"".join(sent).decode().split("\n\n") if frame]
     return [int(frame[0].removeprefix("id: ")) for frame in told[:-1]], json.loads(told[-1][1].removeprefix("data: "))
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_look_at_the_database_ends_before_the_database_is_let_go(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.feed._LAST_LOOK_SECONDS", 0.1 if hangs else 60)
+    looks, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow:
+        def news(self, _seen: dict[str, int]) -> None:
+            looks.set()
+            may_end.wait(60)
+            ended.set()
+            raise StoreUnavailable
+
+    async def listens() -> None:
+        async with Feed(Slow()).running() as feed, feed.listening("job_1", 0):  # type: ignore[arg-type]
+            await asyncio.to_thread(looks.wait)
+            if not hangs:
+                asyncio.get_running_loop().call_later(0.1, may_end.set)
+        assert ended.is_set() != hangs
+        may_end.set()
+
+    asyncio.run(listens())
 
 
 def _tell_much(store: Store, job_id: str, start: int = 2, stop: int = 3002) -> None:
