@@ -31,6 +31,7 @@ TPOError
 """
 
 import traceback
+from collections.abc import Iterator
 from typing import Literal
 
 InterruptReason = Literal["cancelled", "drain", "lease_lost", "deadline", "paused", "queue_paused"]
@@ -211,3 +212,11 @@ def frames(error: BaseException) -> str:
         parts.append(type(cause).__qualname__ + "\n" + "".join(traceback.format_tb(cause.__traceback__)).rstrip())
         cause = cause.__cause__ or cause.__context__
     return "\ncaused by ".join(parts)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from or while, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

@@ -25,7 +25,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
-from tpo.errors import QueueUnavailable
+from tpo.errors import QueueUnavailable, causes
 
 RUN_JOB = "tpo.run_job"
 SWEEP = "tpo.sweep"
@@ -53,14 +53,12 @@ _REASONS: dict[type[Exception], str] = {
 
 def unavailable(error: BaseException) -> QueueUnavailable:
     """What an error of the broker means, in our own words: its own may quote a command."""
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes(error):
         for kind, why in _REASONS.items():
             if isinstance(cause, kind):
                 return QueueUnavailable(why)
         if isinstance(cause, ResponseError) and "DB index" in str(cause):
             return QueueUnavailable("The broker has no database of the number in TPO_BROKER_URL.")
-        cause = cause.__cause__ or cause.__context__
     return QueueUnavailable()
 
 

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-from tpo.errors import DatabaseRefused, StoreUnavailable
+from tpo.errors import DatabaseRefused, StoreUnavailable, causes
 
 Done = TypeVar("Done")
 
@@ -337,8 +337,7 @@ def _translated() -> Iterator[None]:
 
 def _reason(error: DBAPIError) -> str | None:
     """Why the database does not do what it was asked, in our own words: its own may quote texts and passwords."""
-    cause: BaseException | None = error
-    while cause is not None:  # where SQLite has ended the transaction itself, the rollback fails in its turn
+    for cause in causes(error):  # where SQLite has ended the transaction itself, the rollback fails in its turn
         if isinstance(cause, sqlite3.Error):
             why = _REASONS.get(cause.sqlite_errorcode & 0xFF)  # above that, a code says more than we do
         elif isinstance(cause, psycopg.Error) and cause.sqlstate is None:
@@ -347,5 +346,4 @@ def _reason(error: DBAPIError) -> str | None:
             why = _REASONS.get(getattr(cause, "sqlstate", None) or "")
         if why:
             return why
-        cause = cause.__cause__ or cause.__context__
     return None
