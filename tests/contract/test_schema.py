@@ -1,7 +1,10 @@
 """The migrations, on both databases: they build what `tables` says, run up and down, and bear company."""
 
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -78,6 +81,17 @@ def test_many_upgrade_at_once(database_url: str) -> None:
     engine = connect(database_url)
     schema.check(engine)
     engine.dispose()
+
+
+def test_a_new_file_that_another_process_is_writing(tmp_path: Path) -> None:
+    file = tmp_path / "tpo.db"
+    with closing(sqlite3.connect(file, isolation_level=None)) as other, ThreadPoolExecutor(1) as threads:
+        other.execute("BEGIN IMMEDIATE")  # the file is not yet one with a write-ahead log
+        upgraded = threads.submit(schema.upgrade, f"sqlite:///{file}")
+        with pytest.raises(TimeoutError):
+            upgraded.result(0.5)
+        other.execute("COMMIT")
+        upgraded.result()
 
 
 def test_a_database_that_is_not_there() -> None:
