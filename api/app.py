@@ -16,7 +16,7 @@ from api.envelope import PROTECTED, Envelope
 from api.examples import EXAMPLES
 from api.feed import Feed
 from api.metrics import Metrics
-from tpo.errors import StoreUnavailable
+from tpo.errors import DatabaseRefused, StoreUnavailable
 from tpo.jobs import schema
 from tpo.jobs.database import connect
 from tpo.jobs.store import Store
@@ -60,12 +60,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Hold the database and the doorbell while the server runs. Raises SchemaOutOfDate."""
+    """Hold the database and the doorbell while the server runs. Raises DatabaseRefused, SchemaOutOfDate."""
     settings: Settings = app.state.settings
     engine = connect(settings.database_url.get_secret_value())
     doorbell = Doorbell(settings.broker_url.get_secret_value())
     try:
         schema.check(engine)
+    except DatabaseRefused:
+        raise
     except StoreUnavailable as error:
         logger.warning("requests are answered with 503 until that has passed: %s", error)
     app.state.store = Store(engine)

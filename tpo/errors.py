@@ -10,7 +10,6 @@ TPOError
 │   └── BadReply            a back end answered something that is not an answer
 ├── BackendUnavailable      a model cannot be reached or is out of memory for now: worth another attempt
 ├── ModelRefused            a model cannot be loaded; raised before any job is taken
-├── DatabaseRefused         the database's URL or file cannot be used: says what is wrong with it
 ├── Interrupted             not a failure: a job was told to stop between two steps
 ├── LeaseLost               another worker owns the job; nothing may be written
 ├── JobNotFound             there is no such job
@@ -26,6 +25,7 @@ TPOError
 │   └── WrongState          a job or a batch is not in a state in which that can be done
 ├── QuotaExceeded           the tenant asks for more than it may, for now
 ├── StoreUnavailable        the database cannot be reached, or cannot do its work for now: says why
+│   └── DatabaseRefused     its URL or file cannot be used until somebody mends it: refused at a start
 ├── SchemaOutOfDate         the database's schema is not the one of this version
 └── QueueUnavailable        the broker cannot be reached, or takes nothing for now: says why
 """
@@ -100,10 +100,6 @@ class ModelRefused(TPOError):
     """The model cannot be loaded."""
 
 
-class DatabaseRefused(TPOError):
-    """The database's URL or file cannot be used."""
-
-
 class Interrupted(TPOError):
     """The job was told to stop."""
 
@@ -122,6 +118,10 @@ class JobNotFound(TPOError):
 
 class StoreUnavailable(TPOError):
     """The database cannot be reached."""
+
+
+class DatabaseRefused(StoreUnavailable):
+    """The database's URL or file cannot be used until somebody mends it."""
 
 
 class SchemaOutOfDate(TPOError):

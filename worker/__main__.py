@@ -36,7 +36,7 @@ def main(settings: Settings, store: Store) -> int:
 
 
 def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: LoadedRewardModel) -> int:
-    """Run jobs with these models until SIGTERM or Ctrl-C, then hand back what runs. Gives the exit code."""
+    """Run jobs with these models until somebody asks for the end, then hand back what runs. Gives the exit code."""
     name = node_name("worker")
     doorbell = Doorbell(settings.broker_url.get_secret_value())
     drain = Drain()

@@ -1,4 +1,4 @@
-"""How a worker ends: what SIGTERM and Ctrl-C set off, and the bound on the time that it takes."""
+"""How a worker ends: what SIGTERM, Ctrl-C and a closed terminal set off, and the bound on the time that it takes."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import threading
 import time
 from types import FrameType
 
+from tpo.signals import stop_signals
 from worker.app import stop_consuming
 from worker.logs import log
 
@@ -21,8 +22,8 @@ class Drain:
         self.exit_code = 0
 
     def on_signals(self) -> None:
-        """From now on, SIGTERM and SIGINT begin the drain. To be called in the main thread."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """From now on, what asks for the end begins the drain. To be called in the main thread."""
+        for number in stop_signals():
             signal.signal(number, self._begin)
 
     def fail(self, why: str) -> None:
@@ -44,17 +45,17 @@ class Drain:
 
     def _begin(self, _number: int, _frame: FrameType | None) -> None:
         # Once is enough; a second signal inside this handler would wait for the lock that the first one holds.
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, signal.SIG_IGN)
         stop_consuming()
         self.begun.set()
 
 
 def exit_on_signals() -> None:
-    """Until there is something to drain, SIGTERM and SIGINT end the process at once and without a trace."""
+    """Until there is something to drain, what asks for the end ends the process at once and without a trace."""
 
     def leave(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(0)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, leave)

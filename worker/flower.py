@@ -19,6 +19,7 @@ from tornado.web import authenticated
 from tpo.queue import MAINTENANCE_QUEUE
 from tpo.settings import Settings, explained
 from tpo.settings import settings as read_settings
+from tpo.signals import stop_signals
 from worker import logs
 from worker.app import make_app
 
@@ -50,7 +51,7 @@ def make_flower(configured: Settings) -> Flower:
 
 
 def main() -> int:
-    """Serve until SIGTERM or SIGINT. Gives the exit code."""
+    """Serve until somebody asks for the end. Gives the exit code."""
     logs.configure()
     try:
         configured = read_settings()
@@ -63,7 +64,7 @@ def main() -> int:
     def stop(_number: int, _frame: object) -> None:
         tornado.ioloop.IOLoop.current().add_callback_from_signal(view.stop)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, stop)
     try:
         view.start_http_server()

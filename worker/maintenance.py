@@ -41,7 +41,7 @@ _SILENT_SECONDS = 5.0
 
 
 def main(settings: Settings, store: Store) -> int:
-    """Sweep until SIGTERM or Ctrl-C. Gives the exit code."""
+    """Sweep until somebody asks for the end. Gives the exit code."""
     name = node_name("maintenance")
     doorbell = Doorbell(settings.broker_url.get_secret_value())
     sweeper = Sweeper(settings, store, doorbell)

@@ -46,6 +46,8 @@ def _store(settings: Settings) -> Store:
         try:
             check(engine)
             return Store(engine)
+        except DatabaseRefused:
+            raise
         except StoreUnavailable as error:
             log.warning("trying again: %s", error)
             time.sleep(_ASK_AGAIN_SECONDS)

@@ -153,7 +153,7 @@ class TestDatabase:
                     assert second.submit().status_code == 202
                 assert len(api.client.get("/v1/jobs").json()["data"]) == 2
 
-    def test_an_sqlite_file_that_is_gone_is_a_503_until_it_is_back(
+    def test_an_sqlite_file_that_is_gone_or_damaged_is_a_503_until_it_is_back(
         self, sqlite_system: System, sqlite_api: Api, tmp_path: Path
     ) -> None:
         job_id = sqlite_api.submit().json()["id"]
@@ -164,6 +164,9 @@ class TestDatabase:
         (tmp_path / "tpo.db").mkdir()
         assert_problem(sqlite_api.submit(), 503, "database_unavailable")
         (tmp_path / "tpo.db").rmdir()
+        (tmp_path / "tpo.db").write_bytes(b"no database " * 1000)
+        assert "no SQLite database" in assert_problem(sqlite_api.submit(), 503, "database_unavailable")["detail"]
+        (tmp_path / "tpo.db").unlink()
         for file in moved.iterdir():
             file.rename(tmp_path / file.name)
         assert [job["id"] for job in sqlite_api.client.get("/v1/jobs").json()["data"]] == [job_id]

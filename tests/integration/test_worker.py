@@ -101,7 +101,7 @@ def test_cancel_ends_a_running_call_and_nothing_is_written_after(system: System)
     print(f"cancel took {took:.2f} s")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_idle_worker_ends_at_once(sqlite_system: System, number: int) -> None:
     processes = [sqlite_system.worker(drain_seconds=600), sqlite_system.maintenance()]
     assert len(eventually(lambda: sqlite_system.store.workers(10), why="the worker's row")) == 1

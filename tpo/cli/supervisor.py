@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from tpo.signals import stop_signals
+
 MAX_RESTARTS = 5
 """A child that ends more often than this, each time within HEALTHY_SECONDS, takes everything down."""
 
@@ -24,7 +26,6 @@ HEALTHY_SECONDS = 60.0
 _BACK_OFF = (0.5, 15.0)
 _MAX_LOG_BYTES = 10_000_000
 _ASK_AGAIN_SECONDS = 0.2
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -86,9 +87,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        # nohup ignores SIGHUP, and so do we then.
-        stops = [s for s in _STOP_SIGNALS if s is not signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
-        self._old_handlers = {s: signal.signal(s, self._on_stop) for s in stops}
+        self._old_handlers: dict[int, Any] = {s: signal.signal(s, self._on_stop) for s in stop_signals()}
         self._old_handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, _on_child)
         return self
 

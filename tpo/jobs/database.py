@@ -241,14 +241,14 @@ _ASKS: dict[str, dict[str, Any]] = {"sqlite": {_BEGIN: ""}, "postgresql": {"isol
 
 @contextmanager
 def asking(engine: Engine) -> Iterator[Connection]:
-    """A connection for one query, which needs no transaction for that. Raises StoreUnavailable, DatabaseRefused."""
+    """A connection for one query, which needs no transaction for that. Raises StoreUnavailable."""
     with _translated(), engine.connect().execution_options(**_ASKS[engine.dialect.name]) as connection:
         yield connection
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
-    """A session that only reads, all of it from one snapshot. Raises StoreUnavailable, DatabaseRefused."""
+    """A session that only reads, all of it from one snapshot. Raises StoreUnavailable."""
     with (
         _translated(),
         engine.connect().execution_options(**_READS[engine.dialect.name]) as connection,
@@ -259,7 +259,7 @@ def reading(engine: Engine) -> Iterator[Session]:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
-    """A session that commits at its end and rolls back on any error. Raises StoreUnavailable, DatabaseRefused."""
+    """A session that commits at its end and rolls back on any error. Raises StoreUnavailable."""
     with _translated(), _turn(engine), Session(engine, expire_on_commit=False) as session, session.begin():
         yield session
 
