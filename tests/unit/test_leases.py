@@ -1,0 +1,169 @@
+"""How leases are renewed, lost and looked at, in process, on SQLite."""
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.jobs import claim_one
+from tests.worker_bench import SECRET, Bench
+from tpo.errors import (
+    Interrupted,
+    StoreUnavailable,
+)
+from tpo.jobs.store import Flags, Lease
+from tpo.ports import Generate, Interrupt
+from worker.drain import Drain
+from worker.lease import Held, Leases
+
+
+def held_for(seconds: float, drain: Drain | None = None) -> Held:
+    return Held(Lease("job_1", "worker", 1, 1, 1, 3, seconds), drain or Drain())
+
+
+def test_a_lease_that_nobody_could_renew_is_taken_as_lost() -> None:
+    held = held_for(0.01)
+    time.sleep(0.02)
+    with pytest.raises(Interrupted, match="lease_lost"):
+        held.interrupt()
+    held = held_for(30)
+    held.told(Flags(cancel_requested=False, past_deadline=False), renewed=time.monotonic() - 31)
+    held.interrupt()  # that renewal began before the job was claimed
+    held.told(Flags(cancel_requested=False, past_deadline=False), renewed=time.monotonic())
+    held.interrupt()
+
+
+def test_a_checkpoint_renews_the_lease_from_before_it_was_written(bench: Bench) -> None:
+    called: dict[str, float] = {}
+    renewed: dict[str, float] = {}
+    written: dict[str, float] = {}
+
+    def look(request: Generate, _interrupt: Interrupt) -> None:
+        with bench.leases._lock:
+            (held,) = bench.leases._held
+        renewed[request.kind] = held._renewed
+        called[request.kind] = time.monotonic()
+
+    bench.policy.before = look
+    bench.store.watch = lambda after: written.update({after.calls[-1].kind: time.monotonic()})
+    bench.run(bench.create())
+    assert called["loss"] < renewed["gradient"] < written["loss"]
+
+
+def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
+    held = held_for(30)
+    for flags, reason in (
+        (Flags(cancel_requested=True, past_deadline=True, pause_requested=True), "cancelled"),
+        (Flags(cancel_requested=False, past_deadline=True, pause_requested=True), "deadline"),
+    ):
+        held.told(flags)
+        with pytest.raises(Interrupted, match=reason):
+            held.interrupt()
+
+
+def test_a_lease_of_another_worker_stays_lost() -> None:
+    held = held_for(30)
+    held.told(None)
+    with pytest.raises(Interrupted, match="lease_lost"):
+        held.interrupt()
+
+
+def test_a_job_that_this_worker_has_claimed_anew_is_lost_to_its_first_thread(bench: Bench) -> None:
+    job_id = bench.create()
+
+    def claim() -> Lease:
+        claimed = claim_one(bench.store, job_id, "worker", 30, model="scripted", reward_model="scripted")
+        assert claimed
+        return claimed[0]
+
+    first = claim()
+    bench.store.release(first, delay_seconds=0)
+    with bench.leases.holding(first) as old, bench.leases.holding(claim()) as new:
+        bench.leases._ask(bench.leases._renew)
+        with pytest.raises(Interrupted, match="lease_lost"):
+            old.interrupt()
+        new.interrupt()
+
+
+def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claimed = claim_one(bench.store, job_id := bench.create(), "worker", 30, model="scripted", reward_model="scripted")
+    assert claimed
+    troubles = [ValueError(SECRET), StoreUnavailable()]
+    leased: list[float] = []
+    renewed_often = threading.Event()
+    renew = bench.store.renew
+
+    def look_on(*args: Any) -> dict[str, tuple[int, Flags]]:
+        if troubles:
+            raise troubles.pop()
+        owned = renew(*args)
+        leased.append(bench.store.get(job_id).lease_until or 0)
+        if len(leased) == 3:
+            renewed_often.set()
+        return owned
+
+    monkeypatch.setattr(bench.store, "renew", look_on)
+    leases = Leases(bench.store, bench.drain, "worker", bench.settings.model_copy(update={"lease_seconds": 0.3}))
+    with leases.holding(claimed[0]) as held:
+        leases.start()
+        try:
+            assert renewed_often.wait(60)
+            held.interrupt()
+            assert leased == sorted(set(leased))
+            assert [worker.id for worker in bench.store.workers(60)] == ["worker"]
+            bench.store.cancel(job_id)
+            with pytest.raises(Interrupted, match="cancelled"):
+                interrupted_within(held, 60)
+        finally:
+            leases.stop()
+
+
+def test_who_waits_for_the_last_job_is_told_when_it_ends(bench: Bench) -> None:
+    waiting = threading.Thread(target=bench.leases.wait_until_idle, args=(3600,), daemon=True)
+    with bench.leases.holding(Lease("job_1", "worker", 1, 1, 1, 3, 30)):
+        waiting.start()
+        assert not bench.leases.wait_until_idle(0)
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
+def interrupted_within(held: Held, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        held.interrupt()
+        time.sleep(0.01)
+
+
+def test_a_lease_is_renewed_each_third_of_its_time_and_looked_at_in_between(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease("job_1", "worker", 1, 1, 1, 3, 30)
+    owned = {lease.job_id: (lease.fence, Flags(cancel_requested=False, past_deadline=False))}
+    clock = 0.0
+    asked: list[tuple[str, float]] = []
+    leases = Leases(bench.store, bench.drain, "worker", bench.settings.model_copy(update={"lease_seconds": 30}))
+
+    def asks(what: str) -> Any:
+        def answer(*_: Any) -> dict[str, tuple[int, Flags]]:
+            asked.append((what, clock))
+            return owned
+
+        return answer
+
+    def rest(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+        if clock > 25:
+            leases.stop()
+
+    monkeypatch.setattr("worker.lease.time", SimpleNamespace(monotonic=lambda: clock))
+    monkeypatch.setattr(leases._stopping, "wait", rest)
+    monkeypatch.setattr(bench.store, "renew", asks("renew"))
+    monkeypatch.setattr(bench.store, "look", asks("look"))
+    with leases.holding(lease):
+        leases._keep()
+    assert asked == [("look" if second % 10 else "renew", second) for second in range(26)]
