@@ -42,7 +42,7 @@ def written(runner: Runner, slots: int) -> Completions:
     """What the requests get, all submitted at once."""
     engine = StepEngine(runner, Limits(_ROWS, slots, 64), frozenset())
     try:
-        return [future.result(300).completions for future in [engine.submit(request) for request in requests()]]
+        return [future.result(1000).completions for future in [engine.submit(request) for request in requests()]]
     finally:
         engine.close()
 

@@ -83,7 +83,7 @@ class Process:
 
 
 class System:
-    """A database, a broker and whichever processes a test starts on them, with short leases."""
+    """A database, a broker and whichever processes a test starts on them."""
 
     def __init__(self, database_url: str, folder: Path, broker: Valkey) -> None:
         self.folder = folder
@@ -98,7 +98,8 @@ class System:
             "TPO_SCRIPTED_LOG": str(self.calls_log),
             "TPO_SCRIPTED_LATENCY": "0.3",
             "TPO_SLOTS": "4",
-            "TPO_LEASE_SECONDS": "2",
+            # A busy machine may be silent for seconds: those who want a lease to run out say so.
+            "TPO_LEASE_SECONDS": "60",
             "TPO_SWEEP_SECONDS": "0.3",
             "TPO_RING_AGAIN_SECONDS": "1",
             "TPO_DRAIN_SECONDS": "10",

@@ -1,6 +1,8 @@
 """Real servers for tests: a Valkey and a PostgreSQL from their PyPI wheels, each test with its own database."""
 
 import contextlib
+import itertools
+import os
 import secrets
 import socket
 import subprocess
@@ -19,16 +21,22 @@ from redis.retry import Retry
 
 from tpo.embedded import valkey_command
 
+_PORTS_EACH = 2_500
+_start = secrets.randbelow(_PORTS_EACH)
+_numbers = itertools.count()
+
 
 def free_port() -> int:
     """A TCP port of the loopback address that nobody uses now.
 
-    It lies below the range from which the kernel takes the ports of outgoing connections, and at random: no connection
-    and no other process of a parallel run takes it before the server that it is for.
+    It lies below the range from which the kernel takes the ports of outgoing connections. Each process of a parallel
+    run has some of its own, and gives each of them once: nobody takes it before the server that it is for.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    mine = 10_000 + worker % 8 * _PORTS_EACH
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", secrets.randbelow(20_000) + 10_000))
+            probe.bind(("127.0.0.1", mine + (_start + next(_numbers)) % _PORTS_EACH))
             return int(probe.getsockname()[1])
 
 

@@ -63,11 +63,13 @@ class FlakyStore(Store):
     """A store whose database goes away for some calls."""
 
     fails: dict[str, int]
+    on_failure: Callable[[], None] = staticmethod(lambda: None)
     watch: Callable[[State], None] = staticmethod(lambda _after: None)
 
     def _maybe(self, name: str) -> None:
         if self.fails.get(name, 0):
             self.fails[name] -= 1
+            self.on_failure()
             raise StoreUnavailable()
 
     def claim_next(self, *args: Any, **kwargs: Any) -> Claimed | None:

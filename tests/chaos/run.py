@@ -155,6 +155,7 @@ def _run(
         lasted = time.monotonic() - began
         say("peace: waiting for the jobs that are left")
         settled_in = _settle(plan, load, monkey, watcher, asked_to_stop)
+        _start_all(children)  # one that is still being loaded knows nothing of ends yet
         ends = _end_all(children)
         watcher.stop()
         with contextlib.suppress(StoreUnavailable):

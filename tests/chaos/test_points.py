@@ -19,7 +19,7 @@ def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: s
 
         def start_worker() -> Process:
             return system.start(
-                *("-m", "tests.chaos.process", "worker", str(folder)), lease_seconds=1, scripted_latency=0.1
+                *("-m", "tests.chaos.process", "worker", str(folder)), lease_seconds=2, scripted_latency=0.1
             )
 
         def submit(iterations: int) -> str:

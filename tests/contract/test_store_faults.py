@@ -19,7 +19,8 @@ from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, put
 from tests.processes import eventually
 from tests.services import free_port, new_database, own_postgres
 from tpo.errors import DatabaseRefused, ExternalIdTaken, LeaseLost, StoreUnavailable
-from tpo.jobs.database import connect, now, reading, write, writing
+from tpo.jobs import turns
+from tpo.jobs.database import asking, connect, now, reading, write, writing
 from tpo.jobs.schema import check, upgrade
 from tpo.jobs.store import Outcome, Store
 from tpo.jobs.tables import Job, Tenant
@@ -286,6 +287,25 @@ def test_a_postgresql_connection_that_dies_in_a_transaction_writes_nothing(postg
         with pytest.raises(StoreUnavailable):
             write(then)
         assert rows(postgres) == before
+
+
+def test_a_postgresql_connection_that_dies_while_it_waits_for_its_turn_is_told(
+    postgres: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(postgres)
+    create(store)
+    monkeypatch.setattr(turns, "_PATIENCE_MILLISECONDS", 60_000)
+    waits = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND wait_event = 'advisory'")
+    with ThreadPoolExecutor(1) as thread:
+        with writing(postgres) as session:
+            turns._wait_for_turn(session, turns.Pair("policy", "reward"))
+            claims = thread.submit(store.claim_next, "worker-1", 30, **SERVES)
+            with asking(postgres) as connection:
+                pid = eventually(lambda: connection.scalar(waits), why="the claim waits for its turn")
+                connection.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
+        with pytest.raises(StoreUnavailable):
+            claims.result()
+    assert store.claim_next("worker-1", 30, **SERVES)
 
 
 def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> None:

@@ -1,6 +1,5 @@
 """What is done to jobs over HTTP, in process, on both databases."""
 
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from fastapi.testclient import TestClient
 from tests.api_client import UNKNOWN_ID, api_client, assert_problem, submit
 from tests.integration.test_api import run_steps
 from tests.jobs import claim_one
+from tests.processes import eventually
 from tests.services import Valkey, valkey_server
 from tpo.jobs.store import Outcome, Store
 from tpo.ports import Generate
@@ -233,7 +233,8 @@ class TestPolling:
         with ThreadPoolExecutor(1) as pool:
             began = time.monotonic()
             asked = pool.submit(ask)
-            threading.Timer(0.3, act).start()
+            time.sleep(0.3)
+            act()
             return asked.result(), time.monotonic() - began
 
     def test_waits_for_the_end(self, client: TestClient) -> None:
@@ -264,7 +265,7 @@ class TestPolling:
 
     def test_a_submit_can_wait(self, client: TestClient, store: Store) -> None:
         def end() -> None:
-            (job,) = store.page(limit=1)
+            (job,) = eventually(lambda: store.page(limit=1), why="the job")
             run_steps(store, job.id)
 
         def post(seconds: str) -> Any:

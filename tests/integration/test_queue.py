@@ -36,7 +36,7 @@ def test_promise_11_ten_jobs_beside_ten_thousand_wait_at_most_twice_as_long_as_a
     create_many(system.engine, template, 10_000, tenant="big")
     small = create_many(system.engine, like_small, 10, tenant="small", status="paused")
     system.ring(template)
-    system.worker(slots=SLOTS, scripted_latency=0.05, lease_seconds=60)
+    system.worker(slots=SLOTS, scripted_latency=0.05)
     eventually(lambda: len(begun(system, "big")) >= 2 * SLOTS, why="the big one's jobs run")
     execute(system.engine, "UPDATE jobs SET status = 'queued' WHERE tenant = 'small'")
     seen = {job.id for job in begun(system, "big")}
@@ -55,7 +55,7 @@ def test_promise_11_the_broker_s_queue_stays_shallow_and_nothing_is_left_behind(
     assert bells(system) == ENOUGH_BELLS
     urgent = system.submit(priority=100, **SHORT)
     assert bells(system) == ENOUGH_BELLS
-    system.worker(slots=2, scripted_latency=0, lease_seconds=60)
+    system.worker(slots=2, scripted_latency=0)
     for job_id in (*job_ids, urgent):
         assert system.wait_for_end(job_id).status == "completed"
     assert begun(system, "default")[0].id == urgent
@@ -65,7 +65,7 @@ def test_promise_11_the_broker_s_queue_stays_shallow_and_nothing_is_left_behind(
 def test_promise_11_no_worker_exceeds_the_limit_of_running_jobs(system: System) -> None:
     system.store.set_limits("default", Limits(running=2))
     for _ in range(2):
-        system.worker(slots=SLOTS, scripted_latency=0.05, lease_seconds=60)
+        system.worker(slots=SLOTS, scripted_latency=0.05)
     job_ids = [system.submit(seed=seed, **SHORT) for seed in range(12)]
     for job_id in job_ids:
         system.wait_for_end(job_id)
@@ -80,9 +80,9 @@ def test_promise_11_no_worker_exceeds_the_limit_of_running_jobs(system: System) 
 
 
 def test_promise_12_a_queue_paused_under_load_stops_within_one_step_and_goes_on(system: System) -> None:
-    system.maintenance(lease_seconds=60)
+    system.maintenance()
     for _ in range(2):
-        system.worker(slots=2, scripted_latency=0.3, lease_seconds=60)
+        system.worker(slots=2, scripted_latency=0.3)
     job_ids = [system.submit(seed=seed) for seed in range(8)]
     for rounds in range(1, 3):
         eventually(lambda n=rounds: len(system.calls()) >= 6 * n, why="model calls run")  # type: ignore[misc]
@@ -97,8 +97,8 @@ def test_promise_12_a_queue_paused_under_load_stops_within_one_step_and_goes_on(
         system.ring(job_ids[0])
         system.store.sweep(ring_again_seconds=-1, forget_worker_seconds=60)
         eventually(lambda: bells(system) == 0, why="a worker has answered")
+        assert len(system.calls()) == calls, "while it is paused nothing runs"
         for job_id in system.store.resume_queue(SCRIPTED):
-            assert len(system.calls()) == calls, "while it is paused nothing runs"
             system.ring(job_id)
     for job_id in job_ids:
         job = system.wait_for_end(job_id)
@@ -115,7 +115,7 @@ def test_promise_12_queues_on_the_command_line(system: System) -> None:
         return done.stdout
 
     assert "no queues" in tpo("list")
-    system.worker(scripted_latency=0.05, lease_seconds=60)
+    system.worker(scripted_latency=0.05)
     eventually(lambda: system.store.workers(10), why="the worker's row")
     assert "is paused" in tpo("pause", SCRIPTED)
     job_id = system.submit()

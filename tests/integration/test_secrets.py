@@ -186,9 +186,8 @@ def test_no_page_of_flower_holds_any(ran: tuple[Ran, str]) -> None:
 
 
 def _search_flower(ran: Ran, flower: httpx.Client) -> None:
-    workers = list(flower.get("/api/workers?refresh=true").json())
+    workers = eventually(lambda: _workers(flower), why="Flower knows all that it shows of each worker")
     tasks = list(flower.get("/api/tasks").json())
-    assert workers
     assert tasks
     table = "/tasks/datatable?draw=1&start=0&length=99&search[value]=&order[0][column]=0&columns[0][data]=name"
     pages = ["/", "/workers?json=1", "/tasks", table, "/broker", "/api/tasks", "/api/workers", "/api/task/types"]
@@ -198,6 +197,12 @@ def _search_flower(ran: Ran, flower: httpx.Client) -> None:
     assert {page: answer.status_code for page, answer in seen.items() if answer.status_code != 200} == {}
     assert "tpo.run_job" in seen["/api/tasks"].text
     assert {page: found for page, answer in seen.items() if (found := ran.leaks(answer.text))} == {}
+
+
+def _workers(flower: httpx.Client) -> list[str]:
+    """The names of the workers, once each has answered."""
+    found = flower.get("/api/workers?refresh=true").json()
+    return list(found) if all("stats" in worker for worker in found.values()) else []
 
 
 def test_no_page_about_the_server_holds_any(ran: tuple[Ran, str]) -> None:

@@ -80,8 +80,8 @@ def test_a_busy_or_idle_worker_is_not_taken_for_silent(sqlite_system: System) ->
 
 def test_a_worker_whose_model_is_stuck_stops_its_heartbeat(sqlite_system: System) -> None:
     system = sqlite_system
-    system.maintenance(lease_seconds=1)
-    worker = system.start("-m", "tests.hanging_worker", "stuck", lease_seconds=1)
+    system.maintenance()
+    worker = system.start("-m", "tests.hanging_worker", "stuck", lease_seconds=10)
     worker.wait_for("is ready")
     job_id = system.submit()
     system.wait_for_status(job_id, "in_progress")

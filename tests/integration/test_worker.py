@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 import redis
@@ -101,6 +102,15 @@ def test_cancel_ends_a_running_call_and_nothing_is_written_after(system: System)
     print(f"cancel took {took:.2f} s")
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """What is started now hears that its terminal closes, also where these tests run under nohup."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_idle_worker_ends_at_once(sqlite_system: System, number: int) -> None:
     processes = [sqlite_system.worker(drain_seconds=600), sqlite_system.maintenance()]
@@ -156,7 +166,7 @@ def test_a_paused_job_stops_within_a_call_and_goes_on_elsewhere(system: System) 
 def test_a_pause_and_a_resume_in_one_breath_lose_nothing(system: System) -> None:
     system.worker(scripted_latency=0.2)
     system.maintenance()
-    job_id = system.submit()
+    job_id = system.submit(max_iterations=10)
     for _ in range(5):
         system.wait_for_status(job_id, "in_progress")
         system.store.pause(job_id)

@@ -113,7 +113,8 @@ def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
         try:
             assert renewed_often.wait(60)
             held.interrupt()
-            assert leased == sorted(set(leased))
+            seen = list(leased)
+            assert seen == sorted(set(seen))
             assert [worker.id for worker in bench.store.workers(60)] == ["worker"]
             bench.store.cancel(job_id)
             with pytest.raises(Interrupted, match="cancelled"):

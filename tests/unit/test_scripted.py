@@ -111,8 +111,8 @@ def test_latency_is_kept_and_an_interrupt_ends_it() -> None:
 
     started = time.monotonic()
     with pytest.raises(Interrupted):
-        ScriptedRewardModel(latency=30).score(Score(iteration=0, messages=(), responses=("a",)), stop_later)
-    assert time.monotonic() - started < 5
+        ScriptedRewardModel(latency=3600).score(Score(iteration=0, messages=(), responses=("a",)), stop_later)
+    assert time.monotonic() - started < 60
 
 
 def test_the_log_has_a_line_for_each_call_that_was_started(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ the oldest job of each. The claims of one line come one after the other, for tho
 same running jobs, and give all free slots to one tenant; but none waits long for a worker that is frozen in its own.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from psycopg.errors import LockNotAvailable
 from sqlalchemy import (
     ColumnElement,
     Executable,
@@ -343,9 +343,13 @@ def _wait_for_turn(session: Session, pair: Pair) -> None:
     key = {"key": int.from_bytes(digest, signed=True)}
     if session.execute(_TRY_LOCK, key).scalar_one():
         return
-    # One that is frozen in the middle of its claim must not hold up the others: in the end they go on beside it.
-    with contextlib.suppress(OperationalError), session.begin_nested():
-        session.execute(_LOCK, {**key, "patience": f"{_PATIENCE_MILLISECONDS}ms"})
+    try:
+        with session.begin_nested():
+            session.execute(_LOCK, {**key, "patience": f"{_PATIENCE_MILLISECONDS}ms"})
+    except OperationalError as error:
+        # One that is frozen in the middle of its claim must not hold up the others: in the end they go on beside it.
+        if not isinstance(error.orig, LockNotAvailable):
+            raise
 
 
 _TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(:key)")

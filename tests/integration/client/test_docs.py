@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_every_snippet_works(sqlite_system: System) -> None:
-    sqlite_system.worker(scripted_latency=0.02, lease_seconds=60)
+    sqlite_system.worker(scripted_latency=0.02)
     page = (ROOT / "docs" / "client.md").read_text()
     snippets = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     with started_api(sqlite_system) as api:
