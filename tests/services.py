@@ -22,8 +22,7 @@ from redis.retry import Retry
 from tpo.embedded import valkey_command
 
 _PORTS_EACH = 2_500
-_start = secrets.randbelow(_PORTS_EACH)
-_numbers = itertools.count()
+_numbers = itertools.count(secrets.randbelow(_PORTS_EACH))
 
 
 def free_port() -> int:
@@ -36,7 +35,7 @@ def free_port() -> int:
     mine = 10_000 + worker % 8 * _PORTS_EACH
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", mine + (_start + next(_numbers)) % _PORTS_EACH))
+            probe.bind(("127.0.0.1", mine + next(_numbers) % _PORTS_EACH))
             return int(probe.getsockname()[1])
 
 

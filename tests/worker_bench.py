@@ -6,10 +6,7 @@ from typing import Any
 
 from tpo import prompts
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
-from tpo.errors import (
-    QueueUnavailable,
-    StoreUnavailable,
-)
+from tpo.errors import QueueUnavailable, StoreUnavailable
 from tpo.jobs.store import Claimed, Flags, Lease, Store
 from tpo.jobs.tables import Job
 from tpo.ports import Generate, Generation, Interrupt, Rewards, Score

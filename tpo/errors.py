@@ -206,12 +206,10 @@ class WebhookNotFound(NotFound):
 
 def frames(error: BaseException) -> str:
     """Where an error came from, without its message and values: those of a database or a validator quote texts."""
-    parts = []
-    cause: BaseException | None = error
-    while cause is not None:
-        parts.append(type(cause).__qualname__ + "\n" + "".join(traceback.format_tb(cause.__traceback__)).rstrip())
-        cause = cause.__cause__ or cause.__context__
-    return "\ncaused by ".join(parts)
+    return "\ncaused by ".join(
+        type(cause).__qualname__ + "\n" + "".join(traceback.format_tb(cause.__traceback__)).rstrip()
+        for cause in causes(error)
+    )
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

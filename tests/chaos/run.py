@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -22,6 +21,7 @@ from tests.chaos.load import Load
 from tests.chaos.monkey import Monkey
 from tests.chaos.verdict import Seen, Verdict, judge
 from tests.processes import StartedCall
+from tests.services import free_port
 from tpo.embedded import valkey_command
 from tpo.errors import StoreUnavailable
 from tpo.jobs.database import connect, reading
@@ -128,7 +128,7 @@ def run(plan: Plan, asked_to_stop: threading.Event, say: Callable[[str], None]) 
 def _run(
     plan: Plan, folder: Path, store: Database, asked_to_stop: threading.Event, say: Callable[[str], None]
 ) -> Result:
-    ports = [_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     points = folder / "points"
     points.mkdir()
     children = _children(plan, folder, points, store, ports)
@@ -283,15 +283,6 @@ def _sample(child: Child) -> Sample:
         process = psutil.Process(child.pid)
         return Sample(time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads())
     return Sample(time.monotonic(), 0, 0, 0)
-
-
-def _port() -> int:
-    """A free port of the loopback address below those that the kernel gives to others while ours is down."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ class TestBroker:
         system.broker.stop(kill=True)
         began = time.monotonic()
         response = api.submit()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 1.5
         assert response.status_code == 202
         job_id = response.json()["id"]
         assert api.client.get(response.headers["location"]).json()["status"] == "queued"
@@ -116,8 +116,8 @@ class TestBroker:
         finally:
             sqlite_system.broker.process.send_signal(signal.SIGCONT)
         assert [r.status_code for r in (first, *together)] == [202] * 9
-        assert took < 15
-        assert took_together < 30
+        assert took < 4
+        assert took_together < 10
         assert_problem(ready, 503, "not_ready")
         assert ready.json()["checks"]["broker"] == "missing"
 

@@ -71,7 +71,7 @@ def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
     detected = []
     for phase in PHASES:
         call = wait_for_call(system, phase)
-        time.sleep(dice.uniform(0, 0.5))
+        time.sleep(dice.uniform(0, 0.9))
         fence = system.store.get(job_id).fence
         system.process_of(call.pid).kill()
         killed = time.monotonic()

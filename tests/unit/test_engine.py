@@ -211,12 +211,13 @@ def test_whoever_comes_and_goes_the_others_get_what_they_get_alone(llama: Any) -
         futures.append(engine.submit(request))
         time.sleep(chance.choice((0, 0, 0.01)))
         if chance.random() < 0.3:
-            futures[chance.randrange(len(futures))].cancel()
+            # Of those that are not answered yet: how many there are depends on how fast this machine is.
+            chance.choice([f for f in futures if not f.done()] or futures).cancel()
     for future, expected in zip(futures, alone, strict=True):
         if not future.cancelled():
             assert future.result(60).completions == expected
     engine.close()
-    assert sum(future.cancelled() for future in futures) > 0
+    assert sum(future.cancelled() for future in futures) > 3
 
 
 def test_a_token_that_nobody_knows_is_refused_at_once(engine: StepEngine) -> None:
@@ -327,10 +328,10 @@ def test_in_a_small_memory_everything_ends_with_the_same_tokens(model: Any, toke
     requests = [sampled(PROMPTS[i % 4], *range(5 * i, 5 * i + 4), max_tokens=50) for i in range(6)]
     roomy, tight = start(model, rows=64, tokens=20_000), start(model, rows=64, tokens=tokens)
     expected = results(roomy, *requests)
-    answers = [future.result(100) for future in [tight.submit(request) for request in requests]]
+    found = results(tight, *requests)
     roomy.close()
     tight.close()
-    assert [answer.completions for answer in answers] == expected
+    assert found == expected
     tight._scheduler.prefixes.forget()
     assert tight._scheduler.arena.free == tokens
 

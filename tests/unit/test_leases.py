@@ -9,10 +9,7 @@ import pytest
 
 from tests.jobs import claim_one
 from tests.worker_bench import SECRET, Bench
-from tpo.errors import (
-    Interrupted,
-    StoreUnavailable,
-)
+from tpo.errors import Interrupted, StoreUnavailable
 from tpo.jobs.store import Flags, Lease
 from tpo.ports import Generate, Interrupt
 from worker.drain import Drain

@@ -9,14 +9,7 @@ from celery.worker import state as celery_state
 from tests.jobs import claim_one, put
 from tests.processes import timeless, uninterrupted
 from tests.worker_bench import SECRET, Bench
-from tpo.errors import (
-    BackendUnavailable,
-    ContextTooLong,
-    LeaseLost,
-    QueueUnavailable,
-    StoreUnavailable,
-    TPOError,
-)
+from tpo.errors import BackendUnavailable, ContextTooLong, LeaseLost, QueueUnavailable, StoreUnavailable, TPOError
 from tpo.jobs.store import Flags
 from tpo.jobs.tables import Job
 from tpo.loop import pending
