@@ -28,7 +28,8 @@ import httpx
 import psutil
 
 from tests.processes import System, running_system
-from tests.services import free_port, new_database, postgres_server
+from tests.services import new_database, postgres_server
+from tests.support.isolation import free_port
 from tpo.jobs import schema
 
 # The server under test, with a route that does nothing beside all the others, behind the same middleware.
@@ -214,7 +215,7 @@ def database(kind: str, folder: Path) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         url = f"sqlite:///{folder}/tpo.db"
         if kind == "postgresql":
-            url = stack.enter_context(new_database(stack.enter_context(postgres_server())))
+            url = stack.enter_context(new_database(stack.enter_context(postgres_server(durable=True)).admin_url))
         schema.upgrade(url)
         yield url
 

@@ -209,8 +209,8 @@ def databases(kind: str) -> Iterator[tuple[str, str]]:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tpo-bench-"))
             yield f"sqlite:///{folder}/small.db", f"sqlite:///{folder}/large.db"
         else:
-            server = stack.enter_context(postgres_server())
-            yield stack.enter_context(new_database(server)), stack.enter_context(new_database(server))
+            url = stack.enter_context(postgres_server(durable=True)).admin_url
+            yield stack.enter_context(new_database(url)), stack.enter_context(new_database(url))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
 """Fixtures that every suite shares. Nothing is skipped for want of a server: tests start their own."""
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +12,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 
 from tests.services import new_database, postgres_server
+from tests.support import durations, isolation, progress, rerun
 from tpo.jobs import schema
 from tpo.jobs.database import connect
 from tpo.jobs.store import Store
@@ -22,11 +25,50 @@ hypothesis.settings.register_profile("tests", parent=hypothesis.settings(), dead
 hypothesis.settings.load_profile("tests")
 
 
+IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of our own plugins."""
+    for plugin in (durations, progress, rerun):
+        plugin.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Isolate the run from this machine; where this process controls it, report and rerun as the options say."""
+    isolation.refuse_foreign_connections()
+    if IS_XDIST_WORKER:
+        return  # it has inherited the environment of the process that controls the run
+    config.add_cleanup(partial(isolation.leave_home, isolation.enter_own_home()))
+    if config.option.rerun_failed:
+        config.pluginmanager.register(rerun.RerunFailed())
+    if config.option.show_progress:
+        config.pluginmanager.register(progress.Progress(config, durations.Durations.load()))
+    if config.option.store_durations:
+        config.pluginmanager.register(durations.StoreDurations())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In a parallel run, begin with the long tests, so that no process is left with one at the end."""
+    if IS_XDIST_WORKER:
+        durations.Durations.load().order(items)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test works in an empty folder and connects only to servers that tests have started."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    found = list(isolation.foreign_connections)
+    isolation.foreign_connections.clear()
+    assert not found, f"connections to servers that no test has started: {found}"
+
+
 @pytest.fixture(scope="session")
 def postgres_admin_url() -> Iterator[str]:
     """One PostgreSQL for the whole run."""
-    with postgres_server() as url:
-        yield url
+    with postgres_server() as server:
+        yield server.admin_url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 
-from tests.services import free_port
+from tests.support.isolation import free_port
 
 
 class Cutter:

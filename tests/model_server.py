@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from tests.services import free_port
+from tests.support.isolation import free_port
 from tpo.backends import load_policy, load_reward_model
 from tpo.ports import Generate, Score
 from tpo.settings import Settings

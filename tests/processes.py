@@ -7,7 +7,6 @@ import secrets
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import TypeVar
 import psutil
 from sqlalchemy import Engine
 
-from tests.services import Valkey, free_port
+from tests.services import Valkey
+from tests.support.forking import ForkedPython
+from tests.support.isolation import free_port
 from tpo import prompts
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
 from tpo.errors import QueueUnavailable
@@ -47,9 +48,7 @@ class Process:
         self.command = command
         self.log = log
         with log.open("w") as file:
-            self.popen = subprocess.Popen(
-                [sys.executable, *command], env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT
-            )
+            self.popen = ForkedPython(command, env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
 
     @property
     def pid(self) -> int:

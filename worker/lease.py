@@ -28,22 +28,34 @@ class Held:
         self._stop: InterruptReason | None = None
         self._queue_paused = False
         self._renewed = time.monotonic()
+        self._updated = self._renewed
+        self._lock = threading.Lock()
 
-    def told(self, flags: Flags | None, renewed: float | None = None) -> None:
-        """What the database says of the job: None when another worker has it; `renewed` when it was prolonged."""
-        if flags is None:
-            self._stop = "lease_lost"
-            return
-        wants: tuple[tuple[bool, InterruptReason], ...] = (
-            (flags.cancel_requested, "cancelled"),
-            (flags.past_deadline, "deadline"),
-            (flags.pause_requested, "paused"),
-        )
-        self._stop = next((reason for wanted, reason in wants if wanted), None)
-        self._queue_paused = flags.queue_paused
-        if renewed is not None:
-            # A renewal that took long may have begun before this job was claimed.
-            self._renewed = max(self._renewed, renewed)
+    def update(self, flags: Flags | None, asked: float, *, renewed: bool = False) -> None:
+        """Apply what was read from the database: None means that another worker has the job.
+
+        `asked` is when the query began, on the monotonic clock; `renewed` says that it also prolonged the lease. The
+        job's own thread and the one that keeps all leases read independently. Of two readings that overlap nobody knows
+        which is newer, so that a request to stop in either of them counts.
+        """
+        with self._lock:
+            if flags is None:
+                self._stop = "lease_lost"
+            if flags is None or self._stop == "lease_lost":
+                return
+            wants: tuple[tuple[bool, InterruptReason], ...] = (
+                (flags.cancel_requested, "cancelled"),
+                (flags.past_deadline, "deadline"),
+                (flags.pause_requested, "paused"),
+            )
+            overlaps = asked < self._updated
+            stop = next((reason for wanted, reason in wants if wanted), None)
+            self._stop = stop or (self._stop if overlaps else None)
+            self._queue_paused = flags.queue_paused or (overlaps and self._queue_paused)
+            self._updated = time.monotonic()
+            if renewed:
+                # A renewal that took long may have begun before this job was claimed.
+                self._renewed = max(self._renewed, asked)
 
     def interrupt(self) -> None:
         """Raises Interrupted when a running model call has to end now."""
@@ -126,7 +138,7 @@ class Leases:
             try:
                 if began >= renew_at:
                     self.register()
-                    self._ask(self._renew, renewed=began)
+                    self._ask(self._renew, renewed=True)
                     renew_at = began + self._lease_seconds / 3
                 else:
                     self._ask(self._look)
@@ -136,13 +148,14 @@ class Leases:
                 log.error("leases cannot be renewed: %s", frames(error))
             self._stopping.wait(pause)
 
-    def _ask(self, question: Callable[[set[str]], dict[str, tuple[int, Flags]]], renewed: float | None = None) -> None:
+    def _ask(self, question: Callable[[set[str]], dict[str, tuple[int, Flags]]], *, renewed: bool = False) -> None:
         with self._lock:
             held = list(self._held)
+        asked = time.monotonic()
         owned = question({job.lease.job_id for job in held}) if held else {}
         for job in held:
             fence, flags = owned.get(job.lease.job_id, (None, None))
-            job.told(flags if fence == job.lease.fence else None, renewed)
+            job.update(flags if fence == job.lease.fence else None, asked, renewed=renewed)
 
     def _renew(self, job_ids: set[str]) -> dict[str, tuple[int, Flags]]:
         return self._store.renew(self._worker, job_ids, self._lease_seconds)

@@ -194,11 +194,11 @@ class _Work:
         )
 
     def _checkpoint(self, after: State) -> None:
-        since = time.monotonic()
+        asked = time.monotonic()
         flags = self._runner.insist(lambda: self._runner.store.checkpoint(self.held.lease, self.state, after))
         self.state = after
         self.advanced = True
-        self.held.told(flags, renewed=since)
+        self.held.update(flags, asked, renewed=True)
         call = after.calls[-1]
         log.debug("%s call %d (%s) recorded", self.held.lease.job_id, call.number, call.kind)
 

@@ -1,7 +1,6 @@
 """The two databases of a run, and what can happen to each."""
 
 import contextlib
-import os
 import shutil
 import signal
 import sqlite3
@@ -77,18 +76,15 @@ class PostgresServer:
     faults = ("database: hangs", "database: killed", "database: restarted", "database: connections cut")
 
     def __init__(self, folder: Path, logs: Path) -> None:
-        data = folder / "data"
-        first = Postgres(data)  # makes the files
-        self.url = first.url
+        server = Postgres(folder, durable=True)
+        server.start()
+        self.url = server.url
         schema.upgrade(self.url)
-        first.stop()
-        with (data / "postgresql.conf").open("a") as conf:
-            conf.write("max_wal_size = '64MB'\nmin_wal_size = '32MB'\nrestart_after_crash = on\n")
-        command = [str(first.program), "-D", str(data), "-h", "", "-k", str(data)]
-        self.child = Child(
-            "database", "database", command, {"PATH": os.environ["PATH"], "LC_ALL": "C"}, logs, first.user
-        )
-        self._data = data
+        server.stop()
+        options = ("max_wal_size=64MB", "min_wal_size=32MB", "restart_after_crash=on")
+        command = [*server.command, *(word for option in options for word in ("-c", option))]
+        self.child = Child("database", "database", command, server.environment, logs, server.user)
+        self._admin_url = server.admin_url
 
     def start(self) -> None:
         self.child.start()
@@ -115,9 +111,7 @@ class PostgresServer:
             )
 
     def _admin(self) -> "psycopg.Connection[tuple[object, ...]]":
-        return psycopg.connect(
-            host=str(self._data), user="postgres", dbname="postgres", autocommit=True, connect_timeout=2
-        )
+        return psycopg.connect(self._admin_url, autocommit=True, connect_timeout=2)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from tests.chaos.load import Load
 from tests.chaos.monkey import Monkey
 from tests.chaos.verdict import Seen, Verdict, judge
 from tests.processes import StartedCall
-from tests.services import free_port
+from tests.support.isolation import free_port
 from tpo.embedded import valkey_command
 from tpo.errors import StoreUnavailable
 from tpo.jobs.database import connect, reading

@@ -14,7 +14,8 @@ from sqlalchemy import Engine
 
 from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tests.jobs import claim_one, execute
-from tests.services import Valkey, free_port, valkey_server
+from tests.services import Valkey, valkey_server
+from tests.support.isolation import free_port
 from tpo.jobs.database import connect
 from tpo.jobs.store import Outcome, Store, outcome_of_run
 from tpo.loop import pending, with_scores, with_texts

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.error_codes import codes
 from tests.processes import System
-from tests.services import free_port
+from tests.support.isolation import free_port
 from tpo.errors import BackendUnavailable, JobError
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"

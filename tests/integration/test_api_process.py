@@ -21,7 +21,8 @@ from openai.types import Model
 from api.__main__ import _listen
 from tests.api_client import KEY, UNKNOWN_ID, assert_problem
 from tests.processes import System, eventually, marker, running_system
-from tests.services import free_port, own_postgres, suspended
+from tests.services import postgres_server
+from tests.support.isolation import free_port
 from tpo.jobs import schema
 from tpo.queue import queue_of
 from tpo.settings import SCRIPTED, Settings
@@ -136,7 +137,7 @@ class TestBroker:
 
 class TestDatabase:
     def test_postgresql_that_stops_is_a_503_until_it_is_back(self, tmp_path: Path) -> None:
-        with own_postgres() as postgres:
+        with postgres_server() as postgres:
             schema.upgrade(postgres.url)
             with running_system(postgres.url, tmp_path) as system, started_api(system) as api:
                 job_id = api.submit().json()["id"]
@@ -225,12 +226,12 @@ class TestProcess:
         assert sqlite_system.store.get(response.json()["id"]).status == "queued"
 
     def test_ends_while_the_database_hangs(self, tmp_path: Path) -> None:
-        with own_postgres() as postgres:
+        with postgres_server() as postgres:
             schema.upgrade(postgres.url)
             with (
                 running_system(postgres.url, tmp_path) as system,
                 started_api(system) as api,
-                suspended(postgres.folder),
+                postgres.suspended(),
                 ThreadPoolExecutor(1) as pool,
             ):
                 threads = api.threads

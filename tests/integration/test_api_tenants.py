@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from api import keys
 from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tests.fakes import new_state
-from tests.services import Valkey, free_port, valkey_server
+from tests.services import Valkey, valkey_server
+from tests.support.isolation import free_port
 from tpo.cli import app
 from tpo.errors import QuotaExceeded
 from tpo.jobs.database import connect

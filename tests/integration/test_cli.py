@@ -13,8 +13,9 @@ import pytest
 
 import tpo as library
 from tests.model_server import MODEL, model_server
-from tests.services import free_port, valkey_server
+from tests.services import valkey_server
 from tests.stack import TPO, Up, all_gone, environment, running_up, tpo
+from tests.support.isolation import free_port
 
 KEY = "a-key-of-this-test"
 ACTIONS = ("cancel", "pause", "resume", "retry", "extend", "delete")

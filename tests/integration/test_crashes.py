@@ -17,7 +17,7 @@ from tests.processes import (
     uninterrupted,
     worker_pid,
 )
-from tests.services import own_postgres
+from tests.services import postgres_server
 from tpo.jobs import schema
 from tpo.queue import queue_of
 from tpo.settings import SCRIPTED
@@ -226,7 +226,7 @@ def test_a_budget_holds_over_a_worker_that_was_killed(system: System) -> None:
 
 @pytest.mark.slow
 def test_a_database_that_restarts_costs_no_call(tmp_path: Path) -> None:
-    with own_postgres() as server:
+    with postgres_server() as server:
         schema.upgrade(server.url)
         with running_system(server.url, tmp_path) as system:
             system.maintenance()

@@ -20,7 +20,8 @@ from tests.api_client import assert_problem
 from tests.integration.test_api_process import Api, started_api
 from tests.jobs import create
 from tests.processes import System, eventually, running_system
-from tests.services import own_postgres
+from tests.services import postgres_server
+from tests.support.isolation import free_port
 from tpo.errors import StoreUnavailable
 from tpo.jobs import schema
 from tpo.jobs.store import Store
@@ -157,7 +158,7 @@ def test_a_job_that_is_deleted_ends_its_streams(system: System, api: Api) -> Non
 
 
 def test_a_database_that_goes_away_in_the_middle(tmp_path: Path) -> None:
-    with own_postgres() as postgres:
+    with postgres_server() as postgres:
         schema.upgrade(postgres.url)
         with running_system(postgres.url, tmp_path) as system, started_api(system) as api:
             job_id = api.submit().json()["id"]
@@ -183,8 +184,6 @@ def test_a_listener_that_stops_reading_is_dropped_and_its_memory_bounded(
         "import sys, api.events, api.feed; api.events.SEND_SECONDS = 1.0;"
         "from api.__main__ import main; sys.exit(main())"
     )
-    from tests.services import free_port
-
     port = free_port()
     process = sqlite_system.start("-c", program, port=port)
     process.wait_for("Listening on")

@@ -13,8 +13,9 @@ import httpx
 import psutil
 import pytest
 
-from tests.services import free_port, new_database, valkey_server
+from tests.services import new_database, valkey_server
 from tests.stack import Up, all_gone, environment, running_up, tpo
+from tests.support.isolation import free_port
 from tpo.cli.stack import Stack
 from tpo.settings import Settings
 

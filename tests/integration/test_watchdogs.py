@@ -7,7 +7,8 @@ import pytest
 
 from tests.cutting import cutter
 from tests.processes import System, eventually, running_system, timeless, uninterrupted
-from tests.services import free_port, own_postgres, suspended
+from tests.services import postgres_server
+from tests.support.isolation import free_port
 from tpo.errors import StoreUnavailable
 from tpo.jobs import schema
 from tpo.jobs.database import connect
@@ -96,7 +97,7 @@ def test_a_worker_whose_model_is_stuck_stops_its_heartbeat(sqlite_system: System
 
 @pytest.mark.slow
 def test_a_database_that_hangs_keeps_nobody_for_long(tmp_path: Path) -> None:
-    with own_postgres() as server:
+    with postgres_server() as server:
         schema.upgrade(server.url)
         with running_system(server.url, tmp_path) as system:
             port = free_port()
@@ -107,7 +108,7 @@ def test_a_database_that_hangs_keeps_nobody_for_long(tmp_path: Path) -> None:
             eventually(system.calls, why="a model call")
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
                 assert client.get(f"/v1/jobs/{job_id}").status_code == 200
-                with suspended(server.folder):
+                with server.suspended():
                     answer = client.get(f"/v1/jobs/{job_id}")  # while it hangs: nobody waits for its end
                     worker.wait_for("leases cannot be renewed")
                 assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
@@ -118,12 +119,12 @@ def test_a_database_that_hangs_keeps_nobody_for_long(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_connection_to_a_server_that_hangs_is_given_up() -> None:
-    with own_postgres() as server:
+    with postgres_server() as server:
         schema.upgrade(server.url)
         engine = connect(server.url)
         store = Store(engine)
         store.ping()
-        with suspended(server.folder), pytest.raises(StoreUnavailable):
+        with server.suspended(), pytest.raises(StoreUnavailable):
             store.ping()
         store.ping()
         engine.dispose()

@@ -9,7 +9,7 @@ import pytest
 from tests.api_client import KEY
 from tests.processes import System, eventually
 from tests.receiver import receiving
-from tests.services import free_port
+from tests.support.isolation import free_port
 
 PAGE = Path(__file__).parents[2] / "docs" / "webhooks.md"
 

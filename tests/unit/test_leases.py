@@ -1,5 +1,6 @@
 """How leases are renewed, lost and looked at, in process, on SQLite."""
 
+import dataclasses
 import threading
 import time
 from types import SimpleNamespace
@@ -15,6 +16,9 @@ from tpo.ports import Generate, Interrupt
 from worker.drain import Drain
 from worker.lease import Held, Leases
 
+GO_ON = Flags(cancel_requested=False, past_deadline=False)
+PAUSE = Flags(cancel_requested=False, past_deadline=False, pause_requested=True)
+
 
 def held_for(seconds: float, drain: Drain | None = None) -> Held:
     return Held(Lease("job_1", "worker", 1, 1, 1, 3, seconds), drain or Drain())
@@ -26,9 +30,9 @@ def test_a_lease_that_nobody_could_renew_is_taken_as_lost() -> None:
     with pytest.raises(Interrupted, match="lease_lost"):
         held.interrupt()
     held = held_for(30)
-    held.told(Flags(cancel_requested=False, past_deadline=False), renewed=time.monotonic() - 31)
+    held.update(GO_ON, time.monotonic() - 31, renewed=True)
     held.interrupt()  # that renewal began before the job was claimed
-    held.told(Flags(cancel_requested=False, past_deadline=False), renewed=time.monotonic())
+    held.update(GO_ON, time.monotonic(), renewed=True)
     held.interrupt()
 
 
@@ -55,14 +59,37 @@ def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
         (Flags(cancel_requested=True, past_deadline=True, pause_requested=True), "cancelled"),
         (Flags(cancel_requested=False, past_deadline=True, pause_requested=True), "deadline"),
     ):
-        held.told(flags)
+        held.update(flags, time.monotonic())
         with pytest.raises(Interrupted, match=reason):
             held.interrupt()
 
 
+def test_late_answer_of_older_query_does_not_revoke_pause() -> None:
+    held = held_for(30)
+    asked_before_pause = time.monotonic()
+    held.update(PAUSE, time.monotonic())
+    held.update(GO_ON, asked_before_pause)
+    with pytest.raises(Interrupted, match="paused"):
+        held.interrupt()
+    held.update(GO_ON, time.monotonic())  # a query that began later: the pause was taken back
+    held.interrupt()
+
+
+def test_late_answer_of_older_query_does_not_revoke_pause_of_queue() -> None:
+    held = held_for(30)
+    asked_before_pause = time.monotonic()
+    held.update(dataclasses.replace(GO_ON, queue_paused=True), time.monotonic())
+    held.update(GO_ON, asked_before_pause)
+    with pytest.raises(Interrupted, match="queue_paused"):
+        held.between_calls()
+    held.update(GO_ON, time.monotonic())
+    held.between_calls()
+
+
 def test_a_lease_of_another_worker_stays_lost() -> None:
     held = held_for(30)
-    held.told(None)
+    held.update(None, time.monotonic())
+    held.update(GO_ON, time.monotonic())
     with pytest.raises(Interrupted, match="lease_lost"):
         held.interrupt()
 

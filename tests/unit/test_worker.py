@@ -1,6 +1,7 @@
 """How a worker's thread ends each kind of run, in process, on SQLite."""
 
 import logging
+import time
 from collections.abc import Callable
 
 import pytest
@@ -318,7 +319,7 @@ def test_a_paused_queue_ends_a_run_after_its_step_and_not_within_it(bench: Bench
             bench.store.pause_queue("scripted")
             with bench.leases._lock:
                 (held,) = bench.leases._held
-            held.told(bench.store.look("worker", [job_id])[job_id][1])
+            held.update(bench.store.look("worker", [job_id])[job_id][1], time.monotonic())
             interrupt()
 
     bench.policy.before = pause
@@ -340,7 +341,7 @@ def test_a_pause_stops_a_running_call_and_costs_no_attempt(bench: Bench, kind: s
             bench.store.pause(job_id)
             with bench.leases._lock:
                 (held,) = bench.leases._held
-            held.told(Flags(cancel_requested=False, past_deadline=False, pause_requested=True))
+            held.update(Flags(cancel_requested=False, past_deadline=False, pause_requested=True), time.monotonic())
             interrupt()
             raise AssertionError("the call goes on")
 

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from tests.cutting import Cutter, cutter
 from tests.integration.test_api_process import Api, started_api
 from tests.processes import System, running_system
-from tests.services import free_port
+from tests.support.isolation import free_port
 from tpo.client import (
     TERMINAL,
     AuthenticationFailed,

@@ -11,7 +11,8 @@ import pytest
 
 from tests.api_client import KEY
 from tests.processes import Process, System, running_system
-from tests.services import free_port, new_database
+from tests.services import new_database
+from tests.support.isolation import free_port
 
 
 class Server(NamedTuple):

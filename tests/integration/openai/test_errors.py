@@ -7,7 +7,7 @@ import pytest
 
 from tests.integration.openai.conftest import Server, serving
 from tests.processes import System
-from tests.services import own_postgres
+from tests.services import postgres_server
 from tpo.jobs import schema
 
 
@@ -74,7 +74,7 @@ def test_429(sqlite_system: System) -> None:
 def test_503_and_the_client_s_own_retries_outlast_it(tmp_path_factory: pytest.TempPathFactory) -> None:
     from tests.processes import running_system
 
-    with own_postgres() as postgres:
+    with postgres_server() as postgres:
         schema.upgrade(postgres.url)
         folder = tmp_path_factory.mktemp("system")
         with running_system(postgres.url, folder) as system, serving(system) as server, server.client() as client:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.contract.test_backends import ask, go_on, rate
 from tests.processes import System, eventually
-from tests.services import free_port
+from tests.support.isolation import free_port
 from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
 from tpo.errors import ContextTooLong, Interrupted
 from tpo.ports import Score

@@ -9,7 +9,7 @@ import pytest
 
 from tests.model_server import MODEL, ModelServer, model_server
 from tests.processes import System, eventually, marker, timeless
-from tests.services import free_port
+from tests.support.isolation import free_port
 from tpo.backends import load_policy, load_reward_model
 from tpo.run import run
 from tpo.settings import Settings

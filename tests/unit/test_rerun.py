@@ -1,0 +1,123 @@
+"""Failed tests are run again once, alone, and the closing line speaks for both runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFTEST = """
+from tests.support import rerun
+
+def pytest_addoption(parser):
+    rerun.add_option(parser)
+
+def pytest_configure(config):
+    if config.option.rerun_failed:
+        config.pluginmanager.register(rerun.RerunFailed())
+"""
+TESTS = """
+import os, pathlib, pytest
+
+def nth_run(name):
+    with open(name, "a") as file:
+        file.write("x")
+    return len(pathlib.Path(name).read_text())
+
+def test_good():
+    pass
+
+@pytest.mark.parametrize("value", ["a b", "c::d"])
+def test_flaky(value):
+    assert nth_run(f"flaky-{value}") > 1
+
+@pytest.fixture
+def broken_once_at_the_end():
+    yield
+    assert nth_run("teardown") > 1
+
+def test_flaky_teardown(broken_once_at_the_end):
+    pass
+
+def test_bad():
+    assert nth_run("bad") == 0
+
+@pytest.mark.parametrize("number", range(4))
+def test_many(number):
+    assert nth_run(f"many-{number}") > 1
+
+def test_crash():
+    if nth_run("crash") == 1:
+        os._exit(1)
+"""
+
+
+class Project:
+    """A folder of tests, and what a run of some of them printed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "conftest.py").write_text(CONFTEST)
+        (folder / "test_it.py").write_text(TESTS)
+        (folder / "pytest.ini").write_text("[pytest]\n")
+
+    def run(self, tests: str, *options: str) -> tuple[int, list[str]]:
+        """Run these tests; return the exit code and the lines of the output."""
+        ids = [f"test_it.py::test_{name}" for name in tests.split()]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *ids, *options]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout.splitlines()
+
+    def runs(self, name: str) -> int:
+        """Return how often a test was run."""
+        return len((self.folder / name).read_text())
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+@pytest.mark.parametrize("processes", [(), ("-n", "2")])
+def test_flaky_tests_are_named_and_do_not_fail_the_run(project: Project, processes: tuple[str, ...]) -> None:
+    code, lines = project.run("good flaky flaky_teardown", "--rerun-failed", *processes)
+    assert code == 0
+    assert " 4 passed, 3 rerun in " in lines[-1]
+    flaky = {line.partition(" (a bug to find")[0] for line in lines if line.startswith("flaky: ")}
+    names = ("test_flaky[a b]", "test_flaky[c::d]", "test_flaky_teardown")
+    assert flaky == {f"flaky: test_it.py::{name}" for name in names}
+    assert any("def test_flaky(value):" in line for line in lines), "the traceback of the first failure is shown"
+
+
+def test_what_fails_again_fails_the_run(project: Project) -> None:
+    code, lines = project.run("good bad flaky_teardown", "--rerun-failed")
+    assert code == 1
+    assert " 1 failed, 2 passed, 1 rerun in " in lines[-1]
+    assert "failed again: test_it.py::test_bad" in lines
+    assert project.runs("bad") == 2
+
+
+def test_more_than_three_failures_are_not_run_again(project: Project) -> None:
+    code, lines = project.run("good many", "--rerun-failed")
+    assert code == 1
+    assert " 4 failed, 1 passed in " in lines[-1]
+    assert "Nothing is run again: 4 tests failed, over 3." in lines
+    assert [project.runs(f"many-{number}") for number in range(4)] == [1] * 4
+
+
+def test_nothing_is_run_again_after_a_crash(project: Project) -> None:
+    code, lines = project.run("good crash", "--rerun-failed", "-n", "2")
+    assert code == 1
+    assert " 1 failed, 1 passed in " in lines[-1]
+    assert "Nothing is run again: a test process crashed." in lines
+    assert project.runs("crash") == 1
+
+
+def test_nothing_is_run_again_unless_asked(project: Project) -> None:
+    code, lines = project.run("flaky_teardown")
+    assert code == 1
+    assert " 1 passed, 1 error in " in lines[-1]
+    assert project.runs("teardown") == 1
