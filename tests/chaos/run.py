@@ -22,6 +22,7 @@ from tests.chaos.monkey import Monkey
 from tests.chaos.verdict import Seen, Verdict, judge
 from tests.processes import StartedCall
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS
 from tpo.embedded import valkey_command
 from tpo.errors import StoreUnavailable
 from tpo.jobs.database import connect, reading
@@ -112,7 +113,7 @@ class Watcher(threading.Thread):
 
     def stop(self) -> None:
         self._stopping.set()
-        self.join(timeout=60)
+        self.join(timeout=HANG_SECONDS)
 
 
 def run(plan: Plan, asked_to_stop: threading.Event, say: Callable[[str], None]) -> Result:

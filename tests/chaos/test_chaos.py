@@ -8,9 +8,10 @@ from tests.chaos.points import LABELS
 from tests.chaos.report import notes, table, violations
 from tests.chaos.run import Plan, run
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_whatever_happens_to_the_processes_the_rows_are_those_of_a_quiet_run(database: str) -> None:
     plan = Plan(database, 20251124, 30.0, jobs_per_second=4.0, mean_gap=0.8, lease=2.0, each_fault_once=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.model_server import MODEL, ModelServer, model_server
+from tests.support.waiting import HANG_SECONDS
 from tests.tiny_models import make_tokenizer, save_llama, save_reward
 from tpo import prompts
 from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
@@ -178,7 +179,7 @@ def test_many_threads_get_what_one_gets(policy: LoadedPolicy) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_SECONDS)
     assert [together[i] for i in range(len(requests))] == alone
 
 
@@ -216,7 +217,7 @@ def test_nothing_heavy_is_imported_for_the_scripted_ones() -> None:
         "import sys; from tpo.backends import load_policy; from tpo.settings import Settings;"
         "load_policy('scripted', Settings()); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_SECONDS)
 
 
 def test_time_passes_in_the_call(policy: LoadedPolicy) -> None:

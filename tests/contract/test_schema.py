@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
@@ -53,6 +54,11 @@ def test_the_migrations_build_what_the_models_say(database_url: str) -> None:
         assert len(statuses) == 1
         assert all(f"'{s}'" in statuses[0] for s in ("queued", "paused", "incomplete"))
     engine.dispose()
+
+
+def test_newest_revision_is_alembics_head() -> None:
+    folder = Path(schema.__file__).parents[2] / "migrations"
+    assert ScriptDirectory(str(folder)).get_heads() == [schema.newest_revision()]
 
 
 def test_check_names_what_is_there_and_what_to_do(database_url: str) -> None:

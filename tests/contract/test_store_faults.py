@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 
 from tests.fakes import new_state, step
 from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
-from tests.processes import eventually
 from tests.services import new_database, postgres_server
 from tests.support.isolation import free_port
+from tests.support.waiting import eventually
 from tpo.errors import DatabaseRefused, ExternalIdTaken, LeaseLost, StoreUnavailable
 from tpo.jobs import turns
 from tpo.jobs.database import asking, connect, now, reading, write, writing
@@ -320,6 +320,7 @@ def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> No
     assert store.get(locked).status == "in_progress"
 
 
+@pytest.mark.processes
 def test_a_postgresql_that_becomes_a_standby_is_waited_for_until_it_is_promoted() -> None:
     with postgres_server() as server:
         upgrade(server.url)

@@ -1,11 +1,14 @@
 """Lists by age, status and metadata, on both databases: whatever is asked, what a plain look through all jobs gives."""
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Literal, get_args
 
 import pytest
 
 from tests.jobs import claim, create
+from tests.support.databases import DATABASES, migrated_database
+from tpo.jobs.database import connect
 from tpo.jobs.store import Outcome, Store
 from tpo.jobs.tables import Job
 from tpo.status import Status
@@ -14,7 +17,16 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 METADATA: tuple[dict[str, str], ...] = ({}, {"a": "1"}, {"b": "2", "a": "1"}, {"a": "2"}, {"c": "1"})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module", params=DATABASES)
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """A store for all tests here, which change nothing in it."""
+    with migrated_database(request.param, request, tmp_path_factory.mktemp("pages")) as url:
+        engine = connect(url)
+        yield Store(engine)
+        engine.dispose()
+
+
+@pytest.fixture(scope="module")
 def jobs(store: Store) -> list[Job]:
     """Jobs of one tenant among those of another, the oldest first."""
     ids = []

@@ -14,8 +14,9 @@ from sqlalchemy import Engine
 
 from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tests.jobs import claim_one, execute
-from tests.services import Valkey, valkey_server
+from tests.services import Valkey
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS
 from tpo.jobs.database import connect
 from tpo.jobs.store import Outcome, Store, outcome_of_run
 from tpo.loop import pending, with_scores, with_texts
@@ -23,12 +24,6 @@ from tpo.ports import Generate, Generation, Rewards, Text
 from tpo.state import State
 
 MakeClient = Callable[..., TestClient]
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with valkey_server(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 @pytest.fixture
@@ -498,13 +493,16 @@ class TestUnexpected:
         assert client.get("/healthz").status_code == 200
 
 
+@pytest.mark.processes
 def test_the_api_loads_no_model(tmp_path: Path) -> None:
     program = (
         "import sys; from api.app import create_app; create_app(); import api.__main__;"
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers', 'worker', 'numpy')"
         " or m.startswith('tpo.backends')])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_SECONDS, cwd=tmp_path
+    )
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 

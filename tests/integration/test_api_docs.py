@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.error_codes import codes
 from tests.processes import System
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS
 from tpo.errors import BackendUnavailable, JobError
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -20,7 +21,7 @@ def test_every_command_works(sqlite_system: System) -> None:
     commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
     script = commands.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("curl ", "curl --fail-with-body -w '\\n' ")
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]

@@ -15,6 +15,7 @@ from tests.api_client import assert_problem
 from tests.integration.test_api_process import Api, started_api
 from tests.integration.test_events import STREAM, frames
 from tests.processes import System, running_system
+from tests.support.waiting import HANG_SECONDS
 
 MANY = 100_000_000
 
@@ -29,7 +30,7 @@ def module_api(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def raw(port: int, request: bytes) -> bytes:
     """What the server answers to these bytes, until it closes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=HANG_SECONDS) as connection:
         connection.sendall(request)
         answer = b""
         while piece := connection.recv(65536):
@@ -104,7 +105,7 @@ def _sent(api: Api, path: str, content_type: str) -> httpx.Response:
     ],
 )
 def test_no_header_can_be_smuggled_into_an_answer(module_api: Api, request_bytes: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", module_api.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", module_api.port), timeout=HANG_SECONDS) as connection:
         connection.sendall(request_bytes)
         connection.shutdown(socket.SHUT_WR)
         answer = b""

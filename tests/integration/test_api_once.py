@@ -14,16 +14,11 @@ from fastapi.testclient import TestClient
 from tests.api_client import api_client, submit
 from tests.integration.test_api_process import started_api
 from tests.processes import System
-from tests.services import Valkey, valkey_server
+from tests.services import Valkey
+from tests.support.waiting import HANG_SECONDS
 from tpo.jobs.store import Limits, Store
 
 BODY = {"input": "Hello", "metadata": {"a": "1", "b": "2"}}
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with valkey_server(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 @pytest.fixture
@@ -67,7 +62,7 @@ class TestKey:
 def test_200_at_once_to_three_processes_make_one_job(system: System, named: str) -> None:
     with contextlib.ExitStack() as stack:
         apis = [stack.enter_context(started_api(system)) for _ in range(3)]
-        clients = [stack.enter_context(httpx.Client(base_url=api.url, timeout=60)) for api in apis]
+        clients = [stack.enter_context(httpx.Client(base_url=api.url, timeout=HANG_SECONDS)) for api in apis]
         body = {**BODY, **({"external_id": "mine"} if named == "external_id" else {})}
         headers = {"idempotency-key": "one"} if named == "key" else {}
 

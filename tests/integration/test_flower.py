@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ import redis
 
 from tests.services import valkey_server
 from tests.stack import Up, running_up, tpo
+from tests.support.waiting import HANG_SECONDS, eventually
+
+pytestmark = pytest.mark.processes
 
 BROKER_PASSWORD = "broker-pass-5521"
 AUTH = ("ops", "flower-pass-8842")
@@ -77,29 +79,22 @@ def test_it_listens_on_loopback_alone(up: Up) -> None:
 
 
 def _get(up: Up, page: str) -> httpx.Response:
-    answer = httpx.get(up.facts["flower"] + page, auth=AUTH, timeout=30)
+    answer = httpx.get(up.facts["flower"] + page, auth=AUTH, timeout=HANG_SECONDS)
     assert answer.status_code == 200, page
     return answer
 
 
 def _run_job_tasks(up: Up) -> list[dict[str, Any]]:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
+    def look() -> list[dict[str, Any]] | None:
         tasks = [t for t in _get(up, "/api/tasks").json().values() if t["name"] == "tpo.run_job"]
-        if tasks and all(t["state"] == "SUCCESS" for t in tasks):
-            return tasks
-        time.sleep(0.1)
-    raise AssertionError("Flower never saw the job's task end")
+        return tasks if all(t["state"] == "SUCCESS" for t in tasks) else None
+
+    return eventually(look, why="Flower sees the end of the job's task")
 
 
 def _wait_for_workers(up: Up) -> None:
     """Flower shows what happens from when it listens to events on."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if len(_get(up, "/api/workers?refresh=true").json()) >= 2:
-            return
-        time.sleep(0.1)
-    raise AssertionError("Flower never saw the workers")
+    eventually(lambda: len(_get(up, "/api/workers?refresh=true").json()) >= 2, why="Flower sees the workers")
 
 
 def _set_password(port: int) -> None:

@@ -17,10 +17,12 @@ import openai
 import pytest
 import redis
 
-from tests.processes import eventually
 from tests.receiver import Receiver, receiving
 from tests.services import valkey_server
 from tests.stack import Up, running_up
+from tests.support.waiting import HANG_SECONDS, eventually
+
+pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
 # In place of the log level, which no setting lowers; and a back end that quotes its prompt when it fails.
@@ -51,7 +53,7 @@ class Ran:
         self.up = up
         self.receiver = receiver
         self.api = httpx.Client(
-            base_url=up.facts["api"], headers={"authorization": f"Bearer {KEY}"}, timeout=60, trust_env=False
+            base_url=up.facts["api"], headers={"authorization": f"Bearer {KEY}"}, timeout=HANG_SECONDS, trust_env=False
         )
         self.problems: list[httpx.Response] = []
         self.hidden: set[str] = {TEXT, *SECRETS}
@@ -181,7 +183,7 @@ def test_the_broker_never_held_any(ran: tuple[Ran, str]) -> None:
 
 
 def test_no_page_of_flower_holds_any(ran: tuple[Ran, str]) -> None:
-    with httpx.Client(base_url=ran[0].up.facts["flower"], auth=FLOWER, timeout=30, trust_env=False) as flower:
+    with httpx.Client(base_url=ran[0].up.facts["flower"], auth=FLOWER, timeout=HANG_SECONDS, trust_env=False) as flower:
         _search_flower(ran[0], flower)
 
 
@@ -233,13 +235,13 @@ class _Monitored:
 
     def __enter__(self) -> list[str]:
         self._thread.start()
-        assert self._begun.wait(20)
+        assert self._begun.wait(HANG_SECONDS)
         return self.told
 
     def __exit__(self, *_error: object) -> None:
         with redis.Redis(port=self._client.connection_pool.connection_kwargs["port"], password=BROKER) as client:
             client.echo(self._ended)
-        self._thread.join(20)
+        self._thread.join(HANG_SECONDS)
         self._client.close()
 
     def _listen(self) -> None:

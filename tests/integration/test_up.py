@@ -1,11 +1,11 @@
 """`tpo up` with real processes that are really killed."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ import pytest
 from tests.services import new_database, valkey_server
 from tests.stack import Up, all_gone, environment, running_up, tpo
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS, eventually
 from tpo.cli.stack import Stack
 from tpo.settings import Settings
+
+pytestmark = pytest.mark.processes
 
 SERVICES = {"broker", "api", "flower", "maintenance", "worker"}
 
@@ -165,7 +168,7 @@ def test_a_model_that_is_not_there_ends_it_with_the_reason(tmp_path: Path) -> No
     with up.process:
         told = list(up.told())
         family = set(up.pids.values())
-        assert up.process.wait(60) == 1
+        assert up.process.wait(HANG_SECONDS) == 1
         assert "no-such-model" in up.errors()
     assert [fact["event"] for fact in told].count("ended") == 1
     assert not any(psutil.pid_exists(pid) for pid in family)
@@ -201,12 +204,9 @@ def _port() -> str:
 
 
 def _wait_ready(up: Up) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{up.env['TPO_URL']}/readyz", timeout=10).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError("not ready again")
+    def look() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{up.env['TPO_URL']}/readyz", timeout=10).status_code == 200
+        return False
+
+    eventually(look, why="it is ready again")

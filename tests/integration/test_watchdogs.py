@@ -6,14 +6,17 @@ import httpx
 import pytest
 
 from tests.cutting import cutter
-from tests.processes import System, eventually, running_system, timeless, uninterrupted
+from tests.processes import System, running_system, timeless, uninterrupted
 from tests.services import postgres_server
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS, eventually
 from tpo.errors import StoreUnavailable
 from tpo.jobs import schema
 from tpo.jobs.database import connect
 from tpo.jobs.store import Store
 from tpo.queue import MAINTENANCE_QUEUE
+
+pytestmark = pytest.mark.processes
 
 
 def assert_exact(system: System, job_id: str) -> None:
@@ -31,7 +34,7 @@ def test_a_consumer_that_has_gone_silent_ends_its_process(sqlite_system: System)
         # As after a reset that the client does not see: its connection is open, and nothing comes on it any more.
         proxy.freeze()
         job_id = system.submit(seed=1)
-        assert worker.popen.wait(timeout=60) == 1
+        assert worker.popen.wait(timeout=HANG_SECONDS) == 1
         assert "the consumer takes none" in worker.output
         assert system.store.get(job_id).status == "queued"
         assert system.store.workers(60) == []
@@ -52,7 +55,7 @@ def test_a_silent_consumer_hands_its_jobs_back(sqlite_system: System) -> None:
         system.wait_for_status(running, "in_progress")
         proxy.freeze()
         system.submit(seed=1)
-        assert worker.popen.wait(timeout=60) == 1
+        assert worker.popen.wait(timeout=HANG_SECONDS) == 1
     job = system.store.get(running)
     assert (job.status, job.lease_owner) in (("queued", None), ("completed", None))
 
@@ -62,7 +65,7 @@ def test_a_silent_maintenance_worker_ends_too(sqlite_system: System) -> None:
     with cutter(system.broker.port) as proxy:
         maintenance = system.maintenance(broker_url=f"redis://127.0.0.1:{proxy.port}/0")
         proxy.freeze()
-        assert maintenance.popen.wait(timeout=60) == 1
+        assert maintenance.popen.wait(timeout=HANG_SECONDS) == 1
         assert "the consumer takes none" in maintenance.output
     assert system.broker.command("LLEN", MAINTENANCE_QUEUE) > 0
 
@@ -86,7 +89,7 @@ def test_a_worker_whose_model_is_stuck_stops_its_heartbeat(sqlite_system: System
     worker.wait_for("is ready")
     job_id = system.submit()
     system.wait_for_status(job_id, "in_progress")
-    assert worker.popen.wait(timeout=60) == 1
+    assert worker.popen.wait(timeout=HANG_SECONDS) == 1
     assert "a model is stuck" in worker.output
     assert system.store.workers(60) == []
     system.worker()
@@ -106,7 +109,7 @@ def test_a_database_that_hangs_keeps_nobody_for_long(tmp_path: Path) -> None:
             worker = system.worker(scripted_latency=1)
             job_id = system.submit()
             eventually(system.calls, why="a model call")
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANG_SECONDS, trust_env=False) as client:
                 assert client.get(f"/v1/jobs/{job_id}").status_code == 200
                 with server.suspended():
                     answer = client.get(f"/v1/jobs/{job_id}")  # while it hangs: nobody waits for its end

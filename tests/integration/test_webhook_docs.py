@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from tests.api_client import KEY
-from tests.processes import System, eventually
+from tests.processes import System
 from tests.receiver import receiving
 from tests.support.isolation import free_port
+from tests.support.waiting import eventually
 
 PAGE = Path(__file__).parents[2] / "docs" / "webhooks.md"
 

@@ -12,8 +12,9 @@ from standardwebhooks import Webhook
 
 from tests.integration.openai.test_batches import line
 from tests.integration.test_webhooks import courier, finish
-from tests.processes import System, eventually
+from tests.processes import System
 from tests.receiver import AUTHORITY, TLS, Receiver, receiving
+from tests.support.waiting import eventually
 from tpo.jobs.store import Store
 from tpo.jobs.webhook_tables import Delivery
 from tpo.settings import Settings

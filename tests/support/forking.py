@@ -24,6 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support.waiting import HANG_SECONDS
+from tpo.cli.supervisor import die_with
+
 _ROOT = Path(__file__).parents[2]
 _MAX_REQUEST = 150_000
 _PR_SET_CHILD_SUBREAPER = 36
@@ -41,6 +44,7 @@ _IMPORTED = (
     "tpo.backends.remote",
     "tpo.cli",
     "tpo.client",
+    "tpo.jobs.postgresql",
     "tpo.jobs.schema",
     "tpo.jobs.store",
     "tpo.queue",
@@ -54,24 +58,56 @@ _IMPORTED = (
 
 
 class ForkedPython(subprocess.Popen[Any]):
-    """A Python process, forked where that gives the same as starting it; `command` is what follows `python`."""
+    """A Python process, forked where that gives the same as starting it; `command` is what follows `python`.
 
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], **options: Any) -> None:
+    With `dies_with_parent` the kernel kills it when this process ends.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str], dies_with_parent: bool = False, **options: Any
+    ) -> None:
         self._forks = command[0] in ("-m", "-c") and _interpreter_settings(env) == _interpreter_settings(os.environ)
+        self._dies_with_parent = dies_with_parent
+        parent = os.getpid()
+        if dies_with_parent:
+            options["preexec_fn"] = lambda: die_with(parent)
         super().__init__([sys.executable, *command], env=env, **options)
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, *rest: Any) -> None:
         if not self._forks:
             super()._execute_child(args, executable, preexec_fn, *rest)  # type: ignore[misc]
             return
-        names = ("close_fds", "pass_fds", "cwd", "env", "startupinfo", "creationflags", "shell")
+        sys.audit("subprocess.Popen", sys.executable, args, None, None)
+        options = ("close_fds", "pass_fds", "cwd", "env", "startupinfo", "creationflags", "shell")
         files = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
-        given = dict(zip((*names, *files), rest, strict=False))
+        more = ("restore_signals", "gid", "gids", "uid", "umask", "start_new_session", "process_group")
+        given = dict(zip((*options, *files, *more), rest, strict=True))
         ends = (given["p2cread"], given["c2pwrite"], given["errwrite"])
-        standard = [end if end != -1 else number for number, end in enumerate(ends)]
-        self.pid = _template().fork(args[1:], given["env"], str(given["cwd"] or os.getcwd()), standard)
+        request = {
+            "command": args[1:],
+            "env": dict(given["env"]),
+            "cwd": str(given["cwd"] or os.getcwd()),
+            "ignored": [number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN],
+            "new_session": given["start_new_session"],
+            "parent": os.getpid() if self._dies_with_parent else None,
+        }
+        self.pid = _template().fork(request, [end if end != -1 else number for number, end in enumerate(ends)])
         self._child_created = True
         self._close_pipe_fds(*(given[name] for name in files))  # type: ignore[attr-defined]
+
+
+def run_python(
+    *command: str, env: Mapping[str, str], stdin: str = "", cwd: Path | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a Python command to its end, as `subprocess.run` does."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with ForkedPython(command, env=env, cwd=cwd, text=True, **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=HANG_SECONDS)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def _interpreter_settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -99,13 +135,12 @@ class _Template:
         self._channel = ours
         self._lock = threading.Lock()
 
-    def fork(self, command: Sequence[str], env: Mapping[str, str], cwd: str, files: Sequence[int]) -> int:
-        """Fork a process for a command and return its id."""
-        ignored = [number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
-        request = json.dumps({"command": list(command), "env": dict(env), "cwd": cwd, "ignored": ignored}).encode()
-        assert len(request) < _MAX_REQUEST
+    def fork(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
+        """Fork a process with these standard files and return its id."""
+        message = json.dumps(request).encode()
+        assert len(message) < _MAX_REQUEST
         with self._lock:
-            socket.send_fds(self._channel, [request], list(files))
+            socket.send_fds(self._channel, [message], list(files))
             answer = self._channel.recv(100)
         assert answer, "the template ended"
         return int(answer)
@@ -147,7 +182,11 @@ def _serve(channel: socket.socket) -> list[str]:
 
 
 def _become(request: dict[str, Any], files: Sequence[int]) -> list[str]:
-    """Take over the files, environment, folder and signals of a request, and return its command."""
+    """Take over all that a request says of the process, and return its command."""
+    if request["parent"] is not None:
+        die_with(request["parent"])
+    if request["new_session"]:
+        os.setsid()
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

@@ -22,17 +22,18 @@ _KEPT = (
 )  # fmt: skip
 """Variables that tests may see; `*` stands for any ending. All others would make a run depend on somebody's shell."""
 
-_SET = {
+FIXED = {
     "LC_ALL": "C.UTF-8",
     "HF_HUB_OFFLINE": "1",
     # Nobody listens on port 1. A test that needs a broker starts one and says so.
     "TPO_BROKER_URL": "redis://127.0.0.1:1/0",
 }
+"""Variables that are the same in every run."""
 
 
 def isolated_environment(inherited: Mapping[str, str], home: Path) -> dict[str, str]:
     """Return the environment of a test run, given the one that it was started in."""
-    return {name: value for name, value in inherited.items() if _is_kept(name)} | _SET | {"HOME": str(home)}
+    return {name: value for name, value in inherited.items() if _is_kept(name)} | FIXED | {"HOME": str(home)}
 
 
 def _is_kept(name: str) -> bool:

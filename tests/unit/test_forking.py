@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from tests.support.forking import ForkedPython
+from tests.support.waiting import HANG_SECONDS
+
+pytestmark = pytest.mark.processes
 
 WAITS = "print('up', flush=True); input()"
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -43,7 +46,7 @@ def test_program_gives_what_a_started_one_gives(program: str, tmp_path: Path) ->
         forked("-c", program, "a word", env=environment, cwd=tmp_path),
         subprocess.Popen([sys.executable, "-c", program, "a word"], env=environment, cwd=tmp_path, **PIPES),
     ):
-        stdout, stderr = process.communicate("", timeout=60)
+        stdout, stderr = process.communicate("", timeout=HANG_SECONDS)
         results.append((process.returncode, stdout, stderr.splitlines()[-1:]))
     assert results[0] == results[1]
 
@@ -51,7 +54,7 @@ def test_program_gives_what_a_started_one_gives(program: str, tmp_path: Path) ->
 def test_module_is_run_with_its_arguments(tmp_path: Path) -> None:
     (tmp_path / "own_module.py").write_text("import sys; print(__name__, sys.argv[1:], __file__)")
     process = forked("-m", "own_module", "a", "b", cwd=tmp_path)
-    assert process.communicate(timeout=60)[0] == f"__main__ ['a', 'b'] {tmp_path}/own_module.py\n"
+    assert process.communicate(timeout=HANG_SECONDS)[0] == f"__main__ ['a', 'b'] {tmp_path}/own_module.py\n"
 
 
 def test_process_is_a_child_of_this_one_and_can_be_killed() -> None:
@@ -60,13 +63,13 @@ def test_process_is_a_child_of_this_one_and_can_be_killed() -> None:
     assert int(process.stdout.readline()) == os.getpid()
     assert process.poll() is None
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == -signal.SIGKILL
 
 
 def test_two_processes_share_no_random_numbers() -> None:
     program = "import random, uuid, tempfile; print(random.random(), uuid.uuid4(), tempfile.mktemp())"
-    first, second = (forked("-c", program).communicate(timeout=60)[0].split() for _ in range(2))
+    first, second = (forked("-c", program).communicate(timeout=HANG_SECONDS)[0].split() for _ in range(2))
     assert not set(first) & set(second)
 
 

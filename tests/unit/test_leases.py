@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.jobs import claim_one
+from tests.support.waiting import HANG_SECONDS
 from tests.worker_bench import SECRET, Bench
 from tpo.errors import Interrupted, StoreUnavailable
 from tpo.jobs.store import Flags, Lease
@@ -135,7 +136,7 @@ def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
     with leases.holding(claimed[0]) as held:
         leases.start()
         try:
-            assert renewed_often.wait(60)
+            assert renewed_often.wait(HANG_SECONDS)
             held.interrupt()
             seen = list(leased)
             assert seen == sorted(set(seen))
@@ -152,7 +153,7 @@ def test_who_waits_for_the_last_job_is_told_when_it_ends(bench: Bench) -> None:
     with bench.leases.holding(Lease("job_1", "worker", 1, 1, 1, 3, 30)):
         waiting.start()
         assert not bench.leases.wait_until_idle(0)
-    waiting.join(60)
+    waiting.join(HANG_SECONDS)
     assert not waiting.is_alive()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import go_on, said
+from tests.support.waiting import HANG_SECONDS
 from tpo.backends import load_reward_model
 from tpo.backends.rewards import judge, verifiers
 from tpo.backends.rewards.combined import CombinedReward, load_combined
@@ -264,7 +265,7 @@ def test_one_judgement_that_fails_ends_the_others(tmp_path: Path) -> None:
     class Judge(Marks):
         def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
             if "the first" in request.messages[0].content:
-                waits.wait(30)
+                waits.wait(HANG_SECONDS)
                 raise BackendUnavailable("away")
             while True:  # as an engine does between two tokens
                 waits.set()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.waiting import HANG_SECONDS
 from tpo import prompts
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
 from tpo.errors import Interrupted
@@ -54,9 +55,12 @@ def test_texts_depend_on_kind_messages_and_seed_alone() -> None:
     assert len({texts(r)[0] for r in (ask(), ask("Hi"), ask(seeds=(2,)), ask(kind="loss"), ask(kind="update"))}) == 5
 
 
+@pytest.mark.processes
 def test_the_same_in_every_process() -> None:
     code = "from tests.unit.test_scripted import ask, texts; print(texts(ask())[0])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
+    )
     assert found.stdout.strip() == texts(ask())[0]
 
 

@@ -10,6 +10,8 @@ import pytest
 from tpo.cli import supervisor
 from tpo.cli.supervisor import MAX_RESTARTS, ChildLost, Service, Supervisor
 
+pytestmark = pytest.mark.processes
+
 Told = list[tuple[str, dict[str, Any]]]
 
 

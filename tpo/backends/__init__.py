@@ -4,6 +4,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Protocol, TypeVar
 
+from tpo.backends.places import check_place
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
 from tpo.errors import ModelRefused
 from tpo.ports import Policy, RewardModel
@@ -44,11 +45,13 @@ def load_policy(spec: str, settings: Settings) -> LoadedPolicy:
         from tpo.backends.remote.policy import OpenAIPolicy
 
         return OpenAIPolicy.load(spec.removeprefix(OPENAI), settings)
+    place = _demo_folder("policy") if spec == DEMO else spec
+    check_place(place, "policy")
     try:
         from tpo.backends.local.policy import LocalPolicy
     except ImportError as error:
         raise _not_installed(spec, error) from error
-    return LocalPolicy.load(_demo_folder("policy") if spec == DEMO else spec, settings)
+    return LocalPolicy.load(place, settings)
 
 
 def load_reward_model(spec: str, settings: Settings, policy: Policy | None = None) -> LoadedRewardModel:
@@ -67,11 +70,13 @@ def load_reward_model(spec: str, settings: Settings, policy: Policy | None = Non
         from tpo.backends.remote.reward import RemoteRewardModel
 
         return RemoteRewardModel.load(spec, settings)
+    place = _demo_folder("reward") if spec == DEMO else spec
+    check_place(place, "reward model")
     try:
         from tpo.backends.local.reward import LocalRewardModel
     except ImportError as error:
         raise _not_installed(spec, error) from error
-    return LocalRewardModel.load(_demo_folder("reward") if spec == DEMO else spec, settings)
+    return LocalRewardModel.load(place, settings)
 
 
 def load_models(settings: Settings) -> tuple[LoadedPolicy, LoadedRewardModel]:

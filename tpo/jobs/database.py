@@ -1,7 +1,6 @@
 """The engine for SQLite and PostgreSQL, the database's clock, and sessions whose failures have our names."""
 
 import os
-import select
 import sqlite3
 import threading
 import time
@@ -14,10 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import psycopg
-from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Connection, Double, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, DisconnectionError, InvalidatePoolError, OperationalError, SAWarning
+from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError, SAWarning
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
@@ -29,22 +26,6 @@ from tpo.errors import DatabaseRefused, StoreUnavailable, causes
 Done = TypeVar("Done")
 
 _BUSY_SECONDS = 15
-_ANSWER_SECONDS = 12.0
-"""A PostgreSQL that has not answered by then hangs: it would have given up a statement itself before."""
-
-_POSTGRESQL: dict[str, Any] = {
-    # A host that has gone is an error within seconds; by default it blocks for hours.
-    "connect_timeout": 5,
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
-}
-_LIMITS = (
-    "-c statement_timeout=10000 -c lock_timeout=8000"
-    # A process that is stopped in the middle of a transaction must not keep others from its rows for ever.
-    " -c idle_in_transaction_session_timeout=15000"
-)
 
 
 class now(FunctionElement[float]):  # noqa: N801 - it is used as an SQL function
@@ -65,19 +46,6 @@ def _now_postgresql(element: now, compiler: SQLCompiler, **kw: Any) -> str:
     return "extract(epoch from statement_timestamp())::double precision"
 
 
-class _Impatient(psycopg.Connection[Any]):
-    """A connection that is closed where the server hangs: one that is stopped keeps its sockets, and says nothing."""
-
-    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        """What the server answers. Raises OperationalError when it does not."""
-        try:
-            return super().wait(gen, interval, timeout or _ANSWER_SECONDS)
-        except psycopg.OperationalError:
-            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # the answer may come yet, to nobody
-                self.pgconn.finish()
-            raise
-
-
 def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
     """An engine with a bounded pool, whose errors quote no values. Nothing is connected yet. Raises DatabaseRefused.
 
@@ -95,36 +63,19 @@ def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
         event.listen(engine, "checkout", _still_the_same_file)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
+    from tpo.jobs import postgresql
+
     engine = create_engine(
-        url, pool_size=pool_size, max_overflow=4, pool_timeout=10, hide_parameters=True, connect_args=_POSTGRESQL
+        url,
+        pool_size=pool_size,
+        max_overflow=4,
+        pool_timeout=10,
+        hide_parameters=True,
+        connect_args=postgresql.CONNECTION,
     )
-    event.listen(engine, "do_connect", _open if patient else _open_impatiently)
-    event.listen(engine, "checkout", _still_connected)
+    event.listen(engine, "do_connect", postgresql.open_connection if patient else postgresql.open_impatiently)
+    event.listen(engine, "checkout", postgresql.check_connected)
     return engine
-
-
-def _open_impatiently(dialect: Any, record: Any, args: Any, named: dict[str, Any]) -> Any:
-    """A connection with limits, beside what the URL asks of the server (a search_path, say)."""
-    limited = {**named, "options": f"{named.get('options', '')} {_LIMITS}".strip()}
-    return _open(dialect, record, args, limited, _Impatient)
-
-
-def _open(
-    _dialect: Any,
-    _record: Any,
-    args: Any,
-    named: dict[str, Any],
-    kind: type[psycopg.Connection[Any]] = psycopg.Connection,
-) -> Any:
-    """A connection to a database that can hold every text. Raises DatabaseRefused."""
-    connection = kind.connect(*args, **named)
-    encoding = connection.info.parameter_status("server_encoding")
-    if encoding != "UTF8":
-        connection.close()
-        raise DatabaseRefused(
-            f"The database's encoding is {encoding}, which cannot hold every text: make one with ENCODING 'UTF8'."
-        )
-    return connection
 
 
 def _checked(url: str) -> URL:
@@ -138,8 +89,10 @@ def _checked(url: str) -> URL:
         if parsed.get_backend_name() == "sqlite":
             sqlite3.connect(":memory:", **options).close()
         else:
-            psycopg.conninfo.make_conninfo(**options)
-    except (SAWarning, TypeError, ValueError, psycopg.Error, sqlite3.Error):
+            from tpo.jobs import postgresql
+
+            postgresql.check_options(options)
+    except (SAWarning, TypeError, ValueError, sqlite3.Error):
         unknown = ", ".join(sorted(parsed.query)) or "its parts"
         raise DatabaseRefused(f"TPO_DATABASE_URL: the driver refuses {unknown}; mend or remove it.") from None
     if parsed.get_backend_name() == "sqlite" and file and file != ":memory:":
@@ -178,15 +131,6 @@ def _still_the_same_file(connection: Any, record: Any, _proxy: Any) -> None:
     seen = _identity(file)
     if record.info.setdefault("file", seen) != seen:
         raise DisconnectionError("The database's file was replaced.")
-
-
-def _still_connected(connection: Any, _record: Any, _proxy: Any) -> None:
-    """Connect anew where the server has hung up: only then has it something to say to a connection that rests."""
-    # Looking costs microseconds; to ask the server, as SQLAlchemy's pre-ping does, is a round trip for each query.
-    arrived = select.poll()
-    arrived.register(connection.fileno(), select.POLLIN)
-    if arrived.poll(0):
-        raise InvalidatePoolError("The server has closed the connection.")
 
 
 def _identity(file: str) -> tuple[int, int] | None:
@@ -355,7 +299,7 @@ def _reason(error: DBAPIError) -> str | None:
     for cause in causes(error):  # where SQLite has ended the transaction itself, the rollback fails in its turn
         if isinstance(cause, sqlite3.Error):
             why = _REASONS.get(cause.sqlite_errorcode & 0xFF)  # above that, a code says more than we do
-        elif isinstance(cause, psycopg.Error) and cause.sqlstate is None:
+        elif hasattr(cause, "sqlstate") and cause.sqlstate is None:  # of the driver, which got no answer
             why = next((why for part, why in _NOT_LET_IN.items() if part in str(cause)), None)
         else:
             why = _REASONS.get(getattr(cause, "sqlstate", None) or "")

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from psycopg.errors import LockNotAvailable
 from sqlalchemy import (
     ColumnElement,
     Executable,
@@ -348,10 +347,11 @@ def _wait_for_turn(session: Session, pair: Pair) -> None:
             session.execute(_LOCK, {**key, "patience": f"{_PATIENCE_MILLISECONDS}ms"})
     except OperationalError as error:
         # One that is frozen in the middle of its claim must not hold up the others: in the end they go on beside it.
-        if not isinstance(error.orig, LockNotAvailable):
+        if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
             raise
 
 
+_LOCK_NOT_AVAILABLE = "55P03"
 _TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(:key)")
 _LOCK = text("SELECT set_config('lock_timeout', :patience, true), pg_advisory_xact_lock(:key)")
 _PATIENCE_MILLISECONDS = 500

@@ -16,6 +16,7 @@ from tests.cutting import Cutter, cutter
 from tests.integration.test_api_process import Api, started_api
 from tests.processes import System, running_system
 from tests.support.isolation import free_port
+from tests.support.waiting import eventually
 from tpo.client import (
     TERMINAL,
     AuthenticationFailed,
@@ -203,10 +204,9 @@ def test_a_key(system: System) -> None:
 
 def test_waiting_ends_when_the_time_is_up(client: Client) -> None:
     job = client.submit("x", model=None, parameters={"sample_size": 2, "max_iterations": 50})
-    began = time.monotonic()
+    client.pause(job)  # it does not end meanwhile, however slow this machine is
     with pytest.raises(WaitedTooLong):
         client.wait(job, timeout=0.3)
-    assert time.monotonic() - began < 5
     assert client.cancel(job)["status"] in {"cancelling", "cancelled"}
     assert client.wait(job)["status"] == "cancelled"
 
@@ -352,7 +352,5 @@ def test_a_batch_that_nobody_listens_to_ends(client: Client) -> None:
     results = client.batch([f"{n}" for n in range(100)], in_flight=4, **SMALL)
     next(results)
     results.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 30
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.05)
+    eventually(lambda: threading.active_count() <= before, why="its threads have ended")
     assert threading.active_count() <= before

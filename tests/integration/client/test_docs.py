@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.integration.test_api_process import started_api
 from tests.processes import System
+from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,7 +20,12 @@ def test_every_snippet_works(sqlite_system: System) -> None:
     with started_api(sqlite_system) as api:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TPO_URL": api.url, "TPO_API_KEY": ""}
         done = subprocess.run(
-            [sys.executable, "-c", snippets], env=environment, capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", snippets],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
+            check=False,
         )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\ncompleted Draft " in done.stdout

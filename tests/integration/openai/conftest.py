@@ -1,7 +1,6 @@
 """A server with a worker, and the official client of it, for the tests of one module."""
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +10,9 @@ import pytest
 
 from tests.api_client import KEY
 from tests.processes import Process, System, running_system
-from tests.services import new_database
+from tests.support.databases import DATABASES, migrated_database
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS
 
 
 class Server(NamedTuple):
@@ -24,7 +24,7 @@ class Server(NamedTuple):
 
     def client(self, key: str = KEY) -> openai.OpenAI:
         """The official client, unchanged but for its address and key; it repeats nothing, so that errors are seen."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=HANG_SECONDS)
 
 
 @contextlib.contextmanager
@@ -36,20 +36,11 @@ def serving(system: System, **settings: object) -> Iterator[Server]:
     yield Server(system, api, f"http://127.0.0.1:{port}")
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=DATABASES)
 def shared_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """A system on a database of either kind, for all tests of a module."""
     folder: Path = tmp_path_factory.mktemp("system")
-    if request.param == "sqlite":
-        shutil.copy(request.getfixturevalue("sqlite_template"), folder / "tpo.db")
-        with running_system(f"sqlite:///{folder}/tpo.db", folder) as system:
-            yield system
-        return
-    template = request.getfixturevalue("postgres_template")
-    with (
-        new_database(request.getfixturevalue("postgres_admin_url"), template) as url,
-        running_system(url, folder) as system,
-    ):
+    with migrated_database(request.param, request, folder) as url, running_system(url, folder) as system:
         yield system
 
 

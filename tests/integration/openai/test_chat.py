@@ -7,7 +7,7 @@ import pytest
 
 from tests.integration.openai.conftest import Server
 from tests.jobs import put
-from tests.processes import eventually
+from tests.support.waiting import eventually
 
 TPO = {"tpo": {"sample_size": 2, "max_iterations": 1}}
 HELLO: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
@@ -82,7 +82,7 @@ class TestAnswer:
             [job] = eventually(lambda: system.store.page(limit=1), why="the job is there")
             put(system.engine, job.id, completed_at=1.0, **values)
             with pytest.raises(error) as caught:
-                answer.result(timeout=30)
+                answer.result()
         assert caught.value.code == code
         assert job.id in str(caught.value)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.api_client import KEY
 from tests.integration.openai.conftest import serving
 from tests.processes import System
+from tests.support.waiting import HANG_SECONDS
 
 PAGE = Path(__file__).parents[3] / "docs" / "openai.md"
 
@@ -25,7 +26,7 @@ def test_every_snippet_works(sqlite_system: System, tmp_path: Path) -> None:
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=HANG_SECONDS,
             check=False,
         )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -71,6 +71,7 @@ def test_429(sqlite_system: System) -> None:
         assert caught.value.response.headers["retry-after"]
 
 
+@pytest.mark.processes
 def test_503_and_the_client_s_own_retries_outlast_it(tmp_path_factory: pytest.TempPathFactory) -> None:
     from tests.processes import running_system
 

@@ -9,7 +9,7 @@ from openai.types.responses import Response, ResponseCompletedEvent, ResponseStr
 
 from tests.api_client import KEY
 from tests.integration.openai.conftest import Server
-from tests.processes import eventually
+from tests.support.waiting import eventually
 from tpo.openai import views
 
 SHORT: dict[str, Any] = {"sample_size": 2, "max_iterations": 1}

@@ -16,8 +16,9 @@ import httpx
 import pytest
 
 from tests.contract.test_backends import ask, go_on, rate
-from tests.processes import System, eventually
+from tests.processes import System
 from tests.support.isolation import free_port
+from tests.support.waiting import eventually
 from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
 from tpo.errors import ContextTooLong, Interrupted
 from tpo.ports import Score
@@ -82,7 +83,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Vllm]
     )
     try:
         for server in servers:
-            eventually(server.is_ready, seconds=300, why=f"vLLM on {server.root}")
+            eventually(server.is_ready, why=f"vLLM on {server.root}")
         yield servers
     finally:
         for server in servers:
@@ -222,7 +223,7 @@ def test_a_whole_job(
     }
     system.worker()
     job_id = system.submit(MESSAGES[0], sample_size=5, max_iterations=2, seed=1)
-    job = system.wait_for_end(job_id, seconds=300)
+    job = system.wait_for_end(job_id)
     assert (job.status, job.attempt) == ("completed", 1)
     state = system.store.state(job_id)
     assert len(state.candidates) == 15

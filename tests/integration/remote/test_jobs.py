@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from tests.model_server import MODEL, ModelServer, model_server
-from tests.processes import System, eventually, marker, timeless
+from tests.processes import System, marker, timeless
 from tests.support.isolation import free_port
+from tests.support.waiting import HANG_SECONDS, eventually
 from tpo.backends import load_policy, load_reward_model
 from tpo.run import run
 from tpo.settings import Settings
@@ -128,7 +129,7 @@ def test_a_server_that_cannot_be_used_is_told_at_the_start(sqlite_system: System
         ),
     ):
         process = sqlite_system.start("-m", "worker", **settings)
-        assert process.popen.wait(60) == 1
+        assert process.popen.wait(HANG_SECONDS) == 1
         assert says in process.output
         assert not [key for key in (right, wrong) if key in process.output]
 
@@ -158,7 +159,7 @@ def test_the_shipped_models_behind_http_from_submission_to_the_parts_of_each_rew
             "input": "My name is Clara. My lamp is now broken. Can I get a quick refund?",
             "parameters": {"sample_size": 4, "max_iterations": 2, "seed": 1},
         }
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=90, trust_env=False) as api:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANG_SECONDS, trust_env=False) as api:
             job_id = api.post("/v1/jobs", json=body).raise_for_status().json()["id"]
             system.wait_for_end(job_id)
             job = api.get(f"/v1/jobs/{job_id}").json()

@@ -8,7 +8,8 @@ import pytest
 
 from tests.contract.test_backends import ask, go_on
 from tests.model_server import MODEL, ModelServer
-from tests.processes import eventually, marker
+from tests.processes import marker
+from tests.support.waiting import HANG_SECONDS, eventually
 from tpo.backends import load_policy
 from tpo.backends.remote.policy import OpenAIPolicy
 from tpo.backends.remote.server import Limits, Server
@@ -199,7 +200,7 @@ def test_a_cancelled_call_leaves_the_server_at_once(server: ModelServer, policy:
     thread.start()
     eventually(server.seen, why="the request")
     cancelled.set()
-    thread.join(20)
+    thread.join(HANG_SECONDS)
     assert len(raised) == 1
     assert eventually(server.left, why="the end of the connection") == 1
     assert len(texts(policy)) == 3
@@ -220,7 +221,7 @@ def test_what_waits_ends_when_the_back_end_is_closed(server: ModelServer) -> Non
     thread.start()
     eventually(server.seen, why="the request")
     policy.close()
-    thread.join(20)
+    thread.join(HANG_SECONDS)
     assert len(raised) == 1
     with pytest.raises(BackendUnavailable, match="closed"):
         policy.generate(ask(), go_on)
@@ -304,7 +305,7 @@ def test_a_server_that_is_away_is_waited_for_and_asked_by_one_at_a_time(server: 
     away.start()
     try:
         for thread in threads:
-            thread.join(60)
+            thread.join(HANG_SECONDS)
         assert got == [3] * 12
         assert not policy._server._breaker.is_open
     finally:
@@ -330,7 +331,7 @@ def test_the_key_is_sent_and_told_to_nobody(
     ("model", "changes", "says"),
     [
         ("another", {}, f"has no model another. It has: {MODEL}"),
-        (MODEL, {"openai_url": "http://127.0.0.1:9/v1"}, r"It was waited for 0\.3 s; is its address right"),
+        (MODEL, {"openai_url": "http://127.0.0.1:1/v1"}, r"It was waited for 0\.3 s; is its address right"),
     ],
 )
 def test_a_start_says_what_is_wrong(server: ModelServer, model: str, changes: dict[str, Any], says: str) -> None:

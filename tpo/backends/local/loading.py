@@ -1,9 +1,8 @@
 """Weights and tokenizer from a folder or the Hub into memory, or a refusal that says what to do."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -11,15 +10,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tpo.backends.local.chat import Chat
+from tpo.backends.places import Role
 from tpo.errors import ModelRefused
 from tpo.settings import Settings
 from tpo.state import Message
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LAYER_KINDS = {"full_attention", "sliding_attention"}
-_PICKLES = ("*.bin", "*.pt", "*.pth")
-
-Role = Literal["policy", "reward model"]
 
 _UNREADABLE = (
     OSError,
@@ -56,7 +52,6 @@ def load_policy_model(spec: str, settings: Settings) -> Model:
     """A causal language model with a chat template. Raises ModelRefused."""
     _prepare(settings)
     device = _device(settings)
-    _check_place(spec, "policy")
     config = _config(spec, "policy")
     if _classifies(config):
         # With tied embeddings nothing of a policy is missing in its file: it would load, and write nonsense.
@@ -94,7 +89,6 @@ def load_reward_network(spec: str, settings: Settings) -> Model:
     """A sequence classifier with one label and a chat template. Raises ModelRefused."""
     _prepare(settings)
     device = _device(settings)
-    _check_place(spec, "reward model")
     config = _config(spec, "reward model")
     labels = config.get_text_config().num_labels
     if not _classifies(config):
@@ -152,25 +146,6 @@ def _policy_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _check_place(spec: str, role: Role) -> None:
-    """Say early and plainly what is wrong with a folder."""
-    folder = Path(spec).expanduser()
-    if not folder.is_dir():
-        if _HUB_NAME.fullmatch(spec) and not spec.startswith("."):
-            return
-        raise ModelRefused(f"There is no folder {spec} to load the {role} from.")
-    if not (folder / "config.json").is_file():
-        raise ModelRefused(f"The folder {spec} holds no config.json: it is not a {role} saved by transformers.")
-    if any(folder.glob("*.safetensors")):
-        return
-    if any(file for pattern in _PICKLES for file in folder.glob(pattern)):
-        raise ModelRefused(
-            f"The {role} in {spec} is a pickle, which runs code when it is opened, and is not loaded. Save it as "
-            "safetensors: model.save_pretrained(folder) with a current transformers, where you trust the file."
-        )
-    raise ModelRefused(f"The folder {spec} holds no weights: a *.safetensors file is needed for a {role}.")
 
 
 def _config(spec: str, role: Role) -> Any:

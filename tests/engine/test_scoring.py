@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.waiting import HANG_SECONDS
 from tpo.backends.local.scoring import RewardEngine
 from tpo.errors import BackendUnavailable
 
@@ -32,7 +33,7 @@ class Network:
         rows = [r[m.bool()].tolist() for r, m in zip(input_ids, attention_mask, strict=True)]
         self.passes.append(rows)
         self.begun.set()
-        assert self.go_on.wait(60)
+        assert self.go_on.wait(HANG_SECONDS)
         if any(POISON in row for row in rows):
             raise self.error
         return SimpleNamespace(logits=torch.tensor([[float(sum(row))] for row in rows]))
@@ -48,7 +49,7 @@ def busy(network: Network) -> Iterator[RewardEngine]:
     """An engine within its first pass."""
     engine = RewardEngine(network, 100)
     engine.submit([[1]])
-    assert network.begun.wait(60)
+    assert network.begun.wait(HANG_SECONDS)
     yield engine
     network.go_on.set()
     engine.close()

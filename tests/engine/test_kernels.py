@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # a minute where nothing else runs
 def test_the_gpus_decode_step_writes_what_the_plain_one_writes() -> None:
     """Every kind of attention; prompts shared, rows that join, leave and are put back; greedy and sampled."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.waiting import HANG_SECONDS
 from tests.tiny_models import CONTEXT, save_capped, save_llama, save_reward
 from tpo.backends import load_policy, load_reward_model
 from tpo.backends.local.loading import load_policy_model, load_reward_network
@@ -211,7 +212,7 @@ def test_a_name_on_the_hub_without_a_network() -> None:
     )
     env = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100, env=env
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_SECONDS, env=env
     )
     assert "cannot be had from the Hugging Face Hub" in found.stdout
     assert "HF_HUB_OFFLINE" in found.stdout

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support.waiting import HANG_SECONDS
 from tests.tiny_models import KINDS, load_kind
 from tpo.backends.local import pulse
 from tpo.backends.local.engine import StepEngine
@@ -181,14 +182,14 @@ def test_a_cancelled_request_leaves_between_two_tokens(engine: StepEngine, monke
     def held(rows: Any) -> Any:
         if len(rows) == 5:
             writes.set()
-            go_on.wait(60)
+            go_on.wait(HANG_SECONDS)
         return decode(rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._runner, "decode", held)
         endless = engine.submit(greedy(PROMPTS[0], 4, 4000))
         other = engine.submit(greedy(PROMPTS[1], 1, 200))
-        assert writes.wait(60)
+        assert writes.wait(HANG_SECONDS)
         endless.cancel()
         go_on.set()
         whole = other.result(60).completions
@@ -420,13 +421,13 @@ def test_a_request_is_cancelled_in_the_middle_of_its_prompt(
 
     def slow(chunks: Any) -> Any:
         reached.set()
-        go_on.wait(60)
+        go_on.wait(HANG_SECONDS)
         return read(chunks)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._runner, "prefill", slow)
         long = engine.submit(greedy(tuple(i % 250 for i in range(3000)), 4))
-        assert reached.wait(60)
+        assert reached.wait(HANG_SECONDS)
         long.cancel()
         go_on.set()
     assert len(results(engine, greedy(PROMPTS[0]))) == 1
@@ -463,12 +464,12 @@ def test_a_pass_that_never_ends_is_told(engine: StepEngine, monkeypatch: pytest.
 
     def stuck(rows: Any) -> Any:
         hangs.set()
-        goes_on.wait(60)
+        goes_on.wait(HANG_SECONDS)
         return decode(rows)
 
     monkeypatch.setattr(engine._runner, "decode", stuck)
     future = engine.submit(greedy(PROMPTS[0]))
-    assert hangs.wait(60)
+    assert hangs.wait(HANG_SECONDS)
     assert engine.healthy
     with monkeypatch.context() as patch:
         patch.setattr(pulse, "STUCK_SECONDS", 0.0)

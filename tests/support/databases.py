@@ -1,0 +1,24 @@
+"""Databases that the migrations have built, each a copy of one that every test process makes once."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.services import new_database
+
+DATABASES = ("sqlite", "postgresql")
+
+
+@contextlib.contextmanager
+def migrated_database(kind: str, request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    """A database with the schema and nothing in it; one of SQLite lies in the folder."""
+    if kind == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), folder / "tpo.db")
+        yield f"sqlite:///{folder}/tpo.db"
+        return
+    template = request.getfixturevalue("postgres_template")
+    with new_database(request.getfixturevalue("postgres_admin_url"), template) as url:
+        yield url
