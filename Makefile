@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist wo
 STAMP := .venv/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast fuzz chaos servers check audit format up demo-models evaluate bench clean
+.PHONY: help install demo test test-fast test-long fuzz chaos servers check audit format up demo-models evaluate bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test: install ## Run every test, as many at once as there are cores; up to 3 tha
 
 test-fast: install ## The tests that need no model and start no process of their own: about a minute
 	@$(PYTEST) --fast
+
+test-long: install ## Every test, and those that take minutes each
+	@$(PYTEST) --long
 
 fuzz: install ## Requests made out of the API's description, for a quarter of an hour
 	@FUZZ_EXAMPLES=200 FUZZ_SECONDS=900 $(BIN)/python -m pytest tests/integration/test_schema.py -rP

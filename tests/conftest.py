@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 
 from tests.services import Valkey, new_database, postgres_server, valkey_server
-from tests.support import durations, fast, isolation, progress, rerun, statements
+from tests.support import durations, isolation, progress, rerun, selection, statements
 from tests.support.databases import DATABASES, migrated_database
 from tpo.jobs import schema
 from tpo.jobs.database import connect
@@ -31,7 +31,7 @@ IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of our own plugins."""
-    for plugin in (durations, fast, progress, rerun):
+    for plugin in (durations, progress, rerun, selection):
         plugin.add_option(parser)
 
 
@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Isolate the run from this machine; where this process controls it, report and rerun as the options say."""
     isolation.refuse_foreign_connections()
     statements.share_compiled_statements()
-    config.pluginmanager.register(fast.Fast(only=config.option.fast))
+    config.pluginmanager.register(selection.Selection(only_fast=config.option.fast, long=config.option.long))
     if IS_XDIST_WORKER:
         return  # it has inherited the environment of the process that controls the run
     config.add_cleanup(partial(isolation.leave_home, isolation.enter_own_home()))
@@ -71,7 +71,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def postgres_admin_url() -> Iterator[str]:
     """One PostgreSQL for the whole run."""
     with contextlib.ExitStack() as stack:
-        with fast.shared_server():
+        with selection.shared_server():
             server = stack.enter_context(postgres_server())
         yield server.admin_url
 
@@ -79,7 +79,7 @@ def postgres_admin_url() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def _session_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     with contextlib.ExitStack() as stack:
-        with fast.shared_server():
+        with selection.shared_server():
             server = stack.enter_context(valkey_server(tmp_path_factory.mktemp("valkey")))
         yield server
 

@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.util import LRUCache
 
-from tpo.jobs import database
+import tpo.jobs.database
 
 _STATEMENTS = 2000
 _caches: defaultdict[type, LRUCache[Any, Any]] = defaultdict(lambda: LRUCache(_STATEMENTS))
@@ -19,14 +19,15 @@ _caches: defaultdict[type, LRUCache[Any, Any]] = defaultdict(lambda: LRUCache(_S
 
 def share_compiled_statements() -> None:
     """Let the engines that the product creates from now on share their caches, by the kind of database."""
-    create = database.create_engine
+    names = vars(tpo.jobs.database)
+    create = names["create_engine"]
 
     def create_with_shared_cache(*args: Any, **kwargs: Any) -> Engine:
-        engine = create(*args, **kwargs)
+        engine: Engine = create(*args, **kwargs)
         engine._compiled_cache = _caches[type(engine.dialect)]
         return engine
 
-    vars(database)["create_engine"] = create_with_shared_cache
+    names["create_engine"] = create_with_shared_cache
     # A statement's key in the cache holds its dialect: those of one kind are alike here.
-    DefaultDialect.__eq__ = lambda self, other: type(self) is type(other)  # type: ignore[method-assign,assignment]
-    DefaultDialect.__hash__ = lambda self: hash(type(self))  # type: ignore[method-assign,assignment]
+    DefaultDialect.__eq__ = lambda self, other: type(self) is type(other)  # type: ignore[method-assign]
+    DefaultDialect.__hash__ = lambda self: hash(type(self))  # type: ignore[method-assign]

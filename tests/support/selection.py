@@ -1,7 +1,7 @@
-"""Which tests are fast: those that need no model, start no process of their own, and run on SQLite.
+"""Which tests are run: by default all but the longest, with `--long` these too, with `--fast` only the fast ones.
 
-`--fast` runs only them. What a test needs is read from its fixtures and markers, and held in every run: a test that
-starts a process without being marked for it fails.
+Fast tests need no model, start no process of their own, and run on SQLite. What a test needs is read from its fixtures
+and markers, and held in every run: a test that starts a process without being marked for it fails.
 """
 
 import contextlib
@@ -21,24 +21,26 @@ _OF_MODELS = {"engine", "remote", "test_backends.py", "test_demo_grammar.py"}
 
 
 def add_option(parser: pytest.Parser) -> None:
-    """Add the option that runs the fast tests only."""
-    parser.addoption("--fast", action="store_true", help="run the tests that need no model and start no process")
+    """Add the options that select tests."""
+    parser.addoption("--fast", action="store_true", help="run only tests that need no model and start no process")
+    parser.addoption("--long", action="store_true", help="run also the tests that take minutes")
 
 
-class Fast:
+class Selection:
     """The plugin that marks, selects and watches tests, in every test process."""
 
-    def __init__(self, *, only: bool) -> None:
-        self._only = only
+    def __init__(self, *, only_fast: bool, long: bool) -> None:
+        self._only_fast = only_fast
+        self._long = long
         self._unmarked: str | None = None
         """The test that runs now, if it may start no process."""
-        if only:
+        if only_fast:
             sys.meta_path.insert(0, _NoModels())
         sys.addaudithook(self._look)
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
         """Leave out the tests of models."""
-        return True if self._only and collection_path.name in _OF_MODELS else None
+        return True if self._only_fast and collection_path.name in _OF_MODELS else None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,10 +48,14 @@ class Fast:
         for item in items:
             if _SYSTEMS.intersection(getattr(item, "fixturenames", ())):
                 item.add_marker(pytest.mark.processes)
-        if self._only:
-            slow = [item for item in items if not _is_fast(item)]
-            items[:] = [item for item in items if _is_fast(item)]
-            config.hook.pytest_deselected(items=slow)
+        selected = [item for item in items if self._selects(item)]
+        config.hook.pytest_deselected(items=[item for item in items if not self._selects(item)])
+        items[:] = selected
+
+    def _selects(self, item: pytest.Item) -> bool:
+        if item.get_closest_marker("long") and not self._long:
+            return False
+        return _is_fast(item) or not self._only_fast
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
