@@ -12,6 +12,7 @@ from tests.processes import Process, running_system
 from tests.support.waiting import HANG_SECONDS, eventually
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: str, tmp_path: Path) -> None:
     folder = tmp_path / "points"
@@ -27,7 +28,9 @@ def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: s
             return accepted[-1]
 
         def pause() -> None:
-            system.wait_for_status(long[0], "in_progress")
+            # A worker that lives has it once another step is recorded: one that was killed would not hand it back.
+            recorded = len(system.store.state(long[0]).calls)
+            eventually(lambda: len(system.store.state(long[0]).calls) > recorded, why="another step")
             system.store.pause(long[0])
 
         accepted: list[str] = []

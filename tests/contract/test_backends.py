@@ -20,6 +20,8 @@ from tpo.run import run
 from tpo.settings import Settings
 from tpo.state import Message, Params, State
 
+pytestmark = pytest.mark.processes
+
 BACKENDS = ["scripted", "local", "openai"]
 REWARDS = ["scripted", "local", "vllm", "vllm-pooling", "sglang", "combined"]
 

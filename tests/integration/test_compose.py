@@ -145,6 +145,7 @@ def native(
             connection.execute("DROP ROLE tpo")
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_job_goes_through_and_everything_ends_when_told(native: Native) -> None:
     running: dict[str, subprocess.Popen[bytes]] = {}

@@ -113,7 +113,7 @@ def test_sigterm_under_load_loses_and_repeats_nothing(system: System) -> None:
 
 
 def test_sigterm_interrupts_a_call_that_takes_too_long(system: System) -> None:
-    worker = system.worker(scripted_latency=60, drain_seconds=0.5)
+    worker = system.worker(scripted_latency=3600, drain_seconds=0.5)
     job_id = system.submit()
     eventually(system.calls, why="a model call")
     assert worker.stop() == 0

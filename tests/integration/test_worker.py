@@ -67,7 +67,7 @@ def test_twenty_jobs_run_at_once(system: System) -> None:
 
 def test_a_busy_worker_leaves_doorbells_to_an_idle_one(sqlite_system: System) -> None:
     system = sqlite_system
-    system.worker(slots=1, scripted_latency=20)
+    system.worker(slots=1, scripted_latency=3600)
     running = system.submit()
     system.wait_for_status(running, "in_progress")
     waiting = [system.submit(seed=seed) for seed in (1, 2, 3)]

@@ -34,6 +34,11 @@ class Durations:
         """Read the file of this project."""
         return cls(json.loads(FILE.read_text()))
 
+    @property
+    def names(self) -> list[str]:
+        """The tests and files that are known."""
+        return list(self._seconds)
+
     def expected(self, test: str) -> float:
         """Return how many seconds a test is expected to take, by its id."""
         file = test.partition("::")[0]

@@ -13,7 +13,7 @@ import pytest
 from tests.support.durations import Durations
 
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.5, 30.0
-_FIRST_LOOK = 0.05
+_FIRST_LOOK = 0.25
 """Share of the work after which this machine's own speed is believed."""
 
 
@@ -62,12 +62,14 @@ class Progress:
         minutes = self._expected / self._processes / 60
         self._reporter.ensure_newline()
         self._reporter.line(
-            f"{len(tests)} tests in {self._processes} processes: {_about(minutes)} on a machine with as many idle cores"
+            f"{len(tests)} tests, {self._processes} at once: {_about(minutes)} on a machine with as many idle cores"
         )
 
-    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """Write no letter for a test that passed."""
-        return ("passed" if report.when == "call" else "", "", "") if report.passed else None
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:
+        """Write no letters: the lines of this plugin take their place."""
+        if report.when == "call" or report.skipped:
+            return report.outcome, "", ""
+        return "error" if report.failed else "", "", ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count a test that has ended and name one that has failed."""
@@ -106,7 +108,7 @@ class Progress:
         left = self._expected - self._expected_done
         if self._expected_done > _FIRST_LOOK * self._expected:
             return f"{_about(left * seconds / self._expected_done / 60)} left"
-        return f"{_about(left / self._processes / 60)} left"
+        return f"{_about((self._expected / self._processes - seconds) / 60)} left"
 
 
 def _area(test: str) -> str:

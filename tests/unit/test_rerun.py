@@ -1,15 +1,13 @@
 """Failed tests are run again once, alone, and the closing line speaks for both runs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.project import PytestProject
+
 pytestmark = pytest.mark.processes
 
-ROOT = Path(__file__).parents[2]
 CONFTEST = """
 from tests.support import rerun
 
@@ -56,22 +54,12 @@ def test_crash():
 """
 
 
-class Project:
-    """A folder of tests, and what a run of some of them printed."""
+class Project(PytestProject):
+    """The tests above."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "conftest.py").write_text(CONFTEST)
-        (folder / "test_it.py").write_text(TESTS)
-        (folder / "pytest.ini").write_text("[pytest]\n")
-
-    def run(self, tests: str, *options: str) -> tuple[int, list[str]]:
-        """Run these tests; return the exit code and the lines of the output."""
-        ids = [f"test_it.py::test_{name}" for name in tests.split()]
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "xdist", *ids, *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        return done.returncode, done.stdout.splitlines()
+    def run_tests(self, tests: str, *options: str) -> tuple[int, list[str]]:
+        """Run some of them."""
+        return self.run(*(f"test_it.py::test_{name}" for name in tests.split()), *options)
 
     def runs(self, name: str) -> int:
         """Return how often a test was run."""
@@ -80,11 +68,11 @@ class Project:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+    return Project(tmp_path, CONFTEST, test_it=TESTS)
 
 
 def test_flaky_tests_are_named_and_do_not_fail_the_run(project: Project) -> None:
-    code, lines = project.run("good flaky flaky_teardown", "--rerun-failed", "-n", "2")
+    code, lines = project.run_tests("good flaky flaky_teardown", "--rerun-failed", "-n", "2")
     assert code == 0
     assert " 4 passed, 3 rerun in " in lines[-1]
     flaky = {line.partition(" (a bug to find")[0] for line in lines if line.startswith("flaky: ")}
@@ -94,7 +82,7 @@ def test_flaky_tests_are_named_and_do_not_fail_the_run(project: Project) -> None
 
 
 def test_what_fails_again_fails_the_run(project: Project) -> None:
-    code, lines = project.run("good bad flaky_teardown", "--rerun-failed")
+    code, lines = project.run_tests("good bad flaky_teardown", "--rerun-failed")
     assert code == 1
     assert " 1 failed, 2 passed, 1 rerun in " in lines[-1]
     assert "failed again: test_it.py::test_bad" in lines
@@ -102,7 +90,7 @@ def test_what_fails_again_fails_the_run(project: Project) -> None:
 
 
 def test_more_than_three_failures_are_not_run_again(project: Project) -> None:
-    code, lines = project.run("good many", "--rerun-failed")
+    code, lines = project.run_tests("good many", "--rerun-failed")
     assert code == 1
     assert " 4 failed, 1 passed in " in lines[-1]
     assert "Nothing is run again: 4 tests failed, over 3." in lines
@@ -110,7 +98,7 @@ def test_more_than_three_failures_are_not_run_again(project: Project) -> None:
 
 
 def test_nothing_is_run_again_after_a_crash(project: Project) -> None:
-    code, lines = project.run("good crash", "--rerun-failed", "-n", "2")
+    code, lines = project.run_tests("good crash", "--rerun-failed", "-n", "2")
     assert code == 1
     assert " 1 failed, 1 passed in " in lines[-1]
     assert "Nothing is run again: a test process crashed." in lines
@@ -118,7 +106,7 @@ def test_nothing_is_run_again_after_a_crash(project: Project) -> None:
 
 
 def test_nothing_is_run_again_unless_asked(project: Project) -> None:
-    code, lines = project.run("flaky_teardown")
+    code, lines = project.run_tests("flaky_teardown")
     assert code == 1
     assert " 1 passed, 1 error in " in lines[-1]
     assert project.runs("teardown") == 1

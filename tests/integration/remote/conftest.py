@@ -1,15 +1,19 @@
 """One stand-in for model servers for all tests here; each begins with one that behaves."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 
 from tests.model_server import ModelServer, model_server
+from tests.support import selection
 
 
 @pytest.fixture(scope="session")
 def shared_server() -> Iterator[ModelServer]:
-    with model_server() as server:
+    with contextlib.ExitStack() as stack:
+        with selection.shared_server():
+            server = stack.enter_context(model_server())
         yield server
 
 
