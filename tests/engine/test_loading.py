@@ -204,6 +204,7 @@ def test_a_policy_without_its_head_is_not_whole(reward_folder: Path, tmp_path: P
         load_policy(str(headless), Settings())
 
 
+@pytest.mark.processes
 def test_a_name_on_the_hub_without_a_network() -> None:
     code = (
         "from tpo.backends import load_policy; from tpo.errors import ModelRefused; from tpo.settings import Settings\n"

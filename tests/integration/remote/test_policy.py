@@ -294,6 +294,7 @@ def test_text_that_is_no_unicode_is_refused_here(server: ModelServer, policy: Op
     assert server.seen() == []
 
 
+@pytest.mark.processes
 def test_a_server_that_is_away_is_waited_for_and_asked_by_one_at_a_time(server: ModelServer) -> None:
     away = ModelServer()
     policy = made(away, Limits(connect=2, call=60, tries=3, pause=0.02, longest_pause=0.2))
