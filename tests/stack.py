@@ -14,7 +14,7 @@ import psutil
 
 from tests.support.forking import run_python
 from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS
+from tests.support.waiting import HANG_SECONDS, eventually
 
 TPO = (sys.executable, "-m", "tpo.cli")
 
@@ -98,5 +98,11 @@ def running_up(data_dir: Path, *words: str, **more: str) -> Iterator[Up]:
 
 def all_gone(processes: list[psutil.Process]) -> bool:
     """Whether every one of them has ended; waits for it."""
-    _, alive = psutil.wait_procs(processes, timeout=HANG_SECONDS)
-    return all(p.status() == psutil.STATUS_ZOMBIE for p in alive)
+    return eventually(lambda: not any(map(_lives, processes)), why="all processes have ended")
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
