@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 
 from tests.services import Valkey, new_database, postgres_server, valkey_server
-from tests.support import durations, isolation, progress, rerun, selection, statements
+from tests.support import durations, forking, isolation, progress, rerun, selection, statements
 from tests.support.databases import DATABASES, migrated_database
 from tpo.jobs import schema
 from tpo.jobs.database import connect
@@ -39,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Isolate the run from this machine; where this process controls it, report and rerun as the options say."""
     isolation.refuse_foreign_connections()
     statements.share_compiled_statements()
+    forking.enable()
     config.pluginmanager.register(selection.Selection(only_fast=config.option.fast, long=config.option.long))
     if IS_XDIST_WORKER:
         return  # it has inherited the environment of the process that controls the run

@@ -3,7 +3,8 @@
 Tests start hundreds of workers, servers and commands, and on two cores most of a run would be the same imports again
 and again. The forked process runs `python -m …` or `python -c …` with its own arguments, environment, folder and files;
 it is a child of this process, as if `subprocess.Popen` had started it. Starting from nothing is tested where the
-product does it: by `tpo up`, the demo, the Compose file and the chaos runs.
+product does it: by `tpo up`, the demo and the Compose file. Benchmarks and `python -m tests.chaos` start all processes
+from nothing: only a test run forks them.
 """
 
 import ctypes
@@ -57,8 +58,17 @@ _IMPORTED = (
 """What most processes import. None of it reads the environment, opens a file or starts a thread when it is imported."""
 
 
+_enabled = False
+
+
+def enable() -> None:
+    """Fork from now on, where that gives the same as starting a process."""
+    global _enabled
+    _enabled = True
+
+
 class ForkedPython(subprocess.Popen[Any]):
-    """A Python process, forked where that gives the same as starting it; `command` is what follows `python`.
+    """A Python process, forked where that is enabled and gives the same; `command` is what follows `python`.
 
     With `dies_with_parent` the kernel kills it when this process ends.
     """
@@ -66,7 +76,8 @@ class ForkedPython(subprocess.Popen[Any]):
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], dies_with_parent: bool = False, **options: Any
     ) -> None:
-        self._forks = command[0] in ("-m", "-c") and _interpreter_settings(env) == _interpreter_settings(os.environ)
+        same = command[0] in ("-m", "-c") and _interpreter_settings(env) == _interpreter_settings(os.environ)
+        self._forks = same and _enabled
         self._dies_with_parent = dies_with_parent
         parent = os.getpid()
         if dies_with_parent:

@@ -33,10 +33,11 @@ FIXED = {
 
 def isolated_environment(inherited: Mapping[str, str], home: Path) -> dict[str, str]:
     """Return the environment of a test run, given the one that it was started in."""
-    return {name: value for name, value in inherited.items() if _is_kept(name)} | FIXED | {"HOME": str(home)}
+    return {name: value for name, value in inherited.items() if is_kept(name)} | FIXED | {"HOME": str(home)}
 
 
-def _is_kept(name: str) -> bool:
+def is_kept(name: str) -> bool:
+    """Whether tests may see a variable as it was."""
     return any(name.startswith(kept[:-1]) if kept.endswith("*") else name == kept for kept in _KEPT)
 
 
