@@ -7,6 +7,7 @@ product does it: by `tpo up`, the demo and the Compose file. Benchmarks and `pyt
 from nothing: only a test run forks them.
 """
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -145,6 +146,11 @@ class _Template:
             )
         self._channel = ours
         self._lock = threading.Lock()
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._channel.close()  # which ends the template
+        self._process.wait()
 
     def fork(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
         """Fork a process with these standard files and return its id."""
