@@ -20,9 +20,21 @@ TPO = (sys.executable, "-m", "tpo.cli")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This environment without its own TPO settings, and with the scripted back end."""
+    """This environment with the scripted back end, and with neither the broker nor the default ports of a machine."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TPO_", "FLOWER_"))}
-    return {**inherited, "TPO_POLICY": "scripted", "TPO_REWARD_MODEL": "scripted", **more}
+    settings = {
+        "TPO_POLICY": "scripted",
+        "TPO_REWARD_MODEL": "scripted",
+        "TPO_URL": "http://127.0.0.1:1",
+        "TPO_PORT": str(free_port()),
+        "TPO_FLOWER_PORT": str(free_port()),
+    }
+    return {**inherited, **settings, **more}
+
+
+def tpo_up(data_dir: Path, *words: str, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run a `tpo up` that ends by itself, with a broker on a free port."""
+    return tpo("up", "--data-dir", str(data_dir), "--broker-port", str(free_port()), *words, env=env)
 
 
 def tpo(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":

@@ -355,7 +355,13 @@ def test_doctor_asks_the_servers_of_models(tmp_path: Path) -> None:
 def test_a_database_url_that_cannot_be_used_is_one_line(url: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     env = environment(TPO_DATABASE_URL=url.format(folder=tmp_path))
-    for words in (["db", "upgrade"], ["db", "check"], ["keys", "list"], ["up", "--data-dir", str(tmp_path / "data")]):
+    broker = ["--broker-port", str(free_port())]
+    for words in (
+        ["db", "upgrade"],
+        ["db", "check"],
+        ["keys", "list"],
+        ["up", "--data-dir", str(tmp_path / "data"), *broker],
+    ):
         done = tpo(*words, env=env)
         assert done.returncode == 1
         (line,) = [line for line in done.stderr.splitlines() if "starting in" not in line]
@@ -373,7 +379,8 @@ def test_a_database_url_that_cannot_be_used_is_one_line(url: str, says: str, tmp
 def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tpo.db").write_bytes(b"no database " * 1000)
     env = environment(TPO_DATABASE_URL=f"sqlite:///{tmp_path}/tpo.db")
-    for words in (["db", "upgrade"], ["db", "check"], ["keys", "list"], ["up", "--data-dir", str(tmp_path)]):
+    broker = ["--broker-port", str(free_port())]
+    for words in (["db", "upgrade"], ["db", "check"], ["keys", "list"], ["up", "--data-dir", str(tmp_path), *broker]):
         done = tpo(*words, env=env)
         assert done.returncode == 1
         (line,) = [line for line in done.stderr.splitlines() if "starting in" not in line]

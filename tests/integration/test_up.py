@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.services import new_database, valkey_server
-from tests.stack import Up, all_gone, environment, running_up, tpo
+from tests.stack import Up, all_gone, environment, running_up, tpo, tpo_up
 from tests.support.isolation import free_port
 from tests.support.waiting import HANG_SECONDS, eventually
 from tpo.cli.stack import Stack
@@ -107,7 +107,7 @@ def test_a_second_interrupt_kills_what_hangs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 70, "300.1.1.1"])
 def test_a_host_that_is_none_is_one_line(tmp_path: Path, host: str) -> None:
     env = environment(TPO_API_KEY="a-key-of-this-test")
-    done = tpo("up", "--data-dir", str(tmp_path / "data"), "--host", host, "--port", _port(), env=env)
+    done = tpo_up(tmp_path / "data", "--host", host, env=env)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
     assert host in done.stderr
 
@@ -129,7 +129,7 @@ def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
 
 def test_a_broker_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) -> None:
     env = environment(TPO_BROKER_URL=f"redis://:secret-word@127.0.0.1:{free_port()}/0")
-    done = tpo("up", "--data-dir", str(tmp_path), "--port", _port(), "--flower-port", _port(), env=env)
+    done = tpo_up(tmp_path, env=env)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "tpo: The broker cannot be reached. Is TPO_BROKER_URL right, and does the server run?\n"
     assert not (tmp_path / "tpo.db").exists()
@@ -147,14 +147,14 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 
 def test_two_ports_that_are_one_are_refused(tmp_path: Path) -> None:
-    done = tpo("up", "--data-dir", str(tmp_path), "--port", "45001", "--flower-port", "45001")
+    done = tpo_up(tmp_path, "--port", "45001", "--flower-port", "45001")
     assert done.returncode == 1
     assert "cannot both have port 45001" in done.stderr
 
 
 def test_a_second_one_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     with running_up(tmp_path / "data") as up:
-        done = tpo("up", "--data-dir", str(tmp_path / "data"), "--port", _port(), "--flower-port", _port())
+        done = tpo_up(tmp_path / "data")
         assert done.returncode == 1
         assert f"already runs on {tmp_path / 'data'}" in done.stderr
         assert f"process {up.process.pid}" in done.stderr
@@ -186,7 +186,7 @@ def test_servers_of_the_environment_are_used(tmp_path: Path, postgres_admin_url:
 
 
 def test_an_open_address_without_a_key_is_refused(tmp_path: Path) -> None:
-    done = tpo("up", "--data-dir", str(tmp_path), "--host", "0.0.0.0")
+    done = tpo_up(tmp_path, "--host", "0.0.0.0")
     assert done.returncode == 2
     assert "TPO_API_KEY" in done.stderr
 

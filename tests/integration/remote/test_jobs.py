@@ -124,7 +124,7 @@ def test_a_server_that_cannot_be_used_is_told_at_the_start(sqlite_system: System
     for settings, says in (
         ({"openai_api_key": wrong, "reward_api_key": right}, "refused the key (401): set TPO_OPENAI_API_KEY"),
         (
-            {"openai_api_key": right, "reward_url": "http://127.0.0.1:9", "remote_start_seconds": 0.3},
+            {"openai_api_key": right, "reward_url": "http://127.0.0.1:1", "remote_start_seconds": 0.3},
             "is its address right?",
         ),
     ):
