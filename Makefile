@@ -31,7 +31,7 @@ demo: install ## Set up, start everything, run three jobs, kill a worker in the 
 test: install ## Run every test, as many at once as there are cores; up to 3 that fail are run once more, alone
 	@$(PYTEST)
 
-test-fast: install ## The tests that need no model and start no process of their own: about a minute
+test-fast: install ## The half of the tests that need no model and start no process of their own
 	@$(PYTEST) --fast
 
 test-long: install ## Every test, and those that take minutes each
