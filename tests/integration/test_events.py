@@ -336,7 +336,7 @@ def test_a_thousand_listeners_of_one_process(sqlite_system: System) -> None:
                 await asyncio.to_thread(sqlite_system.store.cancel, job_id)
             return await asyncio.gather(*listening), grown
 
-        told, grown = asyncio.run(all_of_them())
+        received, grown = asyncio.run(all_of_them())
         print(f"1,000 listeners: {grown / 1000:.0f} bytes each")
-        assert told == [[2, 3]] * 1000
+        assert received == [[2, 3]] * 1000
         assert grown < 1000 * 50_000

@@ -95,7 +95,7 @@ def test_promise_12_a_queue_paused_under_load_stops_within_one_step_and_goes_on(
         steps = {job_id: len(system.store.state(job_id).calls) for job_id in running}
         eventually(lambda: not system.store.page(limit=99, statuses=["in_progress"]), why="all are handed back")
         for job_id, before in steps.items():
-            # One step was running. Its worker may have been told to go on just before the pause: then one more.
+            # One step was running. Its worker may have read just before the pause that it may continue: then one more.
             assert len(system.store.state(job_id).calls) - before <= 2
         calls = len(system.calls())
         system.ring(job_ids[0])

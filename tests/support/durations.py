@@ -1,4 +1,4 @@
-"""How long each test usually takes: it decides which tests run first, and how much time a run is said to need.
+"""How long each test usually takes: it decides which tests run first, and how much time a run is expected to take.
 
 `durations.json` holds the seconds of every test that takes long and the mean of each file's other tests, measured on
 two cores. `--store-durations` writes it after a run of all tests.

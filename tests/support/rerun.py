@@ -34,7 +34,7 @@ class RerunFailed:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, error: object | None) -> None:
-        """Note that a process of pytest-xdist ended without being told to."""
+        """Note that a process of pytest-xdist crashed."""
         self._crashed = self._crashed or error is not None
 
     def pytest_terminal_summary(

@@ -57,8 +57,8 @@ def test_durations_of_this_project_name_tests_that_exist() -> None:
     for name in Durations.load().names:
         file, _, test = name.partition("::")
         function = re.sub(r"\[.*", "", test).rpartition("::")[2]
-        assert (root / file).exists(), f"{name}: write the file anew with --store-durations"
-        assert function in (root / file).read_text(), f"{name}: write the file anew with --store-durations"
+        assert (root / file).exists(), f"{name}: regenerate the file with --store-durations"
+        assert function in (root / file).read_text(), f"{name}: regenerate the file with --store-durations"
 
 
 @pytest.mark.processes

@@ -45,7 +45,7 @@ class _Impatient(psycopg.Connection[Any]):
 
 
 def open_impatiently(dialect: Any, record: Any, args: Any, named: dict[str, Any]) -> Any:
-    """A connection with limits, beside what the URL asks of the server (a search_path, say)."""
+    """Open a connection with limits, in addition to the server options of the URL (a search_path, say)."""
     limited = {**named, "options": f"{named.get('options', '')} {_LIMITS}".strip()}
     return open_connection(dialect, record, args, limited, _Impatient)
 
@@ -77,7 +77,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_connected(connection: Any, _record: Any, _proxy: Any) -> None:
-    """Connect anew where the server has hung up: only then has it something to say to a connection that rests."""
+    """Reconnect if the server has closed the connection: an idle one has data to read only then."""
     # Looking costs microseconds; to ask the server, as SQLAlchemy's pre-ping does, is a round trip for each query.
     arrived = select.poll()
     arrived.register(connection.fileno(), select.POLLIN)
