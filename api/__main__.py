@@ -15,8 +15,8 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from api.app import create_app
-from api.feed import Feed
-from tpo.errors import TPOError
+from api.streaming.broadcaster import Feed
+from tpo.core.errors import TPOError
 from tpo.settings import Settings, explained, settings
 
 logger = logging.getLogger("api")

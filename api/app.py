@@ -3,26 +3,23 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 
 import tpo
-from api import actions, batches, chat, errors, events, files, jobs, meta, responses, webhooks
-from api.answers import ALWAYS
-from api.envelope import PROTECTED, Envelope
-from api.examples import EXAMPLES
-from api.feed import Feed
+from api import errors
 from api.metrics import Metrics
-from tpo.errors import DatabaseRefused, StoreUnavailable
-from tpo.jobs import schema
-from tpo.jobs.database import connect
-from tpo.jobs.store import Store
-from tpo.queue import Doorbell
+from api.middleware import Envelope
+from api.openapi.document import openapi_document
+from api.routes import batches, chat_completions, events, files, health, job_actions, jobs, models, responses, webhooks
+from api.streaming.broadcaster import Feed
+from tpo.broker import Doorbell
+from tpo.core.errors import DatabaseRefused, StoreUnavailable
+from tpo.db import connect, schema
 from tpo.settings import Settings
 from tpo.settings import settings as environment
+from tpo.store import Store
 
 logger = logging.getLogger("api")
 
@@ -51,10 +48,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.metrics = Metrics()
     app.add_middleware(Envelope, settings=settings)
     errors.install(app)
-    ours = (jobs.router, actions.router, events.router, webhooks.router, meta.served, meta.router)
-    for router in (*ours, responses.router, chat.router, files.router, batches.router):
+    ours = (jobs.router, job_actions.router, events.router, webhooks.router, models.router, health.router)
+    for router in (*ours, responses.router, chat_completions.router, files.router, batches.router):
         app.include_router(router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi_document(app)  # type: ignore[method-assign]
     return app
 
 
@@ -80,42 +77,3 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         doorbell.close()
         engine.dispose()
-
-
-_PROBLEM = {"$ref": "#/components/schemas/Problem"}
-_ALWAYS = {
-    str(status): {"description": answer["description"], "content": answer["content"]}
-    for status, answer in ALWAYS.items()
-}
-
-
-def _problem(path: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """How an address tells of an error: its examples name it."""
-    shown = {}
-    for code, example in answer["content"]["application/json"]["examples"].items():
-        value = example["value"]  # out of which FastAPI leaves the nulls
-        shown[code] = {"value": {**value, "instance": path, "error": {"param": None, **value["error"]}}}
-    content = {"application/problem+json": {"schema": _PROBLEM, "examples": shown}}
-    return {"description": answer["description"], "content": content}
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The description of the API, with what FastAPI cannot know: how errors are sent, and the key."""
-    if app.openapi_schema is None:
-        described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        settings: Settings = app.state.settings
-        # A server without any key asks for none, and it may have its first one made while it runs.
-        secured: list[dict[str, list[str]]] = [{"key": []}, *([] if settings.api_key or settings.require_key else [{}])]
-        for path, operations in described["paths"].items():
-            for operation in operations.values():
-                if path.startswith(PROTECTED):
-                    operation["security"] = secured
-                    operation["responses"] = {**_ALWAYS, **operation["responses"]}
-                for status, answer in operation["responses"].items():
-                    if int(status) >= 400:
-                        operation["responses"][status] = _problem(path, answer)
-        described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for name, shown in EXAMPLES.items():
-            described["components"]["schemas"][name]["examples"] = [shown]
-        app.openapi_schema = described
-    return app.openapi_schema

@@ -15,8 +15,8 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from api import schemas
-from tpo import faults
-from tpo.errors import (
+from tpo import validation_messages
+from tpo.core.errors import (
     Conflict,
     InvalidInput,
     JobNotFound,
@@ -145,7 +145,7 @@ async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     if first["loc"] == ("body",):
         return problem(request.scope, 422, detail="The body must be a JSON object.", code="invalid_input")
     fields = [{**e, "loc": tuple(e["loc"][1:])} for e in errors]  # without "body", "query" or the like
-    told = faults.of_errors(cast(list[ErrorDetails], fields))
+    told = validation_messages.of_errors(cast(list[ErrorDetails], fields))
     return problem(request.scope, 422, detail=str(told), code=told.code, param=told.param)
 
 

@@ -6,7 +6,7 @@ from http import HTTPMethod
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from starlette.types import Scope
 
-from tpo.jobs.store import QueueInfo
+from tpo.jobs.queues import QueueInfo
 
 
 class Metrics:

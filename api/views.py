@@ -1,12 +1,12 @@
 """Rows and states as the wire shows them."""
 
 from api import schemas
+from tpo.core.loop import Standing, standing
+from tpo.core.state import Candidate, Message, Params, State
+from tpo.core.state import Usage as StateUsage
+from tpo.core.status import TERMINAL
 from tpo.jobs import tables
-from tpo.loop import Standing, standing
 from tpo.settings import Settings
-from tpo.state import Candidate, Message, Params, State
-from tpo.state import Usage as StateUsage
-from tpo.status import TERMINAL
 
 
 def job(row: tables.Job, settings: Settings) -> schemas.Job:

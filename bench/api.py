@@ -27,10 +27,10 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.processes import System, running_system
-from tests.services import new_database, postgres_server
-from tests.support.isolation import free_port
-from tpo.jobs import schema
+from testing.ports import free_port
+from testing.processes import System, running_system
+from testing.services import new_database, postgres_server
+from tpo.db import schema
 
 # The server under test, with a route that does nothing beside all the others, behind the same middleware.
 SERVER = """
@@ -173,7 +173,7 @@ def listeners(system: System, port: int, pid: int, count: int) -> dict[str, Any]
         grown = process.memory_info().rss - before
         written = {}
         for job_id in jobs:
-            await asyncio.to_thread(system.store.cancel, job_id)
+            await asyncio.to_thread(system.store.jobs.cancel, job_id)
             written[job_id] = time.time()
         arrived = await asyncio.gather(*listening)
         return sorted(at - written[jobs[i % len(jobs)]] for i, at in enumerate(arrived)), grown

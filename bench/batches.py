@@ -16,7 +16,7 @@ import httpx
 import psutil
 
 from bench.api import database, running_quietly, serving
-from tests.processes import System
+from testing.processes import System
 
 ENDED = ("completed", "failed", "cancelled", "expired")
 UPLOAD_SECONDS = 600
@@ -83,7 +83,7 @@ def measure(system: System, folder: Path, count: int, *, ingest_only: bool) -> N
             batch = client.get(f"/batches/{batch['id']}").json()
             if batch["status"] in told:
                 print(f"{told.pop(batch['status'])}: {time.perf_counter() - began:.1f} s", flush=True)
-            row = system.store.unended_batch(batch["id"])
+            row = system.store.batch_steps.unended(batch["id"])
             if ingest_only and row is not None and row.line == count:
                 break
         took = time.perf_counter() - began

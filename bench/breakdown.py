@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 
-from tpo.cli.temporary import temporary_stack
-from tpo.jobs.database import connect
-from tpo.jobs.store import Store
-from tpo.state import Call
+from tpo.cli.stack.temporary import temporary_stack
+from tpo.core.state import Call
+from tpo.db import connect
+from tpo.store import Store
 
 PROMPT = "Hello, I am Maria. The kettle that I bought is broken. I would like a refund."
 JOB = {"input": PROMPT, "parameters": {"sample_size": 5, "max_iterations": 2}}
@@ -72,10 +72,10 @@ def _with_seed(seed: int) -> dict[str, Any]:
 
 def timing(store: Store, job_id: str) -> Timing:
     """Read one job's times from its rows."""
-    job = store.get(job_id)
+    job = store.jobs.get(job_id)
     if job.started_at is None or job.completed_at is None:
         raise SystemExit(f"{job_id} has not ended")
-    return Timing(job.completed_at - job.created_at, job.started_at - job.created_at, store.state(job_id).calls)
+    return Timing(job.completed_at - job.created_at, job.started_at - job.created_at, store.jobs.state(job_id).calls)
 
 
 def table(singles: Sequence[Timing], crowd: Sequence[Timing], single_wall: float, crowd_wall: float) -> str:

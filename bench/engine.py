@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import LlamaForSequenceClassification
 
-from bench.ways import (
+from bench.strategies import (
     SHAPES,
     TEMPERATURE,
     TOP_P,
@@ -44,7 +44,7 @@ from bench.ways import (
 )
 from tpo.backends.local.engine import StepEngine
 from tpo.backends.local.requests import TokenRequest
-from tpo.backends.local.scoring import RewardEngine
+from tpo.backends.local.reward_engine import RewardEngine
 
 Way = Callable[[Progress], None]
 

@@ -34,10 +34,10 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from tpo.backends.local.building import EngineOptions, build_engine
 from tpo.backends.local.engine import StepEngine
+from tpo.backends.local.factory import EngineOptions, build_engine
 from tpo.backends.local.requests import TokenRequest
-from tpo.backends.local.scoring import RewardEngine
+from tpo.backends.local.reward_engine import RewardEngine
 
 LLAMA_8B = {
     "vocab_size": 128_256,

@@ -19,14 +19,17 @@ from pathlib import Path
 
 from sqlalchemy import Engine, text
 
-from bench.filling import CANDIDATES, SERVES, Filled, fill, new_job, policy
-from tests.fakes import FakeReward, step
-from tests.jobs import claim_one
-from tests.services import new_database, postgres_server
-from tpo.jobs import schema
-from tpo.jobs.database import connect
-from tpo.jobs.store import Lease, Limits, Once, Outcome, Store
-from tpo.state import State
+from testing.fakes import FakeReward, step
+from testing.jobs import claim_one
+from testing.seeding import CANDIDATES, SERVES, Filled, fill, new_job, policy
+from testing.services import new_database, postgres_server
+from tpo.core.state import State
+from tpo.db import connect, schema
+from tpo.jobs.leases import Lease
+from tpo.jobs.outcomes import Outcome
+from tpo.store import Store
+from tpo.tenants.idempotency import Once
+from tpo.tenants.tenants import Limits
 
 SMALL = 1000
 BAR = 1.2
@@ -68,7 +71,7 @@ class Subject:
         once = Once(fingerprint="hash", key=secrets.token_hex(16), keep_seconds=KEY_SECONDS)
         metadata = {"run": self.filled.run}
         state = new_job()
-        return self.store.submit(state, once=once, max_attempts=3, metadata=metadata, **SERVES).job.id
+        return self.store.jobs.submit(state, once=once, max_attempts=3, metadata=metadata, **SERVES).job.id
 
     def claimed(self, job_id: str, seconds: float = 3600) -> tuple[Lease, State]:
         """A job in the hands of a worker."""
@@ -83,47 +86,51 @@ def whole_job(subject: Subject) -> None:
     with subject.timed("submit"):
         job_id = subject.submitted()
     with subject.timed("whose turn it is, claimed"):
-        first = subject.store.claim_next("worker-1", 3600, **SERVES)
+        first = subject.store.leases.claim("worker-1", 3600, **SERVES)
     if first is None:
         raise SystemExit("nobody is in line")
-    subject.store.release(first.lease)
+    subject.store.leases.release(first.lease)
     lease, state = subject.claimed(job_id)
     while (after := step(state, policy(), FakeReward())) is not state:
         with subject.timed("checkpoint"):
-            subject.store.checkpoint(lease, state, after)
+            subject.store.leases.checkpoint(lease, state, after)
         state = after
     with subject.timed("finish"):
-        subject.store.finish(lease, Outcome("completed", output="Draft"))
+        subject.store.leases.finish(lease, Outcome("completed", output="Draft"))
 
 
 def limited_submit(subject: Subject) -> None:
     """A job of a tenant whose limits are counted; few of its jobs are in flight, many of others."""
-    tenant = subject.store.of("limited")
+    tenant = subject.store.for_tenant("limited")
     with subject.timed("submit, with limits"):
-        job = tenant.submit(new_job(), limits=Limits(100, 1_000_000), max_attempts=3, **SERVES).job
+        job = tenant.jobs.submit(new_job(), limits=Limits(100, 1_000_000), max_attempts=3, **SERVES).job
     with subject.timed("cancel"):
-        tenant.cancel(job.id)
+        tenant.jobs.cancel(job.id)
 
 
 def reads(subject: Subject) -> None:
     """What clients and streams read."""
     store, middle, run = subject.store, subject.filled.middle, {"run": subject.filled.run}
     pages: dict[str, Callable[[], object]] = {
-        "get": lambda: store.get(middle),
-        "state (candidates, iterations)": lambda: store.state(middle),
-        "list: newest": lambda: store.page(limit=20),
-        "list: from the middle": lambda: store.page(limit=20, after=middle),
-        "list: from the middle, oldest first": lambda: store.page(limit=20, after=middle, order="asc"),
-        "list: status=completed, from the middle": lambda: store.page(limit=20, after=middle, statuses=["completed"]),
-        "list: status=failed, from the middle": lambda: store.page(limit=4, after=middle, statuses=["failed"]),
-        "list: status=queued,failed,expired": lambda: store.page(limit=20, statuses=["queued", "failed", "expired"]),
-        "list: status=cancelling (none)": lambda: store.page(limit=20, statuses=["cancelling"]),
-        "list: metadata, from the middle": lambda: store.page(limit=20, after=middle, metadata=run),
-        "list: metadata and status": lambda: store.page(limit=4, after=middle, metadata=run, statuses=["failed"]),
-        "list: metadata (none)": lambda: store.page(limit=20, metadata={"run": "nothing"}),
-        "events of a job": lambda: store.events(middle),
-        f"events: news of {HELD} jobs": lambda: store.news(dict.fromkeys(subject.held, 1)),
-        "worker: look at its jobs": lambda: store.look("worker-1", subject.held),
+        "get": lambda: store.jobs.get(middle),
+        "state (candidates, iterations)": lambda: store.jobs.state(middle),
+        "list: newest": lambda: store.jobs.page(limit=20),
+        "list: from the middle": lambda: store.jobs.page(limit=20, after=middle),
+        "list: from the middle, oldest first": lambda: store.jobs.page(limit=20, after=middle, order="asc"),
+        "list: status=completed, from the middle": lambda: store.jobs.page(
+            limit=20, after=middle, statuses=["completed"]
+        ),
+        "list: status=failed, from the middle": lambda: store.jobs.page(limit=4, after=middle, statuses=["failed"]),
+        "list: status=queued,failed,expired": lambda: store.jobs.page(
+            limit=20, statuses=["queued", "failed", "expired"]
+        ),
+        "list: status=cancelling (none)": lambda: store.jobs.page(limit=20, statuses=["cancelling"]),
+        "list: metadata, from the middle": lambda: store.jobs.page(limit=20, after=middle, metadata=run),
+        "list: metadata and status": lambda: store.jobs.page(limit=4, after=middle, metadata=run, statuses=["failed"]),
+        "list: metadata (none)": lambda: store.jobs.page(limit=20, metadata={"run": "nothing"}),
+        "events of a job": lambda: store.jobs.events(middle),
+        f"events: news of {HELD} jobs": lambda: store.events.new_events(dict.fromkeys(subject.held, 1)),
+        "worker: look at its jobs": lambda: store.leases.check("worker-1", subject.held),
     }
     for name, read in pages.items():
         for _ in range(READ):
@@ -134,27 +141,27 @@ def reads(subject: Subject) -> None:
 def heartbeat(subject: Subject) -> None:
     """All leases of a worker at once."""
     with subject.timed(f"worker: renew {HELD} leases"):
-        subject.store.renew("worker-1", subject.held, 3600)
+        subject.store.leases.renew("worker-1", subject.held, 3600)
 
 
 def sweep(subject: Subject) -> None:
     """A sweep that has as much to do in both."""
     lost = [subject.claimed(subject.submitted(), seconds=-1)[0].job_id for _ in range(LOST)]
     with subject.timed(f"sweep: {LOST} lost"):
-        subject.store.sweep(ring_again_seconds=KEY_SECONDS, forget_worker_seconds=60)
+        subject.store.maintenance.sweep(ring_again_seconds=KEY_SECONDS, forget_worker_seconds=60)
     with subject.timed("sweep: nothing to do"):
-        subject.store.sweep(ring_again_seconds=KEY_SECONDS, forget_worker_seconds=60)
+        subject.store.maintenance.sweep(ring_again_seconds=KEY_SECONDS, forget_worker_seconds=60)
     for job_id in lost:
-        if subject.store.cancel(job_id).attempt != 1:
+        if subject.store.jobs.cancel(job_id).attempt != 1:
             raise SystemExit(f"{job_id} was not lost")
 
 
 def purge(subject: Subject) -> None:
     """The oldest jobs and names of requests."""
     with subject.timed(f"purge: {PURGED} jobs"):
-        subject.store.purge(1.0, batch=PURGED)
+        subject.store.maintenance.purge(1.0, batch=PURGED)
     with subject.timed(f"purge: {PURGED} keys"):
-        subject.store.purge_keys(1.0, batch=PURGED)
+        subject.store.idempotency_keys.purge(1.0, batch=PURGED)
 
 
 OPERATIONS: tuple[tuple[Callable[[Subject], None], int], ...] = (

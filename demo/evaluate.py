@@ -15,7 +15,7 @@ from statistics import median
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from tpo.backends import load_policy, load_reward_model
-from tpo.ports import RewardModel
+from tpo.core.ports import RewardModel
 from tpo.settings import Settings
 
 from demo import experiment, report, transcripts

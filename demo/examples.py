@@ -6,7 +6,7 @@ The prompts are those of the shipped prompt set `tiny`, filled in as the product
 import random
 from dataclasses import dataclass
 
-from tpo.prompts import Step, load
+from tpo.core.prompts import Step, load
 
 from demo import grammar
 from demo.grammar import Facts, Reply

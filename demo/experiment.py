@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tpo.errors import NoUsableSample
-from tpo.loop import pending, with_scores, with_texts
-from tpo.ports import Generate, Generation, Policy, RewardModel, Rewards, Score
-from tpo.prompts import load
-from tpo.state import Candidate, Message, Mode, Params, State
+from tpo.core.errors import NoUsableSample
+from tpo.core.loop import pending, with_scores, with_texts
+from tpo.core.ports import Generate, Generation, Policy, RewardModel, Rewards, Score
+from tpo.core.prompts import load
+from tpo.core.state import Candidate, Message, Mode, Params, State
 
 from demo import grammar
 from demo.grammar import Facts

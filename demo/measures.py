@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from tpo.ports import RewardModel, Score
-from tpo.state import Message
+from tpo.core.ports import RewardModel, Score
+from tpo.core.state import Message
 
 from demo import grammar, judge
 from demo.experiment import (

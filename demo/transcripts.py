@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tpo.state import Candidate
+from tpo.core.state import Candidate
 
 from demo import grammar, judge
 from demo.experiment import ITERATIONS, Run

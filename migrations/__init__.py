@@ -1,1 +1,1 @@
-"""The schema's history, for Alembic. `tpo.jobs.schema` runs it; the tests build every database with it."""
+"""The schema's history, for Alembic. `tpo.db.schema` runs it; the tests build every database with it."""

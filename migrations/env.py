@@ -1,8 +1,8 @@
-"""Alembic's way in: one connection, given by `tpo.jobs.schema`, whose transaction holds all of an upgrade."""
+"""Alembic's way in: one connection, given by `tpo.db.schema`, whose transaction holds all of an upgrade."""
 
 from alembic import context
 
-from tpo.jobs.tables import Base
+from tpo.db import Base
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -11,12 +11,12 @@ import hypothesis
 import pytest
 from sqlalchemy import Engine, make_url
 
-from tests.services import Valkey, new_database, postgres_server, valkey_server
-from tests.support import durations, forking, isolation, progress, rerun, selection, statements
+from testing import forking
+from testing.services import Valkey, new_database, postgres_server, valkey_server
+from tests.support import durations, isolation, progress, rerun, selection, statements
 from tests.support.databases import DATABASES, migrated_database
-from tpo.jobs import schema
-from tpo.jobs.database import connect
-from tpo.jobs.store import Store
+from tpo.db import connect, schema
+from tpo.store import Store
 
 # A run in the background inherits that Ctrl-C is ignored, and would hand it on to the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

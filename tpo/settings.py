@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from tpo import prompts
-from tpo.state import MAX_ITERATIONS, MAX_SAMPLE_SIZE, EarlyStop
+from tpo.core import prompts
+from tpo.core.state import MAX_ITERATIONS, MAX_SAMPLE_SIZE, EarlyStop
 
 DEMO = "demo"
 """Name of the policy and of the reward model that ship with the project."""

@@ -6,18 +6,19 @@ import sys
 import threading
 
 from tpo.backends import LoadedPolicy, LoadedRewardModel
-from tpo.errors import LeaseLost, StoreUnavailable
-from tpo.jobs.store import Store
-from tpo.queue import RUN_JOB, Doorbell, queue_of
+from tpo.broker import RUN_JOB, Doorbell, queue_of
+from tpo.core.errors import LeaseLost, StoreUnavailable
 from tpo.settings import Settings
-from worker.app import controller, make_app
+from tpo.store import Store
+from worker.celery.app import controller, make_app
+from worker.celery.consumer_watch import Consumer, watch_consumer
 from worker.drain import Drain
-from worker.lease import Leases
+from worker.job_runner import JobRunner
+from worker.leases import Leases
 from worker.logs import log
-from worker.models import load
-from worker.start import node_name, start
-from worker.tasks import JobRunner
-from worker.watch import Consumer, watch_consumer, watch_models
+from worker.model_loading import load
+from worker.model_watch import watch_models
+from worker.startup import node_name, start
 
 _GRACE_SECONDS = 4.0
 """What an interrupted model call gets to notice it, before the process ends without it."""
@@ -90,7 +91,7 @@ def _leave(store: Store, leases: Leases, name: str) -> None:
     """Tell the database that this worker takes no more jobs; nothing tells it otherwise afterwards."""
     leases.stop()
     with contextlib.suppress(StoreUnavailable):
-        store.unregister(name)
+        store.workers.deregister(name)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import time
 from types import FrameType
 
 from tpo.signals import stop_signals
-from worker.app import stop_consuming
+from worker.celery.app import stop_consuming
 from worker.logs import log
 
 

@@ -5,9 +5,9 @@ import sys
 
 from kombu.exceptions import OperationalError
 
-from tpo.queue import MAINTENANCE_QUEUE, unavailable
+from tpo.broker import MAINTENANCE_QUEUE, unavailable
 from tpo.settings import settings
-from worker.app import make_app
+from worker.celery.app import make_app
 
 _SECONDS = 5.0
 

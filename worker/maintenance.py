@@ -5,14 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from celery import Celery
-from celery.beat import ScheduleEntry, Scheduler, Service
-from kombu.connection import Connection
-from kombu.messaging import Producer
-
-from tpo.errors import frames
-from tpo.jobs.store import Store
-from tpo.queue import (
+from tpo.broker import (
     ADVANCE_BATCH,
     DELIVER_WEBHOOK,
     MAINTENANCE_QUEUE,
@@ -21,19 +14,20 @@ from tpo.queue import (
     RING_WEBHOOKS,
     SWEEP,
     Doorbell,
-    unavailable,
 )
 from tpo.settings import Settings
-from worker.app import controller, make_app, reconnect
-from worker.batches import RING_SECONDS, Batcher
-from worker.courier import RING_SECONDS as RING_WEBHOOKS_SECONDS
-from worker.courier import Courier
+from tpo.store import Store
+from worker.celery.app import controller, make_app
+from worker.celery.consumer_watch import Consumer, watch_consumer
+from worker.celery.scheduler import beat
 from worker.drain import Drain
 from worker.logs import log
-from worker.retention import PURGE_SECONDS, Purger
-from worker.start import node_name, start
-from worker.tasks import Sweeper
-from worker.watch import Consumer, watch_consumer
+from worker.startup import node_name, start
+from worker.tasks.batches import RING_SECONDS, Batcher
+from worker.tasks.cleaner import PURGE_SECONDS, Purger
+from worker.tasks.rescuer import Sweeper
+from worker.tasks.webhooks import RING_SECONDS as RING_WEBHOOKS_SECONDS
+from worker.tasks.webhooks import Courier
 
 _END_SECONDS = 10.0
 _SILENT_ROUNDS = 4
@@ -68,7 +62,7 @@ def main(settings: Settings, store: Store) -> int:
     worker = controller(app, name=name, threads=1, on_ready=ready)
     drain.on_signals()
     drain.bound(_END_SECONDS)
-    threading.Thread(target=_beat, args=(app, drain), name="beat", daemon=True).start()
+    threading.Thread(target=beat, args=(app, drain), name="beat", daemon=True).start()
     worker.start()
     log.info("%s has ended", name)
     return drain.exit_code if drain.begun.is_set() else 1
@@ -83,26 +77,6 @@ def _schedule(settings: Settings) -> dict[str, Any]:
         PURGE: PURGE_SECONDS,
     }
     return {task: {"task": task, "schedule": often, "options": {"expires": often}} for task, often in rounds.items()}
-
-
-def _beat(app: Celery, drain: Drain) -> None:
-    try:
-        Service(app, max_interval=1, scheduler_cls=_Scheduler, remote_control=False).start()
-    except Exception as error:
-        drain.fail(f"beat has ended: {frames(error)}")
-
-
-class _Scheduler(Scheduler):  # type: ignore[misc]
-    """Celery's scheduler in memory, that says an outage of the broker in one line and tries again soon."""
-
-    def apply_entry(self, entry: ScheduleEntry, producer: Producer | None = None) -> None:
-        try:
-            self.apply_async(entry, producer=producer, advance=False, retry=False)
-        except Exception as error:
-            log.warning("%s not sent: %s", entry.name, unavailable(error))
-
-    def _ensure_connected(self) -> Connection:
-        return reconnect(self.connection)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from tests.support.forking import ForkedPython
-from tpo.cli.supervisor import die_with
+from testing.forking import ForkedPython
+from tpo.cli.stack.supervisor import die_with
 
 _MAX_LOG_BYTES = 4_000_000
 _CLAIMED = re.compile(r"(job_[0-9a-f]{32}) claimed, attempt (\d+)")

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import psycopg
 
+from testing.services import Postgres
 from tests.chaos.children import Child
-from tests.services import Postgres
-from tpo.jobs import schema
+from tpo.db import schema
 
 
 class Database(Protocol):

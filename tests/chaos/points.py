@@ -11,25 +11,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
-from tpo.jobs.store import Store
-from tpo.ports import Generate, Generation, Interrupt, Rewards, Score
+from tpo.core.ports import Generate, Generation, Interrupt, Rewards, Score
+from tpo.db import DEFAULT_TENANT
+from tpo.store import Store
 
 WRITES = {
-    "worker": ("claim_next", "checkpoint", "finish", "release", "renew"),
-    "maintenance": ("sweep",),
-    "api": ("submit", "cancel", "pause", "resume"),
+    "worker": ("leases", ("claim", "checkpoint", "finish", "release", "renew")),
+    "maintenance": ("maintenance", ("sweep",)),
+    "api": ("jobs", ("submit", "cancel", "pause", "resume")),
 }
-"""What each kind of process writes; a point lies before each, before its COMMIT, and after it."""
+"""What each kind of process writes, as a part of the store and its methods.
+
+A point lies before each write, before its COMMIT, and after it.
+"""
 
 CALLS = ("generate", "score")
 """Model calls; a point lies before each, in the middle of it, and after it."""
 
 LABELS = {
     kind: tuple(f"{kind}.{write}.{where}" for write in writes for where in ("before", "commit", "after"))
-    for kind, writes in WRITES.items()
+    for kind, (_, writes) in WRITES.items()
 }
 LABELS["worker"] += tuple(f"worker.{call}.{where}" for call in CALLS for where in ("before", "during", "after"))
 
@@ -81,32 +85,34 @@ class Points:
         mine.rename(self._folder / _REACHED / f"{name}.{os.getpid()}")
         os.kill(os.getpid(), number)
 
-    def on(self, store: Store) -> Store:
-        """The same store with a point before, inside and after each of its writes."""
-        engine = store._engine
+    def on(self, engine: Engine) -> Store:
+        """Return a store with a point before, inside and after each of its writes."""
         event.listen(engine, "commit", lambda _connection: self._before_commit())
-        return self.store_class()(engine)
+        return self._store_class()(engine)
 
-    def store_class(self) -> type[Store]:
-        """A class of store with these points."""
-        return type("StoreWithPoints", (Store,), {name: self._around(name) for name in WRITES[self._kind]})
+    def _store_class(self) -> type[Store]:
+        part, writes = WRITES[self._kind]
+        points = self
 
-    def before_commits_of(self, engine: Any) -> None:
-        """Put a point before each COMMIT of an engine."""
-        event.listen(engine, "commit", lambda _connection: self._before_commit())
+        class StoreWithPoints(Store):
+            def __init__(self, engine: Engine, tenant: str = DEFAULT_TENANT) -> None:
+                super().__init__(engine, tenant)
+                queries = getattr(self, part)
+                for name in writes:
+                    setattr(queries, name, points._around(name, getattr(queries, name)))
+
+        return StoreWithPoints
 
     def _before_commit(self) -> None:
         if doing := getattr(self._now, "doing", None):
             self.here(f"{doing}.commit")
 
-    def _around(self, name: str) -> Callable[..., Any]:
-        write = getattr(Store, name)
-
-        def with_points(store: Store, *args: Any, **kwargs: Any) -> Any:
+    def _around(self, name: str, write: Callable[..., Any]) -> Callable[..., Any]:
+        def with_points(*args: Any, **kwargs: Any) -> Any:
             self.here(f"{name}.before")
             self._now.doing = name
             try:
-                answer = write(store, *args, **kwargs)
+                answer = write(*args, **kwargs)
             finally:
                 self._now.doing = None
             self.here(f"{name}.after")

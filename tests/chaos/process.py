@@ -8,16 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-from sqlalchemy import Engine
-
 import api.__main__
 import api.app
 import worker.__main__
 import worker.maintenance
 from tests.chaos.points import Points, PolicyWithPoints, RewardModelWithPoints
-from tpo.jobs.store import Store
 from tpo.settings import Settings
-from worker.start import start
+from tpo.store import Store
+from worker.startup import start
 
 
 def main(kind: str, folder: Path) -> int:
@@ -25,17 +23,11 @@ def main(kind: str, folder: Path) -> int:
     points = Points(folder, kind)
     match kind:
         case "worker":
-            return start(lambda settings, store: _work(settings, points.on(store), points))
+            return start(lambda settings, store: _work(settings, points.on(store.engine), points))
         case "maintenance":
-            return start(lambda settings, store: worker.maintenance.main(settings, points.on(store)))
+            return start(lambda settings, store: worker.maintenance.main(settings, points.on(store.engine)))
         case _:
-            make = points.store_class()
-
-            def store_of(engine: Engine) -> Store:
-                points.before_commits_of(engine)
-                return make(engine)
-
-            vars(api.app)["Store"] = store_of
+            vars(api.app)["Store"] = points.on
             return api.__main__.main()
 
 

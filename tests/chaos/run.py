@@ -15,19 +15,19 @@ from pathlib import Path
 import psutil
 from sqlalchemy import select
 
+from testing.ports import free_port
+from testing.processes import StartedCall
+from testing.waiting import HANG_SECONDS
 from tests.chaos.children import Child, python
 from tests.chaos.databases import Database, database
 from tests.chaos.load import Load
 from tests.chaos.monkey import Monkey
 from tests.chaos.verdict import Seen, Verdict, judge
-from tests.processes import StartedCall
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS
-from tpo.embedded import valkey_command
-from tpo.errors import StoreUnavailable
-from tpo.jobs.database import connect, reading
+from tpo.cli.stack.valkey import valkey_command
+from tpo.core.errors import StoreUnavailable
+from tpo.core.status import TERMINAL
+from tpo.db import connect, reading
 from tpo.jobs.tables import Job
-from tpo.status import TERMINAL
 
 _SAMPLE_SECONDS = 5.0
 _LOOK_SECONDS = 0.5

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from testing.processes import Process, running_system
+from testing.waiting import HANG_SECONDS, eventually
 from tests.chaos import points
 from tests.chaos.verdict import judge
-from tests.processes import Process, running_system
-from tests.support.waiting import HANG_SECONDS, eventually
 
 
 @pytest.mark.processes
@@ -29,9 +29,9 @@ def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: s
 
         def pause() -> None:
             # A worker that lives has it once another step is recorded: one that was killed would not hand it back.
-            recorded = len(system.store.state(long[0]).calls)
-            eventually(lambda: len(system.store.state(long[0]).calls) > recorded, why="another step")
-            system.store.pause(long[0])
+            recorded = len(system.store.jobs.state(long[0]).calls)
+            eventually(lambda: len(system.store.jobs.state(long[0]).calls) > recorded, why="another step")
+            system.store.jobs.pause(long[0])
 
         accepted: list[str] = []
         system.maintenance()
@@ -41,7 +41,7 @@ def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: s
         # runs out, others go on. They are cancelled in the end.
         long = [submit(50) for _ in range(3)]
         brought_about: dict[str, Callable[[], object]] = {
-            "claim_next": lambda: submit(0),
+            "claim": lambda: submit(0),
             "release": pause,
             "finish": lambda: submit(0),
         }
@@ -54,10 +54,10 @@ def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: s
             start_worker()
             if "release" in label:
                 system.wait_for_status(long[0], "paused")
-                system.store.resume(long[0])
+                system.store.jobs.resume(long[0])
                 system.ring(long[0])
         for job_id in long:
-            system.store.cancel(job_id)
+            system.store.jobs.cancel(job_id)
         for job_id in accepted:
             assert system.wait_for_end(job_id).status == ("cancelled" if job_id in long else "completed")
         verdict = judge(system.engine, accepted, {}, system.calls())

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
+from testing.fakes import new_state
+from testing.jobs import claim, create, execute, put
+from testing.processes import StartedCall
 from tests.chaos.verdict import Seen, Verdict, judge
-from tests.fakes import new_state
-from tests.jobs import claim, create, execute, put
-from tests.processes import StartedCall
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
-from tpo.jobs.store import Outcome, Store
-from tpo.run import run
-from tpo.state import State
+from tpo.core.run import run
+from tpo.core.state import State
+from tpo.jobs.outcomes import Outcome
+from tpo.store import Store
 
 
 class Done:
@@ -27,17 +28,17 @@ class Done:
 
         def checkpoint(after: State) -> None:
             nonlocal state
-            store.checkpoint(lease, state, after)
+            store.leases.checkpoint(lease, state, after)
             state = after
 
         final = run(state, ScriptedPolicy(log=log), ScriptedRewardModel(log=log), checkpoint, lambda: None)
         assert final.best
-        store.finish(lease, Outcome("completed", output=final.best.text))
+        store.leases.finish(lease, Outcome("completed", output=final.best.text))
         self.calls = [StartedCall(*line.split()) for line in log.read_text().splitlines()]
         self.accepted = {self.job_id}
 
     def judged(self) -> Verdict:
-        job = self.store.get(self.job_id)
+        job = self.store.jobs.get(self.job_id)
         return judge(self.engine, self.accepted, {self.job_id: (job.status, job.last_event, job.output)}, self.calls)
 
 

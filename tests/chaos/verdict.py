@@ -10,14 +10,14 @@ from pathlib import Path
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from tests.processes import StartedCall, timeless
+from testing.processes import StartedCall, timeless
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
+from tpo.core.loop import standing
+from tpo.core.run import run
+from tpo.core.state import State
+from tpo.core.status import TERMINAL
 from tpo.jobs.records import fresh, progress_of, read_state
 from tpo.jobs.tables import EventRow, Job
-from tpo.loop import standing
-from tpo.run import run
-from tpo.state import State
-from tpo.status import TERMINAL
 
 Claim = Callable[[bool, str], bool]
 """Notes what does not hold, and gives whether it does."""

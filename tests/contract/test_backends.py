@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.model_server import MODEL, ModelServer, model_server
-from tests.support.waiting import HANG_SECONDS
-from tests.tiny_models import make_tokenizer, save_llama, save_reward
-from tpo import prompts
+from testing.waiting import HANG_SECONDS
+from tests.support.model_server import MODEL, ModelServer, model_server
+from tests.support.tiny_models import make_tokenizer, save_llama, save_reward
 from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
-from tpo.errors import Interrupted
-from tpo.ports import Generate, Score, cut_at
-from tpo.run import run
+from tpo.core import prompts
+from tpo.core.errors import Interrupted
+from tpo.core.ports import Generate, Score, cut_at
+from tpo.core.run import run
+from tpo.core.state import Message, Params, State
 from tpo.settings import Settings
-from tpo.state import Message, Params, State
 
 pytestmark = pytest.mark.processes
 

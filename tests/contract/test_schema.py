@@ -13,12 +13,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from tests.jobs import claim, create, drive
-from tpo.errors import SchemaOutOfDate, StoreUnavailable
-from tpo.jobs import schema
-from tpo.jobs.database import connect
-from tpo.jobs.store import Store
-from tpo.jobs.tables import Base
+from testing.jobs import claim, create, drive
+from tpo.core.errors import SchemaOutOfDate, StoreUnavailable
+from tpo.db import Base, connect, schema
+from tpo.store import Store
 
 TABLES = {
     *("jobs", "iterations", "candidates", "calls", "events", "workers", "tenants", "api_keys", "idempotency_keys"),
@@ -113,11 +111,11 @@ def test_a_database_that_is_not_there() -> None:
 def test_a_schema_without_tenants_keeps_the_default_s_jobs_alone(migrated_url: str) -> None:
     engine = connect(migrated_url)
     store = Store(engine)
-    kept, gone = create(store), create(store.of("acme"))
+    kept, gone = create(store), create(store.for_tenant("acme"))
     for job_id in (kept, gone):
-        drive(store.of("acme" if job_id == gone else "default"), *claim(store, job_id))
-    state = store.state(kept)
-    store.create_key("k", "acme")
+        drive(store.for_tenant("acme" if job_id == gone else "default"), *claim(store, job_id))
+    state = store.jobs.state(kept)
+    store.keys.create("k", "acme")
     engine.dispose()
     schema.downgrade(migrated_url, "0001")
     with engine.connect() as connection:
@@ -126,10 +124,10 @@ def test_a_schema_without_tenants_keeps_the_default_s_jobs_alone(migrated_url: s
             assert set(connection.scalars(text(f"SELECT job_id FROM {table}"))) == {kept}
     engine.dispose()
     schema.upgrade(migrated_url)
-    assert store.state(kept) == state
-    assert store.get(kept).tenant == "default"
-    store.sweep(ring_again_seconds=60, forget_worker_seconds=60)
-    assert [job.id for job in store.page(limit=9)] == [kept]
+    assert store.jobs.state(kept) == state
+    assert store.jobs.get(kept).tenant == "default"
+    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+    assert [job.id for job in store.jobs.page(limit=9)] == [kept]
     with engine.begin() as connection:
         connection.execute(text("UPDATE jobs SET status = 'failed'"))
     with pytest.raises(IntegrityError, match="a terminal status never changes"), engine.begin() as connection:
@@ -146,5 +144,5 @@ def test_metadata_of_older_jobs_is_found(migrated_url: str) -> None:
     engine.dispose()
     schema.downgrade(migrated_url, "0004")
     schema.upgrade(migrated_url)
-    assert [job.id for job in store.page(limit=9, metadata={"n": "1", "team": "ä'b"})] == [wanted]
+    assert [job.id for job in store.jobs.page(limit=9, metadata={"n": "1", "team": "ä'b"})] == [wanted]
     engine.dispose()

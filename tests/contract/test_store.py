@@ -6,73 +6,75 @@ import pytest
 from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import IntegrityError
 
-from tests.fakes import FakePolicy, FakeReward, new_state, said, step, tagged
-from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, execute, put, rows
-from tpo.errors import JobNotFound, LeaseLost, NoUsableSample
-from tpo.jobs.store import Flags, Outcome, Store
+from testing.fakes import FakePolicy, FakeReward, new_state, said, step, tagged
+from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, execute, put, rows
+from tpo.core.errors import JobNotFound, LeaseLost, NoUsableSample
+from tpo.core.ports import Generate, Text
+from tpo.core.state import Message, RewardPart, State
+from tpo.core.status import TERMINAL, Status
+from tpo.jobs.leases import Flags
+from tpo.jobs.outcomes import Outcome
 from tpo.jobs.tables import Job
-from tpo.ports import Generate, Text
-from tpo.state import Message, RewardPart, State
-from tpo.status import TERMINAL, Status
+from tpo.store import Store
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 def test_a_new_job(store: Store) -> None:
     state = new_state("Hello \x00 $query {braces} 🎉", sample_size=3, seed=2**63 - 1)
-    job = store.create(state, max_attempts=4, metadata={"team": "a"}, deadline_seconds=60, **SERVES)
+    job = store.jobs.submit(state, max_attempts=4, metadata={"team": "a"}, deadline_seconds=60, **SERVES).job
     assert (job.status, job.attempt, job.fence, job.max_attempts) == ("queued", 0, 0, 4)
     assert job.job_metadata == {"team": "a"}
     assert job.deadline_at == pytest.approx(job.created_at + 60, abs=1)
     assert event_types(store, job.id) == ["job.queued"]
-    assert store.state(job.id) == state
-    found = store.get(job.id)
+    assert store.jobs.state(job.id) == state
+    found = store.jobs.get(job.id)
     names = [attribute.key for attribute in inspect(Job).column_attrs]
     assert {name: getattr(found, name) for name in names} == {name: getattr(job, name) for name in names}
 
 
 def test_a_job_that_is_not_there(store: Store) -> None:
-    for ask in (store.get, store.state, store.cancel):
+    for ask in (store.jobs.get, store.jobs.state, store.jobs.cancel):
         with pytest.raises(JobNotFound, match="job_no"):
             ask("job_no")
-    assert store.events("job_no") == []
+    assert store.jobs.events("job_no") == []
     assert claim_one(store, "job_no", "worker-1", 30, **SERVES) is None
 
 
 def test_pages(store: Store) -> None:
     oldest_first = sorted(create(store) for _ in range(7))
     for job_id in oldest_first[2:4]:
-        store.cancel(job_id)
+        store.jobs.cancel(job_id)
     for order, expected in (("asc", oldest_first), ("desc", oldest_first[::-1])):
         seen: list[str] = []
-        while page := store.page(limit=3, after=seen[-1] if seen else None, order=order):  # type: ignore[arg-type]
+        while page := store.jobs.page(limit=3, after=seen[-1] if seen else None, order=order):  # type: ignore[arg-type]
             assert len(page) <= 3
             seen += [job.id for job in page]
         assert seen == expected
-    assert store.page(limit=3, after=oldest_first[-1], order="asc") == []
-    assert store.page(limit=3, after=oldest_first[0], order="desc") == []
-    assert [j.id for j in store.page(limit=9, order="asc", statuses=["cancelled"])] == oldest_first[2:4]
-    assert len(store.page(limit=9, statuses=["cancelled", "queued"])) == 7
-    assert store.page(limit=9, statuses=["failed"]) == []
+    assert store.jobs.page(limit=3, after=oldest_first[-1], order="asc") == []
+    assert store.jobs.page(limit=3, after=oldest_first[0], order="desc") == []
+    assert [j.id for j in store.jobs.page(limit=9, order="asc", statuses=["cancelled"])] == oldest_first[2:4]
+    assert len(store.jobs.page(limit=9, statuses=["cancelled", "queued"])) == 7
+    assert store.jobs.page(limit=9, statuses=["failed"]) == []
 
 
 def test_a_claim_takes_the_lease_counts_the_attempt_and_raises_the_fence(store: Store) -> None:
     job_id = create(store)
     lease, state = claim(store, job_id, seconds=30)
-    job = store.get(job_id)
+    job = store.jobs.get(job_id)
     assert (lease.job_id, lease.worker, lease.fence, lease.attempt, lease.max_attempts) == (job_id, "worker-1", 1, 1, 3)
     assert (job.status, job.fence, job.attempt, job.lease_owner) == ("in_progress", 1, 1, "worker-1")
     assert (job.iteration, job.phase) == (0, "sampling")
     assert job.started_at is not None
     assert job.lease_until == pytest.approx(job.started_at + 30, abs=1)
-    assert state == store.state(job_id)
+    assert state == store.jobs.state(job_id)
     assert event_types(store, job_id) == ["job.queued", "job.started", "job.phase"]
 
     assert claim_one(store, job_id, "worker-2", 30, **SERVES) is None
-    store.release(lease, delay_seconds=0)
+    store.leases.release(lease, delay_seconds=0)
     again, _ = claim(store, job_id, "worker-2")
     assert (again.fence, again.attempt) == (2, 2)
-    assert store.get(job_id).started_at == job.started_at
+    assert store.jobs.get(job_id).started_at == job.started_at
 
 
 @pytest.mark.parametrize("serves", [SERVES | {"model": "other"}, SERVES | {"reward_model": "other"}])
@@ -85,9 +87,9 @@ def test_a_worker_takes_no_job_that_it_does_not_serve(engine: Engine, store: Sto
 
 def test_what_cannot_be_claimed(engine: Engine, store: Store) -> None:
     waits, tried, late, paused = (create(store) for _ in range(4))
-    put(engine, waits, next_attempt_at=store.get(waits).created_at + 60)
+    put(engine, waits, next_attempt_at=store.jobs.get(waits).created_at + 60)
     put(engine, tried, attempts_in_vain=3)
-    put(engine, late, deadline_at=store.get(late).created_at - 1)
+    put(engine, late, deadline_at=store.jobs.get(late).created_at - 1)
     put(engine, paused, status="paused")
     before = rows(engine)
     for job_id in (waits, tried, late, paused):
@@ -112,7 +114,7 @@ def test_every_checkpoint_comes_back_as_it_was(store: Store, mode: str, policy: 
     lease, claimed = claim(store, job_id)
     assert claimed == state
     last = drive(store, lease, state, policy)
-    job = store.get(job_id)
+    job = store.jobs.get(job_id)
     assert last.best is not None
     assert (job.best_candidate, job.best_reward) == (last.best.id, last.best.reward)
     assert (job.input_tokens, job.output_tokens) == (last.usage.input_tokens, last.usage.output_tokens)
@@ -132,17 +134,17 @@ def test_the_parts_of_a_reward_are_recorded(store: Store, engine: Engine) -> Non
     lease, state = claim(store, create(store))
     last = drive(store, lease, state, reward=FakeReward(parts=parts))
     assert all(c.parts == parts(c.text) for c in last.candidates)
-    assert store.state(lease.job_id) == last
+    assert store.jobs.state(lease.job_id) == last
     execute(engine, "UPDATE candidates SET parts = NULL")
-    assert all(c.parts == () for c in store.state(lease.job_id).candidates)
+    assert all(c.parts == () for c in store.jobs.state(lease.job_id).candidates)
 
 
 def test_a_job_without_any_usable_sample_is_recorded_to_its_last_call(store: Store) -> None:
     lease, state = claim(store, create(store, new_state(sample_size=2)))
     with pytest.raises(NoUsableSample):
         drive(store, lease, state, FakePolicy(lambda _r, _s: said("")))
-    assert [c.unusable for c in store.state(lease.job_id).candidates] == ["empty"] * 4
-    store.release(lease)
+    assert [c.unusable for c in store.jobs.state(lease.job_id).candidates] == ["empty"] * 4
+    store.leases.release(lease)
     again, state = claim(store, lease.job_id)
     with pytest.raises(NoUsableSample):
         drive(store, again, state)
@@ -151,72 +153,72 @@ def test_a_job_without_any_usable_sample_is_recorded_to_its_last_call(store: Sto
 def test_a_conversation_with_a_system_turn_comes_back(store: Store) -> None:
     turns = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hello!"), ("user", "Where is it?"))
     state = new_state().model_copy(update={"input": tuple(Message(role=r, content=c) for r, c in turns)})
-    assert store.state(create(store, state)) == state
+    assert store.jobs.state(create(store, state)) == state
 
 
 def test_a_checkpoint_said_twice_is_recorded_once(engine: Engine, store: Store) -> None:
     lease, before = claim(store, create(store))
     after = step(before)
-    store.checkpoint(lease, before, after)
+    store.leases.checkpoint(lease, before, after)
     once = rows(engine)
-    assert store.checkpoint(lease, before, after) == Flags(False, False)
+    assert store.leases.checkpoint(lease, before, after) == Flags(False, False)
     twice = rows(engine)
     put(engine, lease.job_id, lease_until=0.0)
     with pytest.raises(IntegrityError):
-        store.checkpoint(lease, before, step(before, FakePolicy(lambda _r, _s: said("another"))))
+        store.leases.checkpoint(lease, before, step(before, FakePolicy(lambda _r, _s: said("another"))))
     assert {**twice, "jobs": 0} == {**once, "jobs": 0}
-    assert store.get(lease.job_id).last_event == len(store.events(lease.job_id))
-    assert store.state(lease.job_id) == after
-    assert store.get(lease.job_id).lease_until == 0.0
+    assert store.jobs.get(lease.job_id).last_event == len(store.jobs.events(lease.job_id))
+    assert store.jobs.state(lease.job_id) == after
+    assert store.jobs.get(lease.job_id).lease_until == 0.0
 
 
 def test_a_worker_that_lost_its_lease_cannot_write(engine: Engine, store: Store) -> None:
     job_id = create(store)
     lost, before = claim(store, job_id, seconds=-1)
-    store.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
     # By the same worker: it is the fence that tells the two claims apart.
     held, state = claim(store, job_id, "worker-1")
-    store.checkpoint(held, state, step(state))
+    store.leases.checkpoint(held, state, step(state))
     everything = rows(engine)
     for write in (
-        lambda: store.checkpoint(lost, before, step(before)),
-        lambda: store.finish(lost, Outcome("completed", output="mine")),
-        lambda: store.release(lost),
-        lambda: store.release(lost, delay_seconds=3),
+        lambda: store.leases.checkpoint(lost, before, step(before)),
+        lambda: store.leases.finish(lost, Outcome("completed", output="mine")),
+        lambda: store.leases.release(lost),
+        lambda: store.leases.release(lost, delay_seconds=3),
     ):
         with pytest.raises(LeaseLost):
             write()
         assert rows(engine) == everything
-    assert store.renew("worker-2", [job_id], 30) == {}
-    assert store.look("worker-2", [job_id]) == {}
+    assert store.leases.renew("worker-2", [job_id], 30) == {}
+    assert store.leases.check("worker-2", [job_id]) == {}
     assert rows(engine) == everything
-    assert store.renew("worker-1", [job_id], 30)[job_id][0] == held.fence
+    assert store.leases.renew("worker-1", [job_id], 30)[job_id][0] == held.fence
 
 
 def test_renewing_prolongs_what_is_held_and_tells_the_flags(engine: Engine, store: Store) -> None:
     kept, cancelled, late, ended, other = (create(store, deadline_seconds=600) for _ in range(5))
     leases = {job_id: claim(store, job_id, seconds=1)[0] for job_id in (kept, cancelled, late, ended)}
     claim(store, other, "worker-2", seconds=1)
-    untouched = store.get(other).lease_until
-    store.cancel(cancelled)
+    untouched = store.jobs.get(other).lease_until
+    store.jobs.cancel(cancelled)
     put(engine, late, deadline_at=1.0)
-    store.finish(leases[ended], Outcome("completed", output="done"))
+    store.leases.finish(leases[ended], Outcome("completed", output="done"))
     expected = {kept: (1, Flags(False, False)), cancelled: (1, Flags(True, False)), late: (1, Flags(False, True))}
-    assert store.look("worker-1", [*leases, other]) == expected
-    assert store.renew("worker-1", [*leases, other], 500) == expected
+    assert store.leases.check("worker-1", [*leases, other]) == expected
+    assert store.leases.renew("worker-1", [*leases, other], 500) == expected
     for job_id in expected:
-        assert (store.get(job_id).lease_until or 0) > store.get(job_id).created_at + 400
-    assert store.get(other).lease_until == untouched
-    assert store.renew("worker-1", [], 30) == {}
+        assert (store.jobs.get(job_id).lease_until or 0) > store.jobs.get(job_id).created_at + 400
+    assert store.jobs.get(other).lease_until == untouched
+    assert store.leases.renew("worker-1", [], 30) == {}
 
 
 def test_a_checkpoint_prolongs_the_lease_and_tells_the_flags(engine: Engine, store: Store) -> None:
     lease, state = claim(store, create(store), seconds=500)
     put(engine, lease.job_id, lease_until=1.0, deadline_at=1.0)
-    assert store.checkpoint(lease, state, after := step(state)) == Flags(False, True)
-    assert (store.get(lease.job_id).lease_until or 0) > store.get(lease.job_id).created_at + 400
-    store.cancel(lease.job_id)
-    assert store.checkpoint(lease, after, step(after)) == Flags(True, True)
+    assert store.leases.checkpoint(lease, state, after := step(state)) == Flags(False, True)
+    assert (store.jobs.get(lease.job_id).lease_until or 0) > store.jobs.get(lease.job_id).created_at + 400
+    store.jobs.cancel(lease.job_id)
+    assert store.leases.checkpoint(lease, after, step(after)) == Flags(True, True)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +235,9 @@ def test_a_checkpoint_prolongs_the_lease_and_tells_the_flags(engine: Engine, sto
 def test_how_a_job_ends(engine: Engine, store: Store, outcome: Outcome) -> None:
     lease, state = claim(store, create(store))
     after = step(state)
-    store.checkpoint(lease, state, after)
-    assert store.finish(lease, outcome) == outcome.status
-    job = store.get(lease.job_id)
+    store.leases.checkpoint(lease, state, after)
+    assert store.leases.finish(lease, outcome) == outcome.status
+    job = store.jobs.get(lease.job_id)
     told: dict[str, Any] = {name: getattr(job, name) for name in vars(outcome)}
     assert told == vars(outcome)
     assert job.completed_at is not None
@@ -243,15 +245,15 @@ def test_how_a_job_ends(engine: Engine, store: Store, outcome: Outcome) -> None:
     assert event_types(store, job.id)[-1] == f"job.{outcome.status}"
     ended = rows(engine)
     for write in (
-        lambda: store.finish(lease, Outcome("completed", output="again")),
-        lambda: store.checkpoint(lease, after, step(after)),
-        lambda: store.release(lease),
+        lambda: store.leases.finish(lease, Outcome("completed", output="again")),
+        lambda: store.leases.checkpoint(lease, after, step(after)),
+        lambda: store.leases.release(lease),
     ):
         with pytest.raises(LeaseLost):
             write()
     assert claim_one(store, job.id, "worker-1", 30, **SERVES) is None
-    assert store.cancel(job.id).status == outcome.status
-    assert store.sweep(ring_again_seconds=-1, forget_worker_seconds=60) == []
+    assert store.jobs.cancel(job.id).status == outcome.status
+    assert store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60) == []
     assert rows(engine) == ended
 
 
@@ -260,27 +262,27 @@ def test_cancel_ends_a_waiting_job_at_once_and_asks_a_running_one(engine: Engine
     put(engine, paused, status="paused", phase="sampling")
     lease, state = claim(store, running)
     for job_id in (queued, paused):
-        job = store.cancel(job_id)
+        job = store.jobs.cancel(job_id)
         assert (job.status, job.phase) == ("cancelled", None)
         assert job.completed_at is not None
         assert job.cancel_requested_at is not None
         assert event_types(store, job_id)[-1] == "job.cancelled"
-    job = store.cancel(running)
+    job = store.jobs.cancel(running)
     assert (job.status, job.completed_at) == ("cancelling", None)
     asked = rows(engine)
-    assert store.cancel(running).status == "cancelling"
+    assert store.jobs.cancel(running).status == "cancelling"
     assert rows(engine) == asked
-    store.checkpoint(lease, state, step(state))
-    assert store.finish(lease, Outcome("completed", output="too late")) == "cancelled"
-    assert store.get(running).output is None
+    store.leases.checkpoint(lease, state, step(state))
+    assert store.leases.finish(lease, Outcome("completed", output="too late")) == "cancelled"
+    assert store.jobs.get(running).output is None
     types = event_types(store, running)
     assert (types.count("job.cancelling"), types[-1]) == (1, "job.cancelled")
 
 
 def test_releasing_without_a_delay_gives_the_attempt_back(store: Store) -> None:
     lease, _ = claim(store, create(store))
-    store.release(lease)
-    job = store.get(lease.job_id)
+    store.leases.release(lease)
+    job = store.jobs.get(lease.job_id)
     assert (job.status, job.attempt, job.fence, job.next_attempt_at) == ("queued", 0, 1, None)
     assert (job.lease_owner, job.lease_until) == (None, None)
     assert event_types(store, job.id)[-1] == "job.retrying"
@@ -289,14 +291,14 @@ def test_releasing_without_a_delay_gives_the_attempt_back(store: Store) -> None:
 
 def test_releasing_with_a_delay_counts_the_attempt_and_waits(engine: Engine, store: Store) -> None:
     lease, _ = claim(store, create(store))
-    store.release(lease, delay_seconds=60)
-    job = store.get(lease.job_id)
+    store.leases.release(lease, delay_seconds=60)
+    job = store.jobs.get(lease.job_id)
     assert (job.status, job.attempt) == ("queued", 1)
     assert job.next_attempt_at is not None
     assert claim_one(store, job.id, "worker-2", 30, **SERVES) is None
-    assert store.sweep(ring_again_seconds=60, forget_worker_seconds=60) == []
+    assert store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60) == []
     put(engine, job.id, next_attempt_at=job.created_at)
-    due = [store.sweep(ring_again_seconds=60, forget_worker_seconds=60) for _ in range(2)]
+    due = [store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60) for _ in range(2)]
     assert [[bell.job_id for bell in bells] for bells in due] == [[job.id], []]
     assert claim(store, job.id, "worker-2")[0].attempt == 2
 
@@ -304,34 +306,34 @@ def test_releasing_with_a_delay_counts_the_attempt_and_waits(engine: Engine, sto
 def test_releasing_a_job_that_was_cancelled_ends_it(store: Store) -> None:
     for delay in (None, 5.0):
         lease, _ = claim(store, create(store))
-        store.cancel(lease.job_id)
-        store.release(lease, delay_seconds=delay)
-        assert store.get(lease.job_id).status == "cancelled"
+        store.jobs.cancel(lease.job_id)
+        store.leases.release(lease, delay_seconds=delay)
+        assert store.jobs.get(lease.job_id).status == "cancelled"
 
 
 def test_workers_that_were_heard_of(engine: Engine, store: Store) -> None:
-    store.register("worker-1", slots=4, **SERVES)
-    store.register("worker-2", slots=2, **SERVES)
-    store.register("worker-1", slots=8, **SERVES)
-    assert {(w.id, w.slots) for w in store.workers(60)} == {("worker-1", 8), ("worker-2", 2)}
-    store.unregister("worker-2")
-    assert [w.id for w in store.workers(60)] == ["worker-1"]
-    assert store.workers(-1) == []
+    store.workers.register("worker-1", slots=4, **SERVES)
+    store.workers.register("worker-2", slots=2, **SERVES)
+    store.workers.register("worker-1", slots=8, **SERVES)
+    assert {(w.id, w.slots) for w in store.workers.live(60)} == {("worker-1", 8), ("worker-2", 2)}
+    store.workers.deregister("worker-2")
+    assert [w.id for w in store.workers.live(60)] == ["worker-1"]
+    assert store.workers.live(-1) == []
 
 
 def test_events_are_paged_by_their_number(store: Store) -> None:
     lease, state = claim(store, create(store))
     drive(store, lease, state)
-    numbers = [e.number for e in store.events(lease.job_id)]
-    assert [e.number for e in store.events(lease.job_id, after=3, limit=2)] == [4, 5]
-    assert store.events(lease.job_id, after=numbers[-1]) == []
+    numbers = [e.number for e in store.jobs.events(lease.job_id)]
+    assert [e.number for e in store.jobs.events(lease.job_id, after=3, limit=2)] == [4, 5]
+    assert store.jobs.events(lease.job_id, after=numbers[-1]) == []
 
 
 def ended_in(store: Store, engine: Engine, status: Status) -> tuple[str, State]:
     """A job with a record that has ended in this status."""
     lease, state = claim(store, create(store))
-    store.checkpoint(lease, state, after := step(state))
-    store.finish(lease, Outcome(status))
+    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.finish(lease, Outcome(status))
     return lease.job_id, after
 
 
@@ -354,4 +356,4 @@ def test_the_database_itself_keeps_what_has_ended(engine: Engine, store: Store, 
     with pytest.raises(IntegrityError):
         put(engine, create(store), status="no such status")
     assert {**rows(engine), "jobs": 0, "events": 0} == {**before, "jobs": 0, "events": 0}
-    assert store.get(job_id).status == status
+    assert store.jobs.get(job_id).status == status

@@ -14,18 +14,20 @@ from sqlalchemy import Engine, event, make_url, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from tests.fakes import new_state, step
-from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
-from tests.services import new_database, postgres_server
-from tests.support.isolation import free_port
-from tests.support.waiting import eventually
-from tpo.errors import DatabaseRefused, ExternalIdTaken, LeaseLost, StoreUnavailable
-from tpo.jobs import turns
-from tpo.jobs.database import asking, connect, now, reading, write, writing
-from tpo.jobs.schema import check, upgrade
-from tpo.jobs.store import Outcome, Store
-from tpo.jobs.tables import Job, Tenant
-from tpo.status import Status
+from testing.fakes import new_state, step
+from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
+from testing.ports import free_port
+from testing.services import new_database, postgres_server
+from testing.waiting import eventually
+from tpo.core.errors import DatabaseRefused, ExternalIdTaken, LeaseLost, StoreUnavailable
+from tpo.core.status import Status
+from tpo.db import asking, connect, now, reading, write, writing
+from tpo.db.schema import check, upgrade
+from tpo.jobs import claims
+from tpo.jobs.outcomes import Outcome
+from tpo.jobs.tables import Job
+from tpo.store import Store
+from tpo.tenants.tables import Tenant
 
 
 def at_once(*actions: Callable[[], object]) -> list[object]:
@@ -48,7 +50,7 @@ def test_of_eight_that_race_one_claims(store: Store) -> None:
         job_id = create(store)
         claims = at_once(*[partial(claim_one, store, job_id, f"worker-{w}", 30, **SERVES) for w in range(8)])
         assert sum(c is not None for c in claims) == 1
-        assert (store.get(job_id).attempt, store.get(job_id).fence) == (1, 1)
+        assert (store.jobs.get(job_id).attempt, store.jobs.get(job_id).fence) == (1, 1)
         assert event_types(store, job_id) == ["job.queued", "job.started", "job.phase"]
 
 
@@ -56,11 +58,11 @@ def test_cancel_against_finish_gives_one_end(store: Store) -> None:
     for _ in range(20):
         lease, state = claim(store, create(store))
         at_once(
-            partial(store.cancel, lease.job_id),
-            partial(store.finish, lease, Outcome("completed", output="the answer")),
-            partial(store.checkpoint, lease, state, step(state)),
+            partial(store.jobs.cancel, lease.job_id),
+            partial(store.leases.finish, lease, Outcome("completed", output="the answer")),
+            partial(store.leases.checkpoint, lease, state, step(state)),
         )
-        job = store.get(lease.job_id)
+        job = store.jobs.get(lease.job_id)
         types = event_types(store, lease.job_id)
         assert job.status in ("completed", "cancelled")
         assert [t for t in types if t in ("job.completed", "job.cancelled")] == [types[-1]] == [f"job.{job.status}"]
@@ -70,10 +72,13 @@ def test_cancel_against_finish_gives_one_end(store: Store) -> None:
 def test_no_cancel_is_lost_beside_a_release(store: Store) -> None:
     for round_number in range(20):
         lease, _ = claim(store, create(store), seconds=-1)
-        sweep = partial(store.sweep, ring_again_seconds=60, forget_worker_seconds=60)
-        at_once(partial(store.cancel, lease.job_id), partial(store.release, lease) if round_number % 2 else sweep)
+        sweep = partial(store.maintenance.sweep, ring_again_seconds=60, forget_worker_seconds=60)
+        at_once(
+            partial(store.jobs.cancel, lease.job_id),
+            partial(store.leases.release, lease) if round_number % 2 else sweep,
+        )
         sweep()
-        assert store.get(lease.job_id).status == "cancelled"
+        assert store.jobs.get(lease.job_id).status == "cancelled"
         assert event_types(store, lease.job_id)[-1] == "job.cancelled"
 
 
@@ -83,23 +88,25 @@ def test_sweeps_beside_each_other_and_beside_work(store: Store) -> None:
         claim(store, job_id, seconds=-1)
 
     def sweep() -> list[str]:
-        return [b.job_id for _ in range(3) for b in store.sweep(ring_again_seconds=60, forget_worker_seconds=60)]
+        return [
+            b.job_id for _ in range(3) for b in store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+        ]
 
-    rung = at_once(sweep, sweep, sweep, partial(store.renew, "worker-1", jobs, 30))
+    rung = at_once(sweep, sweep, sweep, partial(store.leases.renew, "worker-1", jobs, 30))
     heard = {job_id for bells in rung[:3] for job_id in bells}  # type: ignore[attr-defined]
-    queued = {job_id for job_id in jobs if store.get(job_id).status == "queued"}
+    queued = {job_id for job_id in jobs if store.jobs.get(job_id).status == "queued"}
     assert bool(heard) == bool(queued)
     assert heard <= queued
     for job_id in jobs:
-        assert store.get(job_id).status in ("queued", "in_progress")
+        assert store.jobs.get(job_id).status in ("queued", "in_progress")
         assert event_types(store, job_id).count("job.retrying") == (job_id in queued)
 
 
 def test_events_have_no_gap_when_many_write(store: Store) -> None:
     leases = [claim(store, create(store, new_state(sample_size=1, max_iterations=2))) for _ in range(4)]
     actions: list[Callable[[], object]] = [partial(drive, store, *held) for held in leases]
-    actions += [partial(store.cancel, lease.job_id) for lease, _ in leases[:2]]
-    actions += [lambda: store.renew("worker-1", [lease.job_id for lease, _ in leases], 30)] * 2
+    actions += [partial(store.jobs.cancel, lease.job_id) for lease, _ in leases[:2]]
+    actions += [lambda: store.leases.renew("worker-1", [lease.job_id for lease, _ in leases], 30)] * 2
     at_once(*actions)
     for number, (lease, _) in enumerate(leases):
         types = event_types(store, lease.job_id)
@@ -110,21 +117,21 @@ def test_events_have_no_gap_when_many_write(store: Store) -> None:
 @pytest.mark.parametrize("status", ["completed", "failed"])
 def test_an_end_whose_answer_was_lost_is_told_as_it_stands(store: Store, status: Status) -> None:
     lease, _ = claim(store, create(store))
-    assert store.finish(lease, Outcome(status)) == status
+    assert store.leases.finish(lease, Outcome(status)) == status
     before = event_types(store, lease.job_id)
-    assert store.finish(lease, Outcome(status)) == status
+    assert store.leases.finish(lease, Outcome(status)) == status
     assert event_types(store, lease.job_id) == before
 
 
 def test_a_release_whose_answer_was_lost_is_told_as_it_stands(store: Store) -> None:
     lease, _ = claim(store, create(store))
-    assert store.release(lease) == "queued"
+    assert store.leases.release(lease) == "queued"
     before = event_types(store, lease.job_id)
-    assert store.release(lease) == "queued"
+    assert store.leases.release(lease) == "queued"
     assert event_types(store, lease.job_id) == before
-    assert store.get(lease.job_id).attempt == 0
+    assert store.jobs.get(lease.job_id).attempt == 0
     claim(store, lease.job_id, "worker-2")
-    for refused in (partial(store.release, lease), partial(store.finish, lease, Outcome("completed"))):
+    for refused in (partial(store.leases.release, lease), partial(store.leases.finish, lease, Outcome("completed"))):
         with pytest.raises(LeaseLost):
             refused()
 
@@ -133,13 +140,13 @@ def test_a_job_that_no_version_can_read_ends_after_its_attempts(engine: Engine, 
     job_id = create(store, max_attempts=2)
     put(engine, job_id, params={"mode": "of the future"})
     assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None
-    job = store.get(job_id)
+    job = store.jobs.get(job_id)
     assert (job.status, job.lease_owner, job.attempt) == ("queued", None, 1)
     assert job.next_attempt_at is not None
     assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None  # it waits
     put(engine, job_id, next_attempt_at=None)
     assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None
-    job = store.get(job_id)
+    job = store.jobs.get(job_id)
     assert (job.status, job.error_code, job.lease_owner) == ("failed", "unreadable_record", None)
     assert event_types(store, job_id) == ["job.queued", "job.retrying", "job.failed"]
 
@@ -157,14 +164,14 @@ def test_a_process_whose_clock_is_wrong_changes_nothing(store: Store, monkeypatc
         set_clock(off)
         lease, state = claim(store, create(store, deadline_seconds=300), seconds=30)
         ids.append(lease.job_id)
-        assert store.sweep(ring_again_seconds=15, forget_worker_seconds=60) == []
-        flags = store.checkpoint(lease, state, step(state))
+        assert store.maintenance.sweep(ring_again_seconds=15, forget_worker_seconds=60) == []
+        flags = store.leases.checkpoint(lease, state, step(state))
         assert not flags.past_deadline
-        job = store.get(lease.job_id)
+        job = store.jobs.get(lease.job_id)
         for told in (job.created_at, job.started_at, (job.lease_until or 0) - 30, (job.deadline_at or 0) - 300):
             assert told == pytest.approx(seconds(), abs=20)
         assert int(job.id[4:16], 16) / 1000 == pytest.approx(job.created_at, abs=20)
-    assert [store.get(job_id).status for job_id in ids] == ["in_progress"] * 3
+    assert [store.jobs.get(job_id).status for job_id in ids] == ["in_progress"] * 3
 
 
 def test_what_waits_for_sqlite_is_committed_together_and_fails_alone(tmp_path: Path) -> None:
@@ -187,7 +194,7 @@ def test_what_waits_for_sqlite_is_committed_together_and_fails_alone(tmp_path: P
             asked[2].result()
         made = [future.result() for future in asked[:2] + asked[3:]]
     assert len(commits) == 2
-    assert sorted(job.id for job in store.page(limit=9)) == sorted([taken, *made])
+    assert sorted(job.id for job in store.jobs.page(limit=9)) == sorted([taken, *made])
     assert [event_types(store, job_id) for job_id in made] == [["job.queued"]] * 4
     engine.dispose()
 
@@ -209,7 +216,7 @@ def test_nobody_is_told_of_what_the_commit_did_not_keep(sqlite: Engine) -> None:
             with pytest.raises(StoreUnavailable):
                 each.result()
     event.remove(sqlite, "commit", fail)
-    assert store.page(limit=9) == []
+    assert store.jobs.page(limit=9) == []
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
@@ -220,10 +227,10 @@ def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
     store = Store(engine)
     for ask in (
         store.ping,
-        partial(store.get, "job_1"),
+        partial(store.jobs.get, "job_1"),
         partial(create, store),
-        partial(store.claim_next, "worker-1", 30, **SERVES),
-        partial(store.sweep, ring_again_seconds=1, forget_worker_seconds=1),
+        partial(store.leases.claim, "worker-1", 30, **SERVES),
+        partial(store.maintenance.sweep, ring_again_seconds=1, forget_worker_seconds=1),
     ):
         with pytest.raises(StoreUnavailable):
             ask()
@@ -268,9 +275,9 @@ def test_postgresql_connections_that_die_in_the_pool_are_replaced(postgres: Engi
     store = Store(postgres)
     lease, state = claim(store, create(store))
     kill_backends(postgres)
-    store.checkpoint(lease, state, after := step(state))
+    store.leases.checkpoint(lease, state, after := step(state))
     kill_backends(postgres)
-    assert store.state(lease.job_id) == after
+    assert store.jobs.state(lease.job_id) == after
 
 
 def test_a_postgresql_connection_that_dies_in_a_transaction_writes_nothing(postgres: Engine) -> None:
@@ -295,18 +302,18 @@ def test_a_postgresql_connection_that_dies_while_it_waits_for_its_turn_is_told(
 ) -> None:
     store = Store(postgres)
     create(store)
-    monkeypatch.setattr(turns, "_PATIENCE_MILLISECONDS", 60_000)
+    monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 60_000)
     waits = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND wait_event = 'advisory'")
     with ThreadPoolExecutor(1) as thread:
         with writing(postgres) as session:
-            turns._wait_for_turn(session, turns.Pair("policy", "reward"))
-            claims = thread.submit(store.claim_next, "worker-1", 30, **SERVES)
+            claims._wait_for_turn(session, claims.Pair("policy", "reward"))
+            claimed = thread.submit(store.leases.claim, "worker-1", 30, **SERVES)
             with asking(postgres) as connection:
                 pid = eventually(lambda: connection.scalar(waits), why="the claim waits for its turn")
                 connection.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
         with pytest.raises(StoreUnavailable):
-            claims.result()
-    assert store.claim_next("worker-1", 30, **SERVES)
+            claimed.result()
+    assert store.leases.claim("worker-1", 30, **SERVES)
 
 
 def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> None:
@@ -315,9 +322,9 @@ def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> No
     with writing(postgres) as session:
         session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '20s'"))  # a sweep that waits fails
         session.execute(update(Job).where(Job.id == locked).values(input_tokens=1))
-        rung = [bell.job_id for bell in store.sweep(ring_again_seconds=60, forget_worker_seconds=60)]
+        rung = [bell.job_id for bell in store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)]
     assert rung == [lost]
-    assert store.get(locked).status == "in_progress"
+    assert store.jobs.get(locked).status == "in_progress"
 
 
 @pytest.mark.processes
@@ -330,14 +337,17 @@ def test_a_postgresql_that_becomes_a_standby_is_waited_for_until_it_is_promoted(
         server.stop()
         (server.folder / "standby.signal").touch()
         server.start()
-        for write_to_it in (partial(create, store), partial(store.checkpoint, lease, state, after := step(state))):
+        for write_to_it in (
+            partial(create, store),
+            partial(store.leases.checkpoint, lease, state, after := step(state)),
+        ):
             with pytest.raises(StoreUnavailable, match="can only be read: it is a standby"):
                 write_to_it()
-        assert store.state(lease.job_id) == state
+        assert store.jobs.state(lease.job_id) == state
         with psycopg.connect(server.url.replace("+psycopg", "", 1), autocommit=True) as admin:
             admin.execute("SELECT pg_promote()")
-        store.checkpoint(lease, state, after)
-        assert store.state(lease.job_id) == after
+        store.leases.checkpoint(lease, state, after)
+        assert store.jobs.state(lease.job_id) == after
         engine.dispose()
 
 
@@ -397,10 +407,10 @@ def test_what_sqlite_lacks_is_said_and_passes(sqlite: Engine, pragma: str, says:
     large = new_state(query="x" * 100_000)
     with pytest.raises(StoreUnavailable, match=says):
         create(store, large)
-    assert [job.id for job in store.page(limit=9)] == [made]
+    assert [job.id for job in store.jobs.page(limit=9)] == [made]
     event.remove(sqlite, "connect", prepare)
     sqlite.dispose()
-    assert store.state(create(store, large)) == large
+    assert store.jobs.state(create(store, large)) == large
 
 
 @pytest.fixture
@@ -422,7 +432,7 @@ def test_sqlite_writers_lose_no_update(sqlite: Engine) -> None:
                 session.execute(update(Job).where(Job.id == job_id).values(input_tokens=read + 1))
 
     at_once(*[count] * 4)
-    assert Store(sqlite).get(job_id).input_tokens == 100
+    assert Store(sqlite).jobs.get(job_id).input_tokens == 100
 
 
 def test_sqlite_readers_do_not_wait_for_a_writer(sqlite: Engine) -> None:
@@ -432,11 +442,11 @@ def test_sqlite_readers_do_not_wait_for_a_writer(sqlite: Engine) -> None:
     with writing(sqlite) as session:
         session.execute(update(Job).where(Job.id == job_id).values(model="uncommitted"))
         reader = Store(impatient)  # whoever waits for the writer here fails, for it goes on only afterwards
-        assert reader.get(job_id).model == "policy"
-        assert reader.state(job_id).params.sample_size == 2
-        assert [job.id for job in reader.page(limit=9)] == [job_id]
-        assert len(reader.events(job_id)) == 1
-        assert reader.look("worker-1", [job_id]) == {}
+        assert reader.jobs.get(job_id).model == "policy"
+        assert reader.jobs.state(job_id).params.sample_size == 2
+        assert [job.id for job in reader.jobs.page(limit=9)] == [job_id]
+        assert len(reader.jobs.events(job_id)) == 1
+        assert reader.leases.check("worker-1", [job_id]) == {}
     impatient.dispose()
 
 
@@ -444,9 +454,9 @@ def test_a_reader_sees_one_moment(engine: Engine, store: Store) -> None:
     lease, state = claim(store, create(store))
     with reading(engine) as session:
         seen = session.scalars(select(Job.phase).where(Job.id == lease.job_id)).one()
-        store.checkpoint(lease, state, step(state))
+        store.leases.checkpoint(lease, state, step(state))
         assert session.scalars(select(Job.phase).where(Job.id == lease.job_id)).one() == seen == "sampling"
-    assert store.get(lease.job_id).phase == "scoring"
+    assert store.jobs.get(lease.job_id).phase == "scoring"
 
 
 def test_work_whose_rows_are_refused_at_its_end_is_told_so_and_nobody_else(engine: Engine) -> None:

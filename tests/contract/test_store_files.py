@@ -3,26 +3,26 @@
 import pytest
 from sqlalchemy import Engine, select, update
 
-from tests.jobs import execute, rows
-from tpo.errors import BatchNotFound, FileNotFound
-from tpo.jobs.batch_tables import Batch, File, FilePart
-from tpo.jobs.database import reading, writing
-from tpo.jobs.files import append, insert_file
-from tpo.jobs.store import Store
+from testing.jobs import execute, rows
+from tpo.batches.files import append, insert_file
+from tpo.batches.tables import Batch, File, FilePart
+from tpo.core.errors import BatchNotFound, FileNotFound
+from tpo.db import reading, writing
 from tpo.settings import Settings
-from worker.retention import Purger
+from tpo.store import Store
+from worker.tasks.cleaner import Purger
 
 DAY = 24 * 3600.0
 
 
 def upload(store: Store, keep_seconds: float | None = None) -> str:
-    file_id = store.begin_file("a", "batch", keep_seconds)
-    store.append_part(file_id, b"x")
-    return store.complete_file(file_id).id
+    file_id = store.files.begin("a", "batch", keep_seconds)
+    store.files.append_part(file_id, b"x")
+    return store.files.complete(file_id).id
 
 
 def new_batch(store: Store, file_id: str) -> Batch:
-    return store.create_batch(
+    return store.batches.create(
         endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=DAY, metadata={}
     ).batch
 
@@ -35,8 +35,8 @@ def ended_batch(engine: Engine, store: Store, file_id: str) -> Batch:
         append(session, output, b"y")
         session.execute(update(File).where(File.id == output).values(complete=True))
         session.execute(update(Batch).where(Batch.id == batch.id).values(output_file_id=output))
-    store.refuse_batch(store.batch(batch.id), "empty_file", "")
-    return store.batch(batch.id)
+    store.batch_steps.refuse(store.batches.get(batch.id), "empty_file", "")
+    return store.batches.get(batch.id)
 
 
 def ids(engine: Engine) -> tuple[set[str], set[str], set[str]]:
@@ -49,8 +49,8 @@ def test_a_purge_forgets_files_and_batches_whose_time_is_over(engine: Engine, st
     old_input, young, read_now, expired = (upload(store) for _ in range(4))
     old = ended_batch(engine, store, old_input)
     working = new_batch(store, read_now)
-    another_s = upload(store.of("acme"))
-    unfinished = store.begin_file("a", "batch")
+    another_s = upload(store.for_tenant("acme"))
+    unfinished = store.files.begin("a", "batch")
     aged = (old_input, read_now, another_s, unfinished)
     execute(engine, f"UPDATE files SET created_at = created_at - {31 * DAY} WHERE id IN {aged}")
     execute(engine, f"UPDATE batches SET ended_at = ended_at - {31 * DAY} WHERE id = '{old.id}'")
@@ -72,10 +72,10 @@ def test_a_purge_forgets_files_and_batches_whose_time_is_over(engine: Engine, st
 def test_a_batch_is_forgotten_by_its_owner_alone(engine: Engine, store: Store) -> None:
     batch = ended_batch(engine, store, upload(store))
     with pytest.raises(BatchNotFound):
-        store.of("acme").forget_batch(batch.id)
+        store.for_tenant("acme").batches.delete(batch.id)
     assert batch.output_file_id
-    assert store.file(batch.output_file_id)
-    store.forget_batch(batch.id)
+    assert store.files.get(batch.output_file_id)
+    store.batches.delete(batch.id)
     with pytest.raises(FileNotFound):
-        store.file(batch.output_file_id)
+        store.files.get(batch.output_file_id)
     assert ids(engine)[2] == set()

@@ -7,23 +7,26 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine
 
+from testing.fakes import FakePolicy, FakeReward, go_on, new_state, step
+from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
 from tests.contract.test_store_faults import at_once
-from tests.fakes import FakePolicy, FakeReward, go_on, new_state, step
-from tests.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
-from tpo.errors import JobNotFound, WrongState
-from tpo.jobs.store import Flags, Outcome, Store, extended, outcome_of_run, retried
+from tpo.core.errors import JobNotFound, WrongState
+from tpo.core.run import run
+from tpo.core.state import State
+from tpo.core.status import TERMINAL, Status
+from tpo.jobs.leases import Flags
+from tpo.jobs.lifecycle import extended, retried
+from tpo.jobs.outcomes import Outcome, outcome_of_run
 from tpo.jobs.tables import Job
-from tpo.run import run
-from tpo.state import State
-from tpo.status import TERMINAL, Status
+from tpo.store import Store
 
 
 def sweep(store: Store) -> list[str]:
-    return [bell.job_id for bell in store.sweep(ring_again_seconds=60, forget_worker_seconds=60)]
+    return [bell.job_id for bell in store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)]
 
 
 def go_on_from(store: Store, job_id: str, state: State) -> Job:
-    made = store.go_on_from(
+    made = store.jobs.create_from(
         job_id, state, once=None, limits=None, max_attempts=3, model="policy", reward_model="reward"
     )
     return made.job
@@ -31,80 +34,80 @@ def go_on_from(store: Store, job_id: str, state: State) -> Job:
 
 def test_a_queued_job_is_paused_at_once_and_resumed(engine: Engine, store: Store) -> None:
     job_id = create(store)
-    assert store.pause(job_id).status == "paused"
+    assert store.jobs.pause(job_id).status == "paused"
     paused = rows(engine)
-    assert store.pause(job_id).status == "paused"
+    assert store.jobs.pause(job_id).status == "paused"
     assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
-    assert store.sweep(ring_again_seconds=-1, forget_worker_seconds=60) == []
+    assert store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60) == []
     assert rows(engine) == paused
-    assert store.resume(job_id).status == "queued"
-    assert store.resume(job_id).status == "queued"
+    assert store.jobs.resume(job_id).status == "queued"
+    assert store.jobs.resume(job_id).status == "queued"
     assert event_types(store, job_id) == ["job.queued", "job.paused", "job.resumed"]
     assert claim(store, job_id)
 
 
 def test_a_running_job_is_paused_when_its_worker_hands_it_back(store: Store) -> None:
     lease, state = claim(store, create(store))
-    store.checkpoint(lease, state, after := step(state))
-    job = store.pause(lease.job_id)
+    store.leases.checkpoint(lease, state, after := step(state))
+    job = store.jobs.pause(lease.job_id)
     assert (job.status, job.pause_requested_at is not None) == ("in_progress", True)
-    assert store.look("worker-1", [lease.job_id])[lease.job_id][1] == Flags(False, False, True)
-    assert store.release(lease) == "paused"
-    job = store.get(lease.job_id)
+    assert store.leases.check("worker-1", [lease.job_id])[lease.job_id][1] == Flags(False, False, True)
+    assert store.leases.release(lease) == "paused"
+    job = store.jobs.get(lease.job_id)
     assert (job.status, job.attempt, job.pause_requested_at, job.lease_owner) == ("paused", 0, None, None)
     assert event_types(store, job.id)[-1] == "job.paused"
-    store.resume(job.id)
+    store.jobs.resume(job.id)
     again, resumed = claim(store, job.id, "worker-2")
     assert (again.attempt, resumed) == (1, after)
 
 
 def test_a_pause_is_taken_back(store: Store) -> None:
     lease, _ = claim(store, create(store))
-    store.pause(lease.job_id)
-    assert store.resume(lease.job_id).pause_requested_at is None
-    assert store.look("worker-1", [lease.job_id])[lease.job_id][1] == Flags(False, False)
-    assert store.release(lease) == "queued"
+    store.jobs.pause(lease.job_id)
+    assert store.jobs.resume(lease.job_id).pause_requested_at is None
+    assert store.leases.check("worker-1", [lease.job_id])[lease.job_id][1] == Flags(False, False)
+    assert store.leases.release(lease) == "queued"
 
 
 @pytest.mark.parametrize("how", ["failed attempt", "lost worker"])
 def test_a_pause_outlives_the_worker(store: Store, how: str) -> None:
     lease, _ = claim(store, create(store), seconds=-1)
-    store.pause(lease.job_id)
+    store.jobs.pause(lease.job_id)
     if how == "lost worker":
         assert sweep(store) == []
     else:
-        assert store.release(lease, delay_seconds=5) == "paused"
-    job = store.get(lease.job_id)
+        assert store.leases.release(lease, delay_seconds=5) == "paused"
+    job = store.jobs.get(lease.job_id)
     assert (job.status, job.attempt, job.pause_requested_at) == ("paused", 1, None)
-    store.resume(job.id)
+    store.jobs.resume(job.id)
 
 
 def test_a_paused_job_has_a_deadline_and_an_end(engine: Engine, store: Store) -> None:
     late, unwanted = create(store, deadline_seconds=600), create(store)
     for job_id in (late, unwanted):
-        store.pause(job_id)
+        store.jobs.pause(job_id)
     put(engine, late, deadline_at=1.0)
     sweep(store)
-    assert store.get(late).status == "expired"
-    assert store.cancel(unwanted).status == "cancelled"
+    assert store.jobs.get(late).status == "expired"
+    assert store.jobs.cancel(unwanted).status == "cancelled"
 
 
 def test_cancel_wins_over_pause(store: Store) -> None:
     lease, _ = claim(store, create(store))
-    store.pause(lease.job_id)
-    assert store.cancel(lease.job_id).pause_requested_at is None
-    for ask in (store.pause, store.resume):
+    store.jobs.pause(lease.job_id)
+    assert store.jobs.cancel(lease.job_id).pause_requested_at is None
+    for ask in (store.jobs.pause, store.jobs.resume):
         with pytest.raises(WrongState):
             ask(lease.job_id)
-    assert store.release(lease) == "cancelled"
+    assert store.leases.release(lease) == "cancelled"
 
 
 @pytest.mark.parametrize("status", TERMINAL)
 def test_what_has_ended_is_neither_paused_nor_resumed(engine: Engine, store: Store, status: Status) -> None:
     lease, _ = claim(store, create(store))
-    store.finish(lease, Outcome(status))
+    store.leases.finish(lease, Outcome(status))
     before = rows(engine)
-    for ask in (store.pause, store.resume, store.retry_now):
+    for ask in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now):
         with pytest.raises(WrongState):
             ask(lease.job_id)
     assert rows(engine) == before
@@ -114,14 +117,14 @@ def test_pause_resume_and_cancel_race_with_work(store: Store) -> None:
     for _ in range(10):
         lease, state = claim(store, create(store, new_state(sample_size=1, max_iterations=1)))
         actions: list[Callable[[], object]] = [
-            partial(store.pause, lease.job_id),
-            partial(store.resume, lease.job_id),
-            partial(store.checkpoint, lease, state, step(state)),
-            partial(store.release, lease),
+            partial(store.jobs.pause, lease.job_id),
+            partial(store.jobs.resume, lease.job_id),
+            partial(store.leases.checkpoint, lease, state, step(state)),
+            partial(store.leases.release, lease),
         ]
         random.shuffle(actions)
         at_once(*actions)
-        job = store.get(lease.job_id)
+        job = store.jobs.get(lease.job_id)
         assert job.status in ("queued", "paused")
         types = event_types(store, job.id)
         assert types.count("job.paused") - types.count("job.resumed") == (job.status == "paused")
@@ -129,30 +132,30 @@ def test_pause_resume_and_cancel_race_with_work(store: Store) -> None:
 
 def test_a_job_that_waits_is_retried_at_once(store: Store) -> None:
     lease, _ = claim(store, create(store))
-    store.release(lease, delay_seconds=500)
+    store.leases.release(lease, delay_seconds=500)
     assert claim_one(store, lease.job_id, "worker-1", 30, **SERVES) is None
-    assert store.retry_now(lease.job_id).next_attempt_at is None
+    assert store.jobs.retry_now(lease.job_id).next_attempt_at is None
     assert claim(store, lease.job_id)[0].attempt == 2
 
 
 def test_retrying_goes_on_from_the_record_in_a_new_job(store: Store) -> None:
     lease, state = claim(store, create(store))
-    store.checkpoint(lease, state, after := step(state))
-    store.finish(lease, Outcome("failed", error_code="worker_lost", error_message="lost"))
-    old = store.get(lease.job_id)
-    made = go_on_from(store, old.id, retried(old, store.state(old.id)))
+    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.finish(lease, Outcome("failed", error_code="worker_lost", error_message="lost"))
+    old = store.jobs.get(lease.job_id)
+    made = go_on_from(store, old.id, retried(old, store.jobs.state(old.id)))
     assert (made.status, made.source_id, made.input_tokens) == ("queued", old.id, 0)
-    assert store.state(made.id) == after.model_copy(update={"calls": ()})
-    assert store.get(old.id).status == "failed"
+    assert store.jobs.state(made.id) == after.model_copy(update={"calls": ()})
+    assert store.jobs.get(old.id).status == "failed"
     with pytest.raises(WrongState):
         retried(made, state)
 
 
 def test_a_job_without_usable_samples_is_retried_with_another_seed(store: Store) -> None:
     lease, state = claim(store, create(store))
-    store.checkpoint(lease, state, after := step(state))
-    store.finish(lease, Outcome("failed", error_code="no_usable_sample", error_message="none"))
-    again = retried(store.get(lease.job_id), after)
+    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.finish(lease, Outcome("failed", error_code="no_usable_sample", error_message="none"))
+    again = retried(store.jobs.get(lease.job_id), after)
     assert again.candidates == ()
     assert again.params.seed != after.params.seed
 
@@ -161,8 +164,8 @@ def test_a_job_without_usable_samples_is_retried_with_another_seed(store: Store)
 def test_extending_gives_what_a_longer_job_would_have_given(store: Store, mode: str) -> None:
     lease, state = claim(store, create(store, new_state(mode=mode, sample_size=3, max_iterations=1, seed=5)))
     ended = drive(store, lease, state)
-    store.finish(lease, Outcome("completed", output="short"))
-    old = store.get(lease.job_id)
+    store.leases.finish(lease, Outcome("completed", output="short"))
+    old = store.jobs.get(lease.job_id)
     more = extended(old, ended, 2)
     made = go_on_from(store, old.id, more)
     assert (made.iteration, made.best_candidate, made.best_reward) == (2, old.best_candidate, old.best_reward)
@@ -178,7 +181,7 @@ def test_extending_gives_what_a_longer_job_would_have_given(store: Store, mode: 
     )
     assert (last.candidates, last.iterations) == (straight.candidates, straight.iterations)
     assert last.calls[-1].number == len(last.calls) == len(straight.calls) - len(ended.calls)
-    assert store.state(old.id) == ended
+    assert store.jobs.state(old.id) == ended
 
 
 def falls(text: str) -> float:
@@ -191,10 +194,10 @@ def test_a_decline_stands_in_the_record_and_among_the_events(store: Store) -> No
     seen = []
     for _ in range(10):
         state, before = step(state, reward=FakeReward(falls)), state
-        store.checkpoint(lease, before, state)
-        seen.append(store.get(lease.job_id).declined_iteration)
+        store.leases.checkpoint(lease, before, state)
+        seen.append(store.jobs.get(lease.job_id).declined_iteration)
     assert seen == [None] * 5 + [1] * 4 + [2]
-    told = [e for e in store.events(lease.job_id) if e.type == "job.iteration.declined"]
+    told = [e for e in store.jobs.events(lease.job_id) if e.type == "job.iteration.declined"]
     assert [e.data for e in told] == [
         {"iteration": 1, "mean_reward": -1.0, "mean_reward_before": 0.0},
         {"iteration": 2, "mean_reward": -2.0, "mean_reward_before": -1.0},
@@ -208,8 +211,8 @@ def test_a_job_that_was_given_up_can_be_extended(store: Store) -> None:
     lease, state = claim(store, create(store, new_state(sample_size=2, max_iterations=3, early_stop=rule)))
     ended = drive(store, lease, state)
     assert len(ended.iterations) == 1
-    store.finish(lease, outcome_of_run(ended))
-    old = store.get(lease.job_id)
+    store.leases.finish(lease, outcome_of_run(ended))
+    old = store.jobs.get(lease.job_id)
     assert (old.status, old.stop_reason) == ("completed", "early_stop")
     made = go_on_from(store, old.id, extended(old, ended, 1))
     assert (made.iteration, made.phase, made.stop_reason) == (2, "critique", None)
@@ -222,8 +225,8 @@ def test_a_budget_in_the_middle_of_an_iteration_completes_none(store: Store) -> 
     lease, state = claim(store, create(store, state))
     ended = drive(store, lease, state)
     assert [c.kind for c in ended.calls] == ["sample", "score", "loss"]
-    store.finish(lease, outcome_of_run(ended))
-    job = store.get(lease.job_id)
+    store.leases.finish(lease, outcome_of_run(ended))
+    job = store.jobs.get(lease.job_id)
     assert (job.status, job.incomplete_reason, job.iteration) == ("incomplete", "max_seconds", 1)
     types = event_types(store, job.id)
     assert types.count("job.iteration.completed") == 1
@@ -234,19 +237,19 @@ def test_a_budget_in_the_middle_of_an_iteration_completes_none(store: Store) -> 
 
 def test_a_cancel_beside_the_end_of_a_run_tells_no_other_reason(store: Store) -> None:
     lease, _ = claim(store, create(store))
-    store.cancel(lease.job_id)
-    store.finish(lease, Outcome("completed", output="x", stop_reason="decline"))
-    job = store.get(lease.job_id)
+    store.jobs.cancel(lease.job_id)
+    store.leases.finish(lease, Outcome("completed", output="x", stop_reason="decline"))
+    job = store.jobs.get(lease.job_id)
     assert (job.status, job.stop_reason) == ("cancelled", None)
-    assert store.events(job.id)[-1].data == {}
+    assert store.jobs.events(job.id)[-1].data == {}
 
 
 def test_what_cannot_be_extended(store: Store) -> None:
     lease, state = claim(store, create(store))
     with pytest.raises(WrongState):
-        extended(store.get(lease.job_id), state, 1)
-    store.finish(lease, Outcome("cancelled"))
-    job = store.get(lease.job_id)
+        extended(store.jobs.get(lease.job_id), state, 1)
+    store.leases.finish(lease, Outcome("cancelled"))
+    job = store.jobs.get(lease.job_id)
     with pytest.raises(WrongState, match="no candidate"):
         extended(job, state, 1)
     scored = step(step(state))
@@ -260,22 +263,22 @@ def test_a_job_is_forgotten_with_all_its_texts(engine: Engine, store: Store) -> 
     empty = rows(engine)
     lease, state = claim(store, create(store))
     with pytest.raises(WrongState):
-        store.forget(lease.job_id)
+        store.jobs.delete(lease.job_id)
     drive(store, lease, state)
-    store.finish(lease, Outcome("completed", output="the answer"))
+    store.leases.finish(lease, Outcome("completed", output="the answer"))
     with pytest.raises(JobNotFound):
-        store.of("other").forget(lease.job_id)
-    store.forget(lease.job_id)
+        store.for_tenant("other").jobs.delete(lease.job_id)
+    store.jobs.delete(lease.job_id)
     assert rows(engine) == empty
     with pytest.raises(JobNotFound):
-        store.forget(lease.job_id)
+        store.jobs.delete(lease.job_id)
 
 
 def test_the_reader_s_news(store: Store) -> None:
     first, second = create(store), create(store)
     claim(store, first)
-    news = store.news({first: 1, second: 1, "job_none": 0})
+    news = store.events.new_events({first: 1, second: 1, "job_none": 0})
     assert [(e.job_id, e.number) for e in news.events] == [(first, 2), (first, 3)]
     assert news.gone == {"job_none"}
-    assert store.news({}).events == ()
-    assert len(store.news({**{f"job_{i}": 0 for i in range(1000)}, second: 0}).events) == 1
+    assert store.events.new_events({}).events == ()
+    assert len(store.events.new_events({**{f"job_{i}": 0 for i in range(1000)}, second: 0}).events) == 1

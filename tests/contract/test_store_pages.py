@@ -6,12 +6,13 @@ from typing import Literal, get_args
 
 import pytest
 
-from tests.jobs import claim, create
+from testing.jobs import claim, create
 from tests.support.databases import DATABASES, migrated_database
-from tpo.jobs.database import connect
-from tpo.jobs.store import Outcome, Store
+from tpo.core.status import Status
+from tpo.db import connect
+from tpo.jobs.outcomes import Outcome
 from tpo.jobs.tables import Job
-from tpo.status import Status
+from tpo.store import Store
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 METADATA: tuple[dict[str, str], ...] = ({}, {"a": "1"}, {"b": "2", "a": "1"}, {"a": "2"}, {"c": "1"})
@@ -31,13 +32,13 @@ def jobs(store: Store) -> list[Job]:
     """Jobs of one tenant among those of another, the oldest first."""
     ids = []
     for number, metadata in enumerate([*METADATA, *METADATA, *METADATA]):
-        create(store.of("other"), metadata=metadata)
+        create(store.for_tenant("other"), metadata=metadata)
         job_id = create(store, metadata=metadata)
         ids.append(job_id)
         if number % 3:
             lease, _ = claim(store, job_id)
-            store.finish(lease, Outcome("completed" if number % 2 else "failed"))
-    return sorted((store.get(job_id) for job_id in ids), key=lambda job: job.id)
+            store.leases.finish(lease, Outcome("completed" if number % 2 else "failed"))
+    return sorted((store.jobs.get(job_id) for job_id in ids), key=lambda job: job.id)
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -54,5 +55,5 @@ def test_any_filter(
     ]
     for after, limit in product((None, ordered[0].id, ordered[7].id, ordered[-1].id), (1, 4, 99)):
         follow = [i for i in matching if after is None or (i > after if order == "asc" else i < after)]
-        found = store.page(limit=limit, after=after, order=order, statuses=statuses, metadata=metadata)
+        found = store.jobs.page(limit=limit, after=after, order=order, statuses=statuses, metadata=metadata)
         assert [job.id for job in found] == follow[:limit]

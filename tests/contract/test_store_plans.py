@@ -9,17 +9,18 @@ from typing import Any, get_args
 import pytest
 from sqlalchemy import Engine, inspect
 
-from bench.filling import SERVES, Filled, fill, new_job, policy
-from tests.fakes import FakeReward, step
-from tests.jobs import claim_one
-from tests.plans import SMALL_TABLES, counted_steps, recorded, rows_read, scans
-from tests.services import new_database
-from tpo.jobs import schema
-from tpo.jobs.batches import NewLine
-from tpo.jobs.database import connect
-from tpo.jobs.store import Limits, Once, Outcome, Store
-from tpo.jobs.tables import Base
-from tpo.status import Status
+from testing.fakes import FakeReward, step
+from testing.jobs import claim_one
+from testing.seeding import SERVES, Filled, fill, new_job, policy
+from testing.services import new_database
+from tests.support.plans import SMALL_TABLES, counted_steps, recorded, rows_read, scans
+from tpo.batches.steps import NewLine
+from tpo.core.status import Status
+from tpo.db import Base, connect, schema
+from tpo.jobs.outcomes import Outcome
+from tpo.store import Store
+from tpo.tenants.idempotency import Once
+from tpo.tenants.tenants import Limits
 
 JOBS = 2000
 TIMES = 8
@@ -34,91 +35,91 @@ def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> s
     """A job as it goes from a client through a worker."""
     once = Once("body", secrets.token_hex(8))
     metadata = {"run": filled.run, "more": "x"}
-    job = store.submit(
+    job = store.jobs.submit(
         new_job(), once=once, limits=Limits(10_000, 10_000), metadata=metadata, max_attempts=3, **SERVES
     ).job
     claimed = claim_one(store, job.id, "worker-1", 3600, **SERVES)
     assert claimed
     lease, state = claimed
-    store.register("worker-1", slots=1, **SERVES)
-    store.renew("worker-1", [job.id], 3600)
-    store.look("worker-1", [job.id])
-    store.news({job.id: 1, filled.middle: 2})
+    store.workers.register("worker-1", slots=1, **SERVES)
+    store.leases.renew("worker-1", [job.id], 3600)
+    store.leases.check("worker-1", [job.id])
+    store.events.new_events({job.id: 1, filled.middle: 2})
     while (after := step(state, policy(), FakeReward())) is not state:
-        store.checkpoint(lease, state, after)
+        store.leases.checkpoint(lease, state, after)
         state = after
     if outcome is None:
-        store.release(lease)
+        store.leases.release(lease)
     else:
-        store.finish(lease, outcome)
+        store.leases.finish(lease, outcome)
     return job.id
 
 
 def client_changes(store: Store, filled: Filled) -> None:
     """What clients do to a job that waits, and to one that has ended."""
     job_id = whole_job(store, filled)
-    for change in (store.pause, store.resume, store.retry_now, store.cancel, store.forget):
+    for change in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now, store.jobs.cancel, store.jobs.delete):
         change(job_id)
 
 
 def sweep_lost(store: Store, filled: Filled) -> None:
-    job = store.create(new_job(), max_attempts=3, deadline_seconds=-1, **SERVES)
-    lost = store.create(new_job(), max_attempts=3, **SERVES).id
+    job = store.jobs.submit(new_job(), max_attempts=3, deadline_seconds=-1, **SERVES).job
+    lost = store.jobs.submit(new_job(), max_attempts=3, **SERVES).job.id
     assert claim_one(store, lost, "worker-2", -1, **SERVES)
-    bells = store.sweep(ring_again_seconds=3600, forget_worker_seconds=60)
+    bells = store.maintenance.sweep(ring_again_seconds=3600, forget_worker_seconds=60)
     assert [bell.model for bell in bells] == [SERVES["model"]]
-    assert store.get(lost).status == "queued"
-    assert store.get(job.id).status == "expired"
-    store.cancel(lost)
+    assert store.jobs.get(lost).status == "queued"
+    assert store.jobs.get(job.id).status == "expired"
+    store.jobs.cancel(lost)
 
 
 def webhooks(store: Store, filled: Filled) -> None:
-    hook = store.create_webhook("https://example.com/", ["job.completed"]).row
+    hook = store.webhooks.create("https://example.com/", ["job.completed"]).row
     whole_job(store, filled, Outcome("completed"))
-    store.ping_webhook(hook.id)
-    assert store.deliveries_page(hook.id, limit=LISTED)
-    first, second = store.due_deliveries(9)
-    parcel, other = store.claim_delivery(first, 60), store.claim_next_delivery(hook.id, 60)
+    store.webhooks.ping(hook.id)
+    assert store.webhooks.deliveries_page(hook.id, limit=LISTED)
+    first, second = store.deliveries.due(9)
+    parcel, other = store.deliveries.claim(first, 60), store.deliveries.claim_next(hook.id, 60)
     assert parcel
     assert other
     assert other.delivery_id == second
-    store.delivered(parcel)
-    store.not_delivered(other, "timeout", 5)
-    store.webhooks_page(limit=LISTED)
-    store.update_webhook(hook.id, {"enabled": False})
-    store.purge_deliveries(3600)
-    store.delete_webhook(hook.id)
+    store.deliveries.record_success(parcel)
+    store.deliveries.record_failure(other, "timeout", 5)
+    store.webhooks.page(limit=LISTED)
+    store.webhooks.update(hook.id, {"enabled": False})
+    store.deliveries.purge(3600)
+    store.webhooks.delete(hook.id)
 
 
 def batches(store: Store, filled: Filled) -> None:
-    file_id = store.begin_file("lines.jsonl", "batch")
-    store.append_part(file_id, b"{}\n")
-    store.complete_file(file_id)
-    store.files_page(limit=LISTED, purpose="batch")
-    made = store.create_batch(
+    file_id = store.files.begin("lines.jsonl", "batch")
+    store.files.append_part(file_id, b"{}\n")
+    store.files.complete(file_id)
+    store.files.page(limit=LISTED, purpose="batch")
+    made = store.batches.create(
         endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=3600, metadata={}
     ).batch
-    store.due_batches(0)
-    store.begin_batch(made, 1)
-    work = store.settle(made.id)
+    store.batch_steps.due(0)
+    store.batch_steps.begin(made, 1)
+    work = store.batch_steps.count_finished(made.id)
     assert work
     wanted: Any = (new_job(), {"max_attempts": 3, "metadata": None, **SERVES})
-    store.take_lines(work.batch, [NewLine(1, "a", wanted)], 3, 1)
-    (job_id,) = store.open_jobs(made.id, 9, waiting_only=True)
-    store.cancel(job_id)
-    work = store.settle(made.id)
+    store.batch_steps.create_jobs(work.batch, [NewLine(1, "a", wanted)], 3, 1)
+    (job_id,) = store.batch_steps.open_jobs(made.id, 9, waiting_only=True)
+    store.jobs.cancel(job_id)
+    work = store.batch_steps.count_finished(made.id)
     assert work
-    store.begin_files(work.batch)
-    batch = store.unended_batch(made.id)
+    store.batch_steps.begin_results(work.batch)
+    batch = store.batch_steps.unended(made.id)
     assert batch
-    store.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
-    batch = store.unended_batch(made.id)
+    store.batch_steps.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
+    batch = store.batch_steps.unended(made.id)
     assert batch
-    store.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
-    ended = store.batch(made.id)
+    store.batch_steps.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
+    ended = store.batches.get(made.id)
     assert ended.status == "completed"
-    store.batches_page(limit=LISTED)
-    store.delete_file(file_id)
+    store.batches.page(limit=LISTED)
+    store.files.delete(file_id)
 
 
 def page(**how: Any) -> Operation:
@@ -126,16 +127,16 @@ def page(**how: Any) -> Operation:
         after = filled.middle if how.get("from_the_middle") else None
         metadata = {key: filled.run if value == "RUN" else value for key, value in how.get("metadata", {}).items()}
         known = {key: value for key, value in how.items() if key not in ("from_the_middle", "metadata")}
-        store.page(limit=LISTED, after=after, metadata=metadata, **known)
+        store.jobs.page(limit=LISTED, after=after, metadata=metadata, **known)
 
     return read
 
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 READS: dict[str, Operation] = {
-    "get": lambda store, filled: store.get(filled.middle),
-    "state": lambda store, filled: store.state(filled.middle),
-    "events": lambda store, filled: store.events(filled.middle, 3),
+    "get": lambda store, filled: store.jobs.get(filled.middle),
+    "state": lambda store, filled: store.jobs.state(filled.middle),
+    "events": lambda store, filled: store.jobs.events(filled.middle, 3),
     "newest": page(),
     "middle": page(from_the_middle=True),
     "middle, oldest first": page(from_the_middle=True, order="asc"),
@@ -148,15 +149,15 @@ READS: dict[str, Operation] = {
     "metadata": page(metadata={"run": "RUN"}, from_the_middle=True),
     "metadata that no job has": page(metadata={"run": "none"}),
     "two pairs, first rare": page(metadata={"more": "x", "run": "RUN"}),
-    "quotas": lambda store, filled: store.free_places(Limits(in_flight=LISTED)),
-    "workers": lambda store, filled: store.workers(60),
-    "key": lambda store, filled: store.tenant_of("nobody"),
+    "quotas": lambda store, filled: store.jobs.free_slots(Limits(in_flight=LISTED)),
+    "workers": lambda store, filled: store.workers.live(60),
+    "key": lambda store, filled: store.keys.tenant_of("nobody"),
 }
 WRITES: dict[str, Operation] = {
     "a whole job": lambda store, filled: whole_job(store, filled, Outcome("completed", output="Draft")),
     "client's changes": client_changes,
     "sweep": sweep_lost,
-    "purge": lambda store, filled: (store.purge(1.0, batch=2), store.purge_keys(1.0, batch=2)),
+    "purge": lambda store, filled: (store.maintenance.purge(1.0, batch=2), store.idempotency_keys.purge(1.0, batch=2)),
     "webhooks": webhooks,
     "batches": batches,
 }

@@ -6,71 +6,71 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine, event
 
+from testing.fakes import new_state
+from testing.jobs import claim, create, drive, execute, rows
 from tests.contract.test_store_faults import at_once
-from tests.fakes import new_state
-from tests.jobs import claim, create, drive, execute, rows
-from tpo.errors import InvalidInput, JobNotFound, KeyNotFound, NotFound
-from tpo.jobs.store import Store
+from tpo.core.errors import InvalidInput, JobNotFound, KeyNotFound, NotFound
+from tpo.store import Store
 
 
 def test_a_key_opens_its_tenant_and_stands_nowhere(engine: Engine, store: Store) -> None:
-    assert not store.has_keys()
-    row, secret = store.create_key("laptop", "acme")
+    assert not store.keys.any_exists()
+    row, secret = store.keys.create("laptop", "acme")
     assert (row.tenant, row.name, row.revoked_at) == ("acme", "laptop", None)
-    assert store.has_keys()
-    assert store.tenant_of(secret) == "acme"
+    assert store.keys.any_exists()
+    assert store.keys.tenant_of(secret) == "acme"
     for wrong in ("", secret + "x", secret[:-1], row.hash, "\udcff"):
-        assert store.tenant_of(wrong) is None
+        assert store.keys.tenant_of(wrong) is None
     assert secret not in str(rows(engine))
     assert secret[4:] not in str(rows(engine))
 
 
 def test_a_revoked_key_opens_nothing_and_does_not_open_the_server(engine: Engine, store: Store) -> None:
-    first, second = store.create_key("one", "acme"), store.create_key("two", "acme")
+    first, second = store.keys.create("one", "acme"), store.keys.create("two", "acme")
     # Keys of one millisecond have an order of their own.
     execute(engine, "UPDATE api_keys SET created_at = created_at - 1 WHERE id = :id", id=first.row.id)
-    revoked = store.revoke_key(first.row.id)
+    revoked = store.keys.revoke(first.row.id)
     assert revoked.revoked_at is not None
-    assert store.tenant_of(first.secret) is None
-    assert store.tenant_of(second.secret) == "acme"
+    assert store.keys.tenant_of(first.secret) is None
+    assert store.keys.tenant_of(second.secret) == "acme"
     before = rows(engine)
-    store.revoke_key(first.row.id)
+    store.keys.revoke(first.row.id)
     assert rows(engine) == before
-    store.revoke_key(second.row.id)
-    assert store.has_keys()
-    assert [key.id for key in store.list_keys()] == [first.row.id, second.row.id]
+    store.keys.revoke(second.row.id)
+    assert store.keys.any_exists()
+    assert [key.id for key in store.keys.page()] == [first.row.id, second.row.id]
     with pytest.raises(KeyNotFound):
-        store.revoke_key("key_none")
+        store.keys.revoke("key_none")
 
 
 @pytest.mark.parametrize("tenant", ["", "a b", "x" * 65, "-x", "a\x00", "ä", "a\n"])
 def test_a_tenant_has_a_plain_name(store: Store, tenant: str) -> None:
     with pytest.raises(InvalidInput):
-        store.create_key("k", tenant)
+        store.keys.create("k", tenant)
 
 
 def test_a_stranger_s_job_is_not_there(engine: Engine, store: Store) -> None:
-    acme, other = store.of("acme"), store.of("other")
+    acme, other = store.for_tenant("acme"), store.for_tenant("other")
     job_id = create(acme, new_state(sample_size=1, max_iterations=1))
     drive(acme, *claim(store, create(acme)))
     before = rows(engine)
     for stranger in (other, store):
-        for ask in (stranger.get, stranger.state, stranger.cancel):
+        for ask in (stranger.jobs.get, stranger.jobs.state, stranger.jobs.cancel):
             with pytest.raises(JobNotFound):
                 ask(job_id)
-        assert stranger.events(job_id) == []
-        assert stranger.page(limit=9) == []
-        assert stranger.page(limit=9, statuses=["queued"]) == []
+        assert stranger.jobs.events(job_id) == []
+        assert stranger.jobs.page(limit=9) == []
+        assert stranger.jobs.page(limit=9, statuses=["queued"]) == []
     assert rows(engine) == before
-    assert len(acme.page(limit=9)) == 2
-    assert acme.get(job_id).tenant == "acme"
+    assert len(acme.jobs.page(limit=9)) == 2
+    assert acme.jobs.get(job_id).tenant == "acme"
 
 
 def test_workers_work_for_every_tenant(store: Store) -> None:
     for tenant in ("acme", "other"):
-        assert claim(store, create(store.of(tenant)))
-    create(store.of("acme"))
-    bells = store.sweep(ring_again_seconds=-1, forget_worker_seconds=60)
+        assert claim(store, create(store.for_tenant(tenant)))
+    create(store.for_tenant("acme"))
+    bells = store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60)
     assert len(bells) == 1
 
 
@@ -94,7 +94,7 @@ def test_a_list_is_read_off_an_index(engine: Engine) -> None:
 
 
 def test_the_database_does_the_same_for_a_stranger_s_job_as_for_none(engine: Engine, store: Store) -> None:
-    job_id = create(store.of("acme"))
+    job_id = create(store.for_tenant("acme"))
     asked: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda _c, _r, statement, *_: asked.append(statement))
 
@@ -104,19 +104,27 @@ def test_the_database_does_the_same_for_a_stranger_s_job_as_for_none(engine: Eng
             ask(job_id)
         return list(asked)
 
-    asks = (store.get, store.state, store.cancel, store.pause, store.resume, store.retry_now, store.forget)
+    asks = (
+        store.jobs.get,
+        store.jobs.state,
+        store.jobs.cancel,
+        store.jobs.pause,
+        store.jobs.resume,
+        store.jobs.retry_now,
+        store.jobs.delete,
+    )
     for ask in asks:
         assert statements(ask, job_id) == statements(ask, "job_" + "0" * 32) != []
 
 
 def test_so_it_does_for_files_batches_and_webhooks(engine: Engine, store: Store) -> None:
-    theirs = store.of("acme")
-    file_id = theirs.begin_file("a", "batch")
-    theirs.complete_file(file_id)
-    batch_id = theirs.create_batch(
+    theirs = store.for_tenant("acme")
+    file_id = theirs.files.begin("a", "batch")
+    theirs.files.complete(file_id)
+    batch_id = theirs.batches.create(
         endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=9, metadata={}
     ).batch.id
-    webhook_id = theirs.create_webhook("https://example.org", ["job.completed"]).row.id
+    webhook_id = theirs.webhooks.create("https://example.org", ["job.completed"]).row.id
     asked: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda _c, _r, statement, *_: asked.append(statement))
 
@@ -127,21 +135,23 @@ def test_so_it_does_for_files_batches_and_webhooks(engine: Engine, store: Store)
         return list(asked)
 
     def start(file_id: str) -> object:
-        return store.create_batch(endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=9, metadata={})
+        return store.batches.create(
+            endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=9, metadata={}
+        )
 
     asks: list[tuple[str, Callable[[str], object]]] = [
-        *((file_id, ask) for ask in (store.file, store.delete_file, start)),
-        *((batch_id, ask) for ask in (store.batch, store.cancel_batch, store.forget_batch)),
-        *((webhook_id, ask) for ask in (store.webhook, store.delete_webhook, store.ping_webhook)),
-        (webhook_id, lambda which: store.deliveries_page(which, limit=9)),
-        (webhook_id, lambda which: store.update_webhook(which, {"enabled": False})),
-        (webhook_id, lambda which: store.rotate_secret(which, 0)),
+        *((file_id, ask) for ask in (store.files.get, store.files.delete, start)),
+        *((batch_id, ask) for ask in (store.batches.get, store.batches.cancel, store.batches.delete)),
+        *((webhook_id, ask) for ask in (store.webhooks.get, store.webhooks.delete, store.webhooks.ping)),
+        (webhook_id, lambda which: store.webhooks.deliveries_page(which, limit=9)),
+        (webhook_id, lambda which: store.webhooks.update(which, {"enabled": False})),
+        (webhook_id, lambda which: store.webhooks.rotate_secret(which, 0)),
     ]
     for real, ask in asks:
         assert statements(ask, real) == statements(ask, real[:-4] + "0000") != []
 
 
 def test_many_make_keys_of_a_new_tenant_at_once(store: Store) -> None:
-    made = at_once(*[partial(store.create_key, f"key {i}", "acme") for i in range(8)])
+    made = at_once(*[partial(store.keys.create, f"key {i}", "acme") for i in range(8)])
     assert len({new.secret for new in made}) == 8  # type: ignore[attr-defined]
-    assert {key.tenant for key in store.list_keys()} == {"acme"}
+    assert {key.tenant for key in store.keys.page()} == {"acme"}

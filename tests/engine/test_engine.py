@@ -15,14 +15,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.waiting import HANG_SECONDS
-from tests.tiny_models import KINDS, load_kind
-from tpo.backends.local import pulse
+from testing.waiting import HANG_SECONDS
+from tests.support.tiny_models import KINDS, load_kind
+from tpo.backends.local import watchdog
 from tpo.backends.local.engine import StepEngine
 from tpo.backends.local.requests import Answer, Completion, TokenRequest
 from tpo.backends.local.runner import Runner, adopt
 from tpo.backends.local.scheduler import Limits
-from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, PromptRefused
+from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, PromptRefused
 
 Completions = tuple[Completion, ...]
 
@@ -472,7 +472,7 @@ def test_a_pass_that_never_ends_is_told(engine: StepEngine, monkeypatch: pytest.
     assert hangs.wait(HANG_SECONDS)
     assert engine.healthy
     with monkeypatch.context() as patch:
-        patch.setattr(pulse, "STUCK_SECONDS", 0.0)
+        patch.setattr(watchdog, "STUCK_SECONDS", 0.0)
         assert not engine.healthy
     goes_on.set()
     assert len(future.result(60).completions) == 1

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tpo.backends.local.arena import Arena, Piece, Segment, chain_length, cut
-from tpo.backends.local.prefixes import Prefixes
+from tpo.backends.local.kv_allocator import Arena, Piece, Segment, chain_length, cut
+from tpo.backends.local.prefix_cache import Prefixes
 from tpo.backends.local.requests import Ticket, Timings, TokenRequest
 from tpo.backends.local.scheduler import Row
 from tpo.backends.local.tables import Tables, work

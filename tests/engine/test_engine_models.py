@@ -26,14 +26,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.tiny_models import make_tokenizer
+from tests.support.tiny_models import make_tokenizer
 from tpo.backends import load_policy
-from tpo.backends.local.building import EngineOptions, build_engine
+from tpo.backends.local.factory import EngineOptions, build_engine
 from tpo.backends.local.requests import TokenRequest
-from tpo.errors import ModelRefused
-from tpo.ports import Generate
+from tpo.core.errors import ModelRefused
+from tpo.core.ports import Generate
+from tpo.core.state import Message
 from tpo.settings import Settings
-from tpo.state import Message
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,

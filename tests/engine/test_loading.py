@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.waiting import HANG_SECONDS
-from tests.tiny_models import CONTEXT, save_capped, save_llama, save_reward
+from testing.waiting import HANG_SECONDS
+from tests.support.tiny_models import CONTEXT, save_capped, save_llama, save_reward
 from tpo.backends import load_policy, load_reward_model
-from tpo.backends.local.loading import load_policy_model, load_reward_network
-from tpo.errors import ModelRefused
+from tpo.backends.local.loader import load_policy_model, load_reward_network
+from tpo.core.errors import ModelRefused
 from tpo.settings import Settings
 
 
@@ -207,7 +207,8 @@ def test_a_policy_without_its_head_is_not_whole(reward_folder: Path, tmp_path: P
 @pytest.mark.processes
 def test_a_name_on_the_hub_without_a_network() -> None:
     code = (
-        "from tpo.backends import load_policy; from tpo.errors import ModelRefused; from tpo.settings import Settings\n"
+        "from tpo.backends import load_policy\nfrom tpo.core.errors import ModelRefused\n"
+        "from tpo.settings import Settings\n"
         "try: load_policy('nobody/nothing', Settings())\n"
         "except ModelRefused as error: print(error)"
     )

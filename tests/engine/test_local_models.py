@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
-from tests.tiny_models import (
+from tests.support.tiny_models import (
     ALTERNATING_TEMPLATE,
     BOS,
     CONTEXT,
@@ -21,16 +21,16 @@ from tests.tiny_models import (
     save_llama,
     save_reward,
 )
-from tpo.backends.local.chat import Chat, without_thinking
-from tpo.backends.local.loading import Model, load_policy_model
+from tpo.backends.chat import Chat, without_thinking
+from tpo.backends.local.loader import Model, load_policy_model
 from tpo.backends.local.policy import LocalPolicy
 from tpo.backends.local.requests import Answer, Completion, Timings, TokenRequest
 from tpo.backends.local.reward import LocalRewardModel
-from tpo.backends.local.scoring import RewardEngine
-from tpo.errors import ContextTooLong, Interrupted, ModelRefused, PromptRefused
-from tpo.ports import Generate, Score
+from tpo.backends.local.reward_engine import RewardEngine
+from tpo.core.errors import ContextTooLong, Interrupted, ModelRefused, PromptRefused
+from tpo.core.ports import Generate, Score
+from tpo.core.state import FinishReason, Message
 from tpo.settings import Settings
-from tpo.state import FinishReason, Message
 
 TOKENIZER = make_tokenizer()
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpo.backends.local import scheduler as module
-from tpo.backends.local.arena import Piece
+from tpo.backends.local.kv_allocator import Piece
 from tpo.backends.local.requests import Completion, Ticket, Timings, TokenRequest
 from tpo.backends.local.scheduler import Chunk, Limits, Row, Scheduler
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.waiting import HANG_SECONDS
-from tpo.backends.local.scoring import RewardEngine
-from tpo.errors import BackendUnavailable
+from testing.waiting import HANG_SECONDS
+from tpo.backends.local.reward_engine import RewardEngine
+from tpo.core.errors import BackendUnavailable
 
 POISON = 99
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import System, running_system
+from testing.processes import System, running_system
 
 
 @pytest.fixture

@@ -12,16 +12,18 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import Engine
 
-from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
-from tests.jobs import claim_one, execute
-from tests.services import Valkey
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS
-from tpo.jobs.database import connect
-from tpo.jobs.store import Outcome, Store, outcome_of_run
-from tpo.loop import pending, with_scores, with_texts
-from tpo.ports import Generate, Generation, Rewards, Text
-from tpo.state import State
+from testing.jobs import claim_one, execute
+from testing.ports import free_port
+from testing.services import Valkey
+from testing.waiting import HANG_SECONDS
+from tests.support.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
+from tpo.core.loop import pending, with_scores, with_texts
+from tpo.core.ports import Generate, Generation, Rewards, Text
+from tpo.core.state import State
+from tpo.db import connect
+from tpo.jobs.lifecycle import JobQueries
+from tpo.jobs.outcomes import Outcome, outcome_of_run
+from tpo.store import Store
 
 MakeClient = Callable[..., TestClient]
 
@@ -51,10 +53,10 @@ def run_steps(store: Store, job_id: str, steps: int | None = None) -> State:
         else:
             values = tuple(float(len(r)) for r in request.responses)
             state = with_scores(state, Rewards(values=values, input_tokens=7, seconds=0.25))
-        store.checkpoint(lease, before, state)
+        store.leases.checkpoint(lease, before, state)
         steps = None if steps is None else steps - 1
     if pending(state) is None:
-        store.finish(lease, outcome_of_run(state))
+        store.leases.finish(lease, outcome_of_run(state))
     return state
 
 
@@ -169,7 +171,7 @@ class TestSubmit:
         assert job["parameters"] == {**parameters, "prompt_set_version": 1}
         assert job["metadata"] == metadata
         assert job["deadline_at"] - job["created_at"] == 60
-        state = store.state(job["id"])
+        state = store.jobs.state(job["id"])
         assert [m.model_dump() for m in state.input] == messages
         assert state.params.seed == 2**63 - 1
         assert state.prompts.name == "separate"
@@ -198,15 +200,15 @@ class TestSubmit:
 
         assert_problem(post("other", None), 422, "unknown_model", "model")
         assert_problem(post(None, "other"), 422, "unknown_model", "parameters.reward_model")
-        store.register("w1", model="other", reward_model="judge", slots=1)
+        store.workers.register("w1", model="other", reward_model="judge", slots=1)
         assert post("other", "judge").status_code == 202
         assert "judge" in assert_problem(post("other", None), 422, "unknown_model", "parameters.reward_model")["detail"]
         assert_problem(post("scripted", "judge"), 422, "unknown_model", "parameters.reward_model")
-        store.unregister("w1")
+        store.workers.deregister("w1")
         assert_problem(post("other", "judge"), 422, "unknown_model", "model")
 
     def test_the_default_prompt_set_is_the_policy_s(self, client: TestClient, store: Store) -> None:
-        store.register("w1", model="demo", reward_model="demo", slots=1)
+        store.workers.register("w1", model="demo", reward_model="demo", slots=1)
         job = submit(client, model="demo", parameters={"reward_model": "demo"})
         assert job["parameters"]["prompt_set"] == "tiny"
 
@@ -317,7 +319,7 @@ class TestRecord:
         job = submit(client)
         claimed = claim_one(store, job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
         assert claimed
-        store.finish(claimed[0], Outcome("failed", error_code="context_too_long", error_message="Too long."))
+        store.leases.finish(claimed[0], Outcome("failed", error_code="context_too_long", error_message="Too long."))
         after = client.get(f"/v1/jobs/{job['id']}").json()
         assert after["error"] == {"code": "context_too_long", "message": "Too long.", "param": None}
         assert client.get(f"/v1/jobs/{job['id']}/iterations").json()["data"] == []
@@ -326,7 +328,7 @@ class TestRecord:
         job = submit(client)
         claimed = claim_one(store, job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
         assert claimed
-        store.finish(claimed[0], Outcome("incomplete", output="best so far", incomplete_reason="deadline"))
+        store.leases.finish(claimed[0], Outcome("incomplete", output="best so far", incomplete_reason="deadline"))
         after = client.get(f"/v1/jobs/{job['id']}").json()
         assert (after["incomplete_details"], after["output"]) == ({"reason": "deadline"}, "best so far")
 
@@ -381,7 +383,7 @@ class TestServer:
     def test_is_ready_with_a_worker(self, client: TestClient, store: Store) -> None:
         body = assert_problem(client.get("/readyz"), 503, "not_ready")
         assert body["checks"] == {"database": "ok", "broker": "ok", "worker": "missing"}
-        store.register("w1", model="scripted", reward_model="scripted", slots=1)
+        store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
         ready = client.get("/readyz")
         assert ready.status_code == 200
         assert ready.json() == {"status": "ready", "checks": {"database": "ok", "broker": "ok", "worker": "ok"}}
@@ -389,13 +391,13 @@ class TestServer:
     def test_is_not_ready_with_one_that_was_silent_for_a_lease(
         self, client: TestClient, store: Store, engine: Engine
     ) -> None:
-        store.register("w1", model="scripted", reward_model="scripted", slots=1)
+        store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
         execute(engine, "UPDATE workers SET seen_at = seen_at - 31")
         assert_problem(client.get("/readyz"), 503, "not_ready")
         assert client.get("/v1/models").json()["data"]  # a pause of the database is no reason to refuse its jobs
 
     def test_says_that_the_broker_is_missing(self, make_client: MakeClient, store: Store) -> None:
-        store.register("w1", model="scripted", reward_model="scripted", slots=1)
+        store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
         body = assert_problem(
             make_client(broker_url=f"redis://127.0.0.1:{free_port()}/0").get("/readyz"), 503, "not_ready"
         )
@@ -403,8 +405,8 @@ class TestServer:
 
     def test_lists_what_the_workers_serve(self, client: TestClient, store: Store) -> None:
         assert client.get("/v1/models").json() == {"object": "list", "data": []}
-        store.register("w1", model="small", reward_model="judge", slots=1)
-        store.register("w2", model="small", reward_model="classifier", slots=1)
+        store.workers.register("w1", model="small", reward_model="judge", slots=1)
+        store.workers.register("w2", model="small", reward_model="classifier", slots=1)
         (model,) = client.get("/v1/models").json()["data"]
         assert isinstance(model.pop("created"), int)
         assert model == {
@@ -426,7 +428,7 @@ class TestServer:
             client.get(f"/v1/jobs/{job_id}")
         client.get("/nowhere")
         client.request("BREW", f"/v1/jobs/{job['id']}")
-        store.register("w1", model="scripted", reward_model="scripted", slots=1)
+        store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
         answer = client.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain")
         told = samples(answer.text)
@@ -470,7 +472,7 @@ class TestUnexpected:
         def fail(*_args: object) -> None:
             raise RuntimeError(" ".join(("a", "text", "of", "a", "user")))  # a traceback quotes source lines
 
-        monkeypatch.setattr(Store, "get", fail)
+        monkeypatch.setattr(JobQueries, "get", fail)
         response = client.get(f"/v1/jobs/{UNKNOWN_ID}", headers={"x-request-id": "find-me"})
         assert_problem(response, 500, "internal_error")
         assert "a text of a user" not in response.text

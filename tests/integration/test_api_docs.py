@@ -5,17 +5,17 @@ import re
 import subprocess
 from pathlib import Path
 
-from tests.error_codes import codes
-from tests.processes import System
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS
-from tpo.errors import BackendUnavailable, JobError
+from testing.ports import free_port
+from testing.processes import System
+from testing.waiting import HANG_SECONDS
+from tests.support.error_codes import codes
+from tpo.core.errors import BackendUnavailable, JobError
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
 
 def test_every_command_works(sqlite_system: System) -> None:
-    sqlite_system.store.register("w1", model="scripted", reward_model="scripted", slots=1)
+    sqlite_system.store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
     port = free_port()
     sqlite_system.start("-m", "api", port=port, lease_seconds=600).wait_for("Listening on")
     commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))

@@ -11,11 +11,11 @@ import httpx
 import psutil
 import pytest
 
-from tests.api_client import assert_problem
+from testing.processes import System, running_system
+from testing.waiting import HANG_SECONDS
 from tests.integration.test_api_process import Api, started_api
 from tests.integration.test_events import STREAM, frames
-from tests.processes import System, running_system
-from tests.support.waiting import HANG_SECONDS
+from tests.support.api_client import assert_problem
 
 MANY = 100_000_000
 

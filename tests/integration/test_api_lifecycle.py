@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api_client import UNKNOWN_ID, api_client, assert_problem, submit
+from testing.jobs import claim_one
+from testing.services import Valkey
+from testing.waiting import eventually
 from tests.integration.test_api import run_steps
-from tests.jobs import claim_one
-from tests.services import Valkey
-from tests.support.waiting import eventually
-from tpo.jobs.store import Outcome, Store
-from tpo.ports import Generate
+from tests.support.api_client import UNKNOWN_ID, api_client, assert_problem, submit
+from tpo.core.ports import Generate
+from tpo.jobs.outcomes import Outcome
+from tpo.store import Store
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def conflict(response: Any) -> None:
 def fail(store: Store, job_id: str, code: str = "worker_lost") -> None:
     claimed = claim_one(store, job_id, "worker-1", 30, model="scripted", reward_model="scripted")
     assert claimed
-    store.finish(claimed[0], Outcome("failed", error_code=code, error_message="It failed."))
+    store.leases.finish(claimed[0], Outcome("failed", error_code=code, error_message="It failed."))
 
 
 class TestPause:
@@ -58,9 +59,9 @@ class TestRetry:
     def test_makes_a_new_job_of_one_that_failed(self, client: TestClient, store: Store) -> None:
         job = submit(client, parameters={"sample_size": 2, "max_iterations": 1}, metadata={"team": "a"})
         run_steps(store, job["id"], steps=2)
-        store.sweep(ring_again_seconds=60, forget_worker_seconds=60)
-        store.renew("worker-1", [job["id"]], -1)
-        store.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+        store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+        store.leases.renew("worker-1", [job["id"]], -1)
+        store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
         fail(store, job["id"])
         answer = client.post(f"/v1/jobs/{job['id']}/retry", headers={"idempotency-key": "again"})
         assert answer.status_code == 202
@@ -77,7 +78,7 @@ class TestRetry:
         job = submit(client)
         claimed = claim_one(store, job["id"], "worker-1", 30, model="scripted", reward_model="scripted")
         assert claimed
-        store.release(claimed[0], delay_seconds=500)
+        store.leases.release(claimed[0], delay_seconds=500)
         assert client.get(f"/v1/jobs/{job['id']}").json()["next_attempt_at"]
         answer = client.post(f"/v1/jobs/{job['id']}/retry")
         assert (answer.status_code, answer.json()["next_attempt_at"]) == (200, None)
@@ -260,7 +261,7 @@ class TestPolling:
 
     def test_a_submit_can_wait(self, client: TestClient, store: Store) -> None:
         def end() -> None:
-            (job,) = eventually(lambda: store.page(limit=1), why="the job")
+            (job,) = eventually(lambda: store.jobs.page(limit=1), why="the job")
             run_steps(store, job.id)
 
         def post(seconds: str) -> Any:
@@ -306,7 +307,7 @@ def test_a_running_job_estimates_its_end(client: TestClient, store: Store) -> No
     job = submit(client, parameters={"sample_size": 2, "max_iterations": 1})
     assert job["estimated_finish"] is None
     run_steps(store, job["id"], steps=2)  # 0.75 s of calls; four more come
-    row = store.get(job["id"])
+    row = store.jobs.get(job["id"])
     assert row.progressed_at
     estimate = client.get(f"/v1/jobs/{job['id']}").json()["estimated_finish"]
     assert estimate == int(row.progressed_at + 0.75 / 2 * 4)

@@ -18,13 +18,13 @@ from openai.pagination import SyncCursorPage
 from openai.types import Model
 
 from api.__main__ import _listen
-from tests.api_client import KEY, UNKNOWN_ID, assert_problem
-from tests.processes import System, marker, running_system
-from tests.services import postgres_server
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS, eventually
-from tpo.jobs import schema
-from tpo.queue import queue_of
+from testing.ports import free_port
+from testing.processes import System, marker, running_system
+from testing.services import postgres_server
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.api_client import KEY, UNKNOWN_ID, assert_problem
+from tpo.broker import queue_of
+from tpo.db import schema
 from tpo.settings import SCRIPTED, Settings
 
 pytestmark = pytest.mark.processes
@@ -95,9 +95,9 @@ class TestBroker:
         job_id = response.json()["id"]
         assert api.client.get(response.headers["location"]).json()["status"] == "queued"
         assert_problem(api.client.get("/readyz"), 503, "not_ready")
-        bells = system.store.sweep(ring_again_seconds=0, forget_worker_seconds=60)
+        bells = system.store.maintenance.sweep(ring_again_seconds=0, forget_worker_seconds=60)
         assert [bell.model for bell in bells] == [SCRIPTED]
-        assert system.store.get(job_id).status == "queued"
+        assert system.store.jobs.get(job_id).status == "queued"
         system.broker.start()
         api.submit()
         eventually(lambda: api.client.get("/readyz").json()["checks"]["broker"] == "ok", why="the broker is back")
@@ -217,7 +217,7 @@ class TestProcess:
             response = answer.result()
         assert response.status_code == 202
         assert sqlite_api.process.popen.wait(timeout=HANG_SECONDS) == 0
-        assert sqlite_system.store.get(response.json()["id"]).status == "queued"
+        assert sqlite_system.store.jobs.get(response.json()["id"]).status == "queued"
 
     def test_ends_while_the_database_hangs(self, tmp_path: Path) -> None:
         with postgres_server() as postgres:
@@ -301,7 +301,7 @@ class TestOpenAIClient:
         assert sorted(job.id for job in pages) == sorted(made)
 
     def test_lists_models(self, client: openai.OpenAI, sqlite_system: System) -> None:
-        sqlite_system.store.register("w1", model="scripted", reward_model="scripted", slots=1)
+        sqlite_system.store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
         assert [model.id for model in client.models.list()] == ["scripted"]
 
 

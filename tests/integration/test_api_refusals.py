@@ -16,10 +16,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from api import schemas
-from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
-from tests.error_codes import codes
-from tests.services import Valkey
-from tpo.state import Params
+from testing.services import Valkey
+from tests.support.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
+from tests.support.error_codes import codes
+from tpo.core.state import Params
 
 MakeClient = Callable[..., TestClient]
 

@@ -12,15 +12,16 @@ import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from api import keys
-from tests.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
-from tests.fakes import new_state
-from tests.services import Valkey
-from tests.support.isolation import free_port
+from api import auth
+from testing.fakes import new_state
+from testing.ports import free_port
+from testing.services import Valkey
+from tests.support.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tpo.cli import app
-from tpo.errors import QuotaExceeded
-from tpo.jobs.database import connect
-from tpo.jobs.store import Limits, Store
+from tpo.core.errors import QuotaExceeded
+from tpo.db import connect
+from tpo.store import Store
+from tpo.tenants.tenants import Limits
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def _with_key(client: TestClient, secret: str | None) -> TestClient:
 
 
 def test_tenants_do_not_see_each_other(migrated_url: str, valkey: Valkey, store: Store) -> None:
-    first, second = (store.create_key("k", tenant).secret for tenant in ("acme", "other"))
+    first, second = (store.keys.create("k", tenant).secret for tenant in ("acme", "other"))
     with clients(migrated_url, valkey, first, second, KEY, api_key=KEY) as (acme, other, default):
         job = submit(acme)
         assert acme.get(f"/v1/jobs/{job['id']}").json() == job
@@ -54,7 +55,7 @@ def test_tenants_do_not_see_each_other(migrated_url: str, valkey: Valkey, store:
         assert default.get("/metrics").status_code == 200
         own = submit(default)
         assert [j["id"] for j in default.get("/v1/jobs").json()["data"]] == [own["id"]]
-        assert store.get(own["id"]).tenant == "default"
+        assert store.jobs.get(own["id"]).tenant == "default"
         assert acme.get(f"/v1/jobs/{job['id']}").json()["status"] == "queued"
 
 
@@ -62,7 +63,7 @@ def test_a_server_without_any_key_asks_for_none(migrated_url: str, valkey: Valke
     with clients(migrated_url, valkey, None, "whatever") as (without, with_some_key):
         job = submit(without)
         assert with_some_key.get(f"/v1/jobs/{job['id']}").status_code == 200
-    secret = store.create_key("first", "acme").secret
+    secret = store.keys.create("first", "acme").secret
     with clients(migrated_url, valkey, None, "whatever", secret) as (without, wrong, right):
         for closed in (without, wrong):
             assert_problem(closed.get("/v1/jobs"), 401, "invalid_api_key")
@@ -77,7 +78,7 @@ def test_a_server_can_require_keys_before_there_is_one(migrated_url: str, valkey
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic {}", "{}", "Bearer {} {}", "Bearer {}x"])
 def test_what_is_no_key(migrated_url: str, valkey: Valkey, store: Store, header: str) -> None:
-    secret = store.create_key("k", "acme").secret
+    secret = store.keys.create("k", "acme").secret
     with clients(migrated_url, valkey, None) as (client,):
         refused = client.get("/v1/jobs", headers={"authorization": header.replace("{}", secret)})
         assert_problem(refused, 401, "invalid_api_key")
@@ -86,13 +87,13 @@ def test_what_is_no_key(migrated_url: str, valkey: Valkey, store: Store, header:
 def test_a_revoked_key_is_refused_within_seconds(
     migrated_url: str, valkey: Valkey, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = store.create_key("k", "acme")
+    key = store.keys.create("k", "acme")
     with clients(migrated_url, valkey, key.secret) as (client,):
         assert client.get("/v1/jobs").status_code == 200
-        store.revoke_key(key.row.id)
+        store.keys.revoke(key.row.id)
         assert client.get("/v1/jobs").status_code == 200  # remembered
         now = time.monotonic
-        monkeypatch.setattr(keys, "time", SimpleNamespace(monotonic=lambda: now() + 6))
+        monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: now() + 6))
         assert_problem(client.get("/v1/jobs"), 401, "invalid_api_key")
 
 
@@ -114,18 +115,18 @@ def test_the_command_line(migrated_url: str, tmp_path: Path, monkeypatch: pytest
 
     assert "no keys" in tpo("list")
     made = json.loads(tpo("create", "laptop", "--tenant", "acme", "--json"))
-    assert store.tenant_of(made["key"]) == "acme"
+    assert store.keys.tenant_of(made["key"]) == "acme"
     plain = tpo("create", "desk").strip()
-    assert store.tenant_of(plain) == "default"
+    assert store.keys.tenant_of(plain) == "default"
     listed = tpo("list", "--json")
     assert [key["name"] for key in json.loads(listed)] == ["laptop", "desk"]
     assert made["key"] not in listed
     assert made["key"][4:] not in tpo("list")
     assert "acme" in tpo("limit", "acme", "--jobs-in-flight", "0")
     with pytest.raises(QuotaExceeded):
-        store.of("acme").submit(new_state(), limits=Limits(), max_attempts=1, model="m", reward_model="r")
+        store.for_tenant("acme").jobs.submit(new_state(), limits=Limits(), max_attempts=1, model="m", reward_model="r")
     assert made["id"] in tpo("revoke", made["id"])
-    assert store.tenant_of(made["key"]) is None
+    assert store.keys.tenant_of(made["key"]) is None
     wrong = CliRunner().invoke(app, ["keys", "revoke", "key_none"])
     assert (wrong.exit_code, "no key" in wrong.output) == (1, True)
     refused = CliRunner().invoke(app, ["keys", "create", "k", "--tenant", "a b"])

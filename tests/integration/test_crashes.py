@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Process, StartedCall, System, running_system, timeless, uninterrupted, worker_pid
-from tests.services import postgres_server
-from tests.support.waiting import eventually
-from tpo.jobs import schema
-from tpo.queue import queue_of
+from testing.processes import Process, StartedCall, System, running_system, timeless, uninterrupted, worker_pid
+from testing.services import postgres_server
+from testing.waiting import eventually
+from tpo.broker import queue_of
+from tpo.db import schema
 from tpo.settings import SCRIPTED
 
 pytestmark = pytest.mark.processes
@@ -22,12 +22,12 @@ PHASES = [("sample", 0), ("score", 0), ("loss", 1), ("gradient", 1), ("update", 
 def assert_exact(system: System, *job_ids: str) -> None:
     """The jobs have completed with the rows of an uninterrupted run, and told of it without a gap."""
     for job_id in job_ids:
-        job, state = system.store.get(job_id), system.store.state(job_id)
+        job, state = system.store.jobs.get(job_id), system.store.jobs.state(job_id)
         assert job.status == "completed", (job.error_code, job.error_message)
         assert timeless(state) == uninterrupted(state)
         assert state.best
         assert job.output == state.best.text
-        events = system.store.events(job_id)
+        events = system.store.jobs.events(job_id)
         assert [event.number for event in events] == list(range(1, len(events) + 1))
         assert events[-1].type == "job.completed"
 
@@ -52,7 +52,7 @@ def wait_for_call_of(system: System, worker: Process) -> None:
 
 
 def wait_for_claim(system: System, job_id: str, fence: int) -> None:
-    eventually(lambda: system.store.get(job_id).fence >= fence, why="another claim")
+    eventually(lambda: system.store.jobs.get(job_id).fence >= fence, why="another claim")
 
 
 @pytest.mark.slow
@@ -65,19 +65,21 @@ def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
     for phase in PHASES:
         call = wait_for_call(system, phase)
         time.sleep(dice.uniform(0, 0.9))
-        fence = system.store.get(job_id).fence
+        fence = system.store.jobs.get(job_id).fence
         system.process_of(call.pid).kill()
         system.start("-m", "worker", lease_seconds=2, scripted_latency=1)
         # Where this test itself was stopped for seconds, the kill came too late and the job has ended.
-        eventually(lambda: (job := system.store.get(job_id)).fence > fence or job.completed_at, why="another claim")  # noqa: B023
-        if system.store.get(job_id).completed_at:
+        eventually(
+            lambda: (job := system.store.jobs.get(job_id)).fence > fence or job.completed_at, why="another claim"
+        )  # noqa: B023
+        if system.store.jobs.get(job_id).completed_at:
             break
     system.wait_for_end(job_id)
     assert_exact(system, job_id)
     calls = system.calls()
     assert repeated(calls) <= len(PHASES)
     assert max(Counter(call.digest for call in calls).values()) <= 2
-    assert len(calls) == len(system.store.state(job_id).calls) + repeated(calls)
+    assert len(calls) == len(system.store.jobs.state(job_id).calls) + repeated(calls)
 
 
 def test_a_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
@@ -90,12 +92,12 @@ def test_a_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
     wait_for_claim(system, job_id, 2)
     first.go_on()
     first.wait_for(f"{job_id} left: another worker has it")
-    assert system.store.get(job_id).status == "in_progress"
-    assert worker_pid(system.store.get(job_id)) != first.pid
+    assert system.store.jobs.get(job_id).status == "in_progress"
+    assert worker_pid(system.store.jobs.get(job_id)) != first.pid
     system.wait_for_end(job_id)
     assert_exact(system, job_id)
     assert repeated(system.calls()) <= 1
-    assert system.store.get(job_id).fence == 2
+    assert system.store.jobs.get(job_id).fence == 2
 
 
 def test_sigterm_under_load_loses_and_repeats_nothing(system: System) -> None:
@@ -106,7 +108,7 @@ def test_sigterm_under_load_loses_and_repeats_nothing(system: System) -> None:
         wait_for_call_of(system, worker)
         successor = system.start("-m", "worker")
         assert worker.stop() == 0
-        assert not [j for j in system.store.page(limit=100) if str(worker.pid) in (j.lease_owner or "")]
+        assert not [j for j in system.store.jobs.page(limit=100) if str(worker.pid) in (j.lease_owner or "")]
         successor.wait_for("is ready")
     jobs = [system.wait_for_end(job_id) for job_id in job_ids]
     assert_exact(system, *job_ids)
@@ -120,20 +122,20 @@ def test_sigterm_interrupts_a_call_that_takes_too_long(system: System) -> None:
     job_id = system.submit()
     eventually(system.calls, why="a model call")
     assert worker.stop() == 0
-    job = system.store.get(job_id)
+    job = system.store.jobs.get(job_id)
     assert (job.status, job.attempt, job.lease_owner) == ("queued", 0, None)
 
 
 def test_sigterm_ends_a_worker_whose_thread_hangs(sqlite_system: System) -> None:
     system = sqlite_system
-    worker = system.start("-m", "tests.hanging_worker", drain_seconds=0.5)
+    worker = system.start("-m", "tests.support.hanging_worker", drain_seconds=0.5)
     worker.wait_for("is ready")
     job_id = system.submit()
     system.wait_for_status(job_id, "in_progress")
     assert worker.stop() == 0
-    job = system.store.get(job_id)
+    job = system.store.jobs.get(job_id)
     assert (job.status, job.attempt, job.lease_owner) == ("queued", 0, None)
-    assert system.store.workers(60) == []
+    assert system.store.workers.live(60) == []
     system.worker()
     system.wait_for_end(job_id)
     assert_exact(system, job_id)
@@ -183,13 +185,13 @@ def test_a_job_that_kills_its_worker_ends_and_others_go_on(system: System) -> No
 
 
 def test_the_pause_before_another_attempt_outlives_every_process(system: System) -> None:
-    worker = system.start("-m", "tests.unavailable_worker")
+    worker = system.start("-m", "tests.support.unavailable_worker")
     worker.wait_for("is ready")
     job_id = system.submit(max_attempts=2)
     worker.wait_for("for another attempt (backend_unavailable)")
     worker.kill()
     system.broker.command("FLUSHALL")
-    waits = system.store.get(job_id)
+    waits = system.store.jobs.get(job_id)
     assert (waits.status, waits.attempt) == ("queued", 1)
     assert waits.next_attempt_at
     system.worker()
@@ -197,7 +199,7 @@ def test_the_pause_before_another_attempt_outlives_every_process(system: System)
     system.maintenance()
     system.wait_for_end(job_id)
     assert_exact(system, job_id)
-    first, second = (e.created_at for e in system.store.events(job_id) if e.type == "job.started")
+    first, second = (e.created_at for e in system.store.jobs.events(job_id) if e.type == "job.started")
     assert first < waits.next_attempt_at <= second
 
 
@@ -208,7 +210,7 @@ def test_a_budget_holds_over_a_worker_that_was_killed(system: System) -> None:
     wait_for_call(system, ("loss", 1))
     worker.kill()
     system.worker()
-    job, state = system.wait_for_end(job_id), system.store.state(job_id)
+    job, state = system.wait_for_end(job_id), system.store.jobs.state(job_id)
     assert (job.status, job.incomplete_reason, job.attempt) == ("incomplete", "max_output_tokens", 2)
     assert timeless(state) == uninterrupted(state)
     assert state.best
@@ -230,7 +232,7 @@ def test_a_database_that_restarts_costs_no_call(tmp_path: Path) -> None:
                 system.wait_for_end(job_id)
             assert_exact(system, *job_ids)
             assert repeated(system.calls()) == 0
-            assert {system.store.get(job_id).attempt for job_id in job_ids} == {1}
+            assert {system.store.jobs.get(job_id).attempt for job_id in job_ids} == {1}
 
 
 def test_a_process_without_work_survives_a_restart_of_the_broker(sqlite_system: System) -> None:

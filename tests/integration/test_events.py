@@ -8,24 +8,25 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from api.events import EventStream
-from api.feed import Feed, Listener
-from tests.api_client import assert_problem
+from api.streaming.broadcaster import Feed, Listener
+from api.streaming.sse import EventStream
+from testing.jobs import create
+from testing.ports import free_port
+from testing.processes import System, running_system
+from testing.services import postgres_server
+from testing.waiting import HANG_SECONDS, eventually
 from tests.integration.test_api_process import Api, started_api
-from tests.jobs import create
-from tests.processes import System, running_system
-from tests.services import postgres_server
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS, eventually
-from tpo.errors import StoreUnavailable
-from tpo.jobs import schema
-from tpo.jobs.store import Store
+from tests.support.api_client import assert_problem
+from tpo.core.errors import StoreUnavailable
+from tpo.db import schema
+from tpo.store import Store
 
 STREAM = {"accept": "text/event-stream"}
 
@@ -112,16 +113,16 @@ def test_a_stream_that_is_cut_anywhere_is_resumed_without_a_gap(system: System, 
         if "job.completed" in whole:
             break
         assert cut < 200
-    last = system.store.get(job_id).last_event
+    last = system.store.jobs.get(job_id).last_event
     assert seen == list(range(1, last + 1))
     assert cut > 2
 
 
 def test_a_comment_now_and_then(sqlite_system: System, monkeypatch: pytest.MonkeyPatch) -> None:
-    from api import events
-    from tests.api_client import api_client
+    from api.streaming import sse
+    from tests.support.api_client import api_client
 
-    monkeypatch.setattr(events, "COMMENT_SECONDS", 0.05)
+    monkeypatch.setattr(sse, "COMMENT_SECONDS", 0.05)
     url = str(sqlite_system.engine.url)
     with api_client(database_url=url, broker_url=sqlite_system.broker.url) as client, ThreadPoolExecutor(1) as pool:
         job_id = client.post("/v1/jobs", json={"input": "x"}).json()["id"]
@@ -181,7 +182,7 @@ def test_a_listener_that_stops_reading_is_dropped_and_its_memory_bounded(
     sqlite_system: System,
 ) -> None:
     program = (
-        "import sys, api.events, api.feed; api.events.SEND_SECONDS = 1.0;"
+        "import sys, api.events, api.streaming.broadcaster; api.events.SEND_SECONDS = 1.0;"
         "from api.__main__ import main; sys.exit(main())"
     )
     port = free_port()
@@ -251,7 +252,7 @@ def _told_to_one_that_rests(
         feed = Feed(store)
         async with feed.running():
             scope = {"type": "http", "state": {"request_id": "req_1"}}
-            stream = EventStream(feed, store, store.get(job_id), 0)
+            stream = EventStream(feed, store, store.jobs.get(job_id), 0)
             streaming = asyncio.create_task(stream.tell(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
             while reads.is_set():
                 await asyncio.sleep(0.001)
@@ -270,18 +271,18 @@ def _told_to_one_that_rests(
 def test_a_look_at_the_database_ends_before_the_database_is_let_go(
     hangs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.feed._LAST_LOOK_SECONDS", 0.1 if hangs else 60)
+    monkeypatch.setattr("api.streaming.broadcaster._LAST_LOOK_SECONDS", 0.1 if hangs else 60)
     looks, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     class Slow:
-        def news(self, _seen: dict[str, int]) -> None:
+        def new_events(self, _seen: dict[str, int]) -> None:
             looks.set()
             may_end.wait(HANG_SECONDS)
             ended.set()
             raise StoreUnavailable
 
     async def listens() -> None:
-        async with Feed(Slow()).running() as feed, feed.listening("job_1", 0):  # type: ignore[arg-type]
+        async with Feed(SimpleNamespace(events=Slow())).running() as feed, feed.listening("job_1", 0):  # type: ignore[arg-type]
             await asyncio.to_thread(looks.wait)
             if not hangs:
                 asyncio.get_running_loop().call_later(0.1, may_end.set)
@@ -294,11 +295,11 @@ def test_a_look_at_the_database_ends_before_the_database_is_let_go(
 def _tell_much(store: Store, job_id: str, start: int = 2, stop: int = 3002) -> None:
     from sqlalchemy import insert, update
 
-    from tpo.jobs.database import writing
+    from tpo.db import writing
     from tpo.jobs.tables import EventRow, Job
 
     for first in range(start, stop, 100):
-        with writing(store._engine) as session:
+        with writing(store.engine) as session:
             rows = [
                 {"job_id": job_id, "number": n, "type": "job.phase", "data": {"pad": "x" * 5000}, "created_at": 1.0}
                 for n in range(first, first + 100)
@@ -332,8 +333,8 @@ def test_a_thousand_listeners_of_one_process(sqlite_system: System) -> None:
                 await ready.acquire()
             grown = process.memory_info().rss - before
             for job_id in jobs:
-                await asyncio.to_thread(sqlite_system.store.pause, job_id)
-                await asyncio.to_thread(sqlite_system.store.cancel, job_id)
+                await asyncio.to_thread(sqlite_system.store.jobs.pause, job_id)
+                await asyncio.to_thread(sqlite_system.store.jobs.cancel, job_id)
             return await asyncio.gather(*listening), grown
 
         received, grown = asyncio.run(all_of_them())

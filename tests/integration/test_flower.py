@@ -10,9 +10,9 @@ import httpx
 import pytest
 import redis
 
-from tests.services import valkey_server
-from tests.stack import Up, running_up, tpo
-from tests.support.waiting import HANG_SECONDS, eventually
+from testing.services import valkey_server
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.stack import Up, running_up, tpo
 
 pytestmark = pytest.mark.processes
 

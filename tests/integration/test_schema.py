@@ -1,6 +1,6 @@
 """Requests that are made out of /openapi.json, against a live server: no 5xx, and no answer off its schema.
 
-Hooks (tests/known_ids.py) let most of them name jobs, files, batches and webhooks that exist.
+Hooks (tests/support/known_ids.py) let most of them name jobs, files, batches and webhooks that exist.
 """
 
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from testing.processes import System
+from testing.waiting import HANG_SECONDS
 from tests.integration.test_api_process import started_api
-from tests.processes import System
-from tests.support.waiting import HANG_SECONDS
 
 pytestmark = pytest.mark.processes
 

@@ -17,10 +17,10 @@ import openai
 import pytest
 import redis
 
-from tests.receiver import Receiver, receiving
-from tests.services import valkey_server
-from tests.stack import Up, running_up
-from tests.support.waiting import HANG_SECONDS, eventually
+from testing.services import valkey_server
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.receiver import Receiver, receiving
+from tests.support.stack import Up, running_up
 
 pytestmark = pytest.mark.processes
 

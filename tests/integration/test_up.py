@@ -13,11 +13,11 @@ import httpx
 import psutil
 import pytest
 
-from tests.services import new_database, valkey_server
-from tests.stack import Up, all_gone, environment, running_up, tpo, tpo_up
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS, eventually
-from tpo.cli.stack import Stack
+from testing.ports import free_port
+from testing.services import new_database, valkey_server
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.stack import Up, all_gone, environment, running_up, tpo, tpo_up
+from tpo.cli.stack.run import Stack
 from tpo.settings import Settings
 
 pytestmark = pytest.mark.processes

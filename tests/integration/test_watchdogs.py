@@ -5,23 +5,22 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cutting import cutter
-from tests.processes import System, running_system, timeless, uninterrupted
-from tests.services import postgres_server
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS, eventually
-from tpo.errors import StoreUnavailable
-from tpo.jobs import schema
-from tpo.jobs.database import connect
-from tpo.jobs.store import Store
-from tpo.queue import MAINTENANCE_QUEUE
+from testing.ports import free_port
+from testing.processes import System, running_system, timeless, uninterrupted
+from testing.services import postgres_server
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.cutting import cutter
+from tpo.broker import MAINTENANCE_QUEUE
+from tpo.core.errors import StoreUnavailable
+from tpo.db import connect, schema
+from tpo.store import Store
 
 pytestmark = pytest.mark.processes
 
 
 def assert_exact(system: System, job_id: str) -> None:
-    state = system.store.state(job_id)
-    assert system.store.get(job_id).status == "completed"
+    state = system.store.jobs.state(job_id)
+    assert system.store.jobs.get(job_id).status == "completed"
     assert timeless(state) == uninterrupted(state)
 
 
@@ -36,8 +35,8 @@ def test_a_consumer_that_has_gone_silent_ends_its_process(sqlite_system: System)
         job_id = system.submit(seed=1)
         assert worker.popen.wait(timeout=HANG_SECONDS) == 1
         assert "the consumer takes none" in worker.output
-        assert system.store.get(job_id).status == "queued"
-        assert system.store.workers(60) == []
+        assert system.store.jobs.get(job_id).status == "queued"
+        assert system.store.workers.live(60) == []
     system.worker()
     system.ring(job_id)
     system.wait_for_end(job_id)
@@ -56,7 +55,7 @@ def test_a_silent_consumer_hands_its_jobs_back(sqlite_system: System) -> None:
         proxy.freeze()
         system.submit(seed=1)
         assert worker.popen.wait(timeout=HANG_SECONDS) == 1
-    job = system.store.get(running)
+    job = system.store.jobs.get(running)
     assert (job.status, job.lease_owner) in (("queued", None), ("completed", None))
 
 
@@ -85,13 +84,13 @@ def test_a_busy_or_idle_worker_is_not_taken_for_silent(sqlite_system: System) ->
 def test_a_worker_whose_model_is_stuck_stops_its_heartbeat(sqlite_system: System) -> None:
     system = sqlite_system
     system.maintenance()
-    worker = system.start("-m", "tests.hanging_worker", "stuck", lease_seconds=10)
+    worker = system.start("-m", "tests.support.hanging_worker", "stuck", lease_seconds=10)
     worker.wait_for("is ready")
     job_id = system.submit()
     system.wait_for_status(job_id, "in_progress")
     assert worker.popen.wait(timeout=HANG_SECONDS) == 1
     assert "a model is stuck" in worker.output
-    assert system.store.workers(60) == []
+    assert system.store.workers.live(60) == []
     system.worker()
     job = system.wait_for_end(job_id)
     assert_exact(system, job_id)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.api_client import KEY
-from tests.processes import System
-from tests.receiver import receiving
-from tests.support.isolation import free_port
-from tests.support.waiting import eventually
+from testing.ports import free_port
+from testing.processes import System
+from testing.waiting import eventually
+from tests.support.api_client import KEY
+from tests.support.receiver import receiving
 
 PAGE = Path(__file__).parents[2] / "docs" / "webhooks.md"
 

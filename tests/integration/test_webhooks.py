@@ -13,15 +13,16 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from tests.api_client import api_client, assert_problem
-from tests.jobs import claim, create, execute
-from tests.processes import System
-from tests.receiver import Received, Receiver, receiving
-from tests.support.waiting import HANG_SECONDS, eventually
-from tpo.jobs.store import Outcome, Store
-from tpo.queue import Doorbell
+from testing.jobs import claim, create, execute
+from testing.processes import System
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.api_client import api_client, assert_problem
+from tests.support.receiver import Received, Receiver, receiving
+from tpo.broker import Doorbell
+from tpo.jobs.outcomes import Outcome
 from tpo.settings import Settings
-from worker.courier import Courier
+from tpo.store import Store
+from worker.tasks.webhooks import Courier
 
 
 class Bell(Doorbell):
@@ -73,7 +74,7 @@ def made(client: TestClient, url: str, **more: Any) -> dict[str, Any]:
 
 def finish(store: Store, status: Any = "completed") -> str:
     job_id = create(store)
-    store.finish(claim(store, job_id)[0], Outcome(status))
+    store.leases.finish(claim(store, job_id)[0], Outcome(status))
     return job_id
 
 
@@ -130,15 +131,15 @@ def test_every_way_to_end_is_told_once(client: TestClient, store: Store, engine:
     webhook = made(client, receiver.url)
     for status in ("completed", "failed", "incomplete", "expired"):
         finish(store, status)
-    store.cancel(create(store))
+    store.jobs.cancel(create(store))
     killed = create(store, max_attempts=1)
     claim(store, killed, seconds=-1)
-    store.sweep(ring_again_seconds=60, forget_worker_seconds=60)
-    store.cancel(killed)
+    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+    store.jobs.cancel(killed)
     told = [d["type"] for d in settled(client, webhook, courier(store))]
     ended = ["cancelled", "completed", "expired", "failed", "failed", "incomplete"]
     assert sorted(told) == [f"job.{status}" for status in ended]
-    assert store.purge_deliveries(0) == 6
+    assert store.deliveries.purge(0) == 6
     assert deliveries(client, webhook) == []
 
 
@@ -358,9 +359,9 @@ def test_the_filter(client: TestClient, store: Store, receiver: Receiver) -> Non
 
 def test_tenants_hear_of_their_own(client: TestClient, store: Store, receiver: Receiver) -> None:
     mine = made(client, receiver.url)
-    theirs = store.of("acme").create_webhook(receiver.url, ["job.completed"]).row
+    theirs = store.for_tenant("acme").webhooks.create(receiver.url, ["job.completed"]).row
     finish(store)
-    assert list(store.of("acme").deliveries_page(theirs.id, limit=9)) == []
+    assert list(store.for_tenant("acme").webhooks.deliveries_page(theirs.id, limit=9)) == []
     assert len(deliveries(client, mine)) == 1
     assert [w["id"] for w in client.get("/v1/webhooks").json()["data"]] == [mine["id"]]
     for method, path, body in (
@@ -374,7 +375,7 @@ def test_tenants_hear_of_their_own(client: TestClient, store: Store, receiver: R
         answers = [client.request(method, f"/v1/webhooks/{i}{path}", json=body) for i in (theirs.id, "wh_none")]
         for answer in answers:
             assert_problem(answer, 404, "webhook_not_found")
-    assert store.of("acme").webhook(theirs.id).enabled
+    assert store.for_tenant("acme").webhooks.get(theirs.id).enabled
 
 
 def test_delete_and_switch_off(client: TestClient, store: Store, receiver: Receiver) -> None:
@@ -394,12 +395,12 @@ def test_delete_and_switch_off(client: TestClient, store: Store, receiver: Recei
 
 def test_real_workers_and_one_that_restarts_between_attempts(system: System, receiver: Receiver) -> None:
     settings = {"webhook_allow_private": "true", "webhook_retry_seconds": 0.2, "webhook_timeout_seconds": 5}
-    webhook = system.store.create_webhook(receiver.url, ["job.completed", "job.cancelled"])
+    webhook = system.store.webhooks.create(receiver.url, ["job.completed", "job.cancelled"])
     receiver.answers = [500] * 3
     receiver.hangs.set()
     first = system.maintenance(**settings)
     job_id = system.submit(ring=False)
-    system.store.cancel(job_id)
+    system.store.jobs.cancel(job_id)
     eventually(lambda: receiver.received, why="the first attempt")
     first.kill()
     receiver.hangs.clear()
@@ -409,7 +410,7 @@ def test_real_workers_and_one_that_restarts_between_attempts(system: System, rec
     second = system.maintenance(**settings)
 
     def arrived() -> bool:
-        (delivery,) = system.store.deliveries_page(webhook.row.id, limit=2)
+        (delivery,) = system.store.webhooks.deliveries_page(webhook.row.id, limit=2)
         return delivery.status == "delivered"
 
     eventually(arrived, why="the delivery")

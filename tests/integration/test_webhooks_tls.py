@@ -10,14 +10,14 @@ import pytest
 from pydantic import ValidationError
 from standardwebhooks import Webhook
 
+from testing.processes import System
+from testing.waiting import eventually
 from tests.integration.openai.test_batches import line
 from tests.integration.test_webhooks import courier, finish
-from tests.processes import System
-from tests.receiver import AUTHORITY, TLS, Receiver, receiving
-from tests.support.waiting import eventually
-from tpo.jobs.store import Store
-from tpo.jobs.webhook_tables import Delivery
+from tests.support.receiver import AUTHORITY, TLS, Receiver, receiving
 from tpo.settings import Settings
+from tpo.store import Store
+from tpo.webhooks.tables import Delivery
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def sqlite_store(sqlite_system: System) -> Store:
 
 
 def delivery(store: Store, webhook_id: str) -> Delivery:
-    (found,) = store.deliveries_page(webhook_id, limit=2)
+    (found,) = store.webhooks.deliveries_page(webhook_id, limit=2)
     return found
 
 
 def test_a_certificate_of_an_authority_that_is_named(sqlite_store: Store, receiver: Receiver) -> None:
-    webhook = sqlite_store.create_webhook(f"{receiver.url}/in", ["job.completed"])
+    webhook = sqlite_store.webhooks.create(f"{receiver.url}/in", ["job.completed"])
     job_id = finish(sqlite_store)
     strict, trusting = courier(sqlite_store), courier(sqlite_store, webhook_ca_file=AUTHORITY)
 
@@ -62,8 +62,8 @@ def test_a_certificate_of_another_name(
 ) -> None:
     port = int(receiver.url.rpartition(":")[2])
     for host in ("hooks.example", "other.example"):
-        sqlite_store.create_webhook(f"https://{host}:{port}/", ["job.completed"])
-    right, wrong = (w.id for w in reversed(sqlite_store.webhooks_page(limit=2)))
+        sqlite_store.webhooks.create(f"https://{host}:{port}/", ["job.completed"])
+    right, wrong = (w.id for w in reversed(sqlite_store.webhooks.page(limit=2)))
     real = socket.getaddrinfo
 
     def resolve(host: Any, *words: Any, **more: Any) -> Any:
@@ -98,15 +98,15 @@ def test_what_is_no_file_of_certificates_is_refused_at_the_start(tmp_path: Path,
 
 def test_every_end_of_a_batch_is_told_by_real_processes(sqlite_system: System, receiver: Receiver) -> None:
     system, store = sqlite_system, sqlite_system.store
-    webhook = store.create_webhook(
+    webhook = store.webhooks.create(
         receiver.url, [f"batch.{end}" for end in ("completed", "failed", "cancelled", "expired")]
     )
 
     def batch(text: str, seconds: float = 3600) -> str:
-        file_id = store.begin_file("a", "batch")
-        store.append_part(file_id, text.encode())
-        store.complete_file(file_id)
-        return store.create_batch(
+        file_id = store.files.begin("a", "batch")
+        store.files.append_part(file_id, text.encode())
+        store.files.complete(file_id)
+        return store.batches.create(
             endpoint="/v1/responses", input_file_id=file_id, window="1h", seconds=seconds, metadata={}
         ).batch.id
 
@@ -116,7 +116,7 @@ def test_every_end_of_a_batch_is_told_by_real_processes(sqlite_system: System, r
         "batch.cancelled": batch(line("a")),
         "batch.expired": batch(line("a"), seconds=0),
     }
-    store.cancel_batch(wanted["batch.cancelled"])
+    store.batches.cancel(wanted["batch.cancelled"])
     system.environment["SSL_CERT_FILE"] = str(AUTHORITY)  # in place of the system's authorities
     system.worker(scripted_latency=0)
     system.maintenance(webhook_allow_private="true", webhook_retry_seconds=0.2)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from tests.processes import System, marker, timeless, uninterrupted
-from tests.support.waiting import HANG_SECONDS, eventually
-from tpo.errors import QueueUnavailable
-from tpo.queue import Doorbell, queue_of
+from testing.processes import System, marker, timeless, uninterrupted
+from testing.waiting import HANG_SECONDS, eventually
+from tpo.broker import Doorbell, queue_of
+from tpo.core.errors import QueueUnavailable
 from tpo.settings import SCRIPTED
 
 pytestmark = pytest.mark.processes
@@ -42,7 +42,7 @@ def test_a_job_runs_through_and_no_text_leaves_the_database(sqlite_system: Syste
         told = ""
         while event := events.get_message(timeout=0.5):
             told += opened(event["data"]) if event["type"] == "pmessage" else ""
-    state = system.store.state(job_id)
+    state = system.store.jobs.state(job_id)
     assert timeless(state) == uninterrupted(state)
     message = opened(messages[0])
     assert json.loads(messages[0])["headers"]["argsrepr"] == f"['{job_id}']"
@@ -74,7 +74,7 @@ def test_a_busy_worker_leaves_doorbells_to_an_idle_one(sqlite_system: System) ->
     system.worker(slots=3)
     for job_id in waiting:
         system.wait_for_end(job_id)
-    assert system.store.get(running).status == "in_progress"
+    assert system.store.jobs.get(running).status == "in_progress"
 
 
 def test_one_run_for_a_doorbell_that_is_rung_twenty_times(system: System) -> None:
@@ -86,19 +86,19 @@ def test_one_run_for_a_doorbell_that_is_rung_twenty_times(system: System) -> Non
     job = system.wait_for_end(job_id)
     system.wait_for_end(system.submit(seed=1))
     assert (job.status, job.attempt, job.fence) == ("completed", 1, 1)
-    assert len(system.calls()) == 2 * len(system.store.state(job_id).calls)
+    assert len(system.calls()) == 2 * len(system.store.jobs.state(job_id).calls)
 
 
 def test_cancel_ends_a_running_call_and_nothing_is_written_after(system: System) -> None:
     worker = system.worker(scripted_latency=600)  # only a call that is ended in its middle ends while the test waits
     job_id = system.submit()
     eventually(system.calls, why="a model call")
-    assert system.store.cancel(job_id).status == "cancelling"
+    assert system.store.jobs.cancel(job_id).status == "cancelling"
     job = system.wait_for_end(job_id)
     worker.wait_for(f"{job_id} cancelled")
-    assert job.status == system.store.get(job_id).status == "cancelled"
-    assert [e.type for e in system.store.events(job_id)][-2:] == ["job.cancelling", "job.cancelled"]
-    assert system.store.state(job_id).calls == ()
+    assert job.status == system.store.jobs.get(job_id).status == "cancelled"
+    assert [e.type for e in system.store.jobs.events(job_id)][-2:] == ["job.cancelling", "job.cancelled"]
+    assert system.store.jobs.state(job_id).calls == ()
 
 
 @pytest.fixture
@@ -113,11 +113,11 @@ def hangups() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_idle_worker_ends_at_once(sqlite_system: System, number: int) -> None:
     processes = [sqlite_system.worker(drain_seconds=600), sqlite_system.maintenance()]
-    assert len(eventually(lambda: sqlite_system.store.workers(10), why="the worker's row")) == 1
+    assert len(eventually(lambda: sqlite_system.store.workers.live(10), why="the worker's row")) == 1
     assert [process.stop(number) for process in processes] == [0, 0]
     # Not by the bound on a drain, which leaves without a word.
     assert all("has ended" in process.output for process in processes)
-    assert not sqlite_system.store.workers(10)
+    assert not sqlite_system.store.workers.live(10)
 
 
 @pytest.mark.parametrize(
@@ -137,28 +137,28 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert message in process.output
     assert "Traceback" not in process.output
     assert "secret" not in process.output
-    assert not sqlite_system.store.workers(60)
+    assert not sqlite_system.store.workers.live(60)
 
 
 def test_a_paused_job_stops_within_a_call_and_goes_on_elsewhere(system: System) -> None:
     first = system.worker(scripted_latency=1)
     job_id = system.submit()
     eventually(lambda: len(system.calls()) >= 2, why="the second call runs")
-    system.store.pause(job_id)
+    system.store.jobs.pause(job_id)
     running = len(system.calls())
     system.wait_for_status(job_id, "paused")
     calls = len(system.calls())
     assert calls <= running + 1  # one may have asked just before the pause whether to begin
     first.stop()
     system.worker()
-    job = system.store.resume(job_id)
+    job = system.store.jobs.resume(job_id)
     assert job.attempt == 0
     system.ring(job_id)
     assert system.wait_for_end(job_id).status == "completed"
-    state = system.store.state(job_id)
+    state = system.store.jobs.state(job_id)
     assert timeless(state) == uninterrupted(state)
     assert len(system.calls()) - calls <= len(state.calls)
-    events = [event.type for event in system.store.events(job_id)]
+    events = [event.type for event in system.store.jobs.events(job_id)]
     assert (events.count("job.paused"), events.count("job.resumed")) == (1, 1)
 
 
@@ -168,24 +168,24 @@ def test_a_pause_and_a_resume_in_one_breath_lose_nothing(system: System) -> None
     job_id = system.submit(max_iterations=10)
     for _ in range(5):
         system.wait_for_status(job_id, "in_progress")
-        system.store.pause(job_id)
-        system.store.resume(job_id)
+        system.store.jobs.pause(job_id)
+        system.store.jobs.resume(job_id)
     assert system.wait_for_end(job_id).status == "completed"
-    assert timeless(system.store.state(job_id)) == uninterrupted(system.store.state(job_id))
+    assert timeless(system.store.jobs.state(job_id)) == uninterrupted(system.store.jobs.state(job_id))
 
 
 def test_what_is_over_its_retention_is_forgotten(sqlite_system: System) -> None:
     system = sqlite_system
     ended, live = system.submit(ring=False), system.submit(ring=False)
-    system.store.cancel(ended)
+    system.store.jobs.cancel(ended)
     system.start(
         "-c",
-        "import worker.retention as r; r.PURGE_SECONDS = 0.2; import worker.maintenance as m; "
-        "m.PURGE_SECONDS = 0.2; import sys; from worker.start import start; sys.exit(start(m.main))",
+        "import worker.tasks.cleaner as r; r.PURGE_SECONDS = 0.2; import worker.maintenance as m; "
+        "m.PURGE_SECONDS = 0.2; import sys; from worker.startup import start; sys.exit(start(m.main))",
         retention_days=1e-9,
     )
-    eventually(lambda: len(system.store.page(limit=9)) == 1, why="it is forgotten")
-    assert system.store.get(live).status == "queued"
+    eventually(lambda: len(system.store.jobs.page(limit=9)) == 1, why="it is forgotten")
+    assert system.store.jobs.get(live).status == "queued"
 
 
 def test_a_worker_waits_for_its_broker_and_can_be_stopped_meanwhile(sqlite_system: System) -> None:

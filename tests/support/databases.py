@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.services import new_database
+from testing.services import new_database
 
 DATABASES = ("sqlite", "postgresql")
 

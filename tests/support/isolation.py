@@ -1,14 +1,14 @@
 """Keep a test run apart from the rest of the machine: its environment, home, working folder, ports and servers."""
 
-import atexit
 import os
 import shutil
-import socket
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from testing.ports import own_ports
 
 _KEPT = (
     # What any program needs to run.
@@ -55,59 +55,6 @@ def leave_home(home: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
-_FIRST_PORT, _BLOCKS, _BLOCK_SIZE = 10_000, 88, 250
-"""All blocks lie below 32,768, from where the kernel takes the ports of outgoing connections."""
-
-
-class PortBlock:
-    """A block of TCP ports that this process alone gives to its servers, among all test processes of the machine.
-
-    A name in the kernel's abstract socket namespace stands for the block: it has one owner at most and is free again as
-    soon as that process ends, however it ends.
-    """
-
-    def __init__(self) -> None:
-        owner, first = self._lease()
-        atexit.register(owner.close)
-        self.ports = range(first, first + _BLOCK_SIZE)
-        self._next = 0
-
-    @staticmethod
-    def _lease() -> tuple[socket.socket, int]:
-        for number in range(_BLOCKS):
-            owner = socket.socket(socket.AF_UNIX)
-            try:
-                owner.bind(f"\0tpo-tests-ports-{number}")
-            except OSError:
-                owner.close()
-                continue
-            return owner, _FIRST_PORT + number * _BLOCK_SIZE
-        raise RuntimeError(f"{_BLOCKS} test processes run on this machine, and no ports are left for this one")
-
-    def next_free(self) -> int:
-        """Return a port on which nobody listens. It is given again only after all others of the block."""
-        for _ in self.ports:
-            port = self.ports[self._next]
-            self._next = (self._next + 1) % len(self.ports)
-            with socket.socket() as probe:
-                try:
-                    probe.bind(("127.0.0.1", port))
-                except OSError:
-                    continue
-            return port
-        raise RuntimeError(f"no port from {self.ports.start} to {self.ports.stop - 1} is free")
-
-
-_block: PortBlock | None = None
-
-
-def free_port() -> int:
-    """Return a TCP port of the loopback address for one server of one test."""
-    global _block
-    _block = _block or PortBlock()
-    return _block.next_free()
-
-
 _NOBODY = 1
 """The port that tests use for a server that is not there."""
 
@@ -123,8 +70,7 @@ def refuse_foreign_connections() -> None:
         if event != "socket.connect" or not isinstance(arguments[1], tuple):
             return
         host, port = arguments[1][:2]
-        own: Iterable[int] = _block.ports if _block else ()
-        if port >= first_ephemeral or port in own or port == _NOBODY:
+        if port >= first_ephemeral or port in own_ports() or port == _NOBODY:
             return
         foreign_connections.append(f"{host}:{port}")
         raise ConnectionRefusedError(f"no test has started a server on {host}:{port}")

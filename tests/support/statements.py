@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.util import LRUCache
 
-import tpo.jobs.database
+import tpo.db.engine
 
 _STATEMENTS = 2000
 _caches: defaultdict[type, LRUCache[Any, Any]] = defaultdict(lambda: LRUCache(_STATEMENTS))
@@ -19,7 +19,7 @@ _caches: defaultdict[type, LRUCache[Any, Any]] = defaultdict(lambda: LRUCache(_S
 
 def share_compiled_statements() -> None:
     """Let the engines that the product creates from now on share their caches, by the kind of database."""
-    names = vars(tpo.jobs.database)
+    names = vars(tpo.db.engine)
     create = names["create_engine"]
 
     def create_with_shared_cache(*args: Any, **kwargs: Any) -> Engine:

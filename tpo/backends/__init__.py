@@ -4,10 +4,10 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Protocol, TypeVar
 
-from tpo.backends.places import check_place
+from tpo.backends.model_source import check_place
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
-from tpo.errors import ModelRefused
-from tpo.ports import Policy, RewardModel
+from tpo.core.errors import ModelRefused
+from tpo.core.ports import Policy, RewardModel
 from tpo.settings import DEMO, OPENAI, REMOTE_REWARDS, SCRIPTED, Settings
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from tpo.ports import Generate, Generation, Interrupt, Rewards, Score, Text, cut_at
-from tpo.state import CallKind, Message
+from tpo.core.ports import Generate, Generation, Interrupt, Rewards, Score, Text, cut_at
+from tpo.core.state import CallKind, Message
 
 _WORDS = (
     *("clear", "careful", "short", "honest", "useful", "example", "reason", "detail", "step", "answer", "question"),

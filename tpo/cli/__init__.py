@@ -2,16 +2,16 @@
 
 import typer
 
-from tpo.cli.database import database
-from tpo.cli.demo import demo
-from tpo.cli.doctor import doctor
-from tpo.cli.jobs import cancel, delete, extend, jobs, pause, resume, retry, show
-from tpo.cli.keys import keys
-from tpo.cli.output import Commands
-from tpo.cli.queues import queues
-from tpo.cli.run import run
-from tpo.cli.submit import submit
-from tpo.cli.up import up
+from tpo.cli.commands.database import database
+from tpo.cli.commands.demo import demo
+from tpo.cli.commands.doctor import doctor
+from tpo.cli.commands.jobs import cancel, delete, extend, jobs, pause, resume, retry, show
+from tpo.cli.commands.keys import keys
+from tpo.cli.commands.queues import queues
+from tpo.cli.commands.run import run
+from tpo.cli.commands.submit import submit
+from tpo.cli.commands.up import up
+from tpo.cli.ui.output import Commands
 
 app = typer.Typer(
     name="tpo",

@@ -11,17 +11,16 @@ from typing import Literal, NamedTuple
 import httpx
 from pydantic import SecretStr
 
-from tpo.backends.remote.connecting import connect as connect_to
-from tpo.backends.remote.connecting import secret
+from tpo.backends.remote.connection import connect as connect_to
+from tpo.backends.remote.connection import secret
 from tpo.backends.remote.server import Limits, Server
 from tpo.backends.rewards.config import read as read_reward_file
+from tpo.broker import Doorbell
 from tpo.cli.environment import read_settings
-from tpo.cli.output import Failure
-from tpo.embedded import valkey_command
-from tpo.errors import DatabaseRefused, ModelRefused, QueueUnavailable, SchemaOutOfDate, StoreUnavailable
-from tpo.jobs import schema
-from tpo.jobs.database import connect
-from tpo.queue import Doorbell
+from tpo.cli.stack.valkey import valkey_command
+from tpo.cli.ui.output import Failure
+from tpo.core.errors import DatabaseRefused, ModelRefused, QueueUnavailable, SchemaOutOfDate, StoreUnavailable
+from tpo.db import connect, schema
 from tpo.settings import DEMO, OPENAI, REMOTE_REWARDS, SCRIPTED, Settings
 
 _PACKAGES = ("celery", "fastapi", "flower", "httpx", "redis", "sqlalchemy", "uvicorn")

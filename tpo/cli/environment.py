@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tpo.cli.output import USAGE, Failure
+from tpo.cli.ui.output import USAGE, Failure
 
 if TYPE_CHECKING:
-    from tpo.jobs.store import Store
     from tpo.settings import Settings
+    from tpo.store import Store
 
 
 def read_settings(**overrides: Any) -> "Settings":
@@ -26,9 +26,8 @@ def read_settings(**overrides: Any) -> "Settings":
 @contextmanager
 def open_store() -> Iterator["Store"]:
     """The store in the database of TPO_DATABASE_URL. Raises SchemaOutOfDate."""
-    from tpo.jobs import schema
-    from tpo.jobs.database import connect
-    from tpo.jobs.store import Store
+    from tpo.db import connect, schema
+    from tpo.store import Store
 
     engine = connect(read_settings().database_url.get_secret_value(), pool_size=1)
     try:

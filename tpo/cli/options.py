@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tpo.cli.output import USAGE, Failure
+from tpo.cli.ui.output import USAGE, Failure
 
 _OPTIMIZATION: dict[str, Any] = {
     "mode": Annotated[

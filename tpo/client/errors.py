@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from tpo.client.types import Job
-from tpo.errors import TPOError
+from tpo.core.errors import TPOError
 
 
 class ClientError(TPOError):

@@ -2,8 +2,8 @@
 
 from typing import Any, Literal, TypedDict
 
-from tpo import status
-from tpo.status import Status as Status
+from tpo.core import status
+from tpo.core.status import Status as Status
 
 TERMINAL: frozenset[str] = frozenset(status.TERMINAL)
 """A job in one of these never changes again."""

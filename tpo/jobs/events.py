@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from tpo.loop import Standing
-from tpo.state import State
+from tpo.core.loop import Standing
+from tpo.core.state import State
 
 
 class Event(NamedTuple):

@@ -5,20 +5,21 @@ from typing import Unpack
 
 from sqlalchemy import delete
 
-from tpo.errors import WrongState
-from tpo.jobs.clients import ClientQueries, JobOptions, Submitted
-from tpo.jobs.database import now, writing
+from tpo.core.errors import WrongState
+from tpo.core.state import MAX_ITERATIONS, State
+from tpo.core.status import TERMINAL
+from tpo.db import now, writing
 from tpo.jobs.events import Event
-from tpo.jobs.once import Once
-from tpo.jobs.quotas import Limits
+from tpo.jobs.insertion import JobOptions
 from tpo.jobs.records import fresh
+from tpo.jobs.requests import JobRequests, Submitted
 from tpo.jobs.tables import Job
 from tpo.jobs.transitions import CANCELLED, of, transition, update_job
-from tpo.state import MAX_ITERATIONS, State
-from tpo.status import TERMINAL
+from tpo.tenants.idempotency import Once
+from tpo.tenants.tenants import Limits
 
 
-class LifecycleQueries(ClientQueries):
+class JobQueries(JobRequests):
     """The part of the store that changes a tenant's jobs."""
 
     def cancel(self, job_id: str) -> Job:
@@ -79,14 +80,14 @@ class LifecycleQueries(ClientQueries):
             session.refresh(job)
             return job
 
-    def go_on_from(
+    def create_from(
         self, job_id: str, state: State, *, once: Once | None, limits: Limits | None, **of_job: Unpack[JobOptions]
     ) -> Submitted:
         """A new job that starts from what another one has recorded. Its own usage starts at nothing."""
         of_job["source_id"] = job_id
         return self.submit(state.model_copy(update={"calls": ()}), once=once, limits=limits, **of_job)
 
-    def forget(self, job_id: str) -> None:
+    def delete(self, job_id: str) -> None:
         """Delete a job that has ended, and all its texts. Raises JobNotFound, WrongState."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)

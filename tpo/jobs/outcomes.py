@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from tpo.core.loop import standing
+from tpo.core.state import GivenUp, State
+from tpo.core.status import Status
 from tpo.jobs.events import Event
 from tpo.jobs.tables import IncompleteReason, Job
-from tpo.loop import standing
-from tpo.state import GivenUp, State
-from tpo.status import Status
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,20 @@
 """How much a tenant may ask for: jobs in flight, and jobs a minute."""
 
 from dataclasses import dataclass
-from typing import cast
 
-from sqlalchemy import Table, bindparam, func, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from tpo.errors import QuotaExceeded
-from tpo.jobs.bound import Bound
-from tpo.jobs.database import now, reading, writing
-from tpo.jobs.keys import ensure_tenant
-from tpo.jobs.tables import Job, Tenant
-from tpo.status import LIVE
+from tpo.core.errors import QuotaExceeded
+from tpo.core.status import LIVE
+from tpo.db import now
+from tpo.jobs.tables import Job
+from tpo.tenants.tables import Tenant
+from tpo.tenants.tenants import Limits, ensure_tenant, limits_of_tenant
 
 _WINDOW_SECONDS = 60.0
 _IN_FLIGHT_RETRY_SECONDS = 5.0
 """Nobody knows when a job ends; a client that asks so often costs little."""
-
-_TENANTS = cast("Table", Tenant.__table__).c
-_LIMITS = select(_TENANTS.max_jobs_in_flight, _TENANTS.max_jobs_per_minute, _TENANTS.max_jobs_running).where(
-    _TENANTS.id == bindparam("tenant")
-)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that a tenant may ask for; None is no limit."""
-
-    in_flight: int | None = None
-    per_minute: int | None = None
-    running: int | None = None
-    """Of those in flight, how many run at once: the others wait."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +27,9 @@ class Room:
     """Seconds until there is more room than now."""
 
 
-class QuotaQueries(Bound):
-    """The part of the store that knows each tenant's limits."""
-
-    def set_limits(self, tenant: str, limits: Limits) -> None:
-        """Give a tenant limits of its own; None goes back to the settings'."""
-        with writing(self._engine) as session:
-            ensure_tenant(session, tenant)
-            row = session.get_one(Tenant, tenant)
-            row.max_jobs_in_flight, row.max_jobs_per_minute = limits.in_flight, limits.per_minute
-            row.max_jobs_running = limits.running
-
-    def free_places(self, limits: Limits) -> int | None:
-        """How many more jobs of the tenant may be in flight; None where nothing limits it."""
-        with reading(self._engine) as session:
-            most = _own_limits(session, self.tenant, limits).in_flight
-            return None if most is None else max(0, most - _in_flight(session, self.tenant, most))
-
-
 def check_room(session: Session, tenant: str, limits: Limits) -> Room | None:
     """What is left once one more job is made, in the transaction that makes it. Raises QuotaExceeded."""
-    limits = _own_limits(session, tenant, limits)
+    limits = limits_of_tenant(session, tenant, limits)
     if limits.in_flight is None and limits.per_minute is None:
         return None
     # One job of a tenant is counted at a time, or two at once would both find the last place free.
@@ -80,17 +46,6 @@ def check_room(session: Session, tenant: str, limits: Limits) -> Room | None:
             _IN_FLIGHT_RETRY_SECONDS,
         )
     return room
-
-
-def _own_limits(session: Session, tenant: str, limits: Limits) -> Limits:
-    own = session.execute(_LIMITS, {"tenant": tenant}).one_or_none()
-    if own is None:
-        return limits
-    return Limits(
-        limits.in_flight if own.max_jobs_in_flight is None else own.max_jobs_in_flight,
-        limits.per_minute if own.max_jobs_per_minute is None else own.max_jobs_per_minute,
-        limits.running if own.max_jobs_running is None else own.max_jobs_running,
-    )
 
 
 def _in_flight(session: Session, tenant: str, most: int) -> int:
@@ -116,3 +71,9 @@ def _room_of_minute(session: Session, tenant: str, limit: int) -> Room:
             reset,
         )
     return Room(limit, limit - made - 1, reset)
+
+
+def free_slots(session: Session, tenant: str, limits: Limits) -> int | None:
+    """Return how many more jobs of the tenant may be in flight; None where nothing limits it."""
+    most = limits_of_tenant(session, tenant, limits).in_flight
+    return None if most is None else max(0, most - _in_flight(session, tenant, most))

@@ -5,10 +5,10 @@ from typing import Any
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
+from tpo.core.loop import Standing
+from tpo.core.prompts import PromptSet
+from tpo.core.state import Call, Candidate, Iteration, Message, Note, Params, RewardPart, State
 from tpo.jobs.tables import CallRow, CandidateRow, IterationRow, Job
-from tpo.loop import Standing
-from tpo.prompts import PromptSet
-from tpo.state import Call, Candidate, Iteration, Message, Note, Params, RewardPart, State
 
 
 def read_state(session: Session, job: Job) -> State:

@@ -2,31 +2,18 @@
 
 from typing import Any, Literal
 
-from sqlalchemy import JSON, CheckConstraint, Double, ForeignKey, Index, String, Text, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, Text
+from sqlalchemy.orm import Mapped, mapped_column
 
-from tpo.jobs.database import now
-from tpo.state import Budget, GivenUp
-from tpo.status import LIVE, TERMINAL, Status
-
-DEFAULT_TENANT = "default"
-"""Whose jobs are those of a server without keys, and of the key that stands in the settings."""
+from tpo.core.state import Budget, GivenUp
+from tpo.core.status import LIVE, TERMINAL, Status
+from tpo.db import DEFAULT_TENANT, Base, now
+from tpo.db.base import partial_index
 
 _STATUSES = (*LIVE, *TERMINAL)
 
 
 IncompleteReason = Literal[Budget, "deadline"]
-
-
-def _partial(name: str, *columns: str, where: str) -> Index:
-    """An index of some rows alone: it stays small, however many jobs have ended or wait."""
-    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
-
-
-class Base(DeclarativeBase):
-    """All tables."""
-
-    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, float: Double, str: Text}  # noqa: RUF012
 
 
 class Job(Base):
@@ -41,18 +28,20 @@ class Job(Base):
         Index("jobs_by_end", "completed_at"),
         Index("jobs_by_status", "status", "id"),
         # A queue's line: waiting jobs by the tenant and the priority, the oldest of each first.
-        _partial(
+        partial_index(
             *("jobs_in_line", "model", "reward_model", "tenant", "priority", "id"),
             where="status = 'queued' AND next_attempt_at IS NULL",
         ),
-        _partial("jobs_running", "model", "reward_model", "tenant", where="status IN ('in_progress', 'cancelling')"),
+        partial_index(
+            "jobs_running", "model", "reward_model", "tenant", where="status IN ('in_progress', 'cancelling')"
+        ),
         # With the status, or to SQLite any index that begins with it is as good.
-        _partial(
+        partial_index(
             *("jobs_by_next_attempt", "status", "next_attempt_at"),
             where="status = 'queued' AND next_attempt_at IS NOT NULL",
         ),
         # Most jobs have no deadline, and change their status several times.
-        _partial("jobs_by_deadline", "status", "deadline_at", where="deadline_at IS NOT NULL"),
+        partial_index("jobs_by_deadline", "status", "deadline_at", where="deadline_at IS NOT NULL"),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -120,52 +109,6 @@ class _OfJob:
     job_id: Mapped[str] = mapped_column(
         String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, sort_order=-1
     )
-
-
-class Tenant(Base):
-    """Whose jobs and keys they are, and how much they may ask for where that is not what the settings say."""
-
-    __tablename__ = "tenants"
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    created_at: Mapped[float]
-    max_jobs_in_flight: Mapped[int | None]
-    max_jobs_per_minute: Mapped[int | None]
-    max_jobs_running: Mapped[int | None]
-
-
-class ApiKey(Base):
-    """A key by its hash: the key itself is shown once and stored nowhere."""
-
-    __tablename__ = "api_keys"
-    __table_args__ = (Index("api_keys_by_hash", "hash", unique=True), Index("api_keys_by_tenant", "tenant"))
-
-    id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    tenant: Mapped[str] = mapped_column(String(64), ForeignKey("tenants.id", ondelete="CASCADE"))
-    name: Mapped[str]
-    hash: Mapped[str] = mapped_column(String(64))
-    created_at: Mapped[float]
-    revoked_at: Mapped[float | None]
-
-
-class IdempotencyKey(Base):
-    """What a client called one request: said again, it is the same request."""
-
-    __tablename__ = "idempotency_keys"
-    __table_args__ = (
-        Index("idempotency_keys_by_age", "created_at"),
-        Index("idempotency_keys_by_job", "job_id"),
-        Index("idempotency_keys_by_file", "file_id"),
-        Index("idempotency_keys_by_batch", "batch_id"),
-    )
-
-    tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
-    key: Mapped[str] = mapped_column(String(255), primary_key=True)
-    fingerprint: Mapped[str] = mapped_column(String(64))
-    job_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
-    file_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("files.id", ondelete="CASCADE"))
-    batch_id: Mapped[str | None] = mapped_column(String(40), ForeignKey("batches.id", ondelete="CASCADE"))
-    created_at: Mapped[float]
 
 
 class MetadataRow(_OfJob, Base):

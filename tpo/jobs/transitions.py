@@ -5,11 +5,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Update, and_, case, insert, update
 from sqlalchemy.orm import Session
 
-from tpo.jobs.database import now
+from tpo.core.status import TERMINAL, Status
+from tpo.db import now
 from tpo.jobs.events import Event
-from tpo.jobs.outbox import tell_of_job
 from tpo.jobs.tables import EventRow, Job
-from tpo.status import TERMINAL, Status
+from tpo.webhooks.outbox import enqueue_webhooks
 
 NO_LEASE = {"lease_owner": None, "lease_until": None}
 CANCELLED = {"status": "cancelled", "completed_at": now(), "phase": None, "pause_requested_at": None, **NO_LEASE}
@@ -59,7 +59,7 @@ def record(session: Session, job: Job, told: list[Event], values: dict[str, Any]
     insert_events(session, job.id, job.last_event + 1, told)
     session.refresh(job)
     if job.status in TERMINAL:
-        tell_of_job(session, job)
+        _enqueue_webhooks(session, job)
 
 
 def insert_events(session: Session, job_id: str, first: int, told: list[Event]) -> None:
@@ -67,3 +67,16 @@ def insert_events(session: Session, job_id: str, first: int, told: list[Event]) 
     if told:
         rows = [{"job_id": job_id, "number": n, "type": e.type, "data": e.data} for n, e in enumerate(told, first)]
         session.execute(insert(EventRow), rows)
+
+
+def _enqueue_webhooks(session: Session, job: Job) -> None:
+    """A job has ended, and with it the response that is the same job."""
+    response = "incomplete" if job.status == "expired" else job.status
+    enqueue_webhooks(
+        session,
+        job.tenant,
+        {
+            f"job.{job.status}": job.id,
+            f"response.{response}": job.id.replace("job_", "resp_", 1),
+        },
+    )

@@ -1,144 +1,15 @@
-"""What workers ask: claim, checkpoint, renew, finish, hand back; all of it fenced."""
+"""The registry of live workers and what they serve."""
 
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from pydantic import ValidationError
-from sqlalchemy import ColumnElement, and_, case, delete, exists, insert, or_, select, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy import delete, insert, select, update
 
-from tpo.errors import LeaseLost
-from tpo.jobs import events
-from tpo.jobs.bound import Bound
-from tpo.jobs.database import now, reading, write, writing
-from tpo.jobs.events import Event
-from tpo.jobs.outcomes import Outcome, told_at_end
-from tpo.jobs.records import progress_of, read_state, write_difference
-from tpo.jobs.tables import Job, Queue, Worker
-from tpo.jobs.transitions import CANCELLED, NO_LEASE, insert_events, of, put_back, record, transition, update_job
-from tpo.loop import standing
-from tpo.state import State
-from tpo.status import HELD, Status
-
-_log = logging.getLogger(__name__)
+from tpo.db import Queries, now, reading, writing
+from tpo.jobs.tables import Worker
 
 
-@dataclass(frozen=True)
-class Lease:
-    """A worker's right to write to one job, until another one claims it."""
-
-    job_id: str
-    worker: str
-    fence: int
-    attempt: int
-    attempts_in_vain: int
-    max_attempts: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What the database tells the holder of a lease."""
-
-    cancel_requested: bool
-    past_deadline: bool
-    pause_requested: bool = False
-    queue_paused: bool = False
-
-
-class WorkerQueries(Bound):
-    """The part of the store that workers use. They work for every tenant."""
-
-    def checkpoint(self, lease: Lease, before: State, after: State) -> Flags:
-        """Record one model call and all that it changed. Raises LeaseLost, and then nothing is written."""
-        where = standing(after)
-        told = events.of_checkpoint(after, where)
-        values = {
-            "lease_until": now() + lease.seconds,
-            "progressed_at": now(),
-            "attempts_in_vain": 0,
-            **progress_of(after, where),
-        }
-
-        def step(session: Session) -> Flags:
-            flags = self._fenced(session, lease, values, told)
-            write_difference(session, lease.job_id, before, after)
-            return flags
-
-        try:
-            return write(self._engine, step)
-        except IntegrityError:
-            # A commit whose answer was lost with the connection has come through: this is the second try.
-            with writing(self._engine) as session:
-                flags = self._fenced(session, lease, {"lease_until": now() + lease.seconds}, [])
-                if read_state(session, session.get_one(Job, lease.job_id)) != after:
-                    raise
-                return flags
-
-    def look(self, worker: str, job_ids: Iterable[str]) -> dict[str, tuple[int, Flags]]:
-        """The fencing number and the flags of those of these jobs that the worker still holds."""
-        with reading(self._engine) as session:
-            rows = session.execute(select(Job.id, Job.fence, *_FLAGS).where(_held_of(worker, job_ids)))
-            return {row.id: (row.fence, _flags(row)) for row in rows}
-
-    def renew(self, worker: str, job_ids: Iterable[str], lease_seconds: float) -> dict[str, tuple[int, Flags]]:
-        """Prolong this worker's leases. Gives the fencing number and the flags of those that it still holds."""
-        with writing(self._engine) as session:
-            session.execute(update(Worker).where(Worker.id == worker).values(seen_at=now()))
-            rows = session.execute(
-                update_job(_held_of(worker, job_ids), {"lease_until": now() + lease_seconds}).returning(
-                    Job.id, Job.fence, *_FLAGS
-                )
-            )
-            return {row.id: (row.fence, _flags(row)) for row in rows}
-
-    def finish(self, lease: Lease, outcome: Outcome) -> Status:
-        """End a job. A cancel that was asked for in the meantime wins. Raises LeaseLost."""
-        cancelled = Job.status == "cancelling"
-        values: dict[str, Any] = {
-            name: case((cancelled, None), else_=getattr(outcome, name))
-            for name in ("output", "error_code", "error_message", "incomplete_reason", "stop_reason")
-        }
-        values |= {
-            "status": case((cancelled, "cancelled"), else_=outcome.status),
-            "completed_at": now(),
-            "phase": None,
-            "pause_requested_at": None,
-            **NO_LEASE,
-        }
-
-        def end(session: Session) -> Status:
-            job = session.scalars(update_job(_held_by(lease), values).returning(Job)).one_or_none()
-            if job is None:
-                said = and_(Job.status == outcome.status, Job.output.is_not_distinct_from(outcome.output))
-                return _done_before(session, lease, said)
-            record(session, job, [told_at_end(job)])
-            return job.status
-
-        return write(self._engine, end)
-
-    def release(self, lease: Lease, *, delay_seconds: float | None = None, reason: str | None = None) -> Status:
-        """Hand a job back. With a delay it was a failed attempt, for that reason; else it is not counted.
-
-        It waits in the queue, or is paused or cancelled where that was asked for meanwhile. Raises LeaseLost.
-        """
-        values: dict[str, Any] = {"rung_at": now(), **NO_LEASE}
-        if delay_seconds is None:
-            values["attempt"] = Job.attempt - 1
-            values["attempts_in_vain"] = case((Job.attempts_in_vain > 0, Job.attempts_in_vain - 1), else_=0)
-        else:
-            # Without a pause it is in line at once, at its old place.
-            values["next_attempt_at"] = now() + delay_seconds if delay_seconds else None
-        with writing(self._engine) as session:
-            wanted, unwanted = (and_(_held_by(lease), Job.status == s) for s in HELD)
-            if status := put_back(session, wanted, values, delay_seconds, reason):
-                return status
-            if not transition(session, unwanted, CANCELLED, Event("job.cancelled", {})):
-                return _done_before(session, lease, of(lease.job_id, "queued", "paused"))
-            return "cancelled"
+class WorkerQueries(Queries):
+    """The part of the store that knows the workers. They serve every tenant."""
 
     def register(self, worker: str, *, model: str, reward_model: str, slots: int) -> None:
         """Tell that a worker is ready and what it serves; said again, that it is still there."""
@@ -148,119 +19,12 @@ class WorkerQueries(Bound):
             if known.first() is None:
                 session.execute(insert(Worker).values(id=worker, started_at=now(), **values))
 
-    def unregister(self, worker: str) -> None:
+    def deregister(self, worker: str) -> None:
         """Tell that a worker takes no more jobs."""
         with writing(self._engine) as session:
             session.execute(delete(Worker).where(Worker.id == worker))
 
-    def workers(self, silent_seconds: float) -> Sequence[Worker]:
+    def live(self, silent_seconds: float) -> Sequence[Worker]:
         """The workers that were heard of within that time."""
         with reading(self._engine) as session:
             return session.scalars(select(Worker).where(Worker.seen_at > now() - silent_seconds)).all()
-
-    def _fenced(self, session: Session, lease: Lease, values: dict[str, Any], told: list[Event]) -> Flags:
-        values = {**values, "last_event": Job.last_event + len(told)}
-        row = session.execute(update_job(_held_by(lease), values).returning(Job.last_event, *_FLAGS)).one_or_none()
-        if row is None:
-            raise LeaseLost()
-        insert_events(session, lease.job_id, row.last_event - len(told) + 1, told)
-        return _flags(row)
-
-
-def _read_or_put_aside(session: Session, job: Job) -> State | None:
-    """What is recorded of a job that was just claimed. None where this version cannot read it: another one may, later.
-
-    The attempt counts, so that a job that nobody can read ends.
-    """
-    try:
-        return read_state(session, job)
-    except ValidationError:
-        _log.error("%s cannot be run: this version cannot read its record", job.id)
-    which = and_(of(job.id, "in_progress"), Job.fence == job.fence)
-    if job.attempts_in_vain < job.max_attempts:
-        delay = min(2.0**job.attempts_in_vain, 60.0)
-        put_back(session, which, {"next_attempt_at": now() + delay, **NO_LEASE}, delay)
-        return None
-    values: dict[str, Any] = {
-        "status": "failed",
-        "completed_at": now(),
-        "phase": None,
-        "error_code": "unreadable_record",
-        "error_message": "The job's record cannot be read by this version of the server; submit the job again.",
-        **NO_LEASE,
-    }
-    transition(session, which, values, Event("job.failed", {"reason": "unreadable_record"}))
-    return None
-
-
-def _done_before(session: Session, lease: Lease, said: ColumnElement[bool]) -> Status:
-    """How a job stands that is as was said, or cancelled: a commit whose answer was lost has come through.
-
-    Raises LeaseLost where it is otherwise, or was claimed since.
-    """
-    cancelled = and_(Job.status == "cancelled", Job.cancel_requested_at.is_not(None))
-    ours = and_(Job.id == lease.job_id, Job.fence == lease.fence, Job.lease_owner.is_(None))
-    status = session.scalars(select(Job.status).where(ours, or_(said, cancelled))).one_or_none()
-    if status is None:
-        raise LeaseLost()
-    return status
-
-
-def claimable() -> ColumnElement[bool]:
-    """What a queued job must be, to be taken."""
-    return and_(
-        Job.status == "queued",
-        Job.next_attempt_at.is_(None),
-        Job.attempts_in_vain < Job.max_attempts,
-        or_(Job.deadline_at.is_(None), Job.deadline_at > now()),
-    )
-
-
-def take(session: Session, which: ColumnElement[bool], worker: str, lease_seconds: float) -> tuple[Lease, State] | None:
-    """Give a worker the lease of the one job that matches, where it can be taken, with what is recorded of it."""
-    values: dict[str, Any] = {
-        "status": "in_progress",
-        "lease_owner": worker,
-        "lease_until": now() + lease_seconds,
-        "fence": Job.fence + 1,
-        "attempt": Job.attempt + 1,
-        "attempts_in_vain": Job.attempts_in_vain + 1,
-        "started_at": case((Job.started_at.is_(None), now()), else_=Job.started_at),
-    }
-    job = session.scalars(update_job(and_(which, claimable()), values).returning(Job)).one_or_none()
-    if job is None:
-        return None
-    state = _read_or_put_aside(session, job)
-    if state is None:
-        return None
-    where = standing(state)
-    record(session, job, events.of_start(where, job.attempt), {"iteration": where.iteration, "phase": where.phase})
-    counts = (job.attempt, job.attempts_in_vain, job.max_attempts)
-    return Lease(job.id, worker, job.fence, *counts, lease_seconds), state
-
-
-def queue_is_paused(model: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[bool]:
-    """Whether the jobs of a policy are held back."""
-    return exists(select(1).where(Queue.model == model, Queue.paused_at > 0).correlate(Job))
-
-
-_FLAGS = (
-    (Job.status == "cancelling").label("cancel_requested"),
-    case((Job.deadline_at < now(), True), else_=False).label("past_deadline"),
-    # Not IS NOT NULL: in a RETURNING, SQLite 3.40 calls that true where it is null.
-    case((Job.pause_requested_at > 0, True), else_=False).label("pause_requested"),
-    queue_is_paused(Job.model).label("queue_paused"),
-)
-
-
-def _flags(row: Any) -> Flags:
-    flags = (row.cancel_requested, row.past_deadline, row.pause_requested, row.queue_paused)
-    return Flags(*map(bool, flags))
-
-
-def _held_by(lease: Lease) -> ColumnElement[bool]:
-    return and_(of(lease.job_id, *HELD), Job.fence == lease.fence, Job.lease_owner == lease.worker)
-
-
-def _held_of(worker: str, job_ids: Iterable[str]) -> ColumnElement[bool]:
-    return and_(Job.id.in_(list(job_ids)), Job.lease_owner == worker, Job.status.in_(HELD))

@@ -1,17 +1,12 @@
-"""Files and batches as OpenAI's clients read them."""
+"""Files as OpenAI's clients read them."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from tpo.jobs import batch_tables
-from tpo.jobs.batch_tables import BatchStatus, Purpose
-from tpo.openai.lines import Endpoint
-from tpo.openai.views import CachedTokens, ReasoningTokens
-from tpo.submission import Identified, Metadata, Wire
-
-WINDOW = r"^[1-9][0-9]{0,3}[smhd]$"
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+from tpo.batches import tables
+from tpo.batches.tables import Purpose
+from tpo.wire import Identified, Wire
 
 
 class File(Identified):
@@ -41,89 +36,7 @@ class ExpiresAfter(Wire):
     seconds: int = Field(ge=3600, le=2_592_000, description="from an hour to 30 days after the file was made")
 
 
-class BatchDeleted(Wire):
-    """A batch that is forgotten, with its output and its errors."""
-
-    id: str
-    object: Literal["batch"] = "batch"
-    deleted: Literal[True] = True
-
-
-class BatchRequest(Wire):
-    """`POST /v1/batches`."""
-
-    input_file_id: str = Field(pattern=r"^[!-~]{1,64}$", description="a file of purpose batch: a request a line")
-    endpoint: Endpoint
-    completion_window: str = Field(pattern=WINDOW, description="24h, or another number of s, m, h or d")
-    metadata: Metadata | None = Field(None, max_length=16)
-    output_expires_after: ExpiresAfter | None = Field(None, description="of the output and the error file")
-
-    @property
-    def window_seconds(self) -> float:
-        """The time that the batch has."""
-        return int(self.completion_window[:-1]) * _SECONDS[self.completion_window[-1]]
-
-
-class RequestCounts(Wire):
-    """Requests by what came of them so far."""
-
-    total: int
-    completed: int
-    failed: int
-
-
-class BatchFault(Wire):
-    """Why a batch was refused as a whole."""
-
-    code: str
-    message: str
-    line: int | None = None
-    param: str | None = None
-
-
-class BatchFaults(Wire):
-    """All of them."""
-
-    object: Literal["list"] = "list"
-    data: list[BatchFault]
-
-
-class BatchUsage(Wire):
-    """What the policy read and wrote, over all jobs that have ended."""
-
-    input_tokens: int
-    input_tokens_details: CachedTokens = CachedTokens()
-    output_tokens: int
-    output_tokens_details: ReasoningTokens = ReasoningTokens()
-    total_tokens: int
-
-
-class Batch(Identified):
-    """A batch."""
-
-    object: Literal["batch"] = "batch"
-    endpoint: str
-    input_file_id: str
-    completion_window: str
-    status: BatchStatus
-    errors: BatchFaults | None
-    output_file_id: str | None
-    error_file_id: str | None
-    created_at: int
-    in_progress_at: int | None
-    expires_at: int
-    finalizing_at: int | None
-    completed_at: int | None
-    failed_at: int | None
-    expired_at: int | None
-    cancelling_at: int | None
-    cancelled_at: int | None
-    request_counts: RequestCounts
-    usage: BatchUsage
-    metadata: dict[str, str]
-
-
-def file(row: batch_tables.File, retention_days: float | None) -> File:
+def file(row: tables.File, retention_days: float | None) -> File:
     """One file, as it is kept where everything goes after so many days."""
     ends = [] if row.expires_at is None else [row.expires_at]
     if retention_days is not None:
@@ -136,41 +49,3 @@ def file(row: batch_tables.File, retention_days: float | None) -> File:
         purpose=row.purpose,
         expires_at=int(min(ends)) if ends else None,
     )
-
-
-def batch(row: batch_tables.Batch) -> Batch:
-    """One batch. Its files are shown when they are complete."""
-    ended = row.status in batch_tables.ENDED
-    status: BatchStatus = "cancelling" if row.status == "finalizing" and row.cancelling_at else row.status
-    faults = [BatchFault(code=row.error_code, message=row.error_message or "")] if row.error_code else []
-    shown: dict[str, Any] = {
-        f"{end}_at": _seconds(row.ended_at) if row.status == end else None
-        for end in ("completed", "failed", "expired", "cancelled")
-    }
-    return Batch(
-        id=row.id,
-        endpoint=row.endpoint,
-        input_file_id=row.input_file_id,
-        completion_window=row.completion_window,
-        status=status,
-        errors=BatchFaults(data=faults) if faults else None,
-        output_file_id=row.output_file_id if ended else None,
-        error_file_id=row.error_file_id if ended else None,
-        created_at=int(row.created_at),
-        in_progress_at=_seconds(row.in_progress_at),
-        expires_at=int(row.expires_at),
-        finalizing_at=_seconds(row.finalizing_at),
-        cancelling_at=_seconds(row.cancelling_at),
-        request_counts=RequestCounts(total=row.total, completed=row.completed, failed=row.failed),
-        usage=BatchUsage(
-            input_tokens=row.input_tokens,
-            output_tokens=row.output_tokens,
-            total_tokens=row.input_tokens + row.output_tokens,
-        ),
-        metadata=row.batch_metadata,
-        **shown,
-    )
-
-
-def _seconds(moment: float | None) -> int | None:
-    return None if moment is None else int(moment)

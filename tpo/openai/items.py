@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tpo.jobs.tables import Job
 from tpo.openai.views import OutputText
-from tpo.submission import Identified, Wire
+from tpo.wire import Identified, Wire
 
 
 class InputText(Wire):

@@ -8,9 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, Tag, ValidationError, model_validator
 
-from tpo import faults
-from tpo.errors import InvalidInput
-from tpo.submission import BY_SHAPE, SaidText, Submit, Wire
+from tpo import validation_messages
+from tpo.core.errors import InvalidInput
+from tpo.jobs.submission import BY_SHAPE, Submit
+from tpo.wire import SaidText, Wire
 
 _TEXTS = ("input_text", "output_text", "text")
 
@@ -115,7 +116,7 @@ class JobRequest(Wire):
         try:
             return Submit.model_validate(wanted)
         except ValidationError as error:
-            raise faults.invalid(error, self._renamed) from None
+            raise validation_messages.invalid(error, self._renamed) from None
 
     def as_sent(self, error: InvalidInput) -> InvalidInput:
         """An error about the submission, told by the names of this request."""

@@ -7,9 +7,9 @@ same whenever the stream is read, and `starting_after` resumes where it was cut.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from tpo.core.status import TERMINAL
 from tpo.jobs.tables import EventRow, Job
 from tpo.openai import views
-from tpo.status import TERMINAL
 
 _ENDS = {"completed": "response.completed", "failed": "response.failed"}
 _WAITS = ("job.queued", "job.retrying", "job.paused", "job.resumed")

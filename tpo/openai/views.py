@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tpo.errors import JobNotFound
+from tpo.core.errors import JobNotFound
+from tpo.core.status import TERMINAL, Status
 from tpo.jobs.tables import Job
-from tpo.status import TERMINAL, Status
-from tpo.submission import Wire
+from tpo.wire import Wire
 
 ResponseStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "incomplete"]
 _STATUS: dict[Status, ResponseStatus] = {

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from tests.cutting import Cutter, cutter
+from testing.ports import free_port
+from testing.processes import System, running_system
+from testing.waiting import eventually
 from tests.integration.test_api_process import Api, started_api
-from tests.processes import System, running_system
-from tests.support.isolation import free_port
-from tests.support.waiting import eventually
+from tests.support.cutting import Cutter, cutter
 from tpo.client import (
     TERMINAL,
     AuthenticationFailed,
@@ -107,7 +107,7 @@ def test_a_submission_whose_answer_is_lost_makes_one_job(system: System, proxy: 
     with Client(proxy.url) as client:
         job = client.submit("Hello", **SMALL)
     assert proxy.connections == 3
-    assert system.store.get(job["id"]).id == job["id"]
+    assert system.store.jobs.get(job["id"]).id == job["id"]
     assert jobs_in(system) == before + 1
 
 

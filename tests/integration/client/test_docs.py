@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from testing.processes import System
+from testing.waiting import HANG_SECONDS
 from tests.integration.test_api_process import started_api
-from tests.processes import System
-from tests.support.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[3]
 

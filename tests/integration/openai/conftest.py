@@ -8,11 +8,11 @@ from typing import NamedTuple
 import openai
 import pytest
 
-from tests.api_client import KEY
-from tests.processes import Process, System, running_system
+from testing.ports import free_port
+from testing.processes import Process, System, running_system
+from testing.waiting import HANG_SECONDS
+from tests.support.api_client import KEY
 from tests.support.databases import DATABASES, migrated_database
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS
 
 
 class Server(NamedTuple):

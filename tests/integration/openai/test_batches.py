@@ -10,10 +10,10 @@ import openai
 import pytest
 from openai.types import Batch
 
-from tests.api_client import KEY
+from testing.processes import System
+from testing.waiting import eventually
 from tests.integration.openai.conftest import Server, serving
-from tests.processes import System
-from tests.support.waiting import eventually
+from tests.support.api_client import KEY
 
 RESPONSES: Final = "/v1/responses"
 CHAT: Final = "/v1/chat/completions"
@@ -124,7 +124,7 @@ class TestFiles:
     def test_of_another_tenant_is_not_found(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
         file = batch_client.files.create(file=("a", line("a").encode()), purpose="batch")
         batch = start(batch_client, line("a"))
-        secret = batch_server.system.store.create_key("stranger", "strangers").secret
+        secret = batch_server.system.store.keys.create("stranger", "strangers").secret
         with batch_server.client(secret) as stranger:
             assert list(stranger.files.list()) == []
             assert list(stranger.batches.list()) == []
@@ -294,14 +294,14 @@ class TestEnds:
             batch = start(client, "\n".join(line(f"r{i}") for i in range(20)))
 
             def steps() -> int:
-                row = system.store.unended_batch(batch.id)
+                row = system.store.batch_steps.unended(batch.id)
                 assert row
                 return row.step
 
-            eventually(lambda: len(system.store.page(limit=50)) == 3, why="there are jobs")
+            eventually(lambda: len(system.store.jobs.page(limit=50)) == 3, why="there are jobs")
             known = steps()
             eventually(lambda: steps() >= known + 3, why="it is looked for more")
-            assert len(system.store.page(limit=50)) == 3
+            assert len(system.store.jobs.page(limit=50)) == 3
             system.worker(scripted_latency=0)
             counts = end(client, batch).request_counts
             assert counts

@@ -5,9 +5,9 @@ from typing import Any
 import openai
 import pytest
 
+from testing.jobs import put
+from testing.waiting import eventually
 from tests.integration.openai.conftest import Server
-from tests.jobs import put
-from tests.support.waiting import eventually
 
 TPO = {"tpo": {"sample_size": 2, "max_iterations": 1}}
 HELLO: Any = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
@@ -24,7 +24,7 @@ class TestAnswer:
         [choice] = answer.choices
         assert (choice.finish_reason, choice.message.role) == ("stop", "assistant")
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens > 0
-        job = server.system.store.get(answer.id.replace("chatcmpl-", "job_"))
+        job = server.system.store.jobs.get(answer.id.replace("chatcmpl-", "job_"))
         assert job.output == choice.message.content
         assert [m["role"] for m in job.input] == ["system", "user"]
         params = job.params
@@ -50,7 +50,7 @@ class TestAnswer:
         with idle_client.with_options(max_retries=2) as patient, pytest.raises(openai.InternalServerError) as caught:
             ask(patient)
         assert (caught.value.status_code, caught.value.code) == (504, "still_running")
-        [job] = idle.system.store.page(limit=10)
+        [job] = idle.system.store.jobs.page(limit=10)
         assert job.id in str(caught.value)
         idle.system.worker(scripted_latency=0)
         assert idle.system.wait_for_end(job.id).status == "completed"
@@ -79,7 +79,7 @@ class TestAnswer:
         system = idle.system
         with idle.client() as client, ThreadPoolExecutor(1) as pool:
             answer = pool.submit(ask, client)
-            [job] = eventually(lambda: system.store.page(limit=1), why="the job is there")
+            [job] = eventually(lambda: system.store.jobs.page(limit=1), why="the job is there")
             put(system.engine, job.id, completed_at=1.0, **values)
             with pytest.raises(error) as caught:
                 answer.result()

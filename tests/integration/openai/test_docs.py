@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.api_client import KEY
+from testing.processes import System
+from testing.waiting import HANG_SECONDS
 from tests.integration.openai.conftest import serving
-from tests.processes import System
-from tests.support.waiting import HANG_SECONDS
+from tests.support.api_client import KEY
 
 PAGE = Path(__file__).parents[3] / "docs" / "openai.md"
 

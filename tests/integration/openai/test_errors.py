@@ -5,10 +5,10 @@ from typing import Any
 import openai
 import pytest
 
+from testing.processes import System
+from testing.services import postgres_server
 from tests.integration.openai.conftest import Server, serving
-from tests.processes import System
-from tests.services import postgres_server
-from tpo.jobs import schema
+from tpo.db import schema
 
 
 def create(client: openai.OpenAI, **more: Any) -> Any:
@@ -73,7 +73,7 @@ def test_429(sqlite_system: System) -> None:
 
 @pytest.mark.processes
 def test_503_and_the_client_s_own_retries_outlast_it(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from tests.processes import running_system
+    from testing.processes import running_system
 
     with postgres_server() as postgres:
         schema.upgrade(postgres.url)
@@ -91,7 +91,7 @@ def test_503_and_the_client_s_own_retries_outlast_it(tmp_path_factory: pytest.Te
 
 
 def test_models(idle: Server, idle_client: openai.OpenAI) -> None:
-    idle.system.store.register("w1", model="scripted", reward_model="scripted", slots=1)
+    idle.system.store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
     [model] = list(idle_client.models.list())
     assert (model.id, model.object, model.owned_by) == ("scripted", "model", "tpo")
     assert isinstance(model.created, int)

@@ -8,10 +8,10 @@ from typing import Any, Final
 import openai
 import pytest
 
+from testing.jobs import execute
+from testing.processes import System
 from tests.integration.openai.conftest import Server, serving
 from tests.integration.openai.test_batches import end, line, read, run, start
-from tests.jobs import execute
-from tests.processes import System
 
 RESPONSES: Final = "/v1/responses"
 HOUR: Final = 3600
@@ -92,7 +92,7 @@ class TestOnce:
         self, batch_client: openai.OpenAI, batch_server: Server
     ) -> None:
         first = self.upload(batch_client, "mine").parse()
-        secret = batch_server.system.store.create_key("theirs", "another").secret
+        secret = batch_server.system.store.keys.create("theirs", "another").secret
         with batch_server.client(secret) as stranger:
             assert self.upload(stranger, "mine").parse().id != first.id
         execute(batch_server.system.engine, "UPDATE idempotency_keys SET created_at = 1 WHERE key = 'mine'")
@@ -160,7 +160,7 @@ class TestKept:
             with pytest.raises(openai.NotFoundError):
                 batch_client.files.retrieve(gone)
         assert batch_client.files.retrieve(batch.input_file_id)
-        assert batch_server.system.store.get(job_id).status == "completed"
+        assert batch_server.system.store.jobs.get(job_id).status == "completed"
         with pytest.raises(openai.NotFoundError):
             batch_client.delete(f"/batches/{batch.id}", cast_to=object)
 

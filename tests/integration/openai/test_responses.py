@@ -7,9 +7,9 @@ import openai
 import pytest
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseStreamEvent
 
-from tests.api_client import KEY
+from testing.waiting import eventually
 from tests.integration.openai.conftest import Server
-from tests.support.waiting import eventually
+from tests.support.api_client import KEY
 from tpo.openai import views
 
 SHORT: dict[str, Any] = {"sample_size": 2, "max_iterations": 1}
@@ -52,7 +52,7 @@ class TestCreate:
         assert done.output_text.startswith("Draft ")
         assert done.usage
         assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens > 0
-        job = server.system.store.get(views.job_id_of(response.id))
+        job = server.system.store.jobs.get(views.job_id_of(response.id))
         assert job.output == done.output_text
         assert [m["role"] for m in job.input] == ["system", "user"]
         assert (job.params["sample_size"], job.params["temperature"]) == (2, 0.5)
@@ -75,7 +75,7 @@ class TestCreate:
             {"type": "message", "role": "user", "content": "And now?"},
         ]
         response = create(client, input=turns, instructions="Be short.")
-        job = server.system.store.get(views.job_id_of(response.id))
+        job = server.system.store.jobs.get(views.job_id_of(response.id))
         assert [m["role"] for m in job.input] == ["system", "user", "assistant", "user"]
         assert job.input[0]["content"] == "Be short.\n\nBe kind."
         assert job.input[1]["content"] == "One two"
@@ -170,7 +170,7 @@ class TestEnds:
     def test_status(
         self, idle: Server, idle_client: openai.OpenAI, status: str, values: dict[str, Any], shown: str
     ) -> None:
-        from tests.jobs import put
+        from testing.jobs import put
 
         response = create(idle_client)
         put(idle.system.engine, views.job_id_of(response.id), status=status, **values)

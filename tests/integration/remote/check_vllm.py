@@ -15,13 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from testing.ports import free_port
+from testing.processes import System
+from testing.waiting import eventually
 from tests.contract.test_backends import ask, go_on, rate
-from tests.processes import System
-from tests.support.isolation import free_port
-from tests.support.waiting import eventually
 from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
-from tpo.errors import ContextTooLong, Interrupted
-from tpo.ports import Score
+from tpo.core.errors import ContextTooLong, Interrupted
+from tpo.core.ports import Score
 from tpo.settings import Settings
 
 pytestmark = pytest.mark.timeout(600)
@@ -225,7 +225,7 @@ def test_a_whole_job(
     job_id = system.submit(MESSAGES[0], sample_size=5, max_iterations=2, seed=1)
     job = system.wait_for_end(job_id)
     assert (job.status, job.attempt) == ("completed", 1)
-    state = system.store.state(job_id)
+    state = system.store.jobs.state(job_id)
     assert len(state.candidates) == 15
     texts = tuple(c.text for c in state.candidates)
     here = local[1].score(Score(iteration=0, messages=state.input, responses=texts), go_on)

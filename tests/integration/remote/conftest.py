@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.model_server import ModelServer, model_server
 from tests.support import selection
+from tests.support.model_server import ModelServer, model_server
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.model_server import MODEL, ModelServer, model_server
-from tests.processes import System, marker, timeless
-from tests.support.isolation import free_port
-from tests.support.waiting import HANG_SECONDS, eventually
+from testing.ports import free_port
+from testing.processes import System, marker, timeless
+from testing.waiting import HANG_SECONDS, eventually
+from tests.support.model_server import MODEL, ModelServer, model_server
 from tpo.backends import load_policy, load_reward_model
-from tpo.run import run
+from tpo.core.run import run
+from tpo.core.state import State
 from tpo.settings import Settings
-from tpo.state import State
 
 REWARD = """
 [[part]]
@@ -87,7 +87,7 @@ def test_a_server_that_dies_in_the_middle_of_a_call_costs_nothing_but_time(
     server.start()
     job = system.wait_for_end(job_id)
     assert (job.status, job.attempt) == ("completed", 1)
-    state = system.store.state(job_id)
+    state = system.store.jobs.state(job_id)
     assert timeless(state) == undisturbed(state, settings)
     assert len(state.candidates) == 9
 
@@ -99,7 +99,7 @@ def test_a_cancelled_job_leaves_the_server(sqlite_system: System, own_server: Mo
     server.control({"hangs": True})
     job_id = system.submit()
     eventually(server.seen, why="the request")
-    system.store.cancel(job_id)
+    system.store.jobs.cancel(job_id)
     assert system.wait_for_end(job_id).status == "cancelled"
     assert eventually(server.left, why="the end of the connection") == 1
 
@@ -176,7 +176,7 @@ def test_the_shipped_models_behind_http_from_submission_to_the_parts_of_each_rew
             assert parts["no_refund"]["value"] == float("refund" not in candidate["text"].lower())
         first = max(c["reward"] for c in scored if c["iteration"] == 0)
         assert job["best"]["reward"] > first
-        state = system.store.state(job_id)
+        state = system.store.jobs.state(job_id)
         settings = Settings(
             policy=f"openai:{MODEL}",
             openai_url=server.url,

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from testing.processes import marker
+from testing.waiting import HANG_SECONDS, eventually
 from tests.contract.test_backends import ask, go_on
-from tests.model_server import MODEL, ModelServer
-from tests.processes import marker
-from tests.support.waiting import HANG_SECONDS, eventually
+from tests.support.model_server import MODEL, ModelServer
 from tpo.backends import load_policy
 from tpo.backends.remote.policy import OpenAIPolicy
 from tpo.backends.remote.server import Limits, Server
-from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, Interrupted, ModelRefused, PromptRefused
+from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, Interrupted, ModelRefused, PromptRefused
 from tpo.settings import Settings
 
 QUOTA = {"type": "insufficient_quota", "code": "insufficient_quota"}

@@ -8,14 +8,14 @@ import pytest
 
 from tests.contract.test_backends import go_on, rate
 from tests.integration.remote.test_policy import QUICK
-from tests.model_server import MODEL, ModelServer
-from tests.tiny_models import BOS, END, TURN, make_tokenizer
+from tests.support.model_server import MODEL, ModelServer
+from tests.support.tiny_models import BOS, END, TURN, make_tokenizer
 from tpo.backends import LoadedRewardModel, load_reward_model
 from tpo.backends.remote import reward as remote
 from tpo.backends.remote.apis import VllmClassify
 from tpo.backends.remote.reward import BOUNDED_IN_A_ROW, PROBES, RemoteRewardModel
 from tpo.backends.remote.server import Server
-from tpo.errors import BackendUnavailable, ContextTooLong, ModelRefused
+from tpo.core.errors import BackendUnavailable, ContextTooLong, ModelRefused
 from tpo.settings import Settings
 
 KINDS = ["vllm", "vllm-pooling", "sglang"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from tpo.backends.local.arena import Piece, cut
+from tpo.backends.local.kv_allocator import Piece, cut
 from tpo.backends.local.scheduler import Chunk, Row
 
 NAME = "tpo"

@@ -9,12 +9,12 @@ from typing import TypeVar
 
 import torch
 
-from tpo.backends.local.pulse import Pulse
+from tpo.backends.futures import fail
 from tpo.backends.local.requests import Answer, Ticket, Timings, TokenRequest
 from tpo.backends.local.runner import Runner
 from tpo.backends.local.scheduler import Chunk, Limits, Scheduler
-from tpo.backends.local.waiting import fail
-from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, PromptRefused, TPOError
+from tpo.backends.local.watchdog import Pulse
+from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, PromptRefused, TPOError
 
 _log = logging.getLogger(__name__)
 

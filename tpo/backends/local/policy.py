@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from tpo.backends.local.building import EngineOptions, build_engine
-from tpo.backends.local.chat import without_thinking
-from tpo.backends.local.generating import GenerateEngine
-from tpo.backends.local.loading import Model, load_policy_model
+from tpo.backends.chat import without_thinking
+from tpo.backends.futures import result_of
+from tpo.backends.local.factory import EngineOptions, build_engine
+from tpo.backends.local.generate_fallback import GenerateEngine
+from tpo.backends.local.loader import Model, load_policy_model
 from tpo.backends.local.requests import Completion, Engine, TokenRequest
-from tpo.backends.local.waiting import result_of
-from tpo.errors import ContextTooLong, ModelRefused, PromptRefused
-from tpo.ports import Generate, Generation, Interrupt, Text, cut_at
+from tpo.core.errors import ContextTooLong, ModelRefused, PromptRefused
+from tpo.core.ports import Generate, Generation, Interrupt, Text, cut_at
 from tpo.settings import Settings
 
 _log = logging.getLogger(__name__)

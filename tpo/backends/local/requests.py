@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from tpo.state import FinishReason
+    from tpo.core.state import FinishReason
 
 
 @dataclass(frozen=True)

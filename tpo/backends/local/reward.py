@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
-from tpo.backends.local.loading import Model, load_reward_network
-from tpo.backends.local.scoring import RewardEngine
-from tpo.backends.local.waiting import result_of
-from tpo.errors import ContextTooLong, PromptRefused
-from tpo.ports import Interrupt, Rewards, Score
+from tpo.backends.futures import result_of
+from tpo.backends.local.loader import Model, load_reward_network
+from tpo.backends.local.reward_engine import RewardEngine
+from tpo.core.errors import ContextTooLong, PromptRefused
+from tpo.core.ports import Interrupt, Rewards, Score
+from tpo.core.state import Message, RewardPart
 from tpo.settings import Settings
-from tpo.state import Message, RewardPart
 
 
 class LocalRewardModel:

@@ -14,7 +14,7 @@ from tpo.backends.local.attention import NAME, DecodeStep, Head, PrefillStep, St
 from tpo.backends.local.requests import TokenRequest
 from tpo.backends.local.sampling import Sampler
 from tpo.backends.local.scheduler import Chunk, Row
-from tpo.errors import ModelRefused
+from tpo.core.errors import ModelRefused
 
 _log = logging.getLogger(__name__)
 

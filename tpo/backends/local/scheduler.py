@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from tpo.backends.local.arena import Arena, Chain, Piece, Segment, chain_length
-from tpo.backends.local.prefixes import Prefixes
+from tpo.backends.futures import succeed
+from tpo.backends.local.kv_allocator import Arena, Chain, Piece, Segment, chain_length
+from tpo.backends.local.prefix_cache import Prefixes
 from tpo.backends.local.requests import Answer, Completion, Ticket
-from tpo.backends.local.waiting import succeed
 
 if TYPE_CHECKING:
-    from tpo.state import FinishReason
+    from tpo.core.state import FinishReason
 
 FIRST_SLOTS = 128
 """What a sample gets to begin with; each further segment doubles what it has."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tpo.backends.local.arena import chain_length
+from tpo.backends.local.kv_allocator import chain_length
 from tpo.backends.local.scheduler import Row
 
 PARTS = 16

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tpo.backends.remote.server import Malformed
-from tpo.errors import ModelRefused
-from tpo.state import Message
+from tpo.core.errors import ModelRefused
+from tpo.core.state import Message
 
 _LABELS = "gives {} numbers for a response. A reward model here has one label, whose raw score is the reward."
 
@@ -108,7 +108,7 @@ def load_chat(name: str) -> Any:
     try:
         from transformers import AutoTokenizer
 
-        from tpo.backends.local.chat import Chat
+        from tpo.backends.chat import Chat
     except ImportError as error:
         raise ModelRefused(
             f"sglang: needs transformers for the tokenizer ({error}): pip install transformers"

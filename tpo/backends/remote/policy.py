@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from tpo.backends.remote.connecting import connect, limits_of, secret
+from tpo.backends.remote.connection import connect, limits_of, secret
 from tpo.backends.remote.context import refuses_n, too_long
 from tpo.backends.remote.reply import Reply, estimated, read_completion
 from tpo.backends.remote.server import Refused, Server, all_of
-from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused, PromptRefused
-from tpo.ports import Generate, Generation, Interrupt, Text, cut_at
+from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused, PromptRefused
+from tpo.core.ports import Generate, Generation, Interrupt, Text, cut_at
 from tpo.settings import Settings
 
 _log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from tpo.backends.remote.server import Malformed
-from tpo.ports import Text
-from tpo.state import FinishReason
+from tpo.core.ports import Text
+from tpo.core.state import FinishReason
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Self
 
 from tpo.backends.remote.apis import Scored, ScoringApi, SglangClassify, VllmClassify, VllmPooling, load_chat
-from tpo.backends.remote.connecting import connect, limits_of, secret
+from tpo.backends.remote.connection import connect, limits_of, secret
 from tpo.backends.remote.context import TooLong, too_long
 from tpo.backends.remote.server import Refused, Server, all_of
-from tpo.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused, PromptRefused
-from tpo.ports import Interrupt, Rewards, Score
+from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused, PromptRefused
+from tpo.core.ports import Interrupt, Rewards, Score
+from tpo.core.state import Message, RewardPart
 from tpo.settings import Settings
-from tpo.state import Message, RewardPart
 
 PROBES = (
     ("What is the capital of France?", "The capital of France is Paris."),

@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tpo.backends.local.waiting import result_of
+from tpo.backends.futures import result_of
 from tpo.backends.remote.breaker import Breaker, ServerFailed
-from tpo.errors import BackendUnavailable, BadReply
-from tpo.ports import Interrupt
+from tpo.core.errors import BackendUnavailable, BadReply
+from tpo.core.ports import Interrupt
 
 _log = logging.getLogger(__name__)
 

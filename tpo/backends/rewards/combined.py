@@ -20,10 +20,10 @@ from tpo.backends.rewards.config import (
     read,
 )
 from tpo.backends.rewards.judge import Judge
-from tpo.errors import BadReply, ModelRefused
-from tpo.ports import Interrupt, Policy, RewardModel, Rewards, Score
+from tpo.core.errors import BadReply, ModelRefused
+from tpo.core.ports import Interrupt, Policy, RewardModel, Rewards, Score
+from tpo.core.state import RewardPart
 from tpo.settings import Settings
-from tpo.state import RewardPart
 
 LoadReward = Callable[[str, Settings], RewardModel]
 LoadPolicy = Callable[[str, Settings], Policy]

@@ -8,9 +8,9 @@ import jsonschema_rs
 import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tpo.errors import ModelRefused
-from tpo.faults import invalid
+from tpo.core.errors import ModelRefused
 from tpo.settings import REMOTE_REWARDS, check_extra_body, check_server_url
+from tpo.validation_messages import invalid
 
 OWN_POLICY = "policy"
 """The judge that is the worker's own policy."""

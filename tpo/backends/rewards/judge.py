@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from tpo.backends.rewards.config import JudgePart
-from tpo.errors import ContextTooLong
-from tpo.loop import derived_seed, query_text
-from tpo.ports import Generate, Interrupt, Policy, Rewards, Score, Text
-from tpo.state import Message
+from tpo.core.errors import ContextTooLong
+from tpo.core.loop import derived_seed, query_text
+from tpo.core.ports import Generate, Interrupt, Policy, Rewards, Score, Text
+from tpo.core.state import Message
 
 _TRIES = 2
 _KEPT = 256

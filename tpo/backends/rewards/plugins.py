@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from tpo.errors import ModelRefused
-from tpo.ports import RewardModel
+from tpo.core.errors import ModelRefused
+from tpo.core.ports import RewardModel
 
 GROUP = "tpo.rewards"
 

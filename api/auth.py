@@ -1,0 +1,57 @@
+"""Who asks: whose key a request brings. What the database says of it is remembered for seconds."""
+
+import hmac
+import time
+from collections import OrderedDict
+
+from starlette.concurrency import run_in_threadpool
+
+from tpo.db import DEFAULT_TENANT
+from tpo.settings import Settings
+from tpo.store import Store
+
+_REMEMBER_SECONDS = 5.0
+"""How long a key that was revoked may still open a process, and a first key not yet close it."""
+
+_REMEMBER_KEYS = 10_000
+
+
+class Doorkeeper:
+    """Knows the keys of one process's clients. For its event loop alone."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._own = settings.api_key.get_secret_value().encode() if settings.api_key else None
+        self._always = settings.api_key is not None or settings.require_key
+        self._known: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._open_until = 0.0
+
+    async def tenant(self, store: Store, authorization: str) -> str | None:
+        """The tenant of a request by its Authorization header; None where it is nobody's. Raises StoreUnavailable."""
+        if not self._always and await self._open(store):
+            return DEFAULT_TENANT
+        scheme, _, key = authorization.partition(" ")
+        key = key.strip()
+        if scheme.lower() != "bearer" or not key:
+            return None
+        if self._own is not None and hmac.compare_digest(key.encode("utf-8", "surrogateescape"), self._own):
+            return DEFAULT_TENANT
+        until, tenant = self._known.get(key, (0.0, ""))
+        if time.monotonic() < until:
+            return tenant
+        found = await run_in_threadpool(store.keys.tenant_of, key)
+        self._known.pop(key, None)
+        if found is not None:
+            self._known[key] = (time.monotonic() + _REMEMBER_SECONDS, found)
+            if len(self._known) > _REMEMBER_KEYS:
+                self._known.popitem(last=False)
+        return found
+
+    async def _open(self, store: Store) -> bool:
+        """Whether nobody ever made a key."""
+        if time.monotonic() < self._open_until:
+            return True
+        if await run_in_threadpool(store.keys.any_exists):
+            self._always = True
+            return False
+        self._open_until = time.monotonic() + _REMEMBER_SECONDS
+        return True

@@ -1,0 +1,120 @@
+"""What every request passes before any route: its id, the key, the size of its body, one line in the log.
+
+Plain ASGI, because a body must be refused while it streams in, and an answer must come whatever fails behind.
+"""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.auth import Doorkeeper
+from api.errors import database_unavailable, log_unexpected, problem
+from tpo.core.errors import StoreUnavailable
+from tpo.settings import Settings
+
+access_log = logging.getLogger("api.access")
+
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+PROTECTED = ("/v1/", "/metrics")
+"""Addresses that ask for a key, by how they begin."""
+_UPLOADS = "/v1/files"
+_FORM_BYTES = 64 * 1024
+"""What a form holds beside the file."""
+_CLOSE = {"connection": "close"}
+"""A refused body may go on for ever: nobody reads it to its end to use the connection again."""
+
+
+class Envelope:
+    """The outermost layer of the application."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._doorkeeper = Doorkeeper(settings)
+        self._max_body_bytes = settings.max_body_bytes
+        self._max_upload_bytes = settings.max_file_bytes + _FORM_BYTES
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._answer(scope, headers, receive, send_with_id)
+        except asyncio.CancelledError:
+            # The time that SIGTERM leaves to requests is over. This is the task's end, so the cancel goes no further.
+            detail = "The server stops. Look whether this took effect before you send it again."
+            if not status:
+                await problem(scope, 503, detail=detail, code="server_stopping")(scope, receive, send_with_id)
+        except Exception as error:
+            # Not raised again: the server would log what the error says, and that may quote a user's text.
+            log_unexpected(error, request_id)
+            if not status:
+                await problem(scope, 500)(scope, receive, send_with_id)
+        finally:
+            path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
+            took = time.monotonic() - started
+            scope["app"].state.metrics.answered(scope, status, took)
+            access_log.info("%s %s %d %.0fms %s", scope["method"], path, status, took * 1000, request_id)
+
+    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith(PROTECTED):
+            try:
+                tenant = await self._doorkeeper.tenant(scope["app"].state.store, headers.get("authorization", ""))
+            except StoreUnavailable as error:
+                await database_unavailable(scope, error)(scope, receive, send)
+                return
+            if tenant is None:
+                refusal = problem(
+                    scope,
+                    401,
+                    detail="Send your API key with the header Authorization: Bearer KEY.",
+                    headers={"www-authenticate": "Bearer", **_CLOSE},
+                )
+                await refusal(scope, receive, send)
+                return
+            scope["state"]["tenant"] = tenant
+        most = self._max_upload_bytes if scope["path"] == _UPLOADS else self._max_body_bytes
+        too_large = f"The body is larger than {most} bytes."
+        if (length := headers.get("content-length", "")).isdecimal() and int(length) > most:
+            await problem(scope, 413, detail=too_large, headers=_CLOSE)(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > most:
+                raise HTTPException(413, too_large, headers=_CLOSE)
+            return message
+
+        kept = {*scope, "route"}
+        await self._app(scope, receive_within_limit, send)
+        if stream := scope["state"].pop("outlives_its_route", None):
+            for of_the_route in scope.keys() - kept:
+                del scope[of_the_route]
+            await stream(scope, receive_within_limit, send)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

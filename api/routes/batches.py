@@ -1,0 +1,104 @@
+"""Batches, as OpenAI's clients know them: a file of requests in, a file of results out."""
+
+import logging
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from api.dependencies import DoorbellDep, NoQuery, SettingsDep, StoreDep, sane_id
+from api.idempotency import REPLAYED, once
+from api.openapi.errors import (
+    BATCH_NOT_FOUND,
+    FILE_NOT_FOUND,
+    INVALID,
+    INVALID_OR_SAID,
+    NOT_ENDED,
+    UNAVAILABLE,
+    UNREADABLE,
+)
+from api.openapi.parameters import IDEMPOTENCY_KEY, described
+from api.schemas.paging import Page, PageQuery
+from tpo.broker import Doorbell
+from tpo.core.errors import BatchNotFound, QueueUnavailable
+from tpo.openai import batches
+
+logger = logging.getLogger("api")
+
+router = APIRouter(prefix="/v1/batches", tags=["OpenAI"], responses={**INVALID, **UNAVAILABLE})
+
+
+class BatchPage(Page[batches.Batch]):
+    """A page of batches, the newest first; the next one starts `after` its `last_id`."""
+
+
+def _batch_id(batch_id: str) -> str:
+    return sane_id(batch_id, BatchNotFound("There is no batch with this id."))
+
+
+BatchId = Annotated[str, Depends(_batch_id)]
+
+
+@router.post(
+    "",
+    dependencies=[NoQuery],
+    responses={**INVALID_OR_SAID, **UNREADABLE, **FILE_NOT_FOUND},
+    openapi_extra=described(IDEMPOTENCY_KEY),
+)
+def create(
+    body: batches.BatchRequest,
+    store: StoreDep,
+    doorbell: DoorbellDep,
+    settings: SettingsDep,
+    request: Request,
+    response: Response,
+) -> batches.Batch:
+    """Start a batch. A line of its file that cannot be a job fails alone."""
+    keep = body.output_expires_after
+    made = store.batches.create(
+        endpoint=body.endpoint,
+        input_file_id=body.input_file_id,
+        window=body.completion_window,
+        seconds=body.window_seconds,
+        metadata=body.metadata or {},
+        output_seconds=None if keep is None else keep.seconds,
+        once=once(request, settings, body.model_dump(mode="json", exclude_unset=True)),
+    )
+    if made.new:
+        _ring(doorbell, made.batch.id, request)
+    else:
+        response.headers.update(REPLAYED)
+    return batches.batch(made.batch)
+
+
+@router.get("")
+def page(query: PageQuery, store: StoreDep) -> BatchPage:
+    """List batches, the newest first."""
+    rows = store.batches.page(limit=query.limit + 1, after=query.after)
+    return BatchPage.of(rows, query.limit, batches.batch)
+
+
+@router.get("/{batch_id}", dependencies=[NoQuery], responses=BATCH_NOT_FOUND)
+def retrieve(batch_id: BatchId, store: StoreDep) -> batches.Batch:
+    """One batch."""
+    return batches.batch(store.batches.get(batch_id))
+
+
+@router.post("/{batch_id}/cancel", dependencies=[NoQuery], responses=BATCH_NOT_FOUND)
+def cancel(batch_id: BatchId, store: StoreDep) -> batches.Batch:
+    """Ask for a batch's end; what it has finished is kept. Answers the batch, also when it had ended before."""
+    return batches.batch(store.batches.cancel(batch_id))
+
+
+@router.delete("/{batch_id}", dependencies=[NoQuery], responses={**BATCH_NOT_FOUND, **NOT_ENDED})
+def forget(batch_id: BatchId, store: StoreDep) -> batches.BatchDeleted:
+    """Forget a batch that has ended, with its output and its errors. Its input and its jobs stay."""
+    store.batches.delete(batch_id)
+    return batches.BatchDeleted(id=batch_id)
+
+
+def _ring(doorbell: Doorbell, batch_id: str, request: Request) -> None:
+    try:
+        doorbell.ring_batch(batch_id)
+    except QueueUnavailable:
+        request_id = request.state.request_id
+        logger.warning("request %s: the broker is away; %s will be rung for later", request_id, batch_id)

@@ -1,0 +1,94 @@
+"""Chat completions, as OpenAI's clients know them, for jobs that are short: the answer waits for the job's end."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Response as HTTPResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from api.dependencies import FeedDep, NoQuery, SettingsDep, StoreDep
+from api.errors import problem
+from api.openapi.errors import INVALID, INVALID_JOB, NO_ANSWER, STILL_RUNNING, TAKEN, TOO_MANY, UNAVAILABLE, UNREADABLE
+from api.openapi.examples import CHAT_STREAM
+from api.openapi.parameters import IDEMPOTENCY_KEY, described
+from api.routes.responses import still_running, submit
+from api.streaming.long_polling import until_ended
+from api.submission import SubmitterDep
+from tpo.core.status import TERMINAL
+from tpo.jobs.tables import Job
+from tpo.openai import views
+from tpo.openai.requests import ChatRequest
+
+router = APIRouter(prefix="/v1/chat", tags=["OpenAI"], responses={**INVALID, **UNAVAILABLE})
+
+
+_STREAMED: dict[str, Any] = {
+    "description": "The answer; with `stream`, as Server-Sent Events",
+    "content": {"text/event-stream": {"example": CHAT_STREAM}},
+}
+
+
+@router.post(
+    "/completions",
+    dependencies=[NoQuery],
+    response_model=views.ChatCompletion,
+    responses={200: _STREAMED, **INVALID_JOB, **UNREADABLE, **NO_ANSWER, **STILL_RUNNING, **TAKEN, **TOO_MANY},
+    openapi_extra=described(IDEMPOTENCY_KEY),
+)
+async def create(
+    request: Request,
+    body: ChatRequest,
+    submitter: SubmitterDep,
+    store: StoreDep,
+    feed: FeedDep,
+    settings: SettingsDep,
+) -> views.ChatCompletion | HTTPResponse:
+    """Answer a chat when its job has ended. With `stream` the finished answer comes as one chunk."""
+    job = await run_in_threadpool(submit, body, submitter)
+    job = await until_ended(feed, store, job, settings.wait_seconds)
+    if job.status not in TERMINAL:
+        return still_running(request, job, settings.wait_seconds)
+    if job.output is None:
+        return _without_answer(request, job)
+    completion = views.chat_completion(job)
+    if not body.stream:
+        return completion
+    usage = body.stream_options is not None and body.stream_options.include_usage
+    return StreamingResponse(_chunks(completion, usage), media_type="text/event-stream")
+
+
+def _without_answer(request: Request, job: Job) -> HTTPResponse:
+    """A job that ended without an answer, as an error. The client is told not to repeat it: that makes another job."""
+    detail = f"The job {job.id} ended as {job.status} without an answer"
+    return problem(
+        request.scope,
+        422 if job.error_code in views.THEIR_CODES else 500,
+        detail=f"{detail}: {job.error_message}" if job.error_message else f"{detail}.",
+        code=job.error_code or f"job_{job.status}",
+        headers={"location": f"/v1/jobs/{job.id}", "x-should-retry": "false"},
+    )
+
+
+def _chunks(completion: views.ChatCompletion, with_usage: bool) -> Iterator[str]:
+    """The answer as a stream of OpenAI's chunks."""
+    head = {
+        "id": completion.id,
+        "object": "chat.completion.chunk",
+        "created": completion.created,
+        "model": completion.model,
+    }
+    choice = completion.choices[0]
+    delta = {"role": "assistant", "content": choice.message.content}
+    yield _frame({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+    yield _frame({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": choice.finish_reason}]})
+    if with_usage:
+        yield _frame({**head, "choices": [], "usage": completion.usage.model_dump()})
+    yield "data: [DONE]\n\n"
+
+
+def _frame(chunk: dict[str, object]) -> str:
+    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"

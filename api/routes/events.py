@@ -1,0 +1,62 @@
+"""Routes of a job's events: a list, or a stream of Server-Sent Events."""
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+from fastapi import Response as HTTPResponse
+from starlette.concurrency import run_in_threadpool
+
+from api import schemas, views
+from api.dependencies import FeedDep, JobId, StoreDep
+from api.openapi.errors import INVALID, NOT_FOUND, UNAVAILABLE
+from api.openapi.examples import STREAM
+from api.openapi.parameters import LAST_EVENT_ID, described
+from api.schemas import queries
+from api.streaming.sse import EventStream
+from tpo.core.errors import InvalidInput
+
+_NUMBER = re.compile(r"[0-9]{1,15}")
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNAVAILABLE})
+
+
+@router.get(
+    "/{job_id}/events",
+    response_model=schemas.EventList,
+    responses={
+        200: {
+            "description": "The events; or a stream of them with `?stream=true` or `Accept: text/event-stream`",
+            "content": {"text/event-stream": {"example": STREAM}},
+        },
+        **NOT_FOUND,
+    },
+    openapi_extra=described(LAST_EVENT_ID),
+)
+async def events(
+    request: Request, job_id: JobId, store: StoreDep, feed: FeedDep, query: Annotated[queries.EventQuery, Query()]
+) -> schemas.EventList | HTTPResponse:
+    """What happened to a job, numbered without a gap; a stream goes on until the job's last event.
+
+    A stream that was cut is resumed with `starting_after`, or with the header `Last-Event-ID`, which comes first.
+    """
+    job = await run_in_threadpool(store.jobs.get, job_id)
+    after = _last_seen(request, query)
+    if query.stream if query.stream is not None else _accepts_stream(request):
+        return EventStream(feed, store, job, after)
+    rows = await run_in_threadpool(store.jobs.events, job_id, after=after, limit=query.limit + 1)
+    shown = [views.event(row) for row in rows[: query.limit]]
+    return schemas.EventList(data=shown, has_more=len(rows) > query.limit)
+
+
+def _last_seen(request: Request, query: queries.EventQuery) -> int:
+    header = request.headers.get("last-event-id", "")
+    if not header:
+        return query.starting_after
+    if not _NUMBER.fullmatch(header):
+        raise InvalidInput("Last-Event-ID: is not the number of an event.", "Last-Event-ID")
+    return int(header)
+
+
+def _accepts_stream(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "")

@@ -1,0 +1,93 @@
+"""Routes of health, readiness and metrics."""
+
+from fastapi import APIRouter, Request
+from fastapi import Response as HTTPResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse
+
+import tpo
+from api import schemas
+from api.dependencies import DoorbellDep, FeedDep, ServerStoreDep, SettingsDep, TenantDep
+from api.errors import problem
+from api.metrics import Metrics
+from api.openapi.errors import NOT_READY, NOT_SHOWN, UNAVAILABLE
+from api.openapi.examples import METRICS
+from tpo.broker import Doorbell
+from tpo.core.errors import QueueUnavailable, StoreUnavailable
+from tpo.db import DEFAULT_TENANT
+from tpo.settings import Settings
+from tpo.store import Store
+
+router = APIRouter(tags=["server"])
+
+
+@router.get("/")
+def welcome() -> schemas.Welcome:
+    """Where to go from here."""
+    return schemas.Welcome(
+        name="tpo", version=tpo.__version__, docs="/docs", openapi="/openapi.json", jobs="/v1/jobs", ready="/readyz"
+    )
+
+
+@router.get("/healthz")
+async def healthz() -> schemas.Health:
+    """Whether this process lives."""
+    # The one async route: it must answer while every thread waits for a database that hangs.
+    return schemas.Health()
+
+
+@router.get("/readyz", response_model=schemas.Ready, responses=NOT_READY)
+def readyz(
+    request: Request, store: ServerStoreDep, doorbell: DoorbellDep, settings: SettingsDep
+) -> schemas.Ready | JSONResponse:
+    """Whether a job would run now: database, broker and at least one worker."""
+    database, worker = _database_and_worker(store, settings)
+    checks = schemas.Checks(database=database, broker=_broker(doorbell), worker=worker)
+    missing = [name for name, check in checks if check == "missing"]
+    if missing:
+        detail = f"Missing: {', '.join(missing)}."
+        return problem(request.scope, 503, detail=detail, code="not_ready", checks=checks)
+    return schemas.Ready(checks=checks)
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={
+        200: {"content": {"text/plain": {"example": METRICS}}, "description": "Prometheus' text format"},
+        **NOT_SHOWN,
+        **UNAVAILABLE,
+    },
+)
+def metrics(
+    request: Request, tenant: TenantDep, store: ServerStoreDep, feed: FeedDep, settings: SettingsDep
+) -> HTTPResponse:
+    """The requests of this process and the queue of each policy, for Prometheus.
+
+    They count every tenant's, so a server with keys shows them to the tenant `default` alone.
+    """
+    if tenant != DEFAULT_TENANT:
+        raise HTTPException(404)
+    try:
+        queues = store.queues.page(2 * settings.lease_seconds)
+    except StoreUnavailable:
+        queues = None
+    counted: Metrics = request.app.state.metrics
+    return HTTPResponse(counted.page(queues, feed.listeners), media_type=CONTENT_TYPE_LATEST)
+
+
+def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Check, schemas.Check]:
+    try:
+        # One that is silent for a lease has lost its jobs, whatever else it may be.
+        return "ok", "ok" if store.workers.live(settings.lease_seconds) else "missing"
+    except StoreUnavailable:
+        return "missing", "unknown"
+
+
+def _broker(doorbell: Doorbell) -> schemas.Check:
+    try:
+        doorbell.ping()
+    except QueueUnavailable:
+        return "missing"
+    return "ok"

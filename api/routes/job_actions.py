@@ -1,0 +1,95 @@
+"""What is done to a job that exists: cancel, pause, resume, retry, extend, forget."""
+
+from fastapi import APIRouter, Response
+
+from api import schemas, views
+from api.dependencies import JobId, NoQuery, SettingsDep, StoreDep
+from api.openapi.errors import CONFLICT, INVALID, INVALID_OR_SAID, NOT_FOUND, TOO_MANY, UNAVAILABLE, UNREADABLE
+from api.openapi.parameters import IDEMPOTENCY_KEY, described
+from api.submission import SubmitterDep
+from tpo.jobs.lifecycle import extended, retried
+from tpo.jobs.tables import Job
+
+router = APIRouter(
+    prefix="/v1/jobs", tags=["jobs"], dependencies=[NoQuery], responses={**NOT_FOUND, **INVALID, **UNAVAILABLE}
+)
+
+
+@router.post("/{job_id}/cancel")
+def cancel(job_id: JobId, store: StoreDep, settings: SettingsDep) -> schemas.Job:
+    """Ask for a job's end. Answers the job, also when it had ended before."""
+    return views.job(store.jobs.cancel(job_id), settings)
+
+
+@router.post("/{job_id}/pause", responses=CONFLICT)
+def pause(job_id: JobId, store: StoreDep, settings: SettingsDep) -> schemas.Job:
+    """Hold a job: at once while it waits, within one model call while it runs (`pause_requested_at`)."""
+    return views.job(store.jobs.pause(job_id), settings)
+
+
+@router.post("/{job_id}/resume", responses=CONFLICT)
+def resume(job_id: JobId, store: StoreDep, submitter: SubmitterDep, settings: SettingsDep) -> schemas.Job:
+    """Let a paused job go on from where it stopped."""
+    job = store.jobs.resume(job_id)
+    if job.status == "queued":
+        submitter.ring(job)
+    return views.job(job, settings)
+
+
+@router.post(
+    "/{job_id}/retry",
+    responses={
+        202: {"model": schemas.Job, "description": "A new job tries again"},
+        **INVALID_OR_SAID,
+        **CONFLICT,
+        **TOO_MANY,
+    },
+    openapi_extra=described(IDEMPOTENCY_KEY),
+)
+def retry(
+    job_id: JobId, store: StoreDep, submitter: SubmitterDep, settings: SettingsDep, response: Response
+) -> schemas.Job:
+    """Try again. A job that waits for its next attempt waits no longer.
+
+    One that ended without success stays as it is: a NEW job goes on from its record (202, `Location`, `source_id`).
+    """
+    job = store.jobs.get(job_id)
+    if job.status == "queued":
+        job = store.jobs.retry_now(job_id)
+        submitter.ring(job)
+        return views.job(job, settings)
+    new = submitter.go_on_from(job, retried(job, store.jobs.state(job_id)), {})
+    return _accepted(new, response, settings)
+
+
+@router.post(
+    "/{job_id}/extend",
+    status_code=202,
+    responses={**INVALID_OR_SAID, **UNREADABLE, **CONFLICT, **TOO_MANY},
+    openapi_extra=described(IDEMPOTENCY_KEY),
+)
+def extend(
+    job_id: JobId,
+    body: schemas.Extend,
+    store: StoreDep,
+    submitter: SubmitterDep,
+    settings: SettingsDep,
+    response: Response,
+) -> schemas.Job:
+    """More iterations on a job that has ended: a NEW job that starts from its pool, with its own usage."""
+    job = store.jobs.get(job_id)
+    state = extended(job, store.jobs.state(job_id), body.iterations, settings.max_iterations)
+    return _accepted(submitter.go_on_from(job, state, body.model_dump()), response, settings)
+
+
+@router.delete("/{job_id}", responses=CONFLICT)
+def forget(job_id: JobId, store: StoreDep) -> schemas.Deleted:
+    """Forget a job that has ended, and all its texts."""
+    store.jobs.delete(job_id)
+    return schemas.Deleted(id=job_id)
+
+
+def _accepted(job: Job, response: Response, settings: SettingsDep) -> schemas.Job:
+    response.status_code = 202
+    response.headers["location"] = f"/v1/jobs/{job.id}"
+    return views.job(job, settings)

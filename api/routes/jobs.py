@@ -1,0 +1,139 @@
+"""Jobs: submit, list, look at, wait for."""
+
+import hashlib
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from api import schemas, views
+from api.dependencies import FeedDep, JobId, NoQuery, SettingsDep, StoreDep
+from api.openapi.errors import INVALID, INVALID_JOB, NOT_FOUND, TAKEN, TOO_MANY, UNAVAILABLE, UNREADABLE
+from api.openapi.parameters import IDEMPOTENCY_KEY, IF_NONE_MATCH, METADATA, PREFER, described
+from api.schemas import queries
+from api.streaming.long_polling import until_changed, until_ended
+from api.submission import SubmitterDep
+from tpo.core.errors import InvalidInput
+from tpo.core.status import TERMINAL
+from tpo.jobs.submission import MAX_METADATA, Submit
+
+_METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
+_PREFERRED_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*(\d{1,9})\s*(?:$|[,;])")
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNAVAILABLE})
+
+
+@router.post(
+    "",
+    status_code=202,
+    dependencies=[NoQuery],
+    responses={
+        200: {"model": schemas.Job, "description": "The job has ended within the time of `Prefer: wait=N`"},
+        **INVALID_JOB,
+        **UNREADABLE,
+        **TAKEN,
+        **TOO_MANY,
+    },
+    openapi_extra=described(IDEMPOTENCY_KEY, PREFER),
+)
+async def submit(
+    request: Request,
+    body: Submit,
+    submitter: SubmitterDep,
+    store: StoreDep,
+    feed: FeedDep,
+    settings: SettingsDep,
+    response: Response,
+) -> schemas.Job:
+    """Submit a job. Once this is answered, the job survives any crash.
+
+    With `Idempotency-Key`, or with an `external_id`, a request that is sent again gives the first job. With
+    `Prefer: wait=N` (up to 60 s) the answer is 200 and the ended job, if it ends in time.
+    """
+    row = await run_in_threadpool(submitter.submit, body)
+    if preferred := _PREFERRED_WAIT.search(request.headers.get("prefer", "")):
+        seconds = min(int(preferred.group(1)), queries.MAX_WAIT_SECONDS)
+        response.headers["preference-applied"] = f"wait={seconds}"
+        row = await until_ended(feed, store, row, seconds)
+        if row.status in TERMINAL:
+            response.status_code = 200
+    response.headers["location"] = f"/v1/jobs/{row.id}"
+    return views.job(row, settings)
+
+
+@router.get("", openapi_extra=described(METADATA))
+def page(query: Annotated[queries.JobQuery, Query()], store: StoreDep, settings: SettingsDep) -> schemas.JobPage:
+    """List jobs by their age. `metadata[KEY]=VALUE`, as often as you like, gives those that have all the pairs."""
+    metadata = _metadata(query.model_extra or {})
+    rows = store.jobs.page(
+        limit=query.limit + 1, after=query.after, order=query.order, statuses=query.status, metadata=metadata
+    )
+    return schemas.JobPage.of(rows, query.limit, lambda row: views.job(row, settings))
+
+
+@router.get(
+    "/{job_id}",
+    response_model=schemas.Job,
+    responses={304: {"description": "The job is as it was at the `If-None-Match`"}, **NOT_FOUND},
+    openapi_extra=described(IF_NONE_MATCH),
+)
+async def get(
+    request: Request,
+    job_id: JobId,
+    store: StoreDep,
+    feed: FeedDep,
+    settings: SettingsDep,
+    query: Annotated[queries.WaitQuery, Query()],
+) -> Response:
+    """One job, with an `ETag`. With `wait`, the answer comes when the job has ended, or the time is up.
+
+    With `If-None-Match` beside it, it comes as soon as anything has happened.
+    """
+    row = await run_in_threadpool(store.jobs.get, job_id)
+    known = _known(request)
+    body, tag = _shown(views.job(row, settings))
+    if query.wait and (not known or tag in known):
+        wait = until_changed if known else until_ended
+        row = await wait(feed, store, row, query.wait)
+        body, tag = _shown(views.job(row, settings))
+    headers = {"etag": tag, "cache-control": "private, no-cache"}
+    if tag in known or "*" in known:
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
+
+
+@router.get("/{job_id}/iterations", dependencies=[NoQuery], responses=NOT_FOUND)
+def iterations(job_id: JobId, store: StoreDep) -> schemas.IterationList:
+    """What happened in each iteration: whom it compared, what was said of them, and what came of it."""
+    return views.iterations(store.jobs.get(job_id), store.jobs.state(job_id))
+
+
+@router.get("/{job_id}/candidates", dependencies=[NoQuery], responses=NOT_FOUND)
+def candidates(job_id: JobId, store: StoreDep) -> schemas.CandidateList:
+    """Every sampled response and its reward."""
+    return views.candidates(store.jobs.state(job_id))
+
+
+def _shown(job: schemas.Job) -> tuple[bytes, str]:
+    body = job.model_dump_json().encode()
+    return body, f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
+
+
+def _known(request: Request) -> set[str]:
+    tags = (tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(","))
+    return {tag for tag in tags if tag}
+
+
+def _metadata(given: dict[str, object]) -> dict[str, str]:
+    wanted: dict[str, str] = {}
+    for name, value in given.items():
+        if len(wanted) == MAX_METADATA:
+            raise InvalidInput(f"{name}: a job has {MAX_METADATA} pairs at most", name)
+        found = _METADATA.fullmatch(name)
+        if found is None:
+            raise InvalidInput(f"{name}: is not a known field", name)
+        if not isinstance(value, str) or "\x00" in name + value:
+            raise InvalidInput(f"{name}: must be given once, and hold no NUL character", name)
+        wanted[found.group(1)] = value
+    return wanted

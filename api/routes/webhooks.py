@@ -1,0 +1,123 @@
+"""Routes of webhooks."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+
+from api.dependencies import NoQuery, SettingsDep, StoreDep, sane_id
+from api.openapi.errors import INVALID, SWITCHED_OFF, TOO_MANY_WEBHOOKS, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
+from api.schemas.paging import PageQuery
+from api.schemas.webhooks import (
+    Delivery,
+    DeliveryPage,
+    Rotate,
+    Webhook,
+    WebhookDeleted,
+    WebhookPage,
+    WebhookRequest,
+    WebhookUpdate,
+    WebhookWithSecret,
+    without_duplicates,
+)
+from tpo.core.errors import WebhookNotFound
+from tpo.webhooks import tables
+from tpo.webhooks.addresses import check_url
+
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses={**INVALID, **UNAVAILABLE})
+
+
+def _webhook_id(webhook_id: str) -> str:
+    return sane_id(webhook_id, WebhookNotFound("There is no webhook with this id."))
+
+
+WebhookId = Annotated[str, Depends(_webhook_id)]
+
+
+@router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS})
+def create(body: WebhookRequest, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
+    """Make a webhook. The answer alone shows its `secret`."""
+    check_url(body.url, allow_private=settings.webhook_allow_private)
+    made = store.webhooks.create(body.url, without_duplicates(body.events))
+    return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
+
+
+@router.get("")
+def page(query: PageQuery, store: StoreDep) -> WebhookPage:
+    """List webhooks, the newest first."""
+    rows = store.webhooks.page(limit=query.limit + 1, after=query.after)
+    return WebhookPage.of(rows, query.limit, _view)
+
+
+@router.get("/{webhook_id}", dependencies=[NoQuery], responses=WEBHOOK_NOT_FOUND)
+def retrieve(webhook_id: WebhookId, store: StoreDep) -> Webhook:
+    """One webhook."""
+    return _view(store.webhooks.get(webhook_id))
+
+
+@router.patch("/{webhook_id}", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
+def change(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, settings: SettingsDep) -> Webhook:
+    """Change a webhook. Its secret stays."""
+    changes = body.model_dump(exclude_none=True)
+    if body.url is not None:
+        check_url(body.url, allow_private=settings.webhook_allow_private)
+    if body.events is not None:
+        changes["events"] = without_duplicates(body.events)
+    return _view(store.webhooks.update(webhook_id, changes))
+
+
+@router.post("/{webhook_id}/rotate-secret", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
+def rotate(webhook_id: WebhookId, store: StoreDep, body: Rotate | None = None) -> WebhookWithSecret:
+    """Make a new secret. For a day, or as long as is asked, the old one signs too."""
+    made = store.webhooks.rotate_secret(webhook_id, (body or Rotate()).keep_old_seconds)
+    return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
+
+
+@router.post(
+    "/{webhook_id}/test",
+    status_code=202,
+    dependencies=[NoQuery],
+    responses={**WEBHOOK_NOT_FOUND, **SWITCHED_OFF},
+)
+def test(webhook_id: WebhookId, store: StoreDep) -> Delivery:
+    """Have an event `webhook.test` delivered."""
+    return _delivery(store.webhooks.ping(webhook_id))
+
+
+@router.get("/{webhook_id}/deliveries", responses=WEBHOOK_NOT_FOUND)
+def deliveries(webhook_id: WebhookId, query: PageQuery, store: StoreDep) -> DeliveryPage:
+    """What was, or has to be, delivered, the newest first. What has ended is kept for a week."""
+    rows = store.webhooks.deliveries_page(webhook_id, limit=query.limit + 1, after=query.after)
+    return DeliveryPage.of(rows, query.limit, _delivery)
+
+
+@router.delete("/{webhook_id}", dependencies=[NoQuery], responses=WEBHOOK_NOT_FOUND)
+def delete(webhook_id: WebhookId, store: StoreDep) -> WebhookDeleted:
+    """Forget a webhook, and what waits for it."""
+    store.webhooks.delete(webhook_id)
+    return WebhookDeleted(id=webhook_id)
+
+
+def _view(row: tables.Webhook) -> Webhook:
+    return Webhook(
+        id=row.id,
+        url=row.url,
+        events=row.events,
+        enabled=row.enabled,
+        disabled_reason=row.disabled_reason,
+        old_secret_until=None if row.old_secret_until is None else int(row.old_secret_until),
+        created_at=int(row.created_at),
+    )
+
+
+def _delivery(row: tables.Delivery) -> Delivery:
+    return Delivery(
+        id=row.id,
+        event_id=row.event_id,
+        type=row.type,
+        data_id=row.object_id,
+        status=row.status,
+        attempt=row.attempt,
+        created_at=int(row.created_at),
+        next_attempt_at=int(row.next_attempt_at) if row.status == "pending" else None,
+        last_error=row.last_error,
+    )

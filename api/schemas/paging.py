@@ -1,0 +1,45 @@
+"""Lists by pages: by an id, never by a number of rows, so that what comes meanwhile moves nothing."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Generic, Literal, Self, TypeVar
+
+from fastapi import Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from tpo.wire import Identified, Wire
+
+Row = TypeVar("Row")
+Item = TypeVar("Item", bound=Identified)
+
+
+class Page(Wire, Generic[Item]):
+    """A page of a list; the next one starts `after` its `last_id`."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], limit: int, view: Callable[[Row], Item]) -> Self:
+        """The page that these rows make: one more than the limit was asked for, to know whether there are more."""
+        data = [view(row) for row in rows[:limit]]
+        return cls(
+            data=data,
+            first_id=data[0].id if data else None,
+            last_id=data[-1].id if data else None,
+            has_more=len(rows) > limit,
+        )
+
+
+class PageOptions(BaseModel):
+    """Which page of a list."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limit: int = Field(20, ge=1, le=100)
+    after: str | None = Field(None, pattern=r"^[!-~]{1,64}$", description="the `last_id` of the page before")
+
+
+PageQuery = Annotated[PageOptions, Query()]

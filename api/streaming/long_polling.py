@@ -1,0 +1,47 @@
+"""Waiting for a job without a thread and without a query of one's own: by the process's one reader of events."""
+
+import time
+
+from starlette.concurrency import run_in_threadpool
+
+from api.streaming.broadcaster import Feed
+from tpo.core.errors import StoreUnavailable
+from tpo.core.status import TERMINAL
+from tpo.jobs.tables import Job
+from tpo.store import Store
+
+_ENDS = frozenset(f"job.{status}" for status in TERMINAL)
+
+
+async def until_ended(feed: Feed, store: Store, job: Job, seconds: float) -> Job:
+    """The job when it has ended, or as it stands when the time is up."""
+    return await _wait(feed, store, job, seconds, any_event=False)
+
+
+async def until_changed(feed: Feed, store: Store, job: Job, seconds: float) -> Job:
+    """The job after its next event, or as it stands when the time is up."""
+    return await _wait(feed, store, job, seconds, any_event=True)
+
+
+async def _wait(feed: Feed, store: Store, job: Job, seconds: float, *, any_event: bool) -> Job:
+    if job.status in TERMINAL:
+        return job
+    end = time.monotonic() + seconds
+    async with feed.listening(job.id, job.last_event) as listener:
+        try:
+            if listener.seen > job.last_event:  # the reader was ahead of what was read of the job
+                job = await run_in_threadpool(store.jobs.get, job.id)
+                if any_event or job.status in TERMINAL:
+                    return job
+            while (left := end - time.monotonic()) > 0:
+                event = await listener.next(left)
+                if event is None or any_event or event.type in _ENDS:
+                    break
+        except TimeoutError:
+            pass  # not every change has an event
+        except StoreUnavailable:
+            return job
+    try:
+        return await run_in_threadpool(store.jobs.get, job.id)
+    except StoreUnavailable:
+        return job

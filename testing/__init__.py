@@ -1,0 +1,1 @@
+"""Fakes, services, processes and seeding that tests and benchmarks share. Not in the wheel."""

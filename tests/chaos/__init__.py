@@ -1,0 +1,1 @@
+"""Chaos: kill, stop and flush everything, and verify that nothing is lost."""

@@ -1,0 +1,321 @@
+"""Promises 11 and 12 on both databases: whose turn it is, limits, and whole queues that are paused."""
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, event, text
+
+from testing.fakes import step
+from testing.jobs import SERVES, claim, create, create_many, event_types, put, rows
+from tpo.core.errors import InvalidInput
+from tpo.db import writing
+from tpo.jobs import claims
+from tpo.jobs.claims import Pair
+from tpo.jobs.leases import Lease
+from tpo.jobs.outcomes import Outcome
+from tpo.jobs.scheduling import Rules
+from tpo.store import Store
+from tpo.tenants.tenants import Limits
+
+
+def claim_next(store: Store, rules: Rules | None = None, worker: str = "worker-1") -> str | None:
+    """The job that a worker is given."""
+    expected = store.queues.next_waiting("policy", "reward", rules)
+    claimed = store.leases.claim(worker, 30, rules=rules, **SERVES)
+    assert (claimed[0].job_id if claimed else None) == expected
+    return expected
+
+
+def of_tenant(store: Store, tenant: str, count: int = 1, priority: int = 0) -> list[str]:
+    return in_order(count, store.for_tenant(tenant), priority=priority)
+
+
+def in_order(count: int, store: Store, **kw: Any) -> list[str]:
+    """So many jobs, the oldest first; those of one millisecond have an order of their own."""
+    return sorted(create(store, **kw) for _ in range(count))
+
+
+def all_turns(store: Store, rules: Rules | None = None) -> list[str]:
+    found = []
+    while job_id := claim_next(store, rules):
+        found.append(job_id)
+    return found
+
+
+def test_a_claim_by_turn_is_a_claim(store: Store) -> None:
+    job_id = create(store, priority=7)
+    claimed = store.leases.claim("worker-1", 30, **SERVES)
+    assert claimed
+    lease, state, another = claimed
+    assert another is None
+    job = store.jobs.get(job_id)
+    assert (lease.job_id, lease.fence, lease.attempt, state) == (job_id, 1, 1, store.jobs.state(job_id))
+    assert (job.status, job.lease_owner, job.priority) == ("in_progress", "worker-1", 7)
+    assert event_types(store, job_id) == ["job.queued", "job.started", "job.phase"]
+    assert store.leases.claim("worker-2", 30, **SERVES) is None
+
+
+def test_promise_11_the_highest_priority_goes_first_then_the_oldest(store: Store) -> None:
+    low, high, lowest = (create(store, priority=p) for p in (-1, 100, -100))
+    first, second = in_order(2, store)
+    assert all_turns(store) == [high, first, second, low, lowest]
+
+
+def test_promise_11_tenants_have_turns_in_turn(engine: Engine, store: Store) -> None:
+    a, b, c = of_tenant(store, "a", 6), of_tenant(store, "b", 3), of_tenant(store, "c", 1)
+    for job_id in (order := all_turns(store)):
+        assert (
+            store.for_tenant("a" if job_id in a else "b" if job_id in b else "c").jobs.get(job_id).status
+            == "in_progress"
+        )
+    assert order == [a[0], b[0], c[0], a[1], b[1], a[2], b[2], *a[3:]]
+
+
+def test_promise_11_of_many_jobs_that_ended_a_tenant_has_had_its_turn(store: Store) -> None:
+    first, *rest = of_tenant(store, "a", 3)
+    other = of_tenant(store, "b", 2)
+    order = []
+    while claimed := store.leases.claim("worker-1", 30, **SERVES):
+        order.append(claimed[0].job_id)
+        store.leases.finish(claimed[0], Outcome("completed"))
+    assert order == [first, other[0], rest[0], other[1], rest[1]]
+
+
+def test_promise_11_a_tenant_does_not_gain_by_a_priority_for_each_job(engine: Engine, store: Store) -> None:
+    many = [of_tenant(store, "many", 1, -priority)[0] for priority in range(5)]
+    for ago, job_id in enumerate(reversed(many)):
+        put(engine, job_id, rung_at=store.for_tenant("many").jobs.get(job_id).rung_at - ago)
+    one = of_tenant(store, "one", 5)
+    order = []
+    while claimed := store.leases.claim("worker-1", 30, rules=Rules(priority_seconds=1e-9), **SERVES):
+        order.append(claimed[0].job_id)
+        store.leases.finish(claimed[0], Outcome("completed"))
+    assert order == [job_id for pair in zip(many, one, strict=True) for job_id in pair]
+
+
+def test_promise_11_a_long_wait_outweighs_a_priority(engine: Engine, store: Store) -> None:
+    high, low, lower = of_tenant(store, "a", 3, 5), of_tenant(store, "b", 2, 2), of_tenant(store, "b", 1, 1)
+    for job_id in (*low, *lower):
+        put(engine, job_id, rung_at=store.for_tenant("b").jobs.get(job_id).rung_at - 200)
+    assert all_turns(store) == [low[0], *high, lower[0], low[1]], "one turn, and the wait is anew"
+
+
+def test_jobs_of_other_models_are_another_line(engine: Engine, store: Store) -> None:
+    mine, others = create(store), [create(store, priority=9) for _ in range(2)]
+    put(engine, others[0], model="other")
+    put(engine, others[1], reward_model="other")
+    assert all_turns(store) == [mine]
+
+
+def test_what_is_not_in_line_keeps_nobody_from_their_turn(engine: Engine, store: Store) -> None:
+    waits, late, tried, paused, *ready = in_order(6, store)
+    put(engine, waits, next_attempt_at=1e12)
+    put(engine, late, deadline_at=1.0)
+    put(engine, tried, attempts_in_vain=3)
+    store.jobs.pause(paused)
+    assert all_turns(store) == ready
+
+
+def test_a_job_that_was_handed_back_has_its_old_place(store: Store) -> None:
+    first, second = in_order(2, store)
+    lease, _ = claim(store, first)
+    store.leases.release(lease)
+    assert all_turns(store) == [first, second]
+
+
+def test_a_job_that_cannot_be_read_is_put_aside(engine: Engine, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    strange, *others = in_order(3, store)
+    put(engine, strange, prompts={"of": "another version"})
+    claimed = [store.leases.claim("worker-1", 30, **SERVES) for _ in range(3)]
+    assert [c[0].job_id for c in claimed if c] == others
+    job = store.jobs.get(strange)
+    assert (job.status, job.attempts_in_vain) == ("queued", 1)
+    assert (job.next_attempt_at or 0) > job.created_at
+    assert strange in caplog.text
+
+
+def test_a_limit_of_running_jobs(store: Store) -> None:
+    a, b = of_tenant(store, "a", 4, 50), of_tenant(store, "b", 4)
+    store.tenants.set_limits("b", Limits(running=3))
+    rules = Rules(max_running=2)
+    assert all_turns(store, rules) == [a[0], a[1], b[0], b[1], b[2]]
+    lease = Lease(a[0], "worker-1", 1, 1, 1, 3, 30)
+    store.for_tenant("a").jobs.cancel(a[0])
+    assert claim_next(store, rules) is None, "it runs until its worker says that it does not"
+    store.leases.finish(lease, Outcome("completed"))
+    assert all_turns(store, rules) == [a[2]]
+    store.tenants.set_limits("b", Limits(running=0))
+    assert all_turns(store, rules) == []
+    store.tenants.set_limits("b", Limits())
+    store.tenants.set_limits("a", Limits(running=9))
+    assert all_turns(store, rules) == [a[3]]
+
+
+def test_promise_11_claims_at_once_give_each_job_once_and_keep_the_limit(engine: Engine, store: Store) -> None:
+    for tenant in "ab":
+        create_many(engine, of_tenant(store, tenant)[0], 29)
+    rules = Rules(max_running=4)
+    together = threading.Barrier(8)
+    most: Counter[str] = Counter()
+    seen: list[str] = []
+    lock = threading.Lock()
+
+    def work(number: int) -> None:
+        together.wait()
+        idle = 0
+        while idle < 20:
+            claimed = store.leases.claim(f"worker-{number}", 30, rules=rules, **SERVES)
+            if claimed is None:
+                idle += 1
+                continue
+            idle = 0
+            running = Counter(
+                tenant
+                for tenant in "ab"
+                for _ in store.for_tenant(tenant).jobs.page(limit=100, statuses=["in_progress", "cancelling"])
+            )
+            with lock:
+                seen.append(claimed[0].job_id)
+                for tenant, count in running.items():
+                    most[tenant] = max(most[tenant], count)
+            store.leases.finish(claimed[0], Outcome("completed"))
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    assert len(seen) == len(set(seen)) == 60
+    assert max(most.values()) <= 4
+    assert store.queues.next_waiting("policy", "reward", rules) is None
+
+
+def test_promise_11_claims_at_once_share_the_slots_among_tenants(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 60_000)  # none of these is frozen, however busy the machine
+    for tenant in "ab":
+        of_tenant(store, tenant, 8)
+    together = threading.Barrier(8)
+
+    def claim_together(number: int) -> str:
+        together.wait()
+        claimed = store.leases.claim(f"worker-{number}", 30, **SERVES)
+        assert claimed
+        return claimed.lease.job_id
+
+    with ThreadPoolExecutor(8) as threads:
+        taken = set(threads.map(claim_together, range(8)))
+    assert [len([j for j in store.for_tenant(tenant).jobs.page(limit=9) if j.id in taken]) for tenant in "ab"] == [4, 4]
+
+
+def test_promise_12_a_paused_queue_gives_no_job_and_tells_those_that_run(engine: Engine, store: Store) -> None:
+    running, waiting, other = in_order(3, store)
+    put(engine, other, model="other")
+    lease, state = claim(store, running)
+    assert store.leases.check("worker-1", [running])[running][1].queue_paused is False
+    store.queues.pause("policy")
+    paused = rows(engine)
+    store.queues.pause("policy")
+    assert rows(engine) == paused, "said again, it is paused since when it was"
+    assert claim_next(store) is None
+    assert store.leases.check("worker-1", [running])[running][1].queue_paused
+    assert store.leases.renew("worker-1", [running], 30)[running][1].queue_paused
+    assert store.leases.checkpoint(lease, state, step(state)).queue_paused
+    assert store.leases.release(lease) == "queued"
+    assert [bell.job_id for bell in store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60)] == [other]
+    assert store.leases.claim("worker-1", 30, model="other", reward_model="reward")
+    assert store.queues.resume("policy") == [running]
+    store.queues.resume("policy")
+    assert all_turns(store) == [running, waiting]
+    assert not store.leases.check("worker-1", [running])[running][1].queue_paused
+
+
+def test_queues_and_what_stands_in_them(engine: Engine, store: Store) -> None:
+    assert store.queues.page(60) == []
+    for pause in (store.queues.pause, store.queues.resume):
+        with pytest.raises(InvalidInput, match="no queue 'policy'"):
+            pause("policy")
+    store.workers.register("worker-1", slots=1, model="served", reward_model="reward")
+    store.queues.pause("served")
+    claim(store, create(store))
+    store.jobs.cancel(create(store))
+    store.leases.release(claim(store, create(store))[0], delay_seconds=60)
+    found = {queue.model: queue for queue in store.queues.page(60)}
+    assert {model: (q.waiting, q.running, q.workers) for model, q in found.items()} == {
+        "policy": (1, 1, 0),
+        "served": (0, 0, 1),
+    }
+    assert found["policy"].paused_at is None
+    assert found["served"].paused_at is not None
+
+
+def test_turns_long_ago_are_forgotten(engine: Engine, store: Store) -> None:
+    create(store)
+    claim_next(store)
+    with writing(engine) as session:
+        session.execute(text("UPDATE turns SET served_at = served_at - 90000"))
+    assert store.maintenance.purge_turns(24 * 3600) == 1
+    assert rows(engine)["turns"] == []
+
+
+def test_what_a_claim_asks_is_found_by_an_index_of_those_that_wait(engine: Engine, store: Store) -> None:
+    """Its cost is that of the tenants and priorities in line, whatever else the table holds."""
+    create_many(engine, create(store), 2000)
+    create_many(engine, of_tenant(store, "b", 1, 3)[0], 2000, priority=3)
+    if engine.dialect.name == "postgresql":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("VACUUM ANALYZE jobs"))
+    pair = Pair("policy", "reward")
+    with writing(engine) as session:
+        line = claims._line(session, pair, Rules())
+        assert [(head.tenant, head.priority) for head in line.heads] == [("b", 3), ("default", 0)]
+        head = line.next()
+        assert head
+        dialect = engine.dialect.name
+        asked: list[tuple[Any, dict[str, Any]]] = [
+            (claims._HEADS, asdict(pair)),
+            (claims._OLDEST, claims._which(pair, head)),
+            (claims._next_pair(dialect, None), {}),
+            (claims._running(dialect), {}),
+        ]
+        how = {"sqlite": "EXPLAIN QUERY PLAN", "postgresql": "EXPLAIN"}[engine.dialect.name]
+
+        def explain(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+            return f"{how} {statement}", parameters
+
+        for query, values in asked:
+            event.listen(engine, "before_cursor_execute", explain, retval=True)
+            try:
+                plan = "\n".join(
+                    str(tuple(row)) for row in session.connection().execute(query, values).cursor.fetchall()
+                )
+            finally:
+                event.remove(engine, "before_cursor_execute", explain)
+            assert "jobs_in_line" in plan or "jobs_running" in plan, plan
+            assert "SCAN jobs'" not in plan, plan
+            assert "Seq Scan on jobs" not in plan, plan
+
+
+def test_a_claim_names_another_job_that_waits(store: Store) -> None:
+    first, second = in_order(2, store)
+    third = create(store.for_tenant("b"), priority=-5)
+    told = []
+    while claimed := store.leases.claim("worker-1", 30, **SERVES):
+        told.append((claimed.lease.job_id, claimed.another))
+    assert told == [(first, third), (second, third), (third, None)]
+
+
+def test_a_worker_frozen_in_its_claim_holds_up_nobody(
+    engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine.dialect.name == "sqlite":
+        return  # there is one writer, whatever it does
+    monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 50)
+    jobs = in_order(3, store)
+    claim_next(store)
+    with writing(engine) as frozen:
+        mine = claims._claim(frozen, Pair("policy", "reward"), Rules(), "worker-1", 30)
+        assert mine
+        other = store.leases.claim("worker-2", 30, **SERVES)
+        assert other
+        assert {mine.lease.job_id, other.lease.job_id} == set(jobs[1:])

@@ -1,0 +1,245 @@
+"""The sweeper, on both databases: lost workers, deadlines and doorbells. And any order of events at all."""
+
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine
+
+from testing.fakes import new_state, step
+from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
+from tpo.core.errors import LeaseLost, WrongState
+from tpo.core.state import State
+from tpo.core.status import TERMINAL
+from tpo.jobs.leases import Lease
+from tpo.jobs.outcomes import Outcome
+from tpo.store import Store
+
+
+def sweep(store: Store, ring_again_seconds: float = 60) -> list[str]:
+    """The jobs that were rung for."""
+    bells = store.maintenance.sweep(ring_again_seconds=ring_again_seconds, forget_worker_seconds=60)
+    assert all(bell.model == "policy" for bell in bells)
+    return [bell.job_id for bell in bells]
+
+
+def test_a_sweep_with_nothing_to_do_changes_nothing(engine: Engine, store: Store) -> None:
+    create(store)
+    claim(store, create(store))
+    store.workers.register("worker-1", slots=1, **SERVES)
+    before = rows(engine)
+    assert sweep(store) == []
+    assert rows(engine) == before
+
+
+def test_a_lost_lease_brings_the_job_back_and_rings(store: Store) -> None:
+    lease, state = claim(store, create(store), seconds=500)
+    store.leases.checkpoint(lease, state, after := step(state))
+    assert sweep(store) == []
+    store.leases.renew("worker-1", [lease.job_id], -1)
+    assert sweep(store) == [lease.job_id]
+    assert sweep(store) == []
+    job = store.jobs.get(lease.job_id)
+    assert (job.status, job.attempt, job.lease_owner, job.lease_until) == ("queued", 1, None, None)
+    assert event_types(store, job.id)[-1] == "job.retrying"
+    again, resumed = claim(store, job.id, "worker-2")
+    assert (again.attempt, again.fence, resumed) == (2, 2, after)
+
+
+def test_a_job_that_loses_every_worker_fails(store: Store) -> None:
+    job_id = create(store, max_attempts=2)
+    for attempt in (1, 2):
+        assert claim(store, job_id, seconds=-1)[0].attempt == attempt
+        assert sweep(store) == ([job_id] if attempt == 1 else [])
+    job = store.jobs.get(job_id)
+    assert (job.status, job.error_code, job.lease_owner) == ("failed", "worker_lost", None)
+    assert job.completed_at is not None
+    assert event_types(store, job_id)[-1] == "job.failed"
+    assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
+
+
+def test_a_poison_job_does_not_take_those_beside_it_down(store: Store) -> None:
+    poison, *innocent = [create(store, max_attempts=2) for _ in range(3)]
+    for _ in range(2):
+        for job_id in innocent:
+            lease, state = claim(store, job_id, seconds=-1)
+            store.leases.checkpoint(lease, state, step(state))
+        claim(store, poison, seconds=-1)
+        sweep(store)
+    assert store.jobs.get(poison).error_code == "worker_lost"
+    assert [store.jobs.get(job_id).status for job_id in innocent] == ["queued", "queued"]
+    assert [len(store.jobs.state(job_id).calls) for job_id in innocent] == [2, 2]
+
+
+def test_jobs_that_were_lost_together_twice_come_back_apart(store: Store) -> None:
+    job_ids = [create(store, max_attempts=5) for _ in range(3)]
+    for _ in range(2):
+        for job_id in job_ids:
+            claim(store, job_id, seconds=-1)
+        sweep(store)
+    due = {store.jobs.get(job_id).next_attempt_at for job_id in job_ids}
+    assert len(due) == 3
+
+
+def test_a_late_job_that_cannot_be_read_keeps_nobody_from_their_turn(store: Store, engine: Engine) -> None:
+    late, waiting = create(store, deadline_seconds=-1), create(store)
+    put(engine, late, prompts={"of": "another version"})
+    put(engine, waiting, rung_at=0)
+    assert sweep(store) == [waiting]
+    assert store.jobs.get(late).status == "expired"
+
+
+def test_a_job_that_was_being_cancelled_when_its_worker_was_lost(store: Store) -> None:
+    lease, _ = claim(store, create(store), seconds=-1)
+    store.jobs.cancel(lease.job_id)
+    assert sweep(store) == []
+    assert store.jobs.get(lease.job_id).status == "cancelled"
+    assert event_types(store, lease.job_id)[-1] == "job.cancelled"
+
+
+def test_a_queued_job_past_its_deadline(engine: Engine, store: Store) -> None:
+    nothing = create(store, deadline_seconds=-1)
+    begun = create(store, deadline_seconds=600)
+    lease, state = claim(store, begun)
+    last = drive(store, lease, state)
+    store.leases.release(lease)
+    in_time = create(store, deadline_seconds=600)
+    assert sweep(store) == []
+    assert store.jobs.get(nothing).status == "expired"
+    assert store.jobs.get(nothing).output is None
+    assert store.jobs.get(begun).status == "queued"
+    put(engine, begun, deadline_at=1.0)
+    sweep(store)
+    job = store.jobs.get(begun)
+    assert last.best is not None
+    assert (job.status, job.output, job.incomplete_reason) == ("incomplete", last.best.text, "deadline")
+    assert event_types(store, begun)[-1] == "job.incomplete"
+    assert store.jobs.get(in_time).status == "queued"
+
+
+def test_a_pause_between_attempts_ends_in_the_line(engine: Engine, store: Store) -> None:
+    waits, due = (create(store) for _ in range(2))
+    for job_id in (waits, due):
+        store.leases.release(claim(store, job_id)[0], delay_seconds=600)
+    assert sweep(store, ring_again_seconds=-1) == []
+    put(engine, due, next_attempt_at=1.0)
+    assert store.leases.claim("worker-1", 30, **SERVES) is None, "the sweeper puts it back"
+    assert sweep(store) == [due]
+    assert store.jobs.get(due).next_attempt_at is None
+    assert claim(store, due)[0].attempt == 2
+
+
+def test_a_lost_job_past_its_deadline_ends_in_the_same_sweep(engine: Engine, store: Store) -> None:
+    lease, _ = claim(store, create(store), seconds=-1)
+    put(engine, lease.job_id, deadline_at=1.0)
+    assert sweep(store) == []
+    assert store.jobs.get(lease.job_id).status == "expired"
+
+
+def test_doorbells_that_were_lost_are_rung_again(store: Store) -> None:
+    jobs = sorted(create(store) for _ in range(3))
+    claim(store, jobs[0])
+    assert sweep(store) == []
+    assert sweep(store, ring_again_seconds=-1) == jobs[1:2]
+    assert sweep(store) == []
+
+
+def test_each_line_has_its_bell_whoever_else_waits(engine: Engine, store: Store) -> None:
+    jobs = sorted(create(store) for _ in range(6))
+    for job_id in jobs[:4]:
+        put(engine, job_id, model="nobody serves it")
+    for job_id in jobs[4:5]:
+        put(engine, job_id, reward_model="another")
+    bells = store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60)
+    heard = {(bell.job_id, bell.model) for bell in bells}
+    assert heard == {(jobs[0], "nobody serves it"), (jobs[4], "policy"), (jobs[5], "policy")}
+
+
+def test_workers_that_are_silent_are_forgotten(store: Store) -> None:
+    store.workers.register("worker-1", slots=1, **SERVES)
+    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+    assert len(store.workers.live(60)) == 1
+    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=-1)
+    assert store.workers.live(60) == []
+
+
+ENDS = st.sampled_from(TERMINAL).map(Outcome)
+DONE = (
+    st.tuples(st.just("claim"), st.sampled_from([-1.0, 60.0]))
+    | st.tuples(st.just("step"), st.integers(0, 3))
+    | st.tuples(st.just("release"), st.sampled_from([None, -1.0, 60.0]))
+    | st.tuples(st.just("finish"), ENDS)
+    | st.tuples(st.sampled_from(["cancel", "pause", "resume", "pause", "resume"]), st.none())
+    | st.tuples(st.just("sweep"), st.none())
+)
+MAY_FOLLOW: dict[str, set[str]] = {
+    "queued": {"in_progress", "paused", "cancelled"},
+    "in_progress": {"queued", "paused", "cancelling", "failed", *TERMINAL},
+    "paused": {"queued", "cancelled"},
+    "cancelling": {"cancelled"},
+}
+
+
+class Life:
+    """One job, and every lease that anybody ever had on it: the old ones are used as well."""
+
+    def __init__(self, store: Store, state: State) -> None:
+        self.store = store
+        self.job_id = create(store, state, max_attempts=3)
+        self.leases: list[Lease] = []
+
+    def do(self, what: str, how: Any, which: int) -> None:
+        """One thing that may happen to a job, by the lease counted from the last."""
+        store = self.store
+        lease = self.leases[-1 - which % len(self.leases)] if self.leases else None
+        try:
+            match what:
+                case "claim":
+                    claimed = claim_one(store, self.job_id, "worker-1", how, **SERVES)
+                    self.leases += [claimed[0]] if claimed else []
+                case "cancel":
+                    store.jobs.cancel(self.job_id)
+                case "pause":
+                    store.jobs.pause(self.job_id)
+                case "resume":
+                    store.jobs.resume(self.job_id)
+                case "sweep":
+                    sweep(store)
+                case "step" if lease:
+                    state = store.jobs.state(self.job_id)
+                    store.leases.checkpoint(lease, state, step(state))
+                case "release" if lease:
+                    store.leases.release(lease, delay_seconds=how)
+                case "finish" if lease:
+                    store.leases.finish(lease, how)
+        except WrongState:
+            assert store.jobs.get(self.job_id).status in ("cancelling", *TERMINAL)
+        except LeaseLost:
+            job = store.jobs.get(self.job_id)
+            assert lease
+            assert job.fence != lease.fence or job.lease_owner is None
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(DONE, st.sampled_from([0, 0, 0, 1, 2])), max_size=25))
+def test_whatever_happens(store: Store, happens: list[tuple[tuple[str, Any], int]]) -> None:
+    life = Life(store, new_state(sample_size=1, max_iterations=1))
+    before = store.jobs.get(life.job_id)
+    recorded = store.jobs.state(life.job_id)
+    for (what, how), which in happens:
+        life.do(what, how, which)
+        after, record = store.jobs.get(life.job_id), store.jobs.state(life.job_id)
+        if after.status != before.status:
+            assert before.status not in TERMINAL
+            assert after.status in MAY_FOLLOW[before.status]
+        if before.status in TERMINAL:
+            assert record == recorded
+        assert after.fence == before.fence + (before.status == "queued" and after.status == "in_progress")
+        assert len(record.calls) >= len(recorded.calls)
+        assert after.attempts_in_vain <= after.max_attempts
+        assert (after.status in ("in_progress", "cancelling")) == (after.lease_owner is not None)
+        assert (after.status in TERMINAL) == (after.completed_at is not None)
+        assert after.pause_requested_at is None or after.status == "in_progress"
+        ends = [t for t in event_types(store, life.job_id) if t.removeprefix("job.") in TERMINAL]
+        assert ends == ([f"job.{after.status}"] if after.status in TERMINAL else [])
+        before, recorded = after, record

@@ -1,0 +1,1 @@
+"""Tests that take seconds: no servers, no models."""

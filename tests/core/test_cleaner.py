@@ -1,0 +1,70 @@
+"""What a round of the purger forgets, and after how long."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tpo.core.errors import StoreUnavailable
+from tpo.settings import Settings
+from worker.tasks.cleaner import Purger
+
+DAY = 24 * 3600.0
+
+
+class Recording:
+    """A store that has so many batches of each kind to forget, and remembers what it was asked."""
+
+    def __init__(self, batches: int) -> None:
+        self._batches = batches
+        self.asked: list[tuple[str, float | None]] = []
+
+    def __getattr__(self, part: str) -> "_Part":
+        return _Part(part, self._purge)
+
+    def _purge(self, name: str, seconds: float | None) -> int:
+        self.asked.append((name, seconds))
+        return 5 if self.asked.count((name, seconds)) <= self._batches else 0
+
+
+class _Part:
+    """A part of that store, whose methods all purge."""
+
+    def __init__(self, name: str, purge: Callable[[str, float | None], int]) -> None:
+        self._name = name
+        self._purge = purge
+
+    def __getattr__(self, method: str) -> Callable[[float | None], int]:
+        return partial(self._purge, f"{self._name}.{method}")
+
+
+def asked(batches: int = 0, **settings: Any) -> list[tuple[str, float | None]]:
+    store: Any = Recording(batches)
+    Purger(Settings(**settings), store).purge()
+    return sorted(store.asked)
+
+
+def test_each_kind_has_its_own_time() -> None:
+    always = [("deliveries.purge", 7 * DAY), ("idempotency_keys.purge", 3 * 3600.0), ("maintenance.purge_turns", DAY)]
+    assert asked(idempotency_hours=3) == sorted([*always, ("files.purge", None)])
+    kept = [(name, 2 * DAY) for name in ("maintenance.purge", "batches.purge", "files.purge")]
+    assert asked(idempotency_hours=3, retention_days=2) == sorted([*always, *kept])
+
+
+def test_a_round_goes_on_until_nothing_is_left() -> None:
+    assert asked(2, retention_days=2) == sorted(3 * asked(retention_days=2))
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable(), ValueError("a text of a user")])
+def test_a_round_that_fails_says_so_and_leaves_it_to_the_next(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Recording):
+        def _purge(self, name: str, seconds: float | None) -> int:
+            raise error
+
+    store: Any = Failing(0)
+    Purger(Settings(retention_days=2), store).purge()
+    assert "nothing forgotten" in caplog.text
+    assert "a text of a user" not in caplog.text

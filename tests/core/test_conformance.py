@@ -1,0 +1,64 @@
+"""The same choices as the authors' code, in runs of it that were recorded with scripted replies and rewards.
+
+TPO_TRAJECTORIES names another file of the same format.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testing.fakes import FakePolicy, FakeReward, go_on, new_state, said
+from tpo.core.ports import Generate, Text
+from tpo.core.prompts import load, names
+from tpo.core.run import run
+
+FILE = Path(os.environ.get("TPO_TRAJECTORIES") or Path(__file__).parent.parent / "data" / "trajectories.json")
+RUNS: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
+THEIR_TAGS = ("<IMPROVED_VARIABLE>", "</IMPROVED_VARIABLE>")
+
+
+def replies(recorded: dict[str, Any], request: Generate, sample: int) -> Text:
+    """What the policy said in the recorded run. A second request for the same step hears the same again."""
+    if request.kind == "sample":
+        return said(recorded["replies"]["sample"][sample % request.n])
+    reply = recorded["replies"]["iterations"][request.iteration - 1][request.kind]
+    return said(reply[sample % request.n] if request.kind == "update" else reply)
+
+
+def test_there_are_runs() -> None:
+    assert len(RUNS) >= 1
+    assert "TPO_TRAJECTORIES" in os.environ or len(RUNS) == 60
+
+
+@pytest.mark.parametrize("prompt_set", names())
+@pytest.mark.parametrize("number", range(len(RUNS)))
+def test_the_same_choices(number: int, prompt_set: str) -> None:
+    recorded = RUNS[number]
+    prompts = load(prompt_set).model_copy(update={"answer_tags": THEIR_TAGS})
+    state = new_state(
+        recorded["query"],
+        prompts,
+        mode=recorded["mode"],
+        sample_size=recorded["n"],
+        max_iterations=recorded["iterations"],
+    )
+    policy = FakePolicy(lambda request, sample: replies(recorded, request, sample))
+    reward = FakeReward(recorded["rewards"].__getitem__)
+    last = run(state, policy, reward, lambda _: None, go_on)
+
+    # Where no sample of a step is usable ours asks once more, and theirs does not: that request is no other choice.
+    requests = [r for r in policy.asked if r.first_sample == 0]
+    assert [(r.kind, r.n) for r in requests] == [(c["kind"], c["n"]) for c in recorded["expect"]["calls"]]
+    compared = [c for c in recorded["expect"]["calls"] if c["kind"] == "loss"]
+    critiques = [r for r in requests if r.kind == "loss"]
+    for iteration, expected, critique in zip(last.iterations, compared, critiques, strict=True):
+        rejected = iteration.rejected and last.candidate(iteration.rejected).text
+        assert (last.candidate(iteration.chosen).text, rejected) == (expected["chosen"], expected["rejected"])
+        shown = critique.messages[-1].content
+        assert all(text in shown for text in (expected["chosen"], expected["rejected"] or ""))
+    assert [list(asked.responses) for asked in reward.asked] == recorded["expect"]["scored"]
+    assert last.best is not None
+    assert (last.best.text, last.best.reward) == (recorded["expect"]["best"], recorded["expect"]["best_score"])

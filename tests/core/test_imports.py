@@ -1,0 +1,43 @@
+"""The import contracts of pyproject.toml hold for every folder, those of the tests too."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("tpo", "api", "worker", "migrations", "demo", "bench", "testing", "tests")
+
+
+PLANTED = {
+    "tests/core/planted.py": "bench.store",
+    "testing/planted.py": "tests.core",
+    "bench/planted.py": "tests.support.stack",
+    "demo/planted.py": "api.app",
+    "migrations/planted.py": "worker.logs",
+    "tpo/core/planted.py": "tpo.settings",
+    "tpo/backends/remote/planted.py": "tpo.backends.local.engine",
+    "tpo/webhooks/planted.py": "tpo.jobs.tables",
+}
+
+
+@pytest.mark.processes
+def test_every_forbidden_import_is_found(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__", "models", "data")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
+    for module, imported in PLANTED.items():
+        (tmp_path / module).write_text(f"import {imported}\n")
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    checked = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert checked.returncode == 1, checked.stdout
+    found = {
+        module: f"{module.removesuffix('.py').replace('/', '.')} -> {imported}" in checked.stdout
+        for module, imported in PLANTED.items()
+    }
+    assert all(found.values()), [module for module, is_found in found.items() if not is_found]

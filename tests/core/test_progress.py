@@ -1,0 +1,24 @@
+"""The rows that people watch."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tpo.cli.ui.progress import table
+
+
+@pytest.mark.parametrize("width", [45, 80])
+def test_no_window_is_too_narrow_for_an_id(width: int) -> None:
+    job: Any = {
+        "id": "job_" + "a" * 32,
+        "status": "in_progress",
+        "progress": {"iteration": 1, "max_iterations": 2, "phase": "critique"},
+        "best": {"reward": 1.5},
+    }
+    console = Console(width=width, file=io.StringIO())
+    console.print(table([job]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert job["id"] in shown
+    assert ("in_progress  1/2        critique  +1.50" in shown) == (width == 80)

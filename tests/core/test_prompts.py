@@ -1,0 +1,136 @@
+"""Prompt sets: what is sent for each step, and the answer that is found in a reply."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tpo.core.errors import InvalidInput
+from tpo.core.prompts import STEPS, PromptSet, load, names
+
+TEXTS = {"query": "QUERY", "chosen": "CHOSEN", "rejected": "REJECTED", "loss": "LOSS", "gradient": "GRADIENT"}
+KNOWN_AT = {"loss": 3, "gradient": 4, "update": 5}
+
+
+def texts_for(step: str, **changed: str) -> dict[str, str]:
+    """What exists when a step is asked for."""
+    return dict(list((TEXTS | changed).items())[: KNOWN_AT[step]])
+
+
+def custom(**changed: Any) -> PromptSet:
+    """A set of separate prompts, with changes."""
+    one = {"loss": "L $query $chosen", "gradient": "G $loss", "update": "U $gradient $answer_open $answer_close"}
+    values = {"name": "mine", "version": 1, "style": "separate", "answer_tags": ("<a>", "</a>")}
+    return PromptSet.model_validate(values | {"tpo": one, "revision": one} | changed)
+
+
+def test_the_sets_that_ship() -> None:
+    assert {"conversation", "separate", "tiny"} <= set(names())
+    for name in names():
+        assert load(name).name == name
+    with pytest.raises(InvalidInput, match="there are conversation") as raised:
+        load("../state")
+    assert raised.value.param == "prompt_set"
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("compared", [True, False], ids=["tpo", "revision"])
+def test_each_step_shows_what_it_works_on(name: str, compared: bool) -> None:
+    prompts = load(name)
+    for step in STEPS:
+        texts = texts_for(step)
+        if not compared:
+            texts.pop("rejected")
+        turns = prompts.render(step, texts)
+        assert [role for role, _ in turns] == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+        everything = "\n".join(content for _, content in turns)
+        if name != "tiny":
+            assert all(text in everything for text in texts.values())
+            assert all(tag in everything for tag in prompts.answer_tags) == (step == "update")
+        assert "$" not in everything
+        assert ("REJECTED" in everything) <= compared
+
+
+def test_a_conversation_only_grows() -> None:
+    prompts = load("conversation")
+    loss, gradient, update = (prompts.render(step, texts_for(step)) for step in STEPS)
+    assert gradient[:-1] == [*loss, ("assistant", "LOSS")]
+    assert update[:-1] == [*gradient, ("assistant", "GRADIENT")]
+    whole = "\n".join(content for _, content in update)
+    assert (whole.count("QUERY"), whole.count("LOSS"), whole.count("GRADIENT")) == (1, 1, 1)
+    assert len(load("separate").render("update", texts_for("update"))) == 1
+
+
+@pytest.mark.parametrize("name", names())
+def test_texts_are_put_in_as_they_are(name: str) -> None:
+    hostile = "$query ${chosen} $$ $ {query} {0} %s \\1 <SEP> </improved_response> $rejected"
+    for step in STEPS:
+        for field in texts_for(step):
+            turns = load(name).render(step, texts_for(step, **{field: hostile}))
+            plain = load(name).render(step, texts_for(step, **{field: "PLAIN"}))
+            assert turns == [(role, content.replace("PLAIN", hostile)) for role, content in plain]
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("<a>yes</a>", "yes"),
+        ("Sure: <a> yes\n</a> I hope it helps.", "yes"),
+        ("I put it between <a> and </a>. <a>yes</a>", "yes"),
+        ("First <a>draft</a>, then <a>yes</a>", "yes"),
+        ("After <a> comes <a>yes</a>", "yes"),
+        ("<a>yes</a> and an empty <a></a>", "yes"),
+        ("<a>yes</a> and a blank <a> \n </a>", "yes"),
+        ("<a>yes</a> closes with </a>", "yes"),
+        ("</a><a>yes</a>", "yes"),
+        ("<a>yes</a><a>cut o", "yes"),
+        ("<a></a>", None),
+        ("<a>   </a>", None),
+        ("<a>cut o", None),
+        ("no tags", None),
+        ("</a> the wrong way round <a>", None),
+        ("", None),
+        ("<a>a <SEP> b</a>", "a <SEP> b"),
+        ("<a>one\n\ntwo</a>", "one\n\ntwo"),
+    ],
+)
+def test_the_last_complete_pair_holds_the_answer(reply: str, answer: str | None) -> None:
+    assert custom().extract(reply) == answer
+
+
+def test_an_answer_that_was_begun_last_is_unfinished() -> None:
+    assert custom().is_unfinished("<a>draft</a><a>cut o")
+    assert custom().is_unfinished("<a>cut o")
+    assert not custom().is_unfinished("<a>whole</a> and some mo")
+    assert not custom().is_unfinished("none")
+
+
+def one_for_each(**changed: str) -> dict[str, str]:
+    """Templates with one that is not valid."""
+    return {"loss": "L", "gradient": "G", "update": "U"} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"tpo": one_for_each(loss="it costs $ 5")}, "doubled"),
+        ({"tpo": one_for_each(loss="$answer")}, r"tpo.loss uses \['answer'\]"),
+        ({"tpo": one_for_each(loss="$gradient")}, "tpo.loss uses"),
+        ({"tpo": one_for_each(gradient="$gradient")}, "tpo.gradient uses"),
+        ({"revision": one_for_each(update="$rejected")}, "revision.update uses"),
+        ({"tpo": one_for_each(update=" ")}, "at least 1 character"),
+        ({"answer_tags": ("<a>", "<a>")}, "two different"),
+        ({"answer_tags": ("<a>", " ")}, "non-empty"),
+        ({"version": 0}, "version"),
+        ({"style": "other"}, "style"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_set_that_could_not_be_sent_is_refused(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        custom(**changed)
+
+
+def test_a_doubled_dollar_is_a_dollar() -> None:
+    prompts = custom(tpo=one_for_each(loss="costs $$5 $query"))
+    assert prompts.render("loss", texts_for("loss")) == [("user", "costs $5 QUERY")]

@@ -1,0 +1,176 @@
+"""When a run ends before its last iteration, and that what was paid for is not thrown away."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from testing.fakes import FakePolicy, FakeReward, go_on, new_state, plain, said, step
+from tpo.core.errors import NoUsableSample
+from tpo.core.loop import Standing, pending, standing
+from tpo.core.run import run
+from tpo.core.state import Decline, Params, State
+
+
+def finish(state: State, *means: float, policy: FakePolicy | None = None) -> State:
+    """The state at the end of a run in which each response of iteration i is worth means[i], the last for the rest."""
+
+    def worth(text: str) -> float:
+        return means[min(int(text.split()[1].split("-")[0]), len(means) - 1)]
+
+    return run(state, policy or FakePolicy(), FakeReward(worth if means else float), lambda _: None, go_on)
+
+
+def kinds(state: State) -> str:
+    """The calls by their first letters."""
+    return "".join(
+        {"sample": "S", "score": "r", "loss": "l", "gradient": "g", "update": "U"}[c.kind] for c in state.calls
+    )
+
+
+WHOLE = "SrlgUrlgUr"
+
+
+@pytest.mark.parametrize(
+    ("budget", "calls", "where"),
+    [
+        # 2 samples of 5 tokens, notes of 5; each policy call takes 0.25 s, each score 0.125 s.
+        ({"max_output_tokens": 1}, "Sr", Standing(0, None, 1, "max_output_tokens")),
+        ({"max_output_tokens": 10}, "Sr", Standing(0, None, 1, "max_output_tokens")),
+        ({"max_output_tokens": 11}, "Srl", Standing(1, None, 1, "max_output_tokens")),
+        ({"max_output_tokens": 20}, "Srlg", Standing(1, None, 1, "max_output_tokens")),
+        ({"max_output_tokens": 21}, "SrlgUr", Standing(1, None, 2, "max_output_tokens")),
+        ({"max_output_tokens": 10_000}, WHOLE, Standing(2, None, 3)),
+        ({"max_total_tokens": 11}, "Sr", Standing(0, None, 1, "max_total_tokens")),
+        ({"max_seconds": 0.2}, "Sr", Standing(0, None, 1, "max_seconds")),
+        ({"max_seconds": 0.376}, "Srl", Standing(1, None, 1, "max_seconds")),
+        ({"max_seconds": 60.0}, WHOLE, Standing(2, None, 3)),
+    ],
+)
+def test_a_budget_ends_the_run_before_the_next_call_of_the_policy(
+    budget: dict[str, Any], calls: str, where: Standing
+) -> None:
+    last = finish(new_state(sample_size=2, max_iterations=2, **budget), 1.0, 2.0, 3.0)
+    assert kinds(last) == calls
+    assert standing(last) == where
+    assert last.best is not None
+    assert all(c.reward is not None for c in last.candidates), "what was sampled is scored"
+
+
+def test_the_prompts_count_in_the_budget_of_all_tokens_alone() -> None:
+    state = new_state("word " * 100, sample_size=1, max_iterations=3)
+    written = state.params.model_copy(update={"max_output_tokens": 100})
+    both = state.params.model_copy(update={"max_total_tokens": 100})
+    assert kinds(finish(state.model_copy(update={"params": both}), 1.0)) == "Sr"
+    assert len(kinds(finish(state.model_copy(update={"params": written}), 1.0))) > 6
+
+
+def test_a_budget_that_ends_before_anything_is_usable_fails_and_says_so() -> None:
+    policy = FakePolicy(lambda _r, _s: said("cut o", "length"))
+    with pytest.raises(NoUsableSample, match="budget max_output_tokens left no second try"):
+        finish(new_state(max_output_tokens=1), 1.0, policy=policy)
+    assert len(policy.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "means", "iterations"),
+    [
+        ({"patience": 1}, (1, 2, 3, 4, 5, 6), 5),
+        ({"patience": 1}, (1, 2, 2, 3, 4), 2),
+        ({"patience": 2}, (1, 2, 2, 3, 3, 3), 5),
+        ({"patience": 2}, (1, 0, 0, 9), 2),
+        ({"patience": 5}, (1, 1, 1, 1, 1, 1), 5),
+        ({"patience": 1, "min_gain": 0.5}, (1, 1.5, 9), 1),
+        ({"patience": 1, "min_gain": 0.5}, (1, 1.75, 2, 9), 2),
+        ({"patience": 3, "min_gain": 1}, (1, 1.5, 2, 2.5, 3, 3.5), 5),
+        ({"patience": 3, "min_gain": 2}, (1, 1.5, 2, 2.5, 3, 3.5), 3),
+    ],
+)
+def test_early_stop(rule: dict[str, Any], means: tuple[float, ...], iterations: int) -> None:
+    last = finish(new_state(sample_size=2, max_iterations=5, early_stop=rule), *means)
+    assert len(last.iterations) == iterations
+    assert standing(last) == Standing(iterations, None, iterations + 1, "early_stop" if iterations < 5 else None)
+
+
+def test_early_stop_looks_at_the_best_and_decline_at_the_mean() -> None:
+    # The best rises and the mean falls, then the other way round.
+    def run_with(rewards: FakeReward, **params: Any) -> State:
+        return run(new_state(sample_size=3, max_iterations=4, **params), FakePolicy(), rewards, lambda _: None, go_on)
+
+    worse = FakeReward(
+        lambda text: {"0-0": 1.0, "1-0": 2.0}.get(text.split()[1], 0.9 if text.split()[1][0] == "0" else 0.0)
+    )
+    last = run_with(worse, stop_on_decline=True)
+    assert (len(last.iterations), standing(last).stopped) == (1, "decline")
+    assert last.best is not None
+    assert last.best.id == "1-0"
+    assert list(last.declines) == [1]
+    assert last.declines[1].mean_reward == pytest.approx(2 / 3)
+    assert last.declines[1].mean_reward_before == pytest.approx(2.8 / 3)
+    last = run_with(worse, early_stop={"patience": 1})
+    assert (len(last.iterations), standing(last).stopped) == (2, "early_stop")
+    assert standing(run_with(worse)).stopped is None
+
+
+def test_an_iteration_without_a_candidate_brings_no_gain_and_is_no_decline() -> None:
+    policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" else plain(r, s))
+    last = finish(new_state(max_iterations=4, early_stop={"patience": 2}, stop_on_decline=True), 1.0, policy=policy)
+    assert (len(last.iterations), standing(last).stopped) == (2, "early_stop")
+    assert last.declines == {}
+
+
+def test_a_decline_is_told_from_the_last_step_that_has_rewards() -> None:
+    policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
+    last = finish(new_state(sample_size=2, max_iterations=3), 5.0, 0.0, 4.0, 4.5, policy=policy)
+    assert last.declines == {2: Decline(2, 4.0, 5.0)}
+
+
+def test_a_job_judges_and_pays_for_its_own_iterations_alone() -> None:
+    params: dict[str, Any] = {"early_stop": {"patience": 2}, "stop_on_decline": True, "max_output_tokens": 60}
+    ended = finish(new_state(sample_size=2, max_iterations=2), 3.0, 2.0, 1.0)
+    assert ended.usage.output_tokens == 50
+    longer = Params.model_validate({**ended.params.model_dump(), "max_iterations": 9, **params})
+    again = ended.model_copy(update={"params": longer, "calls": ()})
+    assert pending(again) is not None
+    last = finish(again, 3.0, 2.0, 1.0, 1.5, 1.5)
+    assert len(last.iterations) == 4
+    assert standing(last).stopped == "early_stop"
+
+
+def test_nothing_ends_early_by_itself() -> None:
+    assert (Params().early_stop, Params().stop_on_decline) == (None, False)
+    assert kinds(finish(new_state(sample_size=2, max_iterations=2), 3.0, 2.0, 1.0)) == WHOLE
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"max_output_tokens": 0},
+        {"max_total_tokens": -1},
+        {"max_seconds": 0},
+        {"max_seconds": float("nan")},
+        {"max_seconds": float("inf")},
+        {"early_stop": {"patience": 0}},
+        {"early_stop": {"patience": 1.5}},
+        {"early_stop": {"patience": "2"}},
+        {"early_stop": {"min_gain": -0.1}},
+        {"early_stop": {"min_gain": float("nan")}},
+        {"early_stop": {"margin": 1}},
+        {"early_stop": True},
+    ],
+)
+def test_values_that_make_no_sense_are_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Params(**params)
+
+
+def test_where_a_state_stands_at_each_step() -> None:
+    state = new_state(sample_size=2, max_iterations=1)
+    seen = [standing(state)]
+    while pending(state) is not None:
+        state = step(state)
+        seen.append(standing(state))
+    phases = ["sampling", "scoring", "critique", "gradient", "update", "scoring", None]
+    assert [(w.iteration, w.phase, w.complete) for w in seen] == [
+        (i, p, c) for i, p, c in zip((0, 0, 1, 1, 1, 1, 1), phases, (0, 0, 1, 1, 1, 1, 2), strict=True)
+    ]

@@ -1,0 +1,62 @@
+"""When a consumer is taken for silent."""
+
+import contextlib
+from collections.abc import Callable
+
+from tpo.core.errors import QueueUnavailable
+from worker.celery.consumer_watch import Consumer
+
+LOOKS = 6
+
+
+def looks(consumer: Consumer, times: int = LOOKS, between: Callable[[], object] = lambda: None) -> list[bool]:
+    found = []
+    for _ in range(times):
+        between()
+        found.append(consumer.is_silent())
+    return found
+
+
+def test_messages_wait_a_thread_is_free_and_none_comes() -> None:
+    assert looks(Consumer(2, lambda: 1)) == [False] * (LOOKS - 1) + [True]
+
+
+def test_nothing_waits() -> None:
+    assert not any(looks(Consumer(2, lambda: 0), 3 * LOOKS))
+
+
+def test_one_that_hears_now_and_then_is_not_silent() -> None:
+    consumer = Consumer(2, lambda: 1)
+    task = consumer.hears(lambda _job_id: None)
+    assert not any(looks(consumer, 3 * LOOKS, lambda: task("job")))
+
+
+def test_one_whose_threads_are_all_busy_is_not_silent() -> None:
+    consumer = Consumer(1, lambda: 1)
+    seen: list[bool] = []
+    consumer.hears(lambda: seen.extend(looks(consumer, 3 * LOOKS)))()
+    assert not any(seen)
+    assert looks(consumer, LOOKS + 1)[-1]
+
+
+def test_a_broker_that_is_away_makes_nobody_silent() -> None:
+    answers = [1] * (LOOKS - 1) + [None] + [1] * (LOOKS - 1)
+
+    def waiting() -> int:
+        answer = answers.pop(0)
+        if answer is None:
+            raise QueueUnavailable()
+        return answer
+
+    assert not any(looks(Consumer(1, waiting), len(answers)))
+
+
+def test_a_task_that_fails_is_over() -> None:
+    consumer = Consumer(1, lambda: 1)
+
+    def fails() -> None:
+        raise ValueError
+
+    with contextlib.suppress(ValueError):
+        consumer.hears(fails)()
+    assert looks(consumer, LOOKS + 1)[-1]

@@ -1,0 +1,359 @@
+"""How a worker's thread ends each kind of run, in process, on SQLite."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import pytest
+from celery.worker import state as celery_state
+
+from testing.jobs import claim_one, put
+from testing.processes import timeless, uninterrupted
+from tests.support.worker_harness import SECRET, Bench
+from tpo.core.errors import BackendUnavailable, ContextTooLong, LeaseLost, QueueUnavailable, StoreUnavailable, TPOError
+from tpo.core.loop import pending
+from tpo.core.ports import Generate, Interrupt, Score
+from tpo.jobs.leases import Flags
+from tpo.jobs.tables import Job
+from worker.tasks.rescuer import Sweeper
+
+
+def fail_on(kind: str, error: Exception) -> Callable[[Generate, Interrupt], None]:
+    def before(request: Generate, interrupt: Interrupt) -> None:
+        if request.kind == kind:
+            raise error
+
+    return before
+
+
+def assert_exact(bench: Bench, job: Job) -> None:
+    state = bench.store.jobs.state(job.id)
+    assert job.status == "completed"
+    assert timeless(state) == uninterrupted(state)
+
+
+def test_a_run_to_its_end(bench: Bench) -> None:
+    assert_exact(bench, bench.run(bench.create()))
+
+
+def test_an_error_of_the_job_fails_it_with_code_and_message(bench: Bench) -> None:
+    bench.policy.before = fail_on("loss", ContextTooLong("Too long by 7 tokens."))
+    job = bench.run(bench.create())
+    assert (job.status, job.error_code, job.error_message) == ("failed", "context_too_long", "Too long by 7 tokens.")
+
+
+def test_a_model_that_is_away_costs_an_attempt_and_a_pause_and_no_step(bench: Bench) -> None:
+    bench.policy.before = fail_on("loss", BackendUnavailable())
+    job = bench.run(job_id := bench.create(max_attempts=2))
+    assert (job.status, job.attempt) == ("queued", 1)
+    assert job.next_attempt_at is not None
+    assert job.next_attempt_at - (job.started_at or 0) > 0.5
+    assert bench.store.jobs.events(job_id)[-1].data["delay_seconds"] <= 1
+    assert len(bench.store.jobs.state(job_id).calls) == 2
+    assert bench.run(job_id).attempt == 1, "not before its pause is over"
+
+
+def test_a_model_that_stays_away_fails_the_job_at_its_last_attempt(bench: Bench) -> None:
+    bench.policy.before = fail_on("sample", BackendUnavailable("The server does not answer."))
+    job = bench.run(bench.create(max_attempts=1))
+    assert (job.status, job.error_code) == ("failed", "backend_unavailable")
+    assert not bench.drain.begun.is_set()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BackendUnavailable("503"), "backend_unavailable"),
+        (QueueUnavailable(), "queue_unavailable"),
+        (MemoryError(), "out_of_memory"),
+    ],
+)
+def test_what_passes_is_tried_again_and_says_why(bench: Bench, error: Exception, code: str) -> None:
+    bench.policy.before = fail_on("sample", error)
+    job = bench.run(bench.create(max_attempts=2))
+    assert (job.status, job.attempts_in_vain) == ("queued", 1)
+    assert bench.store.jobs.events(job.id)[-1].data["reason"] == code
+    bench.store.jobs.retry_now(job.id)
+    job = bench.run(job.id)
+    assert (job.status, job.error_code) == ("failed", code)
+    assert job.error_message
+    assert bench.store.jobs.events(job.id)[-1].data == {"reason": code}
+
+
+def test_each_failure_in_a_row_doubles_the_pause_and_a_step_starts_anew(bench: Bench) -> None:
+    def pause_after(kind: str) -> float:
+        bench.policy.before = fail_on(kind, BackendUnavailable())
+        bench.store.jobs.retry_now(job_id)
+        bench.run(job_id)
+        return float(bench.store.jobs.events(job_id)[-1].data["delay_seconds"])
+
+    job_id = bench.create(max_attempts=9)
+    for longest in (2, 4, 8):
+        assert longest / 2 <= pause_after("sample") <= longest
+    assert pause_after("loss") <= 1
+    assert 1 <= pause_after("loss") <= 2
+    put(bench.store.engine, job_id, attempts_in_vain=30, max_attempts=99)
+    assert pause_after("loss") <= 60
+
+
+@pytest.mark.parametrize("error", [ContextTooLong("Too long."), ValueError("?")])
+def test_what_does_not_pass_is_not_tried_again(bench: Bench, error: Exception) -> None:
+    bench.policy.before = fail_on("sample", error)
+    job = bench.run(bench.create())
+    assert (job.status, job.attempt, job.next_attempt_at) == ("failed", 1, None)
+
+
+def test_a_budget_ends_a_job_with_the_best_so_far(bench: Bench) -> None:
+    job = bench.run(bench.create(max_output_tokens=1))
+    state = bench.store.jobs.state(job.id)
+    assert state.best
+    assert (job.status, job.output, job.incomplete_reason) == ("incomplete", state.best.text, "max_output_tokens")
+    assert (job.iteration, job.phase, job.stop_reason) == (0, None, None)
+    assert bench.store.jobs.events(job.id)[-1].data == {"reason": "max_output_tokens"}
+
+
+def test_a_budget_holds_over_attempts(bench: Bench) -> None:
+    straight = bench.run(bench.create(max_iterations=4, max_output_tokens=150, seed=3))
+    torn = bench.create(max_iterations=4, max_output_tokens=150, seed=3, max_attempts=50)
+    asked = 0
+
+    def fail_each_second_time(request: Generate, interrupt: Interrupt) -> None:
+        nonlocal asked
+        asked += 1
+        if asked % 2:
+            raise BackendUnavailable()
+
+    bench.policy.before = fail_each_second_time
+    for _ in range(50):
+        if bench.run(torn).status == "incomplete":
+            break
+        bench.store.jobs.retry_now(torn)
+    job = bench.store.jobs.get(torn)
+    assert job.attempt > 3
+    assert (job.status, job.output, job.output_tokens) == ("incomplete", straight.output, straight.output_tokens)
+    assert timeless(bench.store.jobs.state(torn)) == timeless(bench.store.jobs.state(straight.id))
+
+
+def test_a_job_that_is_given_up_has_completed_and_says_why(bench: Bench) -> None:
+    job = bench.run(bench.create(max_iterations=5, early_stop={"patience": 1, "min_gain": 1000}))
+    assert (job.status, job.stop_reason, job.incomplete_reason) == ("completed", "early_stop", None)
+    assert job.output
+    assert (job.iteration, job.phase) == (1, None)
+    assert bench.store.jobs.events(job.id)[-1].data == {"reason": "early_stop"}
+
+
+def test_a_broken_model_ends_the_process_for_another_to_take_its_place(bench: Bench) -> None:
+    bench.policy.before = fail_on("loss", BackendUnavailable())
+    bench.policy.healthy = False
+    assert bench.run(bench.create()).status == "queued"
+    assert bench.drain.begun.is_set()
+    assert bench.drain.exit_code == 1
+    assert celery_state.should_stop == 0
+
+
+def test_a_model_that_ends_with_its_worker_is_not_broken(bench: Bench) -> None:
+    def end(request: Generate, interrupt: Interrupt) -> None:
+        bench.drain.begun.set()
+        bench.policy.healthy = False
+        raise BackendUnavailable("The policy was closed.")
+
+    bench.policy.before = end
+    assert bench.run(bench.create()).status == "queued"
+    assert bench.drain.exit_code == 0
+
+
+def test_an_unexpected_error_is_told_by_its_place_alone(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    def before(request: Generate, interrupt: Interrupt) -> None:
+        try:
+            raise KeyError(SECRET)
+        except KeyError as error:
+            raise ValueError(f"cannot do {SECRET}") from error
+
+    bench.policy.before = before
+    with caplog.at_level(logging.DEBUG):
+        job = bench.run(bench.create())
+    assert (job.status, job.error_code) == ("failed", "internal_error")
+    assert "ValueError" in caplog.text
+    assert "caused by KeyError" in caplog.text
+    assert __name__.rpartition(".")[2] in caplog.text
+    assert SECRET not in caplog.text + (job.error_message or "")
+
+
+def test_a_database_that_goes_away_costs_no_call(bench: Bench) -> None:
+    asked = []
+    bench.policy.before = lambda request, _interrupt: asked.append(request.kind)
+    bench.store.fails = {"checkpoint": 2, "answer of checkpoint": 1, "finish": 2}
+    assert_exact(bench, bench.run(bench.create()))
+    assert asked == ["sample", "loss", "gradient", "update"]
+
+
+def test_a_drain_does_not_wait_for_a_database_that_is_away(bench: Bench) -> None:
+    # Not before the call is over: a drain that was there first would hand the job back.
+    bench.store.fails = {"checkpoint": 10**6}
+    bench.store.on_failure = bench.drain.interrupting.set
+    job = bench.run(bench.create())
+    assert job.status == "in_progress"
+    assert bench.store.jobs.state(job.id).calls == ()
+
+
+def test_a_claim_without_a_database_is_left_to_the_sweeper(bench: Bench) -> None:
+    bench.store.fails = {"claim": 1}
+    job = bench.run(bench.create())
+    assert (job.status, job.attempt) == ("queued", 0)
+
+
+def test_a_lost_lease_stops_the_job_and_writes_nothing(bench: Bench) -> None:
+    job_id = bench.create()
+
+    def steal(request: Generate, interrupt: Interrupt) -> None:
+        if request.kind == "gradient":
+            held = bench.leases.held()[0]
+            bench.store.leases.release(held, delay_seconds=0)
+            assert claim_one(bench.store, job_id, "thief", 30, model="scripted", reward_model="scripted")
+
+    bench.policy.before = steal
+    job = bench.run(job_id)
+    assert (job.status, job.lease_owner, job.fence) == ("in_progress", "thief", 2)
+    assert len(bench.store.jobs.state(job_id).calls) == 3
+
+
+@pytest.mark.parametrize(("kind", "status", "calls"), [("sample", "expired", 1), ("loss", "incomplete", 3)])
+def test_a_deadline_gives_the_best_so_far(bench: Bench, kind: str, status: str, calls: int) -> None:
+    job_id = bench.create(deadline_seconds=600)
+
+    def let_it_pass(request: Generate, interrupt: Interrupt) -> None:
+        if request.kind == kind:
+            put(bench.store.engine, job_id, deadline_at=1.0)
+
+    bench.policy.before = let_it_pass
+    job = bench.run(job_id)
+    state = bench.store.jobs.state(job_id)
+    assert (job.status, len(state.calls)) == (status, calls)
+    assert job.output == (state.best.text if state.best else None)
+
+
+def test_a_cancel_between_two_calls(bench: Bench) -> None:
+    job_id = bench.create()
+
+    def cancel(request: Generate, interrupt: Interrupt) -> None:
+        if request.kind == "loss":
+            bench.store.jobs.cancel(job_id)
+
+    bench.policy.before = cancel
+    job = bench.run(job_id)
+    assert (job.status, job.output) == ("cancelled", None)
+    assert len(bench.store.jobs.state(job_id).calls) == 3
+
+
+def test_a_drain_lets_the_last_call_complete_the_job(bench: Bench) -> None:
+    bench.store.watch = lambda after: bench.drain.begun.set() if pending(after) is None else None
+    assert_exact(bench, bench.run(bench.create()))
+    assert bench.drain.begun.is_set()
+
+
+def test_a_drain_hands_a_job_back_after_the_running_call(bench: Bench) -> None:
+    job_id = bench.create()
+    bench.policy.before = lambda request, _: bench.drain.begun.set() if request.kind == "loss" else None
+    job = bench.run(job_id)
+    assert (job.status, job.attempt) == ("queued", 0)
+    assert bench.bells.rung == [job_id]
+    assert len(bench.store.jobs.state(job_id).calls) == 3
+    bench.drain.begun.clear()
+    bench.policy.before = lambda request, _: None
+    assert_exact(bench, bench.run(job_id))
+
+
+def test_a_doorbell_that_comes_in_a_drain_is_passed_on(bench: Bench) -> None:
+    bench.drain.begun.set()
+    job = bench.run(bench.create())
+    assert (job.status, job.fence) == ("queued", 0)
+    assert bench.bells.rung == [job.id]
+    bench.bells.broken = True
+    assert bench.run(job.id).status == "queued"
+
+
+def test_the_sweeper_rings_once_for_any_number_of_jobs(bench: Bench) -> None:
+    sweeper = Sweeper(bench.settings.model_copy(update={"ring_again_seconds": 1e-6}), bench.store, bench.bells)
+    first, *_ = sorted(bench.create() for _ in range(3))
+    sweeper.sweep()
+    assert bench.bells.rung == [first]
+
+
+def test_a_bell_is_passed_on_while_jobs_wait(bench: Bench) -> None:
+    jobs = sorted(bench.create() for _ in range(3))
+    for done in range(1, 4):
+        bench.runner.run_job("job_of_another_bell")
+        assert [bench.store.jobs.get(job_id).status for job_id in jobs] == ["completed"] * done + ["queued"] * (
+            3 - done
+        )
+    assert bench.bells.rung == [jobs[1], jobs[1], jobs[2], jobs[2]]
+    bench.runner.run_job(jobs[0])
+    assert bench.bells.rung == [jobs[1], jobs[1], jobs[2], jobs[2]], "a bell for nothing ends there"
+
+
+def test_a_bell_that_cannot_be_passed_on_disturbs_no_job(bench: Bench) -> None:
+    first, second = sorted(bench.create() for _ in range(2))
+    bench.store.fails = {"next": 1}
+    assert_exact(bench, bench.run(first))
+    bench.bells.broken = True
+    bench.create()
+    assert_exact(bench, bench.run(second))
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable(), QueueUnavailable(), LeaseLost(), ValueError(SECRET)])
+def test_a_sweep_that_fails_says_so_and_leaves_it_to_the_next(
+    bench: Bench, error: TPOError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sweep(**_kwargs: float) -> None:
+        raise error
+
+    monkeypatch.setattr(bench.store.maintenance, "sweep", sweep)
+    Sweeper(bench.settings, bench.store, bench.bells).sweep()
+    assert caplog.records
+    assert SECRET not in caplog.text
+
+
+def test_a_paused_queue_ends_a_run_after_its_step_and_not_within_it(bench: Bench) -> None:
+    job_id = bench.create()
+
+    def pause(request: Generate, interrupt: Interrupt) -> None:
+        if request.kind == "loss":
+            bench.store.queues.pause("scripted")
+            with bench.leases._lock:
+                (held,) = bench.leases._held
+            held.update(bench.store.leases.check("worker", [job_id])[job_id][1], time.monotonic())
+            interrupt()
+
+    bench.policy.before = pause
+    job = bench.run(job_id)
+    assert (job.status, job.attempt, len(bench.store.jobs.state(job_id).calls)) == ("queued", 0, 3)
+    assert bench.run(job_id).fence == job.fence
+    assert bench.bells.rung == []
+    bench.policy.before = lambda _request, _interrupt: None
+    bench.store.queues.resume("scripted")
+    assert_exact(bench, bench.run(job_id))
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("score", 1), ("loss", 2)])
+def test_a_pause_stops_a_running_call_and_costs_no_attempt(bench: Bench, kind: str, calls: int) -> None:
+    job_id = bench.create()
+
+    def pause(request: Generate | Score, interrupt: Interrupt) -> None:
+        if (request.kind if isinstance(request, Generate) else "score") == kind:
+            bench.store.jobs.pause(job_id)
+            with bench.leases._lock:
+                (held,) = bench.leases._held
+            held.update(Flags(cancel_requested=False, past_deadline=False, pause_requested=True), time.monotonic())
+            interrupt()
+            raise AssertionError("the call goes on")
+
+    bench.policy.before = bench.reward.before = pause
+    bench.runner.run_job(job_id)
+    job = bench.store.jobs.get(job_id)
+    assert (job.status, job.attempt, len(bench.store.jobs.state(job_id).calls)) == ("paused", 0, calls)
+    assert bench.bells.rung == []
+    bench.policy.before = lambda _request, _interrupt: None
+    bench.reward.before = lambda _request, _interrupt: None
+    bench.store.jobs.resume(job_id)
+    bench.runner.run_job(job_id)
+    assert_exact(bench, bench.store.jobs.get(job_id))

@@ -1,0 +1,139 @@
+"""Requests that are sent again, and quotas, over HTTP."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi.testclient import TestClient
+
+from testing.processes import System
+from testing.services import Valkey
+from testing.waiting import HANG_SECONDS
+from tests.integration.test_api_process import started_api
+from tests.support.api_client import api_client, submit
+from tpo.store import Store
+from tpo.tenants.tenants import Limits
+
+BODY = {"input": "Hello", "metadata": {"a": "1", "b": "2"}}
+
+
+@pytest.fixture
+def client(migrated_url: str, valkey: Valkey) -> Iterator[TestClient]:
+    with api_client(database_url=migrated_url, broker_url=valkey.url) as client:
+        yield client
+
+
+def refused(response: Any, status: int, code: str, param: str | None = None) -> None:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == (code, param)
+
+
+class TestKey:
+    def post(self, client: TestClient, key: str, body: Any = BODY) -> Any:
+        return client.post("/v1/jobs", json=body, headers={"idempotency-key": key})
+
+    def test_the_same_request_gives_the_first_job(self, client: TestClient) -> None:
+        first = self.post(client, "key")
+        again = self.post(client, "key", {"metadata": {"b": "2", "a": "1"}, "input": "Hello"})
+        assert (first.status_code, again.status_code) == (202, 202)
+        assert again.json() == first.json()
+        assert again.headers["location"] == first.headers["location"]
+        assert (first.headers.get("idempotent-replayed"), again.headers["idempotent-replayed"]) == (None, "true")
+
+    def test_another_body_is_refused(self, client: TestClient) -> None:
+        self.post(client, "key")
+        for body in ({**BODY, "input": "Bye"}, {**BODY, "model": "scripted"}):
+            refused(self.post(client, "key", body), 422, "idempotency_key_reused", "Idempotency-Key")
+        assert len(client.get("/v1/jobs").json()["data"]) == 1
+
+    @pytest.mark.parametrize("key", ["", "x" * 256, "tab\there", "é"])
+    def test_what_is_no_key(self, client: TestClient, key: str) -> None:
+        answer = client.post("/v1/jobs", json=BODY, headers={b"idempotency-key": key.encode()})
+        refused(answer, 422, "invalid_input", "Idempotency-Key")
+        assert client.get("/v1/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize("named", ["key", "external_id"])
+def test_200_at_once_to_three_processes_make_one_job(system: System, named: str) -> None:
+    with contextlib.ExitStack() as stack:
+        apis = [stack.enter_context(started_api(system)) for _ in range(3)]
+        clients = [stack.enter_context(httpx.Client(base_url=api.url, timeout=HANG_SECONDS)) for api in apis]
+        body = {**BODY, **({"external_id": "mine"} if named == "external_id" else {})}
+        headers = {"idempotency-key": "one"} if named == "key" else {}
+
+        def post(i: int) -> httpx.Response:
+            return clients[i % 3].post("/v1/jobs", json=body, headers=headers)
+
+        with ThreadPoolExecutor(30) as pool:
+            answers = list(pool.map(post, range(200)))
+        assert Counter(answer.status_code for answer in answers) == {202: 200}
+        assert len({answer.json()["id"] for answer in answers}) == 1
+        assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
+        assert len(system.store.jobs.page(limit=9)) == 1
+
+
+class TestExternalId:
+    def test_the_same_request_gives_the_first_job(self, client: TestClient) -> None:
+        first = submit(client, external_id="mine")
+        assert submit(client, external_id="mine") == first
+        assert first["external_id"] == "mine"
+
+    def test_another_request_is_a_conflict_that_no_retry_mends(self, client: TestClient) -> None:
+        submit(client, external_id="mine")
+        answer = client.post("/v1/jobs", json={"input": "Bye", "external_id": "mine"})
+        refused(answer, 409, "external_id_taken")
+        assert answer.headers["x-should-retry"] == "false"
+
+    def test_serves_the_openai_client_that_repeats_a_post(self, system: System) -> None:
+        with started_api(system) as api:
+            answers: list[str] = []
+
+            def lose_the_first(response: Any) -> None:
+                response.read()
+                answers.append(response.json()["id"])
+                if len(answers) == 1:
+                    response.status_code = 500
+
+            http = openai.DefaultHttpxClient(event_hooks={"response": [lose_the_first]})
+            with openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", http_client=http) as client:
+                job: Any = client.post("/jobs", body={**BODY, "external_id": "mine"}, cast_to=object)
+            assert answers == [job["id"]] * 2
+            assert len(system.store.jobs.page(limit=9)) == 1
+
+
+class TestQuota:
+    def test_jobs_a_minute(self, migrated_url: str, valkey: Valkey) -> None:
+        with api_client(database_url=migrated_url, broker_url=valkey.url, max_jobs_per_minute=2) as client:
+            for remaining in ("1", "0"):
+                taken = client.post("/v1/jobs", json=BODY)
+                assert taken.status_code == 202
+                assert taken.headers["x-ratelimit-limit-requests"] == "2"
+                assert taken.headers["x-ratelimit-remaining-requests"] == remaining
+                assert 0 < float(taken.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+            answer = client.post("/v1/jobs", json=BODY)
+            refused(answer, 429, "rate_limit_exceeded")
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+            assert len(client.get("/v1/jobs").json()["data"]) == 2
+
+    def test_jobs_in_flight(self, migrated_url: str, valkey: Valkey) -> None:
+        with api_client(database_url=migrated_url, broker_url=valkey.url, max_jobs_in_flight=1) as client:
+            job = submit(client)
+            answer = client.post("/v1/jobs", json=BODY)
+            refused(answer, 429, "too_many_jobs_in_flight")
+            assert answer.headers["retry-after"]
+            client.post(f"/v1/jobs/{job['id']}/cancel")
+            refused(client.post(f"/v1/jobs/{job['id']}/extend", json={"iterations": 1}), 409, "wrong_state")
+            submit(client)
+
+    def test_a_tenant_s_own(self, migrated_url: str, valkey: Valkey, store: Store) -> None:
+        store.tenants.set_limits("default", Limits(in_flight=0))
+        with api_client(database_url=migrated_url, broker_url=valkey.url) as client:
+            refused(client.post("/v1/jobs", json=BODY), 429, "too_many_jobs_in_flight")

@@ -1,0 +1,135 @@
+"""Promises 11 and 12 with real workers and a real broker, on both databases: the order of jobs, and paused queues."""
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from typer.testing import CliRunner
+
+from testing.jobs import create_many, execute
+from testing.processes import System, timeless, uninterrupted
+from testing.waiting import eventually
+from tpo.broker import ENOUGH_BELLS, queue_of
+from tpo.cli import app
+from tpo.db import reading
+from tpo.jobs.tables import Job
+from tpo.settings import SCRIPTED
+from tpo.tenants.tenants import Limits
+
+pytestmark = pytest.mark.processes
+
+SLOTS = 4
+SHORT: dict[str, Any] = {"mode": "bon", "sample_size": 1}
+
+
+def begun(system: System, *tenants: str) -> list[Job]:
+    """The jobs of these tenants that were ever claimed, in the order of their claims."""
+    with reading(system.engine) as session:
+        found = select(Job).where(Job.started_at.is_not(None), Job.tenant.in_(tenants))
+        return list(session.scalars(found.order_by(Job.started_at)))
+
+
+def bells(system: System) -> int:
+    return int(system.broker.command("LLEN", queue_of(SCRIPTED)))
+
+
+def test_promise_11_ten_jobs_beside_ten_thousand_wait_at_most_twice_as_long_as_alone(system: System) -> None:
+    template, like_small = (system.submit(ring=False, **SHORT) for _ in range(2))
+    create_many(system.engine, template, 10_000, tenant="big")
+    small = create_many(system.engine, like_small, 10, tenant="small", status="paused")
+    system.ring(template)
+    system.worker(slots=SLOTS, scripted_latency=0.05)
+    eventually(lambda: len(begun(system, "big")) >= 2 * SLOTS, why="the big one's jobs run")
+    execute(system.engine, "UPDATE jobs SET status = 'queued' WHERE tenant = 'small'")
+    seen = {job.id for job in begun(system, "big")}
+    eventually(lambda: len(begun(system, "small")) == 10, why="the small one's jobs have had their turns")
+    order = [job for job in begun(system, "big", "small") if job.id not in seen]
+    beside = [number for number, job in enumerate(order, 1) if job.tenant == "small"]
+    assert [job.id for job in order if job.tenant == "small"] == small
+    # Alone, the tenth would have the tenth turn. What was claimed while the ten came is no wait of theirs.
+    assert beside[-1] <= 2 * 10 + SLOTS, beside
+    assert bells(system) <= ENOUGH_BELLS
+    print("turns of the small one:", beside)
+
+
+def test_promise_11_the_broker_s_queue_stays_shallow_and_nothing_is_left_behind(system: System) -> None:
+    job_ids = [system.submit(seed=seed, **SHORT) for seed in range(ENOUGH_BELLS + 8)]
+    assert bells(system) == ENOUGH_BELLS
+    urgent = system.submit(priority=100, **SHORT)
+    assert bells(system) == ENOUGH_BELLS
+    system.worker(slots=2, scripted_latency=0)
+    for job_id in (*job_ids, urgent):
+        assert system.wait_for_end(job_id).status == "completed"
+    assert begun(system, "default")[0].id == urgent
+    eventually(lambda: bells(system) == 0, why="no bell is left")
+
+
+def test_promise_11_no_worker_exceeds_the_limit_of_running_jobs(system: System) -> None:
+    system.store.tenants.set_limits("default", Limits(running=2))
+    for _ in range(2):
+        system.worker(slots=SLOTS, scripted_latency=0.05)
+    job_ids = [system.submit(seed=seed, **SHORT) for seed in range(12)]
+    for job_id in job_ids:
+        system.wait_for_end(job_id)
+    jobs = begun(system, "default")
+    moments = sorted([(j.started_at or 0, 1) for j in jobs] + [(j.completed_at or 0, -1) for j in jobs])
+    running = most = 0
+    for _, change in moments:
+        running += change
+        most = max(most, running)
+    assert most == 2
+    assert Counter(job.status for job in jobs) == {"completed": 12}
+
+
+def test_promise_12_a_queue_paused_under_load_stops_within_one_step_and_goes_on(system: System) -> None:
+    system.maintenance()
+    for _ in range(2):
+        system.worker(slots=2, scripted_latency=0.3)
+    job_ids = [system.submit(seed=seed) for seed in range(8)]
+    for rounds in range(1, 3):
+        eventually(lambda n=rounds: len(system.calls()) >= 6 * n, why="model calls run")  # type: ignore[misc]
+        running = [j.id for j in system.store.jobs.page(limit=99, statuses=["in_progress"])]
+        system.store.queues.pause(SCRIPTED)
+        steps = {job_id: len(system.store.jobs.state(job_id).calls) for job_id in running}
+        eventually(lambda: not system.store.jobs.page(limit=99, statuses=["in_progress"]), why="all are handed back")
+        for job_id, before in steps.items():
+            # One step was running. Its worker may have read just before the pause that it may continue: then one more.
+            assert len(system.store.jobs.state(job_id).calls) - before <= 2
+        calls = len(system.calls())
+        system.ring(job_ids[0])
+        system.store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60)
+        eventually(lambda: bells(system) == 0, why="a worker has answered")
+        assert len(system.calls()) == calls, "while it is paused nothing runs"
+        for job_id in system.store.queues.resume(SCRIPTED):
+            system.ring(job_id)
+    for job_id in job_ids:
+        job = system.wait_for_end(job_id)
+        assert (job.status, job.attempt) == ("completed", 1)
+        assert timeless(system.store.jobs.state(job_id)) == uninterrupted(system.store.jobs.state(job_id))
+    calls_made = Counter(call.digest for call in system.calls())
+    assert max(calls_made.values()) == 1, "no step was thrown away"
+
+
+def test_promise_12_queues_on_the_command_line(system: System) -> None:
+    def tpo(*words: str) -> str:
+        done = CliRunner().invoke(app, ["queues", *words], env=system.environment)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert "no queues" in tpo("list")
+    system.worker(scripted_latency=0.05)
+    eventually(lambda: system.store.workers.live(10), why="the worker's row")
+    assert "is paused" in tpo("pause", SCRIPTED)
+    job_id = system.submit()
+    (shown,) = json.loads(tpo("list", "--json"))
+    assert (shown["model"], shown["waiting"], shown["running"], shown["workers"]) == (SCRIPTED, 1, 0, 1)
+    assert shown["paused_at"] is not None
+    assert SCRIPTED in tpo("list")
+    assert system.store.jobs.get(job_id).fence == 0
+    assert json.loads(tpo("resume", SCRIPTED, "--json")) == {"model": SCRIPTED, "state": "resumed"}
+    assert system.wait_for_end(job_id).status == "completed"
+    refused = CliRunner().invoke(app, ["queues", "pause", "no such"], env=system.environment)
+    assert refused.exit_code == 2
+    assert "There is no queue 'no such'" in refused.output

@@ -1,0 +1,104 @@
+"""The runner for a GPU beside the plain one: on a GPU where there is one, else in Triton's interpreter.
+
+A process of its own, because Triton is interpreted or compiled as the environment says when it is first imported.
+
+    TRITON_INTERPRET=1 python -m tests.support.kernels
+"""
+
+import copy
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.tiny_models import CONTEXT, KINDS, load_kind
+from tpo.backends.local.cuda import CudaRunner
+from tpo.backends.local.engine import StepEngine
+from tpo.backends.local.kv_allocator import Piece, Segment
+from tpo.backends.local.requests import Completion, Ticket, Timings, TokenRequest
+from tpo.backends.local.runner import Runner, adopt
+from tpo.backends.local.scheduler import Chunk, Limits, Reading, Row
+
+_ROWS = 8
+_LENGTHS = (3, 40, 100)
+"""Of prompts: a part of the kernel's tile of 64 tokens, and more than one tile."""
+
+Completions = Sequence[tuple[Completion, ...]]
+
+
+def requests(lengths: Sequence[int], longest: int) -> list[TokenRequest]:
+    """Greedy ones and sampled ones of different lengths."""
+    prompts = [tuple((7 * i + 3 * j) % 250 for j in range(length)) for i, length in enumerate(lengths)]
+    return [
+        *(TokenRequest(prompt, (0, 1), 0.0, 1.0, longest - 5 + 2 * i) for i, prompt in enumerate(prompts)),
+        *(TokenRequest(prompt, (i, i + 1, i + 2), 0.7, 0.9, longest - 2 * i) for i, prompt in enumerate(prompts)),
+    ]
+
+
+def written(runner: Runner, slots: int, lengths: Sequence[int], longest: int) -> Completions:
+    """What the requests get, all submitted at once."""
+    engine = StepEngine(runner, Limits(_ROWS, slots, 64), frozenset())
+    try:
+        return [
+            future.result(1000).completions for future in [engine.submit(each) for each in requests(lengths, longest)]
+        ]
+    finally:
+        engine.close()
+
+
+def apart(runner: Runner) -> torch.Tensor:
+    """Logits of two samples of one prompt, of which one is three tokens ahead."""
+    ticket = Ticket(TokenRequest(tuple(range(20)), (0, 1), 0.0, 1.0, 8), 0, Timings(0.0))
+    reading = Reading(ticket, [0, 1], (Piece(Segment(2, 20, 20), 20),), 0)
+    rows = [Row(ticket, i, reading.chain, [], [Segment(22 + 8 * i, 8)]) for i in range(2)]
+    logits = []
+    with torch.inference_mode():
+        runner.prefill([Chunk(reading, 0, 20)])
+        for token, step in enumerate([rows[1:]] * 3 + [rows] * 3):
+            for row in step:
+                row.tokens.append(token)
+                row.own[0].used = len(row.tokens)
+            logits.append(runner.logits_of(list(step)))
+    return torch.cat(logits)
+
+
+def differences(kind: str) -> list[str]:
+    """Where the two runners part, for one kind of attention, in much memory and in little."""
+    with tempfile.TemporaryDirectory() as folder:
+        model: Any = load_kind(kind, Path(folder)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def plain() -> Runner:
+        own = copy.deepcopy(model)
+        return Runner(own, adopt(own, kind), 2000)
+
+    def fast(slots: int) -> Runner:
+        own = copy.deepcopy(model)
+        return CudaRunner(own, adopt(own, kind), slots, _ROWS, CONTEXT)
+
+    # The first kind is tried with more requests than run at once, in much memory and in little; of the others, what
+    # differs from it: the attention.
+    first = kind == KINDS[0]
+    sizes, lengths, longest = ((2000, 150), _LENGTHS, 9) if first else ((2000,), _LENGTHS[1:], 6)
+    expected = written(plain(), 2000, lengths, longest)
+    farthest = float((apart(fast(2000)) - apart(plain())).abs().max())
+    # 150 slots hold the longest request and little more: samples are put back and begin again.
+    return ([f"{kind}: logits {farthest} apart"] if farthest > 1e-4 else []) + [
+        f"{kind}, {slots} slots, request {i}: {[c.tokens for c in mine]} instead of {[c.tokens for c in theirs]}"
+        for slots in sizes
+        for i, (mine, theirs) in enumerate(zip(written(fast(slots), slots, lengths, longest), expected, strict=True))
+        if mine != theirs
+    ]
+
+
+def main() -> int:
+    """Print every difference; gives how many there are."""
+    found = [line for kind in KINDS for line in differences(kind)]
+    print(*found, f"{len(found)} differences", sep="\n")
+    return len(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

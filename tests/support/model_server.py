@@ -1,0 +1,275 @@
+"""A stand-in for vLLM, SGLang and other model servers, in a process of its own, that misbehaves when it is told to.
+
+Run `python -m tests.support.model_server PORT [demo]`. `POST /control` with {"faults": […], "options": {…}}: each fault
+meets one of the next requests; options hold until they are changed. `GET /seen` returns the requests that came. With
+`demo` the shipped models answer; else texts and scores come from the scripted back end.
+"""
+
+import contextlib
+import json
+import math
+import re
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+
+from testing.ports import free_port
+from tpo.backends import load_policy, load_reward_model
+from tpo.core.ports import Generate, Score
+from tpo.core.state import Message
+from tpo.settings import Settings
+
+MODEL = "a-model"
+_TAGS = re.compile(r"<(\w+)> and </\1>")
+
+
+class Answering:
+    """What the server knows."""
+
+    def __init__(self, models: str) -> None:
+        self.policy = load_policy(models, Settings(threads=1))
+        self.reward = load_reward_model(models, Settings(threads=1))
+        self.demo = models == "demo"
+        self.lock = threading.Lock()
+        self.faults: list[dict[str, Any]] = []
+        self.options: dict[str, Any] = {}
+        self.seen: list[dict[str, Any]] = []
+        self.left = 0
+        """Clients that went away from a request that hung."""
+
+    def chat(self, body: dict[str, Any], most: int) -> tuple[int, dict[str, Any]]:
+        messages = tuple(Message.model_validate(m) for m in body["messages"])
+        n = min(body.get("n", 1), 1 if self.options.get("ignores_n") else most)
+        if n > (slots := self.options.get("slots", n)):
+            said = f"Field 'n': Value must be between 1 <= value <= {slots}, but got {n}"
+            return 400, {"error": {"code": 400, "message": said, "type": "invalid_request_error"}}
+        read = sum(len(m.content.split()) for m in messages)
+        limit = int(body.get("max_tokens") or body["max_completion_tokens"])
+        if refusal := self.too_long(read, limit):
+            return 400, refusal
+        request = Generate(
+            kind="update" if _TAGS.search(messages[-1].content) else "sample",
+            iteration=0,
+            first_sample=0,
+            messages=messages,
+            seeds=tuple(body["seed"] + i for i in range(n)),
+            temperature=body["temperature"],
+            top_p=body["top_p"],
+            max_tokens=limit,
+            stop=tuple(body.get("stop", ())),
+        )
+        reply = self.policy.generate(request, lambda: None)
+        choices = []
+        for index, text in enumerate(reply.texts):
+            message: dict[str, Any] = {"role": "assistant", "content": text.text}
+            if self.options.get("keeps_stop") and text.finish_reason == "stop":
+                message["content"] += "".join(request.stop[:1])
+            match self.options.get("thinking"):
+                case "field":
+                    message["reasoning_content"] = "secret thoughts " * 3
+                case "tags":
+                    message["content"] = f"<think>secret thoughts</think>\n\n{text.text}"
+            finish = self.options.get("finish_reason", text.finish_reason)
+            choices.append({"index": index, "message": message, "finish_reason": finish})
+        usage = {"prompt_tokens": reply.input_tokens, "completion_tokens": sum(t.tokens for t in reply.texts)}
+        answer = {"object": "chat.completion", "model": MODEL, "choices": choices, "usage": usage}
+        if self.options.get("counts_nothing"):
+            del answer["usage"]
+        return 200, answer
+
+    def too_long(self, read: int, limit: int = 0) -> dict[str, Any] | None:
+        window = self.options.get("window")
+        if window is None or read + limit <= window:
+            return None
+        if self.options.get("lowers"):
+            return self.too_long_for_vllm(read, limit, window)
+        said = f"This model's maximum context length is {window} tokens and your request has {read} input tokens"
+        if self.options.get("says_no_numbers"):
+            said = "This does not fit the context length."
+        return {"error": {"message": said, "type": "BadRequestError", "code": 400}}
+
+    def too_long_for_vllm(self, read: int, limit: int, window: int) -> dict[str, Any] | None:
+        """vLLM 0.32: a limit within the window is lowered without a word, and a prompt is not read to its end."""
+        if limit > window:
+            said = (
+                f"max_tokens={limit} cannot be greater than max_model_len={window}. Please request fewer output tokens."
+            )
+        elif read > window:
+            said = (
+                f"This model's maximum context length is {window} tokens. However, your prompt contains at least "
+                f"{window + 1} input tokens, which exceeds this limit even without any output tokens."
+            )
+        else:
+            return None
+        return {"error": {"message": said, "type": "BadRequestError", "code": 400}}
+
+    def score(self, body: dict[str, Any]) -> tuple[float, int]:
+        if "input_ids" in body:
+            return sum(body["input_ids"]) % 97 / 10 - 4, len(body["input_ids"])
+        messages = tuple(Message.model_validate(m) for m in body["messages"])
+        rewards = self.reward.score(
+            Score(iteration=0, messages=messages[:-1], responses=(messages[-1].content,)), lambda: None
+        )
+        value = rewards.values[0] - (0 if self.demo else 2)
+        applies = self.options.get("sigmoid") == "always" or (
+            self.options.get("sigmoid") and body.get("use_activation", True)
+        )
+        return (1 / (1 + math.exp(-value)) if applies else value), rewards.input_tokens
+
+    def scored(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        words = sum(len(m["content"].split()) for m in body.get("messages", []))
+        if refusal := self.too_long(words):
+            return 400, refusal
+        value, tokens = self.score(body)
+        numbers = [value] * self.options.get("labels", 1)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        if "input_ids" in body:
+            return 200, [{"embedding": numbers, "meta_info": {"prompt_tokens": tokens}}]
+        if path == "/pooling":
+            data = [[9.0], numbers] if body["task"] == "token_classify" else numbers
+            return 200, {"data": [{"index": 0, "object": "pooling", "data": data}], "usage": usage}
+        return 200, {"data": [{"index": 0, "probs": numbers, "num_classes": len(numbers)}], "usage": usage}
+
+
+def serve(port: int, models: str) -> None:
+    """Answer for ever."""
+    answering = Answering(models)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            if self.path == "/seen":
+                self._json(200, {"seen": answering.seen, "left": answering.left})
+            elif self._has_wrong_key():
+                self._json(401, {"error": {"message": "Incorrect API key provided"}})
+            elif self.path == "/v1/models" and not answering.options.get("lists_no_models"):
+                window = answering.options.get("lists_window")
+                self._json(200, {"object": "list", "data": [{"id": MODEL, "max_model_len": window}]})
+            else:
+                self._json(404, {"detail": "Not Found"})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.path == "/control":
+                answering.faults = body.get("faults", answering.faults)
+                answering.options = body.get("options", answering.options)
+                answering.seen, answering.left = [], 0
+                self._json(200, {})
+                return
+            with answering.lock:
+                key = self.headers.get("authorization")
+                answering.seen.append({"path": self.path, "body": body, "key": key})
+                fault = answering.faults.pop(0) if answering.faults else {}
+            if "status" in fault:
+                self._json(fault["status"], fault.get("body", {"error": {"message": "no"}}), fault.get("headers", {}))
+            elif "raw" in fault:
+                self._send(200, fault["raw"].encode())
+            elif fault.get("nothing"):
+                self.close_connection = True
+            elif fault.get("hangs"):
+                select.select([self.connection], [], [], 60)
+                answering.left += 1
+                self.close_connection = True
+            else:
+                status, answer = self._answer(body, fault.get("choices", 64))
+                text = json.dumps(answer).encode()
+                self._send(status, text, cut=len(text) // 2 if fault.get("half") else None)
+
+        def _answer(self, body: dict[str, Any], most: int) -> tuple[int, Any]:
+            if self._has_wrong_key():
+                return 401, {"error": {"message": "Incorrect API key provided"}}
+            if body["model"] != MODEL:
+                return 404, {"error": {"message": "The model does not exist."}}
+            if self.path == "/v1/chat/completions":
+                return answering.chat(body, most)
+            return answering.scored(self.path, body)
+
+        def _has_wrong_key(self) -> bool:
+            key = answering.options.get("key")
+            return key is not None and self.headers.get("authorization") != f"Bearer {key}"
+
+        def _json(self, status: int, answer: Any, headers: dict[str, str] | None = None) -> None:
+            self._send(status, json.dumps(answer).encode(), headers)
+
+        def _send(
+            self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None
+        ) -> None:
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:cut])
+            self.close_connection = cut is not None
+
+        def log_message(self, *_words: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        server.daemon_threads = True
+        print("ready", flush=True)
+        server.serve_forever(poll_interval=0.02)
+
+
+class ModelServer:
+    """The process, seen from a test."""
+
+    def __init__(self, models: str = "scripted") -> None:
+        self.port = free_port()
+        self.root = f"http://127.0.0.1:{self.port}"
+        self.url = f"{self.root}/v1"
+        self._models = models
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [sys.executable, "-m", "tests.support.model_server", str(self.port), self._models]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def kill(self) -> None:
+        """End it without a word, and everything that it was doing."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def control(self, *faults: dict[str, Any], **options: Any) -> None:
+        """What meets the next requests, and how it behaves from now on; what it has seen is forgotten."""
+        body = {"faults": list(faults), "options": options}
+        httpx.post(f"{self.root}/control", json=body, trust_env=False).raise_for_status()
+
+    def seen(self) -> list[dict[str, Any]]:
+        """The requests that came, each with its `path`, `body` and `key`."""
+        return list(self._told()["seen"])
+
+    def left(self) -> int:
+        """How many clients went away from a request that hung."""
+        return int(self._told()["left"])
+
+    def _told(self) -> dict[str, Any]:
+        return dict(httpx.get(f"{self.root}/seen", trust_env=False).json())
+
+
+@contextlib.contextmanager
+def model_server(models: str = "scripted") -> Iterator[ModelServer]:
+    """A running server."""
+    server = ModelServer(models)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "scripted")

@@ -1,0 +1,146 @@
+"""A worker without its process: one thread's work, with models and a database that fail when a test says so."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine
+
+from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
+from tpo.broker import Doorbell
+from tpo.core import prompts
+from tpo.core.errors import QueueUnavailable, StoreUnavailable
+from tpo.core.ports import Generate, Generation, Interrupt, Rewards, Score
+from tpo.core.state import Message, Params, State
+from tpo.core.status import Status
+from tpo.db import DEFAULT_TENANT
+from tpo.jobs.claims import Claimed, LeaseQueries
+from tpo.jobs.leases import Flags, Lease
+from tpo.jobs.queues import QueueQueries
+from tpo.jobs.tables import Job
+from tpo.settings import Settings
+from tpo.store import Store
+from worker.drain import Drain
+from worker.job_runner import JobRunner
+from worker.leases import Leases
+
+SECRET = "a text of a user"
+
+
+class Bells(Doorbell):
+    """A doorbell that remembers."""
+
+    def __init__(self) -> None:
+        self.rung: list[str] = []
+        self.broken = False
+
+    def ring(self, job_id: str, model: str) -> None:
+        if self.broken:
+            raise QueueUnavailable()
+        self.rung.append(job_id)
+
+
+class Policy(ScriptedPolicy):
+    """The scripted policy, that fails when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Callable[[Generate, Interrupt], None] = lambda _request, _interrupt: None
+
+    def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
+        self.before(request, interrupt)
+        return super().generate(request, interrupt)
+
+
+class Reward(ScriptedRewardModel):
+    """The scripted reward model, that does what the test says before it scores."""
+
+    before: Callable[[Score, Interrupt], None] = staticmethod(lambda _request, _interrupt: None)
+
+    def score(self, request: Score, interrupt: Interrupt) -> Rewards:
+        self.before(request, interrupt)
+        return super().score(request, interrupt)
+
+
+class FlakyStore(Store):
+    """A store whose database goes away for some calls."""
+
+    def __init__(self, engine: Engine, tenant: str = DEFAULT_TENANT) -> None:
+        super().__init__(engine, tenant)
+        self.fails: dict[str, int] = {}
+        self.on_failure: Callable[[], None] = lambda: None
+        self.watch: Callable[[State], None] = lambda _after: None
+        self.leases = _FlakyLeases(self)
+        self.queues = _FlakyQueues(self)
+
+    def maybe_fail(self, name: str) -> None:
+        """Fail where the test said so."""
+        if self.fails.get(name, 0):
+            self.fails[name] -= 1
+            self.on_failure()
+            raise StoreUnavailable()
+
+
+class _FlakyQueues(QueueQueries):
+    def __init__(self, store: FlakyStore) -> None:
+        super().__init__(store.engine)
+        self._maybe_fail = store.maybe_fail
+
+    def next_waiting(self, *args: Any, **kwargs: Any) -> str | None:
+        self._maybe_fail("next")
+        return super().next_waiting(*args, **kwargs)
+
+
+class _FlakyLeases(LeaseQueries):
+    def __init__(self, store: FlakyStore) -> None:
+        super().__init__(store.engine)
+        self._store = store
+
+    def claim(self, *args: Any, **kwargs: Any) -> Claimed | None:
+        self._store.maybe_fail("claim")
+        return super().claim(*args, **kwargs)
+
+    def checkpoint(self, lease: Lease, before: State, after: State) -> Flags:
+        self._store.maybe_fail("checkpoint")
+        flags = super().checkpoint(lease, before, after)
+        self._store.maybe_fail("answer of checkpoint")
+        self._store.watch(after)
+        return flags
+
+    def finish(self, *args: Any) -> Status:
+        self._store.maybe_fail("finish")
+        return super().finish(*args)
+
+
+@dataclass
+class Bench:
+    """A worker without its process."""
+
+    store: FlakyStore
+    policy: Policy
+    reward: Reward
+    bells: Bells
+    drain: Drain
+    leases: Leases
+    runner: JobRunner
+    settings: Settings
+
+    def create(self, max_attempts: int = 3, deadline_seconds: float | None = None, **params: Any) -> str:
+        state = State(
+            input=(Message(role="user", content=SECRET),),
+            params=Params.model_validate({"sample_size": 2, "max_iterations": 1, **params}),
+            prompts=prompts.load("conversation"),
+        )
+        submitted = self.store.jobs.submit(
+            state,
+            model="scripted",
+            reward_model="scripted",
+            max_attempts=max_attempts,
+            deadline_seconds=deadline_seconds,
+        )
+        return submitted.job.id
+
+    def run(self, job_id: str) -> Job:
+        self.runner.run_job(job_id)
+        assert self.leases.held() == []
+        return self.store.jobs.get(job_id)

@@ -1,0 +1,124 @@
+"""For models that the engine cannot serve: transformers' own `generate`, one request at a time.
+
+Slow beside the engine, and used only where it is asked for (TPO_ENGINE_FALLBACK). Seeds mean the same as there.
+"""
+
+import logging
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from tpo.backends.futures import fail, succeed
+from tpo.backends.local.engine import is_out_of_memory
+from tpo.backends.local.requests import Answer, Completion, Ticket, Timings, TokenRequest
+from tpo.backends.local.sampling import Sampler
+from tpo.core.errors import BackendUnavailable
+
+_log = logging.getLogger(__name__)
+
+
+class GenerateEngine:
+    """An engine for any causal language model of transformers."""
+
+    def __init__(self, model: Any, stop_tokens: frozenset[int], context: int) -> None:
+        self.capacity = context
+        self._model = model
+        self._stop = stop_tokens
+        self._waiting: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._ended: str | None = None
+        self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """False when the thread has ended."""
+        return self._ended is None and self._thread.is_alive()
+
+    def submit(self, request: TokenRequest) -> "Future[Answer]":
+        """An answer to come. Raises BackendUnavailable when the engine was closed."""
+        if self._ended:
+            raise BackendUnavailable(self._ended)
+        ticket = Ticket(request, 0, Timings(time.monotonic()))
+        self._waiting.put(ticket)
+        return ticket.future
+
+    def close(self) -> None:
+        """End after the token that is being written."""
+        self._ended = "The engine was closed."
+        self._waiting.put(None)
+        self._thread.join()
+        while not self._waiting.empty():
+            if ticket := self._waiting.get():
+                fail(ticket.future, BackendUnavailable(self._ended))
+
+    def _run(self) -> None:
+        while ticket := self._waiting.get():
+            if ticket.gone:
+                continue
+            try:
+                answer = self._answer(ticket)
+            except Exception as error:
+                if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
+                    self._ended = f"The device has failed and this process must be started anew: {error!r}"
+                    _log.critical("the policy's device has failed", exc_info=error)
+                fail(ticket.future, BackendUnavailable(f"The policy failed: {error!r}"))
+                continue
+            if self._ended:
+                fail(ticket.future, BackendUnavailable(self._ended))
+            succeed(ticket.future, answer)
+
+    def _answer(self, ticket: Ticket) -> Answer:
+        request, model = ticket.request, self._model
+        ticket.timings.started = time.monotonic()
+        n, length = len(request.seeds), len(request.prompt)
+        prompt = torch.tensor([request.prompt] * n, device=model.device)
+        sampler = Sampler(request.seeds, [request.temperature] * n, [request.top_p] * n, model.device)
+        with torch.inference_mode():
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=request.max_tokens,
+                eos_token_id=sorted(self._stop) or None,
+                pad_token_id=min(self._stop, default=0),
+                logits_processor=LogitsProcessorList([_Race(sampler, length)]),
+                stopping_criteria=StoppingCriteriaList([_Until(lambda: ticket.gone or self._ended is not None)]),
+            )
+        ticket.timings.finished = time.monotonic()
+        return Answer(tuple(self._completion(row[length:].tolist()) for row in out), ticket.timings)
+
+    def _completion(self, tokens: list[int]) -> Completion:
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self._stop), None)
+        return Completion(tuple(tokens[:end]), "stop" if end else "length")
+
+
+class _Race(LogitsProcessor):
+    """Leaves only the token that the engine's own sampler draws."""
+
+    def __init__(self, sampler: Sampler, prompt: int) -> None:
+        self._sampler = sampler
+        self._prompt = prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        steps = torch.full((len(scores),), input_ids.shape[1] - self._prompt, device=scores.device)
+        drawn = self._sampler(scores, steps).unsqueeze(1)
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+class _Until(StoppingCriteria):
+    """Ends the whole batch between two tokens."""
+
+    def __init__(self, over: Any) -> None:
+        self._over = over
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), bool(self._over()), device=input_ids.device)

@@ -1,0 +1,176 @@
+"""Files in the database, in parts: none is ever held whole.
+
+Clients see their tenant's own, and only those that are complete and whose time is not over.
+"""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select, update
+from sqlalchemy.orm import Session
+
+from tpo.batches.tables import ENDED, Batch, File, FilePart, Purpose
+from tpo.core.errors import Conflict, FileNotFound
+from tpo.db import Queries, now, reading, writing
+from tpo.tenants.idempotency import Once, remember, said_before, unless_said
+
+PART_BYTES = 256 * 1024
+"""A part is one row and one transaction: large enough to be few, small enough not to keep others waiting."""
+
+_ABANDONED_SECONDS = 24 * 3600
+
+
+class FileQueries(Queries):
+    """The part of the store that keeps files."""
+
+    def find_existing(self, once: Once) -> File | None:
+        """The file that the same request has made before. Raises SameKeyOtherBody."""
+        with writing(self._engine) as session:
+            return _made_before(session, self.tenant, once)
+
+    def begin(self, filename: str, purpose: Purpose, keep_seconds: float | None = None) -> str:
+        """Begin to write a file, which nobody sees before it is complete. Gives its id."""
+        with writing(self._engine) as session:
+            _forget_abandoned(session)
+            return insert_file(session, self.tenant, filename, purpose, keep_seconds)
+
+    def append_part(self, file_id: str, data: bytes) -> None:
+        """Write the next bytes of a file."""
+        with writing(self._engine) as session:
+            append(session, file_id, data)
+
+    def complete(self, file_id: str, once: Once | None = None) -> File:
+        """Let a file be seen; where the same request made one meanwhile, that one is given and this one dropped.
+
+        Raises SameKeyOtherBody.
+        """
+
+        def complete(session: Session) -> File:
+            if known := _made_before(session, self.tenant, once):
+                session.execute(delete(File).where(File.id == file_id))
+                return known
+            session.execute(update(File).where(File.id == file_id).values(complete=True))
+            remember(session, self.tenant, once, file_id=file_id)
+            return session.get_one(File, file_id)
+
+        return unless_said(self._engine, complete)
+
+    def discard(self, file_id: str) -> None:
+        """Forget a file that was not completed."""
+        with writing(self._engine) as session:
+            session.execute(delete(File).where(File.id == file_id, File.complete.is_(False)))
+
+    def get(self, file_id: str) -> File:
+        """One file. Raises FileNotFound."""
+        with reading(self._engine) as session:
+            return own_file(session, self.tenant, file_id)
+
+    def page(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: Purpose | None = None,
+    ) -> Sequence[File]:
+        """A page of files by their age; `after` is the id that the last page ended with."""
+        query = select(File).where(File.tenant == self.tenant, _is_there())
+        if after is not None:
+            query = query.where(File.id > after if order == "asc" else File.id < after)
+        if purpose is not None:
+            query = query.where(File.purpose == purpose)
+        with reading(self._engine) as session:
+            return session.scalars(query.order_by(File.id if order == "asc" else File.id.desc()).limit(limit)).all()
+
+    def content(self, file_id: str, offset: int = 0) -> Iterator[bytes]:
+        """The bytes of a file from an offset on, a part at a time, each read when it is asked for."""
+        while True:
+            with reading(self._engine) as session:
+                part = session.scalars(
+                    select(FilePart)
+                    .where(FilePart.file_id == file_id, FilePart.start <= offset)
+                    .order_by(FilePart.start.desc())
+                    .limit(1)
+                ).one_or_none()
+            data = part.data[offset - part.start :] if part else b""
+            if not data:
+                return
+            yield data
+            offset += len(data)
+
+    def delete(self, file_id: str) -> None:
+        """Forget a file and its content. Raises FileNotFound, and Conflict while a batch reads it."""
+        with writing(self._engine) as session:
+            own_file(session, self.tenant, file_id)
+            if session.scalars(_read_now().where(Batch.input_file_id == file_id).limit(1)).one_or_none() is not None:
+                raise Conflict(f"The file {file_id} is read by a batch that has not ended.")
+            session.execute(delete(File).where(File.id == file_id))
+
+    def purge(self, retention_seconds: float | None, limit: int = 10) -> int:
+        """Forget some files whose time is over, of every tenant; none that a batch still reads. How many."""
+        over = File.expires_at < now()
+        if retention_seconds is not None:
+            over = or_(over, File.created_at < now() - retention_seconds)
+        which = select(File.id).where(over, File.complete, File.id.not_in(_read_now()))
+        with writing(self._engine) as session:
+            ids = session.scalars(which.limit(limit).with_for_update(skip_locked=True)).all()
+            session.execute(delete(File).where(File.id.in_(ids)))
+            return len(ids)
+
+
+def own_file(session: Session, tenant: str, file_id: str) -> File:
+    """A tenant's complete file. Raises FileNotFound."""
+    query = select(File).where(File.id == file_id, File.tenant == tenant, _is_there())
+    found = session.scalars(query).one_or_none()
+    if found is None:
+        raise FileNotFound(f"There is no file {file_id!r}.")
+    return found
+
+
+def insert_file(
+    session: Session, tenant: str, filename: str, purpose: Purpose, keep_seconds: float | None = None
+) -> str:
+    """Insert the row of an empty file. Gives its id, which sorts by time and cannot be guessed."""
+    seconds = session.execute(select(now())).scalar_one()
+    file_id = f"file-{int(seconds * 1000):012x}{secrets.token_hex(10)}"
+    session.execute(
+        insert(File).values(
+            id=file_id,
+            tenant=tenant,
+            filename=filename,
+            purpose=purpose,
+            bytes=0,
+            complete=False,
+            created_at=now(),
+            expires_at=None if keep_seconds is None else now() + keep_seconds,
+        )
+    )
+    return file_id
+
+
+def append(session: Session, file_id: str, data: bytes) -> None:
+    """Insert the next part of a file."""
+    longer = update(File).where(File.id == file_id).values(bytes=File.bytes + len(data)).returning(File.bytes)
+    size = session.execute(longer).scalar_one()
+    session.execute(insert(FilePart).values(file_id=file_id, start=size - len(data), data=data))
+
+
+def _is_there() -> ColumnElement[bool]:
+    return and_(File.complete, or_(File.expires_at.is_(None), File.expires_at > now()))
+
+
+def _read_now() -> Select[str]:
+    """The files that batches still read."""
+    return select(Batch.input_file_id).where(Batch.status.not_in(ENDED))
+
+
+def _made_before(session: Session, tenant: str, once: Once | None) -> File | None:
+    said = said_before(session, tenant, once)
+    return session.get_one(File, said.file_id) if said else None
+
+
+def _forget_abandoned(session: Session) -> None:
+    """Uploads whose process died in the middle."""
+    old = (File.complete.is_(False), File.purpose == "batch", File.created_at < now() - _ABANDONED_SECONDS)
+    session.execute(delete(File).where(*old))

@@ -1,0 +1,116 @@
+"""Batches, as their owners ask for them. Nobody sees another tenant's."""
+
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sqlalchemy import and_, delete, insert, select, update
+from sqlalchemy.orm import Session
+
+from tpo.batches.files import own_file
+from tpo.batches.tables import ENDED, Batch, File
+from tpo.core.errors import BatchNotFound, InvalidInput, WrongState
+from tpo.db import Queries, now, reading, writing
+from tpo.tenants.idempotency import Once, remember, said_before, unless_said
+
+
+class NewBatch(NamedTuple):
+    """A batch that was asked for."""
+
+    batch: Batch
+    new: bool
+
+
+class BatchQueries(Queries):
+    """The part of the store that keeps batches for those who ask for them."""
+
+    def create(
+        self,
+        *,
+        endpoint: str,
+        input_file_id: str,
+        window: str,
+        seconds: float,
+        metadata: dict[str, str],
+        output_seconds: float | None = None,
+        once: Once | None = None,
+    ) -> NewBatch:
+        """Commit a new batch, or give the one that the same request has made before.
+
+        Raises FileNotFound, SameKeyOtherBody, and InvalidInput where the file is not meant for batches.
+        """
+
+        def create(session: Session) -> NewBatch:
+            if said := said_before(session, self.tenant, once):
+                return NewBatch(session.get_one(Batch, said.batch_id), new=False)
+            if own_file(session, self.tenant, input_file_id).purpose != "batch":
+                raise InvalidInput("input_file_id: the file's purpose must be batch.", "input_file_id")
+            batch_id = f"batch_{int(session.execute(select(now())).scalar_one() * 1000):012x}{secrets.token_hex(10)}"
+            session.execute(
+                insert(Batch).values(
+                    id=batch_id,
+                    tenant=self.tenant,
+                    endpoint=endpoint,
+                    input_file_id=input_file_id,
+                    completion_window=window,
+                    batch_metadata=metadata,
+                    output_seconds=output_seconds,
+                    created_at=now(),
+                    expires_at=now() + seconds,
+                    advanced_at=now(),
+                )
+            )
+            remember(session, self.tenant, once, batch_id=batch_id)
+            return NewBatch(session.get_one(Batch, batch_id), new=True)
+
+        return unless_said(self._engine, create)
+
+    def get(self, batch_id: str) -> Batch:
+        """One batch. Raises BatchNotFound."""
+        with reading(self._engine) as session:
+            return self._own_batch(session, batch_id)
+
+    def page(self, *, limit: int, after: str | None = None) -> Sequence[Batch]:
+        """A page of batches, the newest first; `after` is the id that the last page ended with."""
+        query = select(Batch).where(Batch.tenant == self.tenant)
+        if after is not None:
+            query = query.where(Batch.id < after)
+        with reading(self._engine) as session:
+            return session.scalars(query.order_by(Batch.id.desc()).limit(limit)).all()
+
+    def cancel(self, batch_id: str) -> Batch:
+        """Ask for a batch's end; one that has nothing left to do is not changed. Raises BatchNotFound."""
+        with writing(self._engine) as session:
+            self._own_batch(session, batch_id)
+            which = and_(Batch.id == batch_id, Batch.status.in_(("validating", "in_progress")))
+            session.execute(update(Batch).where(which).values(status="cancelling", cancelling_at=now()))
+            return self._own_batch(session, batch_id)
+
+    def delete(self, batch_id: str) -> None:
+        """Forget a batch that has ended, with its output and its errors. Raises BatchNotFound, WrongState."""
+        with writing(self._engine) as session:
+            batch = self._own_batch(session, batch_id)
+            if batch.status not in ENDED:
+                raise WrongState(f"The batch {batch_id} has not ended: cancel it first.")
+            _forget(session, [batch])
+
+    def purge(self, retention_seconds: float, limit: int = 5) -> int:
+        """Forget some batches that ended before the retention began, of every tenant. How many."""
+        over = select(Batch).where(Batch.ended_at < now() - retention_seconds).order_by(Batch.ended_at)
+        with writing(self._engine) as session:
+            batches = session.scalars(over.limit(limit).with_for_update(skip_locked=True)).all()
+            _forget(session, batches)
+            return len(batches)
+
+    def _own_batch(self, session: Session, batch_id: str) -> Batch:
+        query = select(Batch).where(Batch.id == batch_id, Batch.tenant == self.tenant)
+        batch = session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+        if batch is None:
+            raise BatchNotFound(f"There is no batch {batch_id!r}.")
+        return batch
+
+
+def _forget(session: Session, batches: Sequence[Batch]) -> None:
+    files = [name for batch in batches for name in (batch.output_file_id, batch.error_file_id) if name]
+    session.execute(delete(File).where(File.id.in_(files)))
+    session.execute(delete(Batch).where(Batch.id.in_([batch.id for batch in batches])))

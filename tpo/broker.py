@@ -1,0 +1,148 @@
+"""The doorbell: the names that API and workers share, and how to ring.
+
+A message holds the id of a job, a batch or a delivery, and nothing else. It may be lost or come twice: the database is
+the truth, and the sweeper rings again. A job's message says that it waits, and no more: whose turn it is, the worker
+asks the database. So a few messages are enough for any number of waiting jobs, and the broker's queue stays shallow.
+"""
+
+import hashlib
+import re
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeout
+from redis.retry import Retry
+
+from tpo.core.errors import QueueUnavailable, causes
+
+RUN_JOB = "tpo.run_job"
+SWEEP = "tpo.sweep"
+RING_BATCHES = "tpo.ring_batches"
+ADVANCE_BATCH = "tpo.advance_batch"
+RING_WEBHOOKS = "tpo.ring_webhooks"
+DELIVER_WEBHOOK = "tpo.deliver_webhook"
+PURGE = "tpo.purge"
+MAINTENANCE_QUEUE = "tpo.maintenance"
+
+BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2}
+"""A broker that hangs blocks a producer for over 40 s without these (measured with celery 5.7.0)."""
+
+ENOUGH_BELLS = 32
+"""As many doorbells that nobody has answered wake as many slots, and each that claims a job rings for the next one."""
+
+
+_REASONS: dict[type[Exception], str] = {
+    AuthenticationError: "The broker refuses the user or password of TPO_BROKER_URL.",
+    NoPermissionError: "The broker's user may not do that: give it all commands and keys.",
+    OutOfMemoryError: "The broker's memory is full: raise its maxmemory.",
+    ReadOnlyError: "The broker is a replica: TPO_BROKER_URL must name the one that is written to.",
+}
+
+
+def unavailable(error: BaseException) -> QueueUnavailable:
+    """What an error of the broker means, in our own words: its own may quote a command."""
+    for cause in causes(error):
+        for kind, why in _REASONS.items():
+            if isinstance(cause, kind):
+                return QueueUnavailable(why)
+        if isinstance(cause, ResponseError) and "DB index" in str(cause):
+            return QueueUnavailable("The broker has no database of the number in TPO_BROKER_URL.")
+    return QueueUnavailable()
+
+
+def queue_of(model: str) -> str:
+    """The queue of the workers that serve a policy: its name where that can be one, else a name that no other has."""
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", model)
+    mark = "" if plain == model else "-" + hashlib.blake2b(model.encode(), digest_size=4).hexdigest()
+    return f"tpo.jobs.{plain}{mark}"
+
+
+class Doorbell:
+    """Rings for workers. Safe to share between threads."""
+
+    def __init__(self, broker_url: str) -> None:
+        self._celery = Celery("tpo-doorbell", broker=broker_url, set_as_current=False)
+        self._celery.conf.update(
+            # One more try at once is for a broker that was restarted; where it is away, the sweeper rings later.
+            broker_transport_options={**BROKER_TRANSPORT_OPTIONS, "max_retries": 1, "interval_start": 0},
+            broker_connection_timeout=2,
+            task_ignore_result=True,
+            task_serializer="json",
+        )
+        self._redis = Redis.from_url(
+            broker_url,
+            socket_timeout=2,
+            socket_connect_timeout=2,
+            # One more try is for a broker that was restarted; one that hangs would only hang again.
+            retry=Retry(NoBackoff(), retries=1, supported_errors=(RedisConnectionError,)),
+        )
+
+    def ring(self, job_id: str, model: str) -> None:
+        """Tell the workers of a policy that a job waits. Raises QueueUnavailable within some 2 s.
+
+        Where enough doorbells wait for an answer there is no need: who answers one of them rings for the next job.
+        """
+        queue = queue_of(model)
+        if not self._is_enough(queue):
+            self._send(RUN_JOB, job_id, queue)
+
+    def ring_batch(self, batch_id: str) -> None:
+        """Tell the maintenance worker that a batch has a step to take. Raises QueueUnavailable within some 2 s."""
+        self._send(ADVANCE_BATCH, batch_id, MAINTENANCE_QUEUE)
+
+    def ring_delivery(self, delivery_id: str) -> None:
+        """Tell the maintenance worker that an event is to be delivered. Raises QueueUnavailable within some 2 s."""
+        self._send(DELIVER_WEBHOOK, delivery_id, MAINTENANCE_QUEUE)
+
+    def _send(self, task: str, row_id: str, queue: str) -> None:
+        try:
+            self._celery.send_task(task, args=[row_id], queue=queue, retry=False)
+        except (OperationalError, OSError) as error:
+            raise unavailable(error) from error
+
+    def waiting(self, model: str) -> int:
+        """How many doorbells the workers of a policy have not answered. Raises QueueUnavailable."""
+        return self._waiting_in(queue_of(model))
+
+    def waiting_for_maintenance(self) -> int:
+        """How many messages the maintenance worker has not taken. Raises QueueUnavailable."""
+        return self._waiting_in(MAINTENANCE_QUEUE)
+
+    def _waiting_in(self, queue: str) -> int:
+        try:
+            return int(self._redis.llen(queue))
+        except RedisError as error:
+            raise unavailable(error) from error
+
+    def _is_enough(self, queue: str) -> bool:
+        try:
+            return int(self._redis.llen(queue)) >= ENOUGH_BELLS
+        except RedisTimeout as error:
+            raise unavailable(error) from error
+        except RedisError:
+            return False  # sending it tells whether the broker is away, and connects anew where it was restarted
+
+    def ping(self) -> None:
+        """Ask the broker for a sign of life. Raises QueueUnavailable within some 2 s."""
+        try:
+            with self._celery.connection_for_write() as connection:
+                connection.ensure_connection(max_retries=1, timeout=2)
+        except (OperationalError, OSError) as error:
+            raise unavailable(error) from error
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._redis.close()
+        self._celery.close()

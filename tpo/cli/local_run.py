@@ -1,0 +1,146 @@
+"""The driver of `tpo run`: models in this process, progress on the terminal, Ctrl-C between two tokens."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from tpo.backends import load_models
+from tpo.cli.ui.output import USAGE, Failure
+from tpo.cli.ui.record import Record, number, rewards_table
+from tpo.core import prompts
+from tpo.core.errors import Interrupted
+from tpo.core.loop import standing
+from tpo.core.run import run
+from tpo.core.state import Message, Params, State
+from tpo.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_DOING = {
+    "sampling": "sampling",
+    "scoring": "scoring",
+    "critique": "writing the critique of",
+    "gradient": "writing the gradient of",
+    "update": "revising in",
+}
+
+
+def optimize(
+    settings: Settings, conversation: list[dict[str, str]], parameters: dict[str, Any], console: "Console"
+) -> tuple[State, bool]:
+    """The last state, and whether Ctrl-C ended it before its time. Raises TPOError."""
+    state = State(
+        input=tuple(Message.model_validate(m) for m in conversation),
+        params=_params(settings, parameters),
+        prompts=prompts.load(settings.default_prompt_set),
+    )
+    if not conversation[-1]["content"].strip():
+        raise Failure("the prompt is empty", USAGE)
+    last = state
+    with _Progress(console) as progress, _ctrl_c() as interrupt:
+        progress.say("loading the models")
+        try:
+            policy, reward = load_models(settings)
+            with closing(policy), closing(reward):
+
+                def checkpoint(now: State) -> None:
+                    nonlocal last
+                    progress.recorded(last, now)
+                    last = now
+
+                progress.recorded(None, state)
+                return run(state, policy, reward, checkpoint, interrupt), False
+        except Interrupted:
+            return last, True
+
+
+def _params(settings: Settings, given: dict[str, Any]) -> Params:
+    try:
+        return Params.model_validate({**settings.stopping, **given})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise Failure(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}", USAGE) from None
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Any]:
+    """The first Ctrl-C ends the run at its next token, the second one at once."""
+    asked = False
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def interrupt() -> None:
+        if asked:
+            raise Interrupted("cancelled")
+
+    old = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+class _Progress:
+    """On a terminal a live table of rewards over a spinner; else a line for each model call."""
+
+    def __init__(self, console: "Console") -> None:
+        self._console = console
+        self._started = time.monotonic()
+        self._state: State | None = None
+
+    def __enter__(self) -> "_Progress":
+        from rich.live import Live
+
+        self._live = Live(console=self._console, transient=True) if self._console.is_terminal else None
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, doing: str) -> None:
+        """What is being done now."""
+        if not self._live:
+            return
+        from rich.console import Group
+        from rich.spinner import Spinner
+
+        spinner = Spinner("dots", f"{doing} ...")
+        has_rewards = self._state is not None and self._state.candidates
+        self._live.update(
+            Group(rewards_table(Record.of_state(self._state)), spinner) if self._state and has_rewards else spinner
+        )
+
+    def recorded(self, before: State | None, now: State) -> None:
+        """One model call came back; what it gave, and what is next."""
+        self._state = now
+        if before is not None and not self._live:
+            self._console.print(f"{time.monotonic() - self._started:6.1f} s  {_gave(before, now)}", markup=False)
+        where = standing(now)
+        if where.phase:
+            self.say(f"{_DOING[where.phase]} iteration {where.iteration}")
+
+
+def _gave(before: State, now: State) -> str:
+    call = now.calls[-1]
+    name = f"iteration {call.iteration}"
+    if call.kind == "score":
+        rewards = [number(c.reward) for c in now.of_iteration(call.iteration)]
+        best = now.best
+        return f"{name}  rewards {' '.join(rewards)}  best so far {number(best.reward if best else None)}"
+    if call.kind in ("loss", "gradient"):
+        return f"{name}  {'critique' if call.kind == 'loss' else 'gradient'}  {call.output_tokens} tokens"
+    usable = sum(1 for c in now.candidates[len(before.candidates) :] if c.unusable is None)
+    return f"{name}  {usable} of {call.n} candidates usable  {call.output_tokens} tokens"

@@ -1,0 +1,1 @@
+"""What `tpo up` runs: the processes, their supervisor and the embedded broker."""

@@ -1,0 +1,1 @@
+"""Render output for terminals and programs."""

@@ -1,0 +1,87 @@
+"""What the core asks of the outside world: two protocols with one method each, and the values that cross them."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from tpo.core.state import FinishReason, Frozen, Message, PolicyCall, RewardPart
+
+Interrupt = Callable[[], None]
+"""Called by a back end as often as it can (between two tokens); raises `Interrupted` when the job has to stop."""
+
+
+class Generate(Frozen):
+    """Ask the policy for one response for each seed."""
+
+    kind: PolicyCall
+    iteration: int
+    first_sample: int
+    messages: tuple[Message, ...]
+    seeds: tuple[int, ...]
+    temperature: float
+    top_p: float
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    """A response ends before the first of these strings that it would hold; its reasoning may hold them."""
+
+    @property
+    def n(self) -> int:
+        """How many responses."""
+        return len(self.seeds)
+
+
+def cut_at(text: str, stop: Iterable[str]) -> str:
+    """The text up to the first of these strings; the whole text where it holds none."""
+    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+
+
+class Score(Frozen):
+    """Ask the reward model for one number for each response to the same conversation."""
+
+    iteration: int
+    messages: tuple[Message, ...]
+    responses: tuple[str, ...]
+
+
+class Text(Frozen):
+    """One response. Reasoning of a thinking model is neither in `text` nor in `tokens`."""
+
+    text: str
+    finish_reason: FinishReason
+    tokens: int
+
+
+class Generation(Frozen):
+    """The policy's reply: as many texts as seeds, in their order."""
+
+    texts: tuple[Text, ...]
+    input_tokens: int
+    seconds: float
+    reasoning_tokens: int = 0
+
+
+class Rewards(Frozen):
+    """The reward model's reply: raw scores, one for each response, in their order; NaN and infinities as they came.
+
+    Where a score is a weighted sum, `parts` holds what it is the sum of, for each response; else it is empty.
+    """
+
+    values: tuple[float, ...]
+    input_tokens: int
+    seconds: float
+    parts: tuple[tuple[RewardPart, ...], ...] = ()
+
+
+class Policy(Protocol):
+    """A frozen language model."""
+
+    def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
+        """Sample responses. Raises ContextTooLong, BadReply, BackendUnavailable, Interrupted."""
+        ...
+
+
+class RewardModel(Protocol):
+    """A frozen reward model."""
+
+    def score(self, request: Score, interrupt: Interrupt) -> Rewards:
+        """Score responses. Raises ContextTooLong, BadReply, BackendUnavailable, Interrupted."""
+        ...

@@ -1,0 +1,33 @@
+"""The base of all tables, and what their definitions and inserts share."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import JSON, Double, Index, Text, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import DeclarativeBase, Session
+
+DEFAULT_TENANT = "default"
+"""Whose jobs are those of a server without keys, and of the key that stands in the settings."""
+
+
+def partial_index(name: str, *columns: str, where: str) -> Index:
+    """An index of some rows alone: it stays small, however many jobs have ended or wait."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
+class Base(DeclarativeBase):
+    """All tables."""
+
+    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, float: Double, str: Text}  # noqa: RUF012
+
+
+_INSERT: dict[str, Callable[[type[Base]], postgresql.Insert | sqlite.Insert]] = {
+    "sqlite": sqlite.insert,
+    "postgresql": postgresql.insert,
+}
+
+
+def insert_if_new(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that does nothing where the row is there."""
+    return _INSERT[session.get_bind().dialect.name](table).on_conflict_do_nothing()

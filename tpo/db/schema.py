@@ -1,0 +1,97 @@
+"""Brings a database to the schema of this version, and says whether it has it. The steps stand in `migrations`."""
+
+import logging
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, event, inspect, text
+
+from tpo.core.errors import SchemaOutOfDate
+from tpo.db.engine import connect
+from tpo.db.sessions import reading, writing
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+_LOCK = 0x74706F  # "tpo": any number will do that nobody else locks in the same database
+
+logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every connection
+
+
+def upgrade(url: str) -> None:
+    """Bring the database to the schema of this version; all of it or nothing. Safe to repeat, and for many at once.
+
+    Raises SchemaOutOfDate when a newer version made the database, and StoreUnavailable.
+    """
+    from alembic import command
+
+    _migrate(url, lambda config: command.upgrade(config, "head"))
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take the schema back to an earlier revision ("base" for none), and the data that it cannot hold with it."""
+    from alembic import command
+
+    _migrate(url, lambda config: command.downgrade(config, revision))
+
+
+def check(engine: Engine) -> None:
+    """Raise SchemaOutOfDate unless the database has the schema of this version.
+
+    Every process does this when it starts, so it does without Alembic, which takes half a second to import.
+    """
+    with reading(engine) as session:
+        is_there = inspect(session.connection()).has_table("alembic_version")
+        found = session.scalars(text("SELECT version_num FROM alembic_version")).all() if is_there else []
+    if list(found) != [newest_revision()]:
+        has = ", ".join(found) or "none"
+        raise SchemaOutOfDate(
+            f"The database has schema {has}, this version needs {newest_revision()}: run `tpo db upgrade`."
+        )
+
+
+def newest_revision() -> str:
+    """Return the revision that this version needs; each file of `migrations/versions` begins with its own."""
+    names = (file.name for file in (files("migrations") / "versions").iterdir())
+    return max(match[1] for name in names if (match := re.match(r"(\d{4})_\w+\.py$", name)))
+
+
+def _migrate(url: str, step: "Callable[[Config], None]") -> None:
+    from alembic.util import CommandError
+
+    engine = connect(url, pool_size=1, patient=True)  # an index of millions of rows takes its time
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _without_foreign_keys)
+    try:
+        with writing(engine) as session:
+            connection = session.connection()
+            _wait_for_turn(connection)
+            step(_config(connection))
+    except CommandError as error:
+        raise SchemaOutOfDate(f"The database's schema cannot be changed to that of this version: {error}") from error
+    finally:
+        engine.dispose()
+
+
+def _wait_for_turn(connection: Connection) -> None:
+    """Let one process migrate at a time. On SQLite the transaction has the only write lock already."""
+    if connection.dialect.name == "postgresql":
+        # An index of millions of jobs takes minutes, and so long do the others wait.
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+
+
+def _without_foreign_keys(connection: Any, _record: Any) -> None:
+    # SQLite alters a table by making a new one and dropping the old one, which would delete what refers to it.
+    connection.execute("PRAGMA foreign_keys = OFF")
+
+
+def _config(connection: Connection) -> "Config":
+    from alembic.config import Config
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(files("migrations")).replace("%", "%%"))
+    return config

@@ -1,0 +1,42 @@
+"""Sessions that read from one snapshot, sessions that commit, and connections for a single query."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session
+
+from tpo.db.failures import translate_errors
+from tpo.db.sqlite import BEGIN, write_lock
+
+_READS: dict[str, dict[str, Any]] = {
+    "sqlite": {BEGIN: "BEGIN"},
+    "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+}
+_ASKS: dict[str, dict[str, Any]] = {"sqlite": {BEGIN: ""}, "postgresql": {"isolation_level": "AUTOCOMMIT"}}
+
+
+@contextmanager
+def asking(engine: Engine) -> Iterator[Connection]:
+    """A connection for one query, which needs no transaction for that. Raises StoreUnavailable."""
+    with translate_errors(), engine.connect().execution_options(**_ASKS[engine.dialect.name]) as connection:
+        yield connection
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Session]:
+    """A session that only reads, all of it from one snapshot. Raises StoreUnavailable."""
+    with (
+        translate_errors(),
+        engine.connect().execution_options(**_READS[engine.dialect.name]) as connection,
+        Session(connection, expire_on_commit=False) as session,
+    ):
+        yield session
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Session]:
+    """A session that commits at its end and rolls back on any error. Raises StoreUnavailable."""
+    with translate_errors(), write_lock(engine), Session(engine, expire_on_commit=False) as session, session.begin():
+        yield session

@@ -1,0 +1,290 @@
+"""Claim the next job fairly."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    ColumnElement,
+    Executable,
+    Integer,
+    Select,
+    String,
+    and_,
+    bindparam,
+    exists,
+    func,
+    inspect,
+    literal_column,
+    select,
+    text,
+    tuple_,
+    update,
+)
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, aliased
+
+from tpo.core.state import State
+from tpo.core.status import HELD
+from tpo.db import insert_if_new, now, writing
+from tpo.jobs.leases import CheckpointQueries, Lease, claimable, queue_is_paused, take
+from tpo.jobs.scheduling import Head, Rules, limit_of, next_turn, with_room
+from tpo.jobs.tables import Job, Turn
+from tpo.tenants.tables import Tenant
+from tpo.tenants.tenants import ensure_tenant
+
+QUEUED: ColumnElement[str] = literal_column("'queued'")
+RUNNING: list[ColumnElement[str]] = [literal_column(f"'{status}'") for status in HELD]
+"""As literals, not as parameters: without them no database sees that its index of those rows alone will do."""
+
+_INDEXED = {"sqlite": "jobs INDEXED BY {}", "postgresql": "jobs"}
+"""Named where SQLite would not take it: by its lights, one that begins with the status is as good."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models that a worker serves; its jobs are one line."""
+
+    model: str
+    reward_model: str
+
+
+class Claimed(NamedTuple):
+    """A job that a worker was given."""
+
+    lease: Lease
+    state: State
+    another: str | None
+    """A job that waits as well: ring for it."""
+
+
+class LeaseQueries(CheckpointQueries):
+    """The part of the store that workers use: claim a job, and write as the holder of its lease."""
+
+    def claim(
+        self, worker: str, lease_seconds: float, *, model: str, reward_model: str, rules: Rules | None = None
+    ) -> Claimed | None:
+        """Take the job whose turn it is among those that this worker can serve; None where none may run."""
+        with writing(self._engine) as session:
+            return _claim(session, Pair(model, reward_model), rules or Rules(), worker, lease_seconds)
+
+
+def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_seconds: float) -> Claimed | None:
+    """Take the first that can be taken."""
+    _wait_for_turn(session, pair)
+    line = _line(session, pair, rules)
+    while head := line.next():
+        if not _has_room(session, head, rules):
+            line.leave(head.tenant)
+            continue
+        if job_id := session.scalars(_OLDEST_FREE, _which(pair, head)).one_or_none():
+            if claimed := take(session, Job.id == job_id, worker, lease_seconds):
+                _note_turn(session, pair, head)
+                others = [other.job_id for other in line.heads if other != head]
+                more = others[0] if others else session.scalars(_OLDEST, _which(pair, head)).one_or_none()
+                return Claimed(*claimed, more)
+            line = _line(session, pair, rules)  # it could not be read and stands in line no more: who is next?
+            continue
+        line.leave(head.tenant, head.priority)
+    return None
+
+
+def pairs_in_line(session: Session) -> list[Pair]:
+    """The pairs of models for which jobs are in line, found by jumping from one to the next."""
+    found: list[Pair] = []
+    dialect = session.get_bind().dialect.name
+    while row := session.execute(_next_pair(dialect, found[-1] if found else None)).one_or_none():
+        found.append(Pair(row.model, row.reward_model))
+    return found
+
+
+def next_in_line(session: Session, pair: Pair, rules: Rules, waiting_seconds: float | None = None) -> str | None:
+    """The job whose turn it would be now; with `waiting_seconds`, only where some job is in line for so long."""
+    line = _line(session, pair, rules)
+    if waiting_seconds is not None and not any(h.since <= line.now - waiting_seconds for h in line.heads):
+        return None
+    while head := line.next():
+        if job_id := session.scalars(_OLDEST, _which(pair, head)).one_or_none():
+            return job_id
+        line.leave(head.tenant, head.priority)
+    return None
+
+
+class _Line:
+    """Who waits, as one claim saw it."""
+
+    def __init__(self, heads: list[Head], running: Mapping[str, int], now: float, rules: Rules) -> None:
+        self.heads = heads
+        self.now = now
+        self._running = running
+        self._rules = rules
+
+    def next(self) -> Head | None:
+        return next_turn(self.heads, self._running, self.now, self._rules)
+
+    def leave(self, tenant: str, priority: int | None = None) -> None:
+        """Nobody of this tenant can go now, or of this tenant and priority."""
+        self.heads = [h for h in self.heads if h.tenant != tenant or priority not in (None, h.priority)]
+
+
+def _line(session: Session, pair: Pair, rules: Rules) -> _Line:
+    rows = session.execute(_HEADS, asdict(pair)).all()
+    if not rows:
+        return _Line([], {}, 0.0, rules)
+    if len(rows) == 1 and rules.max_running is None and rows[0].max_jobs_running is None:
+        (row,) = rows  # alone in line and without a limit: there is nothing to compare
+        return _Line([Head(row.id, row.tenant, row.priority, row.rung_at)], {}, row.now, rules)
+    served = {(row.tenant, row.priority): row.served_at for row in session.execute(_TURNS, asdict(pair))}
+    last: dict[str, float] = {}
+    for (tenant, _), moment in served.items():
+        last[tenant] = max(last.get(tenant, 0.0), moment)
+    heads = [
+        Head(
+            *(row.id, row.tenant, row.priority, row.rung_at),
+            served=served.get((row.tenant, row.priority)),
+            tenant_served=last.get(row.tenant, 0.0),
+            max_running=row.max_jobs_running,
+        )
+        for row in rows
+    ]
+    here: dict[str, int] = {}
+    everywhere: dict[str, int] = {}
+    for model, reward_model, tenant, count in session.execute(_running(session.get_bind().dialect.name)):
+        everywhere[tenant] = everywhere.get(tenant, 0) + count
+        if Pair(model, reward_model) == pair:
+            here[tenant] = count
+    return _Line(with_room(heads, everywhere, rules), here, rows[0].now, rules)
+
+
+def in_line(job: type[Job]) -> ColumnElement[bool]:
+    return and_(job.status == QUEUED, job.next_attempt_at.is_(None))
+
+
+def _of_pair(job: type[Job]) -> ColumnElement[bool]:
+    mine = and_(job.model == bindparam("model"), job.reward_model == bindparam("reward_model"))
+    return and_(in_line(job), mine)
+
+
+def _heads() -> Select[*tuple[Any, ...]]:
+    first, last, next_priority, next_tenant, job = (aliased(Job) for _ in range(5))
+
+    def one(found: type[Job], *which: ColumnElement[bool]) -> ColumnElement[str]:
+        query = select(found.id).where(_of_pair(found), *which).order_by(found.tenant, found.priority, found.id)
+        return query.limit(1).correlate(last).scalar_subquery()
+
+    heads = select(one(first, ~queue_is_paused(bindparam("model"))).label("id")).cte("heads", recursive=True)
+    # In two steps: SQLite looks at the first alone of two columns that are compared with those of a row.
+    following = func.coalesce(
+        one(next_priority, next_priority.tenant == last.tenant, next_priority.priority > last.priority),
+        one(next_tenant, next_tenant.tenant > last.tenant),
+    )
+    heads = heads.union_all(select(following).select_from(heads.join(last, last.id == heads.c.id)))
+    return (
+        select(
+            *(job.id, job.tenant, job.priority, job.rung_at),
+            *(Tenant.max_jobs_running, now().label("now")),
+        )
+        .select_from(heads.join(job, job.id == heads.c.id))
+        .outerjoin(Tenant, Tenant.id == job.tenant)
+    )
+
+
+def _oldest() -> Select[str]:
+    group = (Job.tenant, Job.priority)
+    here = (bindparam("tenant", type_=String), bindparam("priority", type_=Integer))
+    # A range and not what it equals: else PostgreSQL sees that the order is that of the ids alone, and takes their
+    # index, in which those of all other lines stand as well.
+    after = and_(
+        tuple_(*group, Job.id) >= tuple_(*here, bindparam("job_id", type_=String)), tuple_(*group) <= tuple_(*here)
+    )
+    return select(Job.id).where(_of_pair(Job), after, claimable()).order_by(*group, Job.id).limit(1)
+
+
+# Made once: to put them together costs more than the answer.
+_HEADS = _heads()
+"""The oldest job in line of each tenant and priority, in an order of no meaning; none where the queue is paused."""
+_OLDEST = _oldest()
+"""The oldest job of a tenant and priority that can be taken."""
+_OLDEST_FREE = _OLDEST.with_for_update(skip_locked=True)
+_TURNS = select(Turn.tenant, Turn.priority, Turn.served_at).where(
+    Turn.model == bindparam("model"), Turn.reward_model == bindparam("reward_model")
+)
+
+
+def _which(pair: Pair, head: Head) -> dict[str, str | int]:
+    return {**asdict(pair), "tenant": head.tenant, "priority": head.priority, "job_id": head.job_id}
+
+
+def _next_pair(dialect: str, pair: Pair | None) -> Executable:
+    # In two steps, each a jump: SQLite searches an index for the first column of a comparison of rows, and no further.
+    jump = (
+        f"SELECT * FROM (SELECT model, reward_model FROM {_INDEXED[dialect].format('jobs_in_line')}"  # noqa: S608
+        " WHERE status = 'queued' AND next_attempt_at IS NULL AND {} ORDER BY model, reward_model LIMIT 1) AS {}"
+    )
+    same = jump.format("model = :model AND reward_model > :reward_model", "same")
+    later = jump.format("model > :model", "later")
+    query = text(f"{same} UNION ALL {later} ORDER BY model, reward_model LIMIT 1")
+    return query.bindparams(**asdict(pair or Pair("", "")))
+
+
+def _running(dialect: str) -> Executable:
+    return text(
+        f"SELECT model, reward_model, tenant, count(*) FROM {_INDEXED[dialect].format('jobs_running')}"  # noqa: S608
+        " WHERE status IN ('in_progress', 'cancelling') GROUP BY model, reward_model, tenant"
+    )
+
+
+def _has_room(session: Session, head: Head, rules: Rules) -> bool:
+    """Whether a tenant may have one more running job; where it is limited, no other claim of it goes on meanwhile."""
+    most = limit_of(head, rules)
+    if most is None:
+        return True
+    ensure_tenant(session, head.tenant)
+    mine = select(Tenant.id).where(Tenant.id == head.tenant).with_for_update(skip_locked=True)
+    if session.scalars(mine).one_or_none() is None:
+        return False
+    running = select(func.count()).select_from(Job).where(Job.tenant == head.tenant, Job.status.in_(HELD))
+    return session.execute(running).scalar_one() < most
+
+
+def _note_turn(session: Session, pair: Pair, head: Head) -> None:
+    key = {**asdict(pair), "tenant": head.tenant, "priority": head.priority}
+    this = {f"of_{name}": value for name, value in key.items()}
+    # A row that another claim holds is passed over: that one notes the same moment.
+    if not session.execute(_NOTE, this).first() and not session.execute(_NOTED, this).first():
+        session.execute(insert_if_new(session, Turn).values(**key, served_at=now()))
+
+
+_THIS_TURN = and_(*(c == bindparam(f"of_{c.key}", type_=c.type) for c in inspect(Turn).primary_key))
+_NOTED = select(Turn.tenant).where(_THIS_TURN)
+_NOTE = (
+    update(Turn)
+    .where(_THIS_TURN, exists(_NOTED.with_for_update(skip_locked=True)))
+    .values(served_at=now())
+    .returning(Turn.tenant)
+    .execution_options(synchronize_session=False)
+)
+
+
+def _wait_for_turn(session: Session, pair: Pair) -> None:
+    """Let claims of one line come one after the other. On SQLite the transaction has the only write lock already."""
+    if session.get_bind().dialect.name != "postgresql":
+        return
+    digest = hashlib.blake2b(f"{pair.model}\0{pair.reward_model}".encode(), digest_size=8).digest()
+    key = {"key": int.from_bytes(digest, signed=True)}
+    if session.execute(_TRY_LOCK, key).scalar_one():
+        return
+    try:
+        with session.begin_nested():
+            session.execute(_LOCK, {**key, "patience": f"{_PATIENCE_MILLISECONDS}ms"})
+    except OperationalError as error:
+        # One that is frozen in the middle of its claim must not hold up the others: in the end they go on beside it.
+        if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+            raise
+
+
+_LOCK_NOT_AVAILABLE = "55P03"
+_TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(:key)")
+_LOCK = text("SELECT set_config('lock_timeout', :patience, true), pg_advisory_xact_lock(:key)")
+_PATIENCE_MILLISECONDS = 500

@@ -1,0 +1,41 @@
+"""What the one reader of events in a process asks: what is new of all the jobs that anybody listens to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import and_, or_, select
+
+from tpo.db import Queries, reading
+from tpo.jobs.tables import EventRow, Job
+
+_BATCH = 200
+
+
+@dataclass(frozen=True)
+class News:
+    """What happened since the last look."""
+
+    events: tuple[EventRow, ...]
+    """Each job's in the order of their numbers."""
+    gone: frozenset[str]
+    """Jobs that are not there any more."""
+
+
+class EventQueries(Queries):
+    """The part of the store that the event streams share. It reads for every tenant."""
+
+    def new_events(self, seen: Mapping[str, int]) -> News:
+        """The events of these jobs that follow the numbers that were seen."""
+        found: list[EventRow] = []
+        there: set[str] = set()
+        with reading(self._engine) as session:
+            jobs = list(seen)
+            for ids in (jobs[i : i + _BATCH] for i in range(0, len(jobs), _BATCH)):
+                rows = session.execute(select(Job.id, Job.last_event).where(Job.id.in_(ids)))
+                last = {row.id: row.last_event for row in rows}
+                there |= last.keys()
+                ahead = [and_(EventRow.job_id == i, EventRow.number > seen[i]) for i, n in last.items() if n > seen[i]]
+                if ahead:
+                    query = select(EventRow).where(or_(*ahead)).order_by(EventRow.job_id, EventRow.number)
+                    found += session.scalars(query)
+        return News(tuple(found), frozenset(seen.keys() - there))

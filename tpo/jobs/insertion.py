@@ -1,0 +1,96 @@
+"""Insert new jobs with their metadata, first events and idempotency keys."""
+
+import secrets
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NotRequired, TypedDict, cast
+
+from sqlalchemy import Table, insert, inspect, select
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.schema import ScalarElementColumnDefault
+
+from tpo.core.loop import standing
+from tpo.core.state import State
+from tpo.db import now
+from tpo.jobs.records import fresh, progress_of, write_difference
+from tpo.jobs.tables import EventRow, Job, MetadataRow
+from tpo.tenants.idempotency import Once, remember
+
+# Statements that every request needs are built once: building one costs more than running it.
+JOBS = cast("Table", Job.__table__)
+ATTRIBUTES = {column.key: inspect(Job).get_property_by_column(column).key for column in JOBS.columns}
+_NOTHING: dict[str, Any] = dict.fromkeys(ATTRIBUTES.values())
+_BLANK: dict[str, Any] = {
+    c.key: c.default.arg for c in JOBS.columns if isinstance(c.default, ScalarElementColumnDefault)
+}
+_MOMENT = select(now())
+_INSERT_JOBS = insert(JOBS)
+_INSERT_METADATA = insert(cast("Table", MetadataRow.__table__))
+_INSERT_EVENTS = insert(cast("Table", EventRow.__table__))
+
+
+class JobOptions(TypedDict):
+    """What stands on a job's row beside its optimization."""
+
+    model: str
+    reward_model: str
+    max_attempts: int
+    metadata: NotRequired[dict[str, str] | None]
+    priority: NotRequired[int]
+    deadline_seconds: NotRequired[float | None]
+    external_id: NotRequired[str | None]
+    source_id: NotRequired[str | None]
+
+
+NewJob = tuple[State, Once | None, JobOptions]
+"""A job to be made: its optimization, what names the request, and what stands on its row beside."""
+
+
+def insert_jobs(session: Session, tenant: str, wanted: Sequence[NewJob]) -> list[Job]:
+    """Write new jobs and their first events."""
+    moment = session.execute(_MOMENT).scalar_one()
+    rows = [_row(tenant, moment, *each) for each in wanted]
+    session.execute(_INSERT_JOBS, rows)
+    told = {"number": 1, "type": "job.queued", "data": {}, "created_at": moment}
+    session.execute(_INSERT_EVENTS, [{"job_id": row["id"], **told} for row in rows])
+    if pairs := [
+        {"job_id": row["id"], "tenant": tenant, "key": key, "value": value}
+        for row in rows
+        for key, value in row["metadata"].items()
+    ]:
+        session.execute(_INSERT_METADATA, pairs)
+    for (state, once, _), row in zip(wanted, rows, strict=True):
+        if (before := fresh(state)) != state:
+            write_difference(session, row["id"], before, state)
+        remember(session, tenant, once, job_id=row["id"])
+    written = (_NOTHING | {ATTRIBUTES[name]: value for name, value in row.items()} for row in rows)
+    return [cast("Job", SimpleNamespace(**values)) for values in written]
+
+
+def _row(tenant: str, moment: float, state: State, once: Once | None, of_job: JobOptions) -> dict[str, Any]:
+    deadline = of_job.get("deadline_seconds")
+    return _BLANK | {
+        "id": new_job_id(moment),
+        "tenant": tenant,
+        "model": of_job["model"],
+        "reward_model": of_job["reward_model"],
+        "input": [m.model_dump() for m in state.input],
+        "params": state.params.model_dump(mode="json"),
+        "prompts": state.prompts.model_dump(mode="json"),
+        "priority": of_job.get("priority", 0),
+        "metadata": of_job.get("metadata") or {},
+        "external_id": of_job.get("external_id"),
+        "fingerprint": once.fingerprint if once else None,
+        "source_id": of_job.get("source_id"),
+        "created_at": moment,
+        "rung_at": moment,
+        "deadline_at": None if deadline is None else moment + deadline,
+        "max_attempts": of_job["max_attempts"],
+        "last_event": 1,
+        **progress_of(state, standing(state)),
+    }
+
+
+def new_job_id(seconds: float) -> str:
+    """An id that sorts by the time of its making and cannot be guessed: 48 bits of milliseconds, 80 random bits."""
+    return f"job_{int(seconds * 1000):012x}{secrets.token_hex(10)}"

@@ -1,0 +1,76 @@
+"""Queues as operators see them: list, pause and resume."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import exists, func, or_, select, update
+
+from tpo.core.errors import InvalidInput
+from tpo.db import Queries, insert_if_new, now, reading, writing
+from tpo.jobs.claims import QUEUED, RUNNING, Pair, in_line, next_in_line, pairs_in_line
+from tpo.jobs.scheduling import Rules
+from tpo.jobs.tables import Job, Queue, Worker
+
+
+@dataclass(frozen=True)
+class QueueInfo:
+    """The jobs of one policy."""
+
+    model: str
+    paused_at: float | None
+    waiting: int
+    running: int
+    workers: int
+
+
+class QueueQueries(Queries):
+    """The part of the store that shows, pauses and resumes queues."""
+
+    def next_waiting(self, model: str, reward_model: str, rules: Rules | None = None) -> str | None:
+        """The job whose turn it would be now; None where none may run."""
+        with reading(self._engine) as session:
+            return next_in_line(session, Pair(model, reward_model), rules or Rules())
+
+    def pause(self, model: str) -> None:
+        """Let no job of a policy run: those that do are handed back after their present step. Raises InvalidInput."""
+        self._set_paused(model, paused=True)
+
+    def resume(self, model: str) -> Sequence[str]:
+        """Let the jobs of a policy run again. Gives those to ring for, one for each line. Raises InvalidInput."""
+        self._set_paused(model, paused=False)
+        with reading(self._engine) as session:
+            lines = [next_in_line(session, pair, Rules()) for pair in pairs_in_line(session) if pair.model == model]
+            return [job_id for job_id in lines if job_id]
+
+    def page(self, silent_seconds: float) -> Sequence[QueueInfo]:
+        """All queues by their policy: of workers heard of within that time, of jobs that live, and those paused."""
+        job_counts = select(
+            Job.model,
+            func.count().filter(Job.status == QUEUED).label("waiting"),
+            func.count().filter(Job.status.in_(RUNNING)).label("running"),
+        ).where(or_(Job.status == QUEUED, Job.status.in_(RUNNING)))
+        with reading(self._engine) as session:
+            paused = {row.model: row.paused_at for row in session.scalars(select(Queue))}
+            alive = select(Worker.model, func.count().label("workers")).where(Worker.seen_at > now() - silent_seconds)
+            workers = {row.model: row.workers for row in session.execute(alive.group_by(Worker.model))}
+            jobs = {row.model: row for row in session.execute(job_counts.group_by(Job.model))}
+        return [
+            QueueInfo(
+                model,
+                paused.get(model),
+                waiting=jobs[model].waiting if model in jobs else 0,
+                running=jobs[model].running if model in jobs else 0,
+                workers=workers.get(model, 0),
+            )
+            for model in sorted({*paused, *workers, *jobs})
+        ]
+
+    def _set_paused(self, model: str, *, paused: bool) -> None:
+        with writing(self._engine) as session:
+            asked_for = exists().where(Job.model == model, or_(in_line(Job), Job.status.in_(RUNNING)))
+            known = select(1).where(or_(asked_for, *(exists().where(t.model == model) for t in (Queue, Worker))))
+            if session.execute(known).first() is None:
+                raise InvalidInput(f"There is no queue {model!r}: no worker serves that policy and no job asks for it.")
+            session.execute(insert_if_new(session, Queue).values(model=model, paused_at=None))
+            same = Queue.paused_at.is_(None) if paused else Queue.paused_at.is_not(None)
+            session.execute(update(Queue).where(Queue.model == model, same).values(paused_at=now() if paused else None))

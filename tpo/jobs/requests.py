@@ -1,0 +1,162 @@
+"""What clients ask. Every query is the tenant's own: another's job is not found, exactly as one that never was."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, Unpack, cast
+
+from sqlalchemy import Select, bindparam, exists, select, union_all
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
+
+from tpo.core.errors import ExternalIdTaken, JobNotFound, StoreUnavailable
+from tpo.core.state import State
+from tpo.core.status import Status
+from tpo.db import Queries, asking, reading, write
+from tpo.jobs.insertion import ATTRIBUTES, JOBS, JobOptions, insert_jobs
+from tpo.jobs.quotas import Room, check_room, free_slots
+from tpo.jobs.records import read_state
+from tpo.jobs.tables import EventRow, Job, MetadataRow
+from tpo.tenants.idempotency import RACES, Once, remember, said_before
+from tpo.tenants.tenants import Limits
+
+# Statements that every request needs are built once: building one costs more than running it.
+_AS_JOB = [column.label(ATTRIBUTES[column.key]) for column in JOBS.columns]
+"""A job's columns under the names of its attributes: such a row reads as a Job, at half of the cost."""
+_OWN = select(*_AS_JOB).where(JOBS.c.id == bindparam("job_id"), JOBS.c.tenant == bindparam("tenant"))
+
+
+class Submitted(NamedTuple):
+    """A job that was asked for."""
+
+    job: Job
+    new: bool
+    room: Room | None
+    """How much more the tenant may ask for now; None where nothing limits it, or nothing was made."""
+
+
+class JobRequests(Queries):
+    """The part of the store that the API uses, for one tenant."""
+
+    def submit(
+        self,
+        state: State,
+        *,
+        once: Once | None = None,
+        limits: Limits | None = None,
+        **of_job: Unpack[JobOptions],
+    ) -> Submitted:
+        """Commit a new job, its first event and what names the request; or give the job that the request made before.
+
+        Raises SameKeyOtherBody, ExternalIdTaken and QuotaExceeded; then nothing was written.
+        """
+        external_id = of_job.get("external_id")
+
+        def make(session: Session) -> Submitted:
+            if known := self._known(session, once, external_id):
+                return Submitted(known, new=False, room=None)
+            room = check_room(session, self.tenant, limits) if limits else None
+            [job] = insert_jobs(session, self.tenant, [(state, once, of_job)])
+            return Submitted(job, new=True, room=room)
+
+        for _ in range(RACES):
+            try:
+                return write(self._engine, make)
+            except IntegrityError:
+                # Another process made the same job a moment ago: the next round finds it.
+                if once is None and external_id is None:
+                    raise
+        raise StoreUnavailable()
+
+    def get(self, job_id: str) -> Job:
+        """One job. Raises JobNotFound."""
+        with asking(self._engine) as connection:
+            # One query whether it is not there or not theirs: nobody learns which by its time.
+            job = connection.execute(_OWN, {"job_id": job_id, "tenant": self.tenant}).one_or_none()
+            if job is None:
+                raise JobNotFound(f"There is no job {job_id!r}.")
+            return cast("Job", job)
+
+    def page(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+        statuses: Sequence[Status] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> Sequence[Job]:
+        """A page of jobs by their age; `after` is the id that the last page ended with."""
+
+        def first_of(query: Select[str], job_id: InstrumentedAttribute[str]) -> Select[str]:
+            """As many as the page needs, read off an index that ends with the job's id."""
+            if after is not None:
+                query = query.where(job_id > after if order == "asc" else job_id < after)
+            return query.order_by(job_id if order == "asc" else job_id.desc()).limit(limit)
+
+        if metadata:
+            ids = first_of(_with_metadata(self.tenant, metadata, statuses), MetadataRow.job_id)
+        elif statuses:
+            # One status after the other: of several, no index holds the jobs in the order of their ids.
+            each = [select(Job.id).where(Job.tenant == self.tenant, Job.status == s) for s in dict.fromkeys(statuses)]
+            some = union_all(*(select(first_of(one, Job.id).subquery().c.id) for one in each)).subquery().c.id
+            ids = select(some).order_by(some if order == "asc" else some.desc()).limit(limit)
+        else:
+            ids = first_of(select(Job.id).where(Job.tenant == self.tenant), Job.id)
+        query = select(*_AS_JOB).where(Job.id.in_(ids)).order_by(Job.id if order == "asc" else Job.id.desc())
+        with asking(self._engine) as connection:
+            return cast("Sequence[Job]", connection.execute(query).all())
+
+    def state(self, job_id: str) -> State:
+        """All that is recorded of one job's optimization. Raises JobNotFound."""
+        with reading(self._engine) as session:
+            return read_state(session, self._own(session, job_id))
+
+    def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[EventRow]:
+        """The events of a job that follow the number `after`."""
+        query = (
+            select(EventRow)
+            .join(Job, Job.id == EventRow.job_id)
+            .where(Job.id == job_id, Job.tenant == self.tenant, EventRow.number > after)
+        )
+        with reading(self._engine) as session:
+            return session.scalars(query.order_by(EventRow.number).limit(limit)).all()
+
+    def free_slots(self, limits: Limits) -> int | None:
+        """Return how many more jobs of the tenant may be in flight; None where nothing limits it."""
+        with reading(self._engine) as session:
+            return free_slots(session, self.tenant, limits)
+
+    def _known(self, session: Session, once: Once | None, external_id: str | None) -> Job | None:
+        """The job that this request has made before. Raises SameKeyOtherBody, ExternalIdTaken."""
+        if said := said_before(session, self.tenant, once):
+            return session.get_one(Job, said.job_id)
+        if external_id is None:
+            return None
+        query = select(Job).where(Job.tenant == self.tenant, Job.external_id == external_id)
+        job = session.scalars(query).one_or_none()
+        if job is not None:
+            if once is None or job.fingerprint != once.fingerprint:
+                raise ExternalIdTaken()
+            remember(session, self.tenant, once, job_id=job.id)
+        return job
+
+    def _own(self, session: Session, job_id: str, *, lock: bool = False) -> Job:
+        """The tenant's job. One query whether it is not there or not theirs: nobody learns which by its time."""
+        query = select(Job).where(Job.id == job_id, Job.tenant == self.tenant)
+        job = session.scalars(query.with_for_update() if lock else query).one_or_none()
+        if job is None:
+            raise JobNotFound(f"There is no job {job_id!r}.")
+        return job
+
+
+def _with_metadata(tenant: str, metadata: Mapping[str, str], statuses: Sequence[Status]) -> Select[str]:
+    """The ids of a tenant's jobs that have all these pairs: those with the first one, looked through for the rest."""
+    (key, value), *others = metadata.items()
+    query = select(MetadataRow.job_id).where(
+        MetadataRow.tenant == tenant, MetadataRow.key == key, MetadataRow.value == value
+    )
+    for key, value in others:
+        other = aliased(MetadataRow)
+        query = query.where(exists().where(other.job_id == MetadataRow.job_id, other.key == key, other.value == value))
+    if statuses:
+        query = query.where(exists().where(Job.id == MetadataRow.job_id, Job.status.in_(statuses)))
+    return query

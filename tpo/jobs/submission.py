@@ -1,0 +1,174 @@
+"""What a request for a job may hold, and the optimization that it asks for. Shared by the API and by batches.
+
+Requests are strict: nothing is guessed, unknown fields are refused and named.
+"""
+
+import secrets
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
+
+from tpo.core import prompts
+from tpo.core.errors import InvalidInput, UnknownModel
+from tpo.core.state import Message, Params, State
+from tpo.settings import Settings
+from tpo.wire import SaidText, StoredText, Wire
+
+MAX_DEADLINE_SECONDS = 366 * 24 * 3600
+MIN_PRIORITY, MAX_PRIORITY = -100, 100
+MAX_METADATA = 16
+
+
+class InputMessage(Message):
+    """One turn of a conversation."""
+
+    content: SaidText
+
+
+def _ends_with_user(messages: list[InputMessage]) -> list[InputMessage]:
+    if messages[-1].role != "user":
+        raise ValueError("the last message must be the user's: that is what is answered")
+    return messages
+
+
+def _kind_of_input(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    return "messages" if isinstance(value, list) else None
+
+
+BY_SHAPE = Discriminator(
+    _kind_of_input,
+    custom_error_type="input_type",
+    custom_error_message="must be a string, or a list of messages with role and content",
+)
+"""Tells two shapes of input apart by their tags: a "text" or "messages"."""
+
+Input = Annotated[
+    Annotated[SaidText, Tag("text")]
+    | Annotated[
+        list[InputMessage], Field(min_length=1, max_length=1000), AfterValidator(_ends_with_user), Tag("messages")
+    ],
+    BY_SHAPE,
+]
+
+MetadataKey = Annotated[StoredText, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[StoredText, StringConstraints(max_length=512)]
+Metadata = dict[MetadataKey, MetadataValue]
+
+
+class SubmitParameters(Params):
+    """How to optimize. What is left out has the paper's value."""
+
+    model_config = ConfigDict(strict=True)
+
+    seed: int = Field(
+        default_factory=lambda: secrets.randbits(53),
+        ge=0,
+        le=2**63 - 1,
+        description="every request's own seed is derived from it; random where it is left out, and recorded",
+    )
+    reward_model: str | None = Field(None, min_length=1, max_length=512, description="default: the server's setting")
+    prompt_set: str | None = Field(None, min_length=1, max_length=64, description="default: the server's setting")
+
+
+class Submit(Wire):
+    """A job to be done."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"input": "Where is my parcel?"},
+                {
+                    "model": "demo",
+                    "input": [{"role": "user", "content": "Where is my parcel?"}],
+                    "parameters": {
+                        "mode": "tpo",
+                        "sample_size": 4,
+                        "max_iterations": 2,
+                        "seed": 7,
+                        "max_output_tokens": 20_000,
+                        "early_stop": {"patience": 1, "min_gain": 0.1},
+                    },
+                    "priority": 10,
+                    "metadata": {"ticket": "4711"},
+                    "external_id": "ticket-4711",
+                    "deadline_seconds": 600,
+                },
+            ]
+        }
+    )
+
+    model: str | None = Field(
+        None, min_length=1, max_length=512, description="the policy; default: the server's setting"
+    )
+    input: Input = Field(description="what the policy is asked: a string, or messages of which the last is the user's")
+    parameters: SubmitParameters = Field(default_factory=SubmitParameters)
+    priority: int = Field(
+        0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="the higher goes first; a long wait outweighs it in time"
+    )
+    metadata: Metadata = Field(default_factory=dict, max_length=MAX_METADATA)
+    external_id: Annotated[StoredText, StringConstraints(min_length=1, max_length=512)] | None = Field(
+        None, description="your own name for the job: said again, it gives the first job, and never makes a second"
+    )
+    deadline_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_DEADLINE_SECONDS,
+        description="after so long the job ends with the best it has",
+    )
+
+
+class Served(NamedTuple):
+    """What one worker serves."""
+
+    model: str
+    reward_model: str
+
+
+def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Served]]) -> Served:
+    """The policy and the reward model of a job; `workers` is asked where they are not this environment's own.
+
+    Raises UnknownModel where no worker could ever run it.
+    """
+    own = Served(settings.policy, settings.reward_model)
+    wanted = Served(body.model or own.model, body.parameters.reward_model or own.reward_model)
+    if wanted == own:
+        return own
+    known = {own, *workers()}
+    if wanted in known:
+        return wanted
+    beside = sorted(s.reward_model for s in known if s.model == wanted.model)
+    if not beside:
+        models = ", ".join(sorted({s.model for s in known}))
+        raise UnknownModel(f"No worker serves the policy {wanted.model!r}; there are: {models}.", "model")
+    raise UnknownModel(
+        f"No worker serves the reward model {wanted.reward_model!r} beside the policy {wanted.model!r}; there are: "
+        f"{', '.join(beside)}.",
+        "parameters.reward_model",
+    )
+
+
+def to_state(body: Submit, model: str, settings: Settings) -> State:
+    """The optimization before its first step. Raises InvalidInput."""
+    for name, most in (("sample_size", settings.max_sample_size), ("max_iterations", settings.max_iterations)):
+        if getattr(body.parameters, name) > most:
+            raise InvalidInput(f"parameters.{name}: this server allows at most {most}.", f"parameters.{name}")
+    messages = (
+        (Message(role="user", content=body.input),)
+        if isinstance(body.input, str)
+        else tuple(Message(role=m.role, content=m.content) for m in body.input)
+    )
+    if (length := sum(len(m.content) for m in messages)) > settings.max_input_characters:
+        raise InvalidInput(
+            f"input: has {length} characters; this server allows at most {settings.max_input_characters}.", "input"
+        )
+    try:
+        prompt_set = prompts.load(body.parameters.prompt_set or settings.prompt_set_of(model))
+    except InvalidInput as error:
+        raise InvalidInput(f"parameters.prompt_set: {error}", "parameters.prompt_set") from error
+    said = body.parameters.model_dump(include=set(Params.model_fields))
+    unsaid = {name: v for name, v in settings.stopping.items() if name not in body.parameters.model_fields_set}
+    params = Params.model_validate({**said, **unsaid})
+    return State(input=messages, params=params, prompts=prompt_set)

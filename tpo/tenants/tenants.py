@@ -1,0 +1,62 @@
+"""Tenants and their limits."""
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+from sqlalchemy import Table, bindparam, select
+from sqlalchemy.orm import Session
+
+from tpo.core.errors import InvalidInput
+from tpo.db import Queries, insert_if_new, now, writing
+from tpo.tenants.tables import Tenant
+
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def ensure_tenant(session: Session, tenant: str) -> None:
+    """Make a tenant that is not there yet. Raises InvalidInput."""
+    if not _TENANT.fullmatch(tenant):
+        raise InvalidInput(f"A tenant is named by up to 64 of A-Za-z0-9._-; {tenant!r} is no such name.", "tenant")
+    if session.get(Tenant, tenant) is None:
+        session.execute(insert_if_new(session, Tenant).values(id=tenant, created_at=now()))  # another may be quicker
+
+
+_TENANTS = cast("Table", Tenant.__table__).c
+_LIMITS = select(_TENANTS.max_jobs_in_flight, _TENANTS.max_jobs_per_minute, _TENANTS.max_jobs_running).where(
+    _TENANTS.id == bindparam("tenant")
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a tenant may ask for; None is no limit."""
+
+    in_flight: int | None = None
+    per_minute: int | None = None
+    running: int | None = None
+    """Of those in flight, how many run at once: the others wait."""
+
+
+def limits_of_tenant(session: Session, tenant: str, limits: Limits) -> Limits:
+    """Return the limits of a tenant: its own, and `limits` where it has none."""
+    own = session.execute(_LIMITS, {"tenant": tenant}).one_or_none()
+    if own is None:
+        return limits
+    return Limits(
+        limits.in_flight if own.max_jobs_in_flight is None else own.max_jobs_in_flight,
+        limits.per_minute if own.max_jobs_per_minute is None else own.max_jobs_per_minute,
+        limits.running if own.max_jobs_running is None else own.max_jobs_running,
+    )
+
+
+class TenantQueries(Queries):
+    """The part of the store that keeps tenants."""
+
+    def set_limits(self, tenant: str, limits: Limits) -> None:
+        """Give a tenant limits of its own; None goes back to the settings'."""
+        with writing(self._engine) as session:
+            ensure_tenant(session, tenant)
+            row = session.get_one(Tenant, tenant)
+            row.max_jobs_in_flight, row.max_jobs_per_minute = limits.in_flight, limits.per_minute
+            row.max_jobs_running = limits.running

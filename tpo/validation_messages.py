@@ -1,0 +1,48 @@
+"""What is wrong with a request, in words for the person who wrote it: each field by its name, no value quoted."""
+
+from collections.abc import Callable, Sequence
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from tpo.core.errors import InvalidInput
+
+_SHOWN_ERRORS = 5
+_LONGEST_NAME = 1000
+_SHAPES = ("text", "messages")
+"""Which of two shapes of input it was is no part of a field's name."""
+
+
+def invalid(error: ValidationError, renamed: Callable[[str], str] = str) -> InvalidInput:
+    """What a value's own validation found; `renamed` gives a field as its writer knows it."""
+    return of_errors(error.errors(include_url=False), renamed)
+
+
+def of_errors(errors: Sequence[ErrorDetails], renamed: Callable[[str], str] = str) -> InvalidInput:
+    """What pydantic found, by locations that start with the field."""
+    said = [f"{renamed(name(e['loc'])) or 'the value'}: {_said(e)}" for e in errors[:_SHOWN_ERRORS]]
+    more = len(errors) - len(said)
+    detail = "; ".join([*said, *([f"and {more} more"] if more else [])])
+    return InvalidInput(detail, renamed(name(errors[0]["loc"])) or None)
+
+
+def name(location: Sequence[int | str]) -> str:
+    """The field as a client writes it: `input[0].content`, `parameters.top_p`."""
+    written = ""
+    for position, part in enumerate(location):
+        if part == "[key]" or (position == 1 and location[0] == "input" and part in _SHAPES):
+            continue
+        written += f"[{part}]" if isinstance(part, int) else f".{part}" if written else part
+    return written[:_LONGEST_NAME]
+
+
+def _said(error: ErrorDetails) -> str:
+    match error["type"]:
+        case "missing":
+            return "is required"
+        case "extra_forbidden":
+            return "is not a known field"
+        case "string_unicode":
+            return "is not valid Unicode"
+        case _:
+            return str(error["msg"]).removeprefix("Value error, ")

@@ -1,0 +1,135 @@
+"""Webhooks: what their owners do with them. Nobody sees another tenant's."""
+
+import base64
+import secrets
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.orm import Session
+
+from tpo.core.errors import Conflict, WebhookNotFound
+from tpo.db import Queries, now, reading, writing
+from tpo.webhooks.outbox import insert_delivery
+from tpo.webhooks.tables import PING, Delivery, Webhook
+
+MAX_WEBHOOKS = 20
+"""Of one tenant: each is told of every job."""
+
+_SECRET_BYTES = 32
+
+
+class NewSecret(NamedTuple):
+    """A webhook whose secret was just made: the one time that it can be read."""
+
+    row: Webhook
+    secret: str
+
+
+class WebhookQueries(Queries):
+    """The part of the store that keeps webhooks."""
+
+    def create(self, url: str, events: Sequence[str]) -> NewSecret:
+        """Make a webhook. Raises Conflict where the tenant has too many."""
+        secret = _new_secret()
+        with writing(self._engine) as session:
+            count = select(func.count()).select_from(Webhook).where(Webhook.tenant == self.tenant)
+            if session.execute(count).scalar_one() >= MAX_WEBHOOKS:
+                raise Conflict(f"There are {MAX_WEBHOOKS} webhooks already: delete one first.")
+            seconds = session.execute(select(now())).scalar_one()
+            webhook_id = f"wh_{int(seconds * 1000):012x}{secrets.token_hex(10)}"
+            session.execute(
+                insert(Webhook).values(
+                    id=webhook_id,
+                    tenant=self.tenant,
+                    url=url,
+                    events=list(events),
+                    enabled=True,
+                    secret=secret,
+                    created_at=now(),
+                )
+            )
+            return NewSecret(session.get_one(Webhook, webhook_id), secret)
+
+    def get(self, webhook_id: str) -> Webhook:
+        """One webhook. Raises WebhookNotFound."""
+        with reading(self._engine) as session:
+            return self._own_webhook(session, webhook_id)
+
+    def page(self, *, limit: int, after: str | None = None) -> Sequence[Webhook]:
+        """A page of webhooks, the newest first; `after` is the id that the last page ended with."""
+        query = select(Webhook).where(Webhook.tenant == self.tenant)
+        if after is not None:
+            query = query.where(Webhook.id < after)
+        with reading(self._engine) as session:
+            return session.scalars(query.order_by(Webhook.id.desc()).limit(limit)).all()
+
+    def update(self, webhook_id: str, changes: dict[str, Any]) -> Webhook:
+        """Change `url`, `events` or `enabled`: what waits when it is switched off is dropped."""
+        with writing(self._engine) as session:
+            webhook = self._own_webhook(session, webhook_id, lock=True)
+            if changes.get("enabled") is True:
+                changes = {**changes, "disabled_reason": None}
+            if changes.get("enabled") is False:
+                switch_off(session, webhook_id, "by_owner")
+            if changes:
+                session.execute(update(Webhook).where(Webhook.id == webhook_id).values(changes))
+            session.refresh(webhook)
+            return webhook
+
+    def rotate_secret(self, webhook_id: str, keep_old_seconds: float) -> NewSecret:
+        """Make a new secret; the one that it replaces signs too for a while. Raises WebhookNotFound."""
+        secret = _new_secret()
+        with writing(self._engine) as session:
+            webhook = self._own_webhook(session, webhook_id, lock=True)
+            values: dict[str, Any] = {
+                "secret": secret,
+                "old_secret": webhook.secret,
+                "old_secret_until": now() + keep_old_seconds,
+            }
+            if not keep_old_seconds:
+                values |= {"old_secret": None, "old_secret_until": None}
+            session.execute(update(Webhook).where(Webhook.id == webhook_id).values(values))
+            session.refresh(webhook)
+            return NewSecret(webhook, secret)
+
+    def delete(self, webhook_id: str) -> None:
+        """Forget a webhook and its deliveries. Raises WebhookNotFound."""
+        with writing(self._engine) as session:
+            self._own_webhook(session, webhook_id, lock=True)
+            session.execute(delete(Webhook).where(Webhook.id == webhook_id))
+
+    def ping(self, webhook_id: str) -> Delivery:
+        """Have a test event delivered. Raises WebhookNotFound, and Conflict where the webhook is off."""
+        with writing(self._engine) as session:
+            if not self._own_webhook(session, webhook_id, lock=True).enabled:
+                raise Conflict("The webhook is switched off: enable it first.")
+            return session.get_one(Delivery, insert_delivery(session, webhook_id, PING, webhook_id))
+
+    def deliveries_page(self, webhook_id: str, *, limit: int, after: str | None = None) -> Sequence[Delivery]:
+        """A page of a webhook's deliveries, the newest first. Raises WebhookNotFound."""
+        query = select(Delivery).where(Delivery.webhook_id == webhook_id)
+        if after is not None:
+            query = query.where(Delivery.id < after)
+        with reading(self._engine) as session:
+            self._own_webhook(session, webhook_id)
+            return session.scalars(query.order_by(Delivery.id.desc()).limit(limit)).all()
+
+    def _own_webhook(self, session: Session, webhook_id: str, *, lock: bool = False) -> Webhook:
+        query = select(Webhook).where(Webhook.id == webhook_id, Webhook.tenant == self.tenant)
+        found = session.scalars(query.with_for_update() if lock else query).one_or_none()
+        if found is None:
+            raise WebhookNotFound(f"There is no webhook {webhook_id!r}.")
+        return found
+
+
+def switch_off(session: Session, webhook_id: str, reason: str) -> None:
+    """Send nothing more to a webhook; what waits for it is dropped. Its row comes first: so do all who lock both."""
+    off = update(Webhook).where(Webhook.id == webhook_id)
+    session.execute(off.values(enabled=False, disabled_reason=reason))
+    waiting = update(Delivery).where(Delivery.webhook_id == webhook_id, Delivery.status.in_(("pending", "sending")))
+    session.execute(waiting.values(status="failed", last_error="webhook_off", ended_at=now()))
+
+
+def _new_secret() -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()

@@ -1,0 +1,35 @@
+"""Base classes and types of values that cross the wire."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+class Wire(BaseModel):
+    """A value that crosses the wire."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Identified(Wire):
+    """One that has a name of its own, by which a list goes on."""
+
+    id: str
+
+
+def _storable(text: str) -> str:
+    if "\x00" in text:
+        raise ValueError("holds a NUL character, which cannot be stored: remove it")
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("holds half of a surrogate pair, which is not valid Unicode: remove it")
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is blank: say what to answer, or leave the message out")
+    return text
+
+
+StoredText = Annotated[str, AfterValidator(_storable)]
+SaidText = Annotated[StoredText, AfterValidator(_not_blank)]

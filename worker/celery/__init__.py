@@ -1,0 +1,1 @@
+"""Everything that tames Celery and Flower."""

@@ -1,0 +1,80 @@
+"""Flower, the live view of the workers: `python -m worker.celery.flower`.
+
+It sees Celery's messages, which hold a job's id and nothing else. It only looks: nothing can be changed with it. With a
+password set, nothing but its health check answers without it; the password never stands in the process list.
+"""
+
+import logging
+import signal
+import sys
+
+import tornado.ioloop
+from flower.app import Flower
+from flower.options import options
+from flower.urls import settings
+from flower.views.monitor import Metrics
+from pydantic import ValidationError
+from tornado.web import authenticated
+
+from tpo.broker import MAINTENANCE_QUEUE
+from tpo.settings import Settings, explained
+from tpo.settings import settings as read_settings
+from tpo.signals import stop_signals
+from worker import logs
+from worker.celery.app import make_app
+
+_MAX_TASKS = 10_000
+_FORGET_SECONDS = 600
+
+
+class _GuardedMetrics(Metrics):  # type: ignore[misc]
+    """Flower leaves its metrics open to those without its password; ours are not."""
+
+    @authenticated
+    async def get(self) -> None:
+        await super().get()
+
+
+def make_flower(configured: Settings) -> Flower:
+    """Flower as these settings want it. Nothing is started yet."""
+    options.address = configured.flower_host
+    options.port = configured.flower_port
+    options.read_only = True
+    options.max_tasks = _MAX_TASKS
+    options.purge_offline_workers = _FORGET_SECONDS
+    auth = configured.flower_basic_auth
+    options.basic_auth = [auth.get_secret_value()] if auth else []
+    app = make_app(configured, MAINTENANCE_QUEUE)
+    view = Flower(capp=app, options=options, **settings)
+    view.add_handlers(".*", [(r"/metrics", _GuardedMetrics)])
+    return view
+
+
+def main() -> int:
+    """Serve until somebody asks for the end. Gives the exit code."""
+    logs.configure()
+    try:
+        configured = read_settings()
+    except ValidationError as error:
+        print(explained(error), file=sys.stderr)
+        return 2
+    logging.getLogger("tornado.access").setLevel(logging.WARNING)
+    view = make_flower(configured)
+
+    def stop(_number: int, _frame: object) -> None:
+        tornado.ioloop.IOLoop.current().add_callback_from_signal(view.stop)
+
+    for number in stop_signals():
+        signal.signal(number, stop)
+    try:
+        view.start_http_server()
+    except OSError as error:
+        logs.log.error("Flower cannot listen on port %d: %s", options.port, error.strerror)
+        return 1
+    logs.log.info("Flower listens on http://%s:%d", options.address, options.port)
+    view.start()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
