@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from api.app import create_app
-from api.streaming.broadcaster import Feed
+from api.streaming.broadcaster import EventBroadcaster
 from tpo.core.errors import TPOError
 from tpo.settings import Settings, explained, settings
 
@@ -28,7 +28,7 @@ _GRACE_SECONDS = 5
 class _Server(uvicorn.Server):
     """Ends in a bounded time, also while streams are open or a thread waits for a database that hangs."""
 
-    def __init__(self, config: uvicorn.Config, feed: Feed) -> None:
+    def __init__(self, config: uvicorn.Config, feed: EventBroadcaster) -> None:
         super().__init__(config)
         self._feed = feed
         self._loop = asyncio.get_running_loop()

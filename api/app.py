@@ -10,12 +10,12 @@ from fastapi_offline import FastAPIOffline
 import tpo
 from api import errors
 from api.metrics import Metrics
-from api.middleware import Envelope
+from api.middleware import RequestMiddleware
 from api.openapi.document import openapi_document
 from api.routes import batches, chat_completions, events, files, health, job_actions, jobs, models, responses, webhooks
-from api.streaming.broadcaster import Feed
-from tpo.broker import Doorbell
-from tpo.core.errors import DatabaseRefused, StoreUnavailable
+from api.streaming.broadcaster import EventBroadcaster
+from tpo.broker import JobNotifier
+from tpo.core.errors import DatabaseRefusedError, StoreUnavailableError
 from tpo.db import connect, schema
 from tpo.settings import Settings
 from tpo.settings import settings as environment
@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.metrics = Metrics()
-    app.add_middleware(Envelope, settings=settings)
+    app.add_middleware(RequestMiddleware, settings=settings)
     errors.install(app)
     ours = (jobs.router, job_actions.router, events.router, webhooks.router, models.router, health.router)
     for router in (*ours, responses.router, chat_completions.router, files.router, batches.router):
@@ -57,23 +57,23 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Hold the database and the doorbell while the server runs. Raises DatabaseRefused, SchemaOutOfDate."""
+    """Hold the database and the notifier while the server runs. Raises DatabaseRefusedError, SchemaOutOfDateError."""
     settings: Settings = app.state.settings
     engine = connect(settings.database_url.get_secret_value())
-    doorbell = Doorbell(settings.broker_url.get_secret_value())
+    notifier = JobNotifier(settings.broker_url.get_secret_value())
     try:
         schema.check(engine)
-    except DatabaseRefused:
+    except DatabaseRefusedError:
         raise
-    except StoreUnavailable as error:
+    except StoreUnavailableError as error:
         logger.warning("requests are answered with 503 until that has passed: %s", error)
     app.state.store = Store(engine)
-    app.state.doorbell = doorbell
-    feed = Feed(app.state.store)
+    app.state.notifier = notifier
+    feed = EventBroadcaster(app.state.store)
     app.state.feed = feed
     try:
         async with feed.running():
             yield
     finally:
-        doorbell.close()
+        notifier.close()
         engine.dispose()

@@ -16,7 +16,7 @@ _REMEMBER_SECONDS = 5.0
 _REMEMBER_KEYS = 10_000
 
 
-class Doorkeeper:
+class Authenticator:
     """Knows the keys of one process's clients. For its event loop alone."""
 
     def __init__(self, settings: Settings) -> None:
@@ -26,7 +26,7 @@ class Doorkeeper:
         self._open_until = 0.0
 
     async def tenant(self, store: Store, authorization: str) -> str | None:
-        """The tenant of a request by its Authorization header; None where it is nobody's. Raises StoreUnavailable."""
+        """Return the tenant of a request by its Authorization header, or None. Raises StoreUnavailableError."""
         if not self._always and await self._open(store):
             return DEFAULT_TENANT
         scheme, _, key = authorization.partition(" ")

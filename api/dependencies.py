@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from api.schemas.jobs import JOB_ID
-from api.streaming.broadcaster import Feed
-from tpo.broker import Doorbell
-from tpo.core.errors import InvalidInput, JobNotFound, NotFound
+from api.streaming.broadcaster import EventBroadcaster
+from tpo.broker import JobNotifier
+from tpo.core.errors import InvalidInputError, JobNotFoundError, NotFoundError
 from tpo.jobs.submission import Served
 from tpo.jobs.tables import Worker
 from tpo.settings import Settings
@@ -33,14 +33,14 @@ async def _store(request: Request) -> Store:
     return store.for_tenant(request.state.tenant)
 
 
-async def _feed(request: Request) -> Feed:
-    feed: Feed = request.app.state.feed
+async def _feed(request: Request) -> EventBroadcaster:
+    feed: EventBroadcaster = request.app.state.feed
     return feed
 
 
-async def _doorbell(request: Request) -> Doorbell:
-    doorbell: Doorbell = request.app.state.doorbell
-    return doorbell
+async def _notifier(request: Request) -> JobNotifier:
+    notifier: JobNotifier = request.app.state.notifier
+    return notifier
 
 
 async def _settings(request: Request) -> Settings:
@@ -51,11 +51,11 @@ async def _settings(request: Request) -> Settings:
 async def _job_id(job_id: str) -> str:
     # What cannot be an id is not asked of the database, which would choke on some of it.
     if not re.fullmatch(JOB_ID, job_id):
-        raise JobNotFound("There is no job with this id.")
+        raise JobNotFoundError("There is no job with this id.")
     return job_id
 
 
-def sane_id(given: str, missing: NotFound) -> str:
+def printable_id(given: str, missing: NotFoundError) -> str:
     """An id from an address that a database can be asked for. Raises `missing` of all others."""
     if not given.isascii() or not given.isprintable():
         raise missing
@@ -64,7 +64,7 @@ def sane_id(given: str, missing: NotFound) -> str:
 
 async def _refuse_query(request: Request) -> None:
     for name in request.query_params:
-        raise InvalidInput(f"{name}: is not a known parameter; this address takes none.", name)
+        raise InvalidInputError(f"{name}: is not a known parameter; this address takes none.", name)
 
 
 TenantDep = Annotated[str, Depends(_tenant)]
@@ -76,8 +76,8 @@ StoreDep = Annotated[Store, Depends(_store)]
 ServerStoreDep = Annotated[Store, Depends(_server_store)]
 """The store for routes that need no key."""
 
-FeedDep = Annotated[Feed, Depends(_feed)]
-DoorbellDep = Annotated[Doorbell, Depends(_doorbell)]
+BroadcasterDep = Annotated[EventBroadcaster, Depends(_feed)]
+NotifierDep = Annotated[JobNotifier, Depends(_notifier)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobId = Annotated[str, Depends(_job_id)]
 
@@ -86,10 +86,10 @@ NoQuery = Depends(_refuse_query)
 
 
 def live_workers(store: Store, settings: Settings) -> Sequence[Worker]:
-    """The workers that live: one that was silent for two leases does not. Raises StoreUnavailable."""
-    return store.workers.live(2 * settings.lease_seconds)
+    """The workers that live: one that was silent for two leases does not. Raises StoreUnavailableError."""
+    return store.workers.live(settings.worker_timeout_seconds)
 
 
 def live_pairs(store: Store, settings: Settings) -> list[Served]:
-    """The policies and reward models that can be asked for together now. Raises StoreUnavailable."""
+    """The policies and reward models that can be asked for together now. Raises StoreUnavailableError."""
     return [Served(w.model, w.reward_model) for w in live_workers(store, settings)]

@@ -16,16 +16,7 @@ from starlette.types import Scope
 
 from api import schemas
 from tpo import validation_messages
-from tpo.core.errors import (
-    Conflict,
-    InvalidInput,
-    JobNotFound,
-    NotFound,
-    QuotaExceeded,
-    SameKeyOtherBody,
-    StoreUnavailable,
-    frames,
-)
+from tpo.core.errors import QuotaExceededError, TPOError, frames
 
 logger = logging.getLogger("api")
 
@@ -100,22 +91,28 @@ def told(
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of this tree, of the framework, and of what nobody thought of."""
+    """Answer the library's errors and the framework's as problems (RFC 9457)."""
     app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(InvalidInput, _invalid_input)
-    app.add_exception_handler(JobNotFound, _job_not_found)
-    app.add_exception_handler(NotFound, _not_found)
-    app.add_exception_handler(Conflict, _conflict)
-    app.add_exception_handler(SameKeyOtherBody, _same_key_other_body)
-    app.add_exception_handler(QuotaExceeded, _quota_exceeded)
-    app.add_exception_handler(StoreUnavailable, _store_unavailable)
+    app.add_exception_handler(TPOError, _library_error)
     app.add_exception_handler(HTTPException, _http)
 
 
-def database_unavailable(scope: Scope, error: Exception) -> JSONResponse:
-    """The answer while the database is away."""
-    logger.warning("request %s: %s", scope["state"]["request_id"], error)
-    return problem(scope, 503, detail=f"{error} Nothing was changed.", code="database_unavailable")
+def error_response(scope: Scope, error: TPOError) -> JSONResponse:
+    """Return the answer to one of the library's errors, by its class attributes."""
+    request_id = scope["state"]["request_id"]
+    if error.status == 500:
+        log_unexpected(error, request_id)
+        return problem(scope, 500)
+    detail, headers = str(error), None
+    if error.status == 503:
+        logger.warning("request %s: %s", request_id, error)
+        detail = f"{error} Nothing was changed."
+    if isinstance(error, QuotaExceededError):
+        headers = {
+            "retry-after": str(max(1, math.ceil(error.retry_after))),
+            **rate_limit_headers(error.limit, error.remaining, error.reset),
+        }
+    return problem(scope, error.status, detail=detail, code=error.code, param=error.param, headers=headers)
 
 
 def rate_limit_headers(limit: int, remaining: int, reset: float) -> dict[str, str]:
@@ -149,40 +146,8 @@ async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     return problem(request.scope, 422, detail=str(told), code=told.code, param=told.param)
 
 
-async def _invalid_input(request: Request, error: Exception) -> JSONResponse:
-    known = error if isinstance(error, InvalidInput) else InvalidInput(str(error))
-    return problem(request.scope, 422, detail=str(known), code=known.code, param=known.param)
-
-
-async def _not_found(request: Request, error: Exception) -> JSONResponse:
-    code = error.code if isinstance(error, NotFound) else None
-    return problem(request.scope, 404, detail=str(error), code=code)
-
-
-async def _job_not_found(request: Request, error: Exception) -> JSONResponse:
-    return problem(request.scope, 404, detail=str(error), code="job_not_found")
-
-
-async def _conflict(request: Request, error: Exception) -> JSONResponse:
-    return problem(request.scope, 409, detail=str(error), code=getattr(error, "code", None))
-
-
-async def _same_key_other_body(request: Request, error: Exception) -> JSONResponse:
-    return problem(request.scope, 422, detail=str(error), code=SameKeyOtherBody.code, param="Idempotency-Key")
-
-
-async def _quota_exceeded(request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, QuotaExceeded):
-        return problem(request.scope, 429)
-    headers = {
-        "retry-after": str(max(1, math.ceil(error.retry_after))),
-        **rate_limit_headers(error.limit, error.remaining, error.reset),
-    }
-    return problem(request.scope, 429, detail=str(error), code=error.code, headers=headers)
-
-
-async def _store_unavailable(request: Request, error: Exception) -> JSONResponse:
-    return database_unavailable(request.scope, error)
+async def _library_error(request: Request, error: Exception) -> JSONResponse:
+    return error_response(request.scope, cast(TPOError, error))
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

@@ -7,9 +7,9 @@ from typing import Any
 
 from fastapi import Request
 
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 from tpo.settings import Settings
-from tpo.tenants.idempotency import Once
+from tpo.tenants.idempotency import IdempotencyRequest
 
 REPLAYED = {"idempotent-replayed": "true"}
 """The header of an answer to a request that was said before."""
@@ -17,11 +17,14 @@ REPLAYED = {"idempotent-replayed": "true"}
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
 
-def once(request: Request, settings: Settings, said: Any) -> Once:
-    """The name of a request: its Idempotency-Key, and a hash of its path and of what it says. Raises InvalidInput."""
+def once(request: Request, settings: Settings, said: Any) -> IdempotencyRequest:
+    """Return the idempotency identity of a request: its Idempotency-Key, and a hash of its path and body.
+
+    Raises InvalidInputError.
+    """
     key = request.headers.get("idempotency-key")
     if key is not None and not _KEY.fullmatch(key):
-        raise InvalidInput("Idempotency-Key: must be 1 to 255 printable ASCII characters.", "Idempotency-Key")
+        raise InvalidInputError("Idempotency-Key: must be 1 to 255 printable ASCII characters.", "Idempotency-Key")
     whole = json.dumps([request.url.path, said], sort_keys=True, allow_nan=False)
     fingerprint = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
-    return Once(fingerprint, key, settings.idempotency_hours * 3600)
+    return IdempotencyRequest(fingerprint, key, settings.idempotency_hours * 3600)

@@ -13,9 +13,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import Doorkeeper
-from api.errors import database_unavailable, log_unexpected, problem
-from tpo.core.errors import StoreUnavailable
+from api.auth import Authenticator
+from api.errors import error_response, log_unexpected, problem
+from tpo.core.errors import StoreUnavailableError
 from tpo.settings import Settings
 
 access_log = logging.getLogger("api.access")
@@ -30,12 +30,12 @@ _CLOSE = {"connection": "close"}
 """A refused body may go on for ever: nobody reads it to its end to use the connection again."""
 
 
-class Envelope:
+class RequestMiddleware:
     """The outermost layer of the application."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._doorkeeper = Doorkeeper(settings)
+        self._doorkeeper = Authenticator(settings)
         self._max_body_bytes = settings.max_body_bytes
         self._max_upload_bytes = settings.max_file_bytes + _FORM_BYTES
 
@@ -79,8 +79,8 @@ class Envelope:
         if scope["path"].startswith(PROTECTED):
             try:
                 tenant = await self._doorkeeper.tenant(scope["app"].state.store, headers.get("authorization", ""))
-            except StoreUnavailable as error:
-                await database_unavailable(scope, error)(scope, receive, send)
+            except StoreUnavailableError as error:
+                await error_response(scope, error)(scope, receive, send)
                 return
             if tenant is None:
                 refusal = problem(

@@ -9,8 +9,8 @@ from fastapi import Depends, Request, Response
 from api.dependencies import live_pairs
 from api.errors import rate_limit_headers
 from api.idempotency import REPLAYED, once
-from tpo.broker import Doorbell
-from tpo.core.errors import QueueUnavailable
+from tpo.broker import JobNotifier
+from tpo.core.errors import BrokerUnavailableError
 from tpo.core.state import State
 from tpo.jobs.requests import Submitted
 from tpo.jobs.submission import Submit, served, to_state
@@ -26,18 +26,18 @@ class Submitter:
     """Takes submissions of one request."""
 
     def __init__(
-        self, store: Store, doorbell: Doorbell, settings: Settings, request: Request, response: Response
+        self, store: Store, notifier: JobNotifier, settings: Settings, request: Request, response: Response
     ) -> None:
         self._store = store
-        self._doorbell = doorbell
+        self._notifier = notifier
         self._settings = settings
         self._request = request
         self._headers = response.headers
 
     def submit(self, body: Submit) -> Job:
-        """Commit a job and ring for it. Once this returns, the job survives any crash.
+        """Commit a job and ring for it. IdempotencyRequest this returns, the job survives any crash.
 
-        Raises SameKeyOtherBody, ExternalIdTaken, QuotaExceeded.
+        Raises IdempotencyConflictError, ExternalIdTakenError, QuotaExceededError.
         """
         settings = self._settings
         model, reward_model = served(body, settings, lambda: live_pairs(self._store, settings))
@@ -70,11 +70,11 @@ class Submitter:
         )
         return self.made(made)
 
-    def ring(self, job: Job) -> None:
+    def notify(self, job: Job) -> None:
         """Ring for a job; where that cannot be done now, the sweeper does it."""
         try:
-            self._doorbell.ring(job.id, job.model)
-        except QueueUnavailable as error:
+            self._notifier.notify_job(job.id, job.model)
+        except BrokerUnavailableError as error:
             request_id = self._request.state.request_id
             logger.warning("request %s: the sweeper will ring for %s: %s", request_id, job.id, error)
 
@@ -86,7 +86,7 @@ class Submitter:
     def made(self, made: Submitted) -> Job:
         """Ring for a new job, and tell with the answer's headers what became of the request."""
         if made.new:
-            self.ring(made.job)
+            self.notify(made.job)
         else:
             self._headers.update(REPLAYED)
         if made.room:
@@ -97,7 +97,7 @@ class Submitter:
 async def _submitter(request: Request, response: Response) -> Submitter:
     # Not of other dependencies: each one that FastAPI looks through costs as much as a look into the database's cache.
     held = request.app.state
-    return Submitter(held.store.for_tenant(request.state.tenant), held.doorbell, held.settings, request, response)
+    return Submitter(held.store.for_tenant(request.state.tenant), held.notifier, held.settings, request, response)
 
 
 SubmitterDep = Annotated[Submitter, Depends(_submitter)]

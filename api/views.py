@@ -1,7 +1,7 @@
 """Rows and states as the wire shows them."""
 
 from api import schemas
-from tpo.core.loop import Standing, standing
+from tpo.core.loop import Position, locate
 from tpo.core.state import Candidate, Message, Params, State
 from tpo.core.state import Usage as StateUsage
 from tpo.core.status import TERMINAL
@@ -50,7 +50,7 @@ def job(row: tables.Job, settings: Settings) -> schemas.Job:
                 input_tokens=row.input_tokens,
                 output_tokens=row.output_tokens,
                 reward_tokens=row.reward_tokens,
-                gpu_seconds=row.call_seconds,
+                model_seconds=row.model_seconds,
             )
         ),
     )
@@ -71,7 +71,7 @@ def _estimated_finish(row: tables.Job, params: Params) -> int | None:
         done = len(_PHASES) + len(_LATER_PHASES) * (row.iteration - 1) + _LATER_PHASES.index(row.phase)
     if row.source_id is not None or not done:
         return None  # the calls of another job were not counted here
-    return int(row.progressed_at + row.call_seconds / done * (total - done))
+    return int(row.progressed_at + row.model_seconds / done * (total - done))
 
 
 def _expires_at(row: tables.Job, settings: Settings) -> int | None:
@@ -94,13 +94,13 @@ def candidates(state: State) -> schemas.CandidateList:
 
 def iterations(row: tables.Job, state: State) -> schemas.IterationList:
     """All iterations that have begun, the first sampling as number 0."""
-    where = standing(state)
+    where = locate(state)
     last = max([len(state.iterations), *(c.iteration for c in state.candidates)])
     begun = range(last + 1) if state.calls or state.candidates else range(0)
     return schemas.IterationList(data=[_iteration(state, n, where, row.status in TERMINAL) for n in begun])
 
 
-def _iteration(state: State, number: int, where: Standing, ended: bool) -> schemas.Iteration:
+def _iteration(state: State, number: int, where: Position, ended: bool) -> schemas.Iteration:
     record = state.iterations[number - 1] if number else None
     complete = number < where.complete
     rewards = [c.reward for c in state.pool if c.iteration <= number and c.reward is not None]
@@ -111,8 +111,8 @@ def _iteration(state: State, number: int, where: Standing, ended: bool) -> schem
         phase=None if complete or ended else where.phase,
         chosen=_shown(state, record.chosen) if record else None,
         rejected=_shown(state, record.rejected) if record and record.rejected else None,
-        textual_loss=record.loss.text if record and record.loss else None,
-        textual_gradient=record.gradient.text if record and record.gradient else None,
+        critique=record.critique.text if record and record.critique else None,
+        gradient=record.gradient.text if record and record.gradient else None,
         candidates=[
             schemas.CandidateSummary(id=c.id, reward=c.reward, unusable=c.unusable) for c in state.of_iteration(number)
         ],
@@ -127,7 +127,7 @@ def _iteration(state: State, number: int, where: Standing, ended: bool) -> schem
 
 def _why_no_candidate(state: State, number: int) -> schemas.NoCandidate | None:
     record = state.iterations[number - 1] if number else None
-    if record and not (record.loss and record.loss.text):
+    if record and not (record.critique and record.critique.text):
         return "blank_textual_loss"
     if record and not (record.gradient and record.gradient.text):
         return "blank_textual_gradient"

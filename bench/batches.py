@@ -58,7 +58,7 @@ def measure(system: System, folder: Path, count: int, *, ingest_only: bool) -> N
     maintenance = system.maintenance(batch_jobs=count if ingest_only else 100, max_batch_lines=count)
     pids = {"maintenance": maintenance.pid}
     if not ingest_only:
-        pids["worker"] = system.worker(scripted_latency=0, slots=16).pid
+        pids["worker"] = system.worker(scripted_latency=0, concurrency=16).pid
     with (
         serving(system) as (port, pid),
         httpx.Client(base_url=f"http://127.0.0.1:{port}/v1", timeout=UPLOAD_SECONDS) as client,

@@ -88,7 +88,7 @@ def table(singles: Sequence[Timing], crowd: Sequence[Timing], single_wall: float
         share_b = b / statistics.mean(t.wall for t in crowd)
         lines.append(f"| {name} | {a:.3f} s | {share_a:.1%} | {b:.3f} s | {share_b:.1%} |")
 
-    for kind in ("sample", "loss", "gradient", "update", "score"):
+    for kind in ("sample", "critique", "gradient", "update", "score"):
         row(f"model: {kind}", [t.of(kind) for t in singles], [t.of(kind) for t in crowd])
     row("waiting for a worker", [t.waited for t in singles], [t.waited for t in crowd])
     row("queue, database, events", [t.ours for t in singles], [t.ours for t in crowd])
@@ -106,7 +106,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tpo-bench-") as folder:
         database_url = arguments.database_url or f"sqlite:///{folder}/tpo.db"
         with (
-            temporary_stack(Path(folder), {"TPO_DATABASE_URL": database_url, "TPO_SLOTS": str(AT_ONCE)}) as stack,
+            temporary_stack(Path(folder), {"TPO_DATABASE_URL": database_url, "TPO_CONCURRENCY": str(AT_ONCE)}) as stack,
             httpx.Client(base_url=stack.facts["api"], timeout=30) as client,
         ):
             submit_and_wait(client, 1)  # the first job warms the models up

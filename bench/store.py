@@ -19,16 +19,17 @@ from pathlib import Path
 
 from sqlalchemy import Engine, text
 
-from testing.fakes import FakeReward, step
+from testing.fakes import FakeReward, make_step
 from testing.jobs import claim_one
 from testing.seeding import CANDIDATES, SERVES, Filled, fill, new_job, policy
 from testing.services import new_database, postgres_server
+from tpo.core.loop import pending
 from tpo.core.state import State
 from tpo.db import connect, schema
 from tpo.jobs.leases import Lease
 from tpo.jobs.outcomes import Outcome
 from tpo.store import Store
-from tpo.tenants.idempotency import Once
+from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
 
 SMALL = 1000
@@ -68,7 +69,7 @@ class Subject:
 
     def submitted(self) -> str:
         """A new job, as a client asks for it: named by a key, and counted."""
-        once = Once(fingerprint="hash", key=secrets.token_hex(16), keep_seconds=KEY_SECONDS)
+        once = IdempotencyRequest(fingerprint="hash", key=secrets.token_hex(16), keep_seconds=KEY_SECONDS)
         metadata = {"run": self.filled.run}
         state = new_job()
         return self.store.jobs.submit(state, once=once, max_attempts=3, metadata=metadata, **SERVES).job.id
@@ -91,10 +92,11 @@ def whole_job(subject: Subject) -> None:
         raise SystemExit("nobody is in line")
     subject.store.leases.release(first.lease)
     lease, state = subject.claimed(job_id)
-    while (after := step(state, policy(), FakeReward())) is not state:
+    while pending(state):
+        made = make_step(state, policy(), FakeReward())
         with subject.timed("checkpoint"):
-            subject.store.leases.checkpoint(lease, state, after)
-        state = after
+            subject.store.leases.checkpoint(lease, made)
+        state = made.after
     with subject.timed("finish"):
         subject.store.leases.finish(lease, Outcome("completed", output="Draft"))
 
@@ -148,9 +150,9 @@ def sweep(subject: Subject) -> None:
     """A sweep that has as much to do in both."""
     lost = [subject.claimed(subject.submitted(), seconds=-1)[0].job_id for _ in range(LOST)]
     with subject.timed(f"sweep: {LOST} lost"):
-        subject.store.maintenance.sweep(ring_again_seconds=KEY_SECONDS, forget_worker_seconds=60)
+        subject.store.maintenance.sweep(renotify_seconds=KEY_SECONDS, forget_worker_seconds=60)
     with subject.timed("sweep: nothing to do"):
-        subject.store.maintenance.sweep(ring_again_seconds=KEY_SECONDS, forget_worker_seconds=60)
+        subject.store.maintenance.sweep(renotify_seconds=KEY_SECONDS, forget_worker_seconds=60)
     for job_id in lost:
         if subject.store.jobs.cancel(job_id).attempt != 1:
             raise SystemExit(f"{job_id} was not lost")

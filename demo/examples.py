@@ -65,11 +65,11 @@ def make_example(source: random.Random, role: str | None = None) -> Example:
     said = grammar.critique_text(critique, facts, compared)
     if role == "compare":
         texts = {"query": facts.query, "chosen": chosen.text, "rejected": rejected.text}
-        return Example(role, prompt("loss", **texts), said)
+        return Example(role, prompt("critique", **texts), said)
     if role == "review":
-        return Example(role, prompt("loss", query=facts.query, chosen=chosen.text), said)
+        return Example(role, prompt("critique", query=facts.query, chosen=chosen.text), said)
     if role == "suggest":
-        return Example(role, prompt("gradient", loss=said), grammar.suggestions_text(critique.suggested, facts))
+        return Example(role, prompt("gradient", critique=said), grammar.suggestions_text(critique.suggested, facts))
     return _update(source, facts, chosen, critique.suggested)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from tpo.core.errors import NoUsableSample
-from tpo.core.loop import pending, with_scores, with_texts
+from tpo.core.errors import NoUsableSampleError
+from tpo.core.loop import apply, pending
 from tpo.core.ports import Generate, Generation, Policy, RewardModel, Rewards, Score
 from tpo.core.prompts import load
 from tpo.core.state import Candidate, Message, Mode, Params, State
@@ -111,8 +111,7 @@ def run_arm(models: Models, arm: str, facts: Sequence[Facts], seed: int, best_of
         if arm == SILENT:
             replies = silence_gradients(list(waiting.values()), replies)
         for i, reply in zip(waiting, replies, strict=True):
-            fold = with_texts(states[i], reply) if isinstance(reply, Generation) else with_scores(states[i], reply)
-            states[i] = fold
+            states[i] = apply(states[i], waiting[i], reply)
     return [Run(i, seed, message, state) for i, (message, state) in enumerate(zip(facts, states, strict=True))]
 
 
@@ -120,7 +119,7 @@ def asked(state: State) -> Generate | Score | None:
     """The next call of an optimization; None where it has ended, or failed because no first answer can be used."""
     try:
         return pending(state)
-    except NoUsableSample:
+    except NoUsableSampleError:
         return None
 
 

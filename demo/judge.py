@@ -66,14 +66,14 @@ def criticisms(run: Run) -> list[Criticism]:
     """The critiques of a run, in order; an iteration that has none is left out."""
     return [
         Criticism(
-            claims=read_critique(iteration.loss.text, run.facts),
+            claims=read_critique(iteration.critique.text, run.facts),
             suggestions=read_suggestions(iteration.gradient.text, run.facts),
             chosen=run.state.candidate(iteration.chosen).text,
             rejected=run.state.candidate(iteration.rejected).text if iteration.rejected else None,
             facts=run.facts,
         )
         for iteration in run.state.iterations
-        if iteration.loss and iteration.gradient
+        if iteration.critique and iteration.gradient
     ]
 
 

@@ -42,7 +42,7 @@ def log_line(messages: str, way: str, run: Run) -> str:
             {
                 "chosen": iteration.chosen,
                 "rejected": iteration.rejected,
-                "critique": iteration.loss and iteration.loss.text,
+                "critique": iteration.critique and iteration.critique.text,
                 "suggestions": iteration.gradient and iteration.gradient.text,
             }
             for iteration in run.state.iterations
@@ -77,7 +77,7 @@ def transcript(number: int, run: Run) -> str:
             f"Step {iteration.number}: chosen {iteration.chosen}, rejected {iteration.rejected}.",
             "\n".join(
                 (
-                    f"- critique: {iteration.loss.text if iteration.loss else 'none'}",
+                    f"- critique: {iteration.critique.text if iteration.critique else 'none'}",
                     f"- suggestions: {iteration.gradient.text if iteration.gradient else 'none'}",
                 )
             ),

@@ -1,11 +1,13 @@
 """A policy and a reward model that answer from the request alone and remember what they were asked."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-from tpo.core.loop import pending, with_scores, with_texts
+from tpo.core.loop import Step, pending
 from tpo.core.ports import Generate, Generation, Interrupt, Rewards, Score, Text
 from tpo.core.prompts import PromptSet, load
+from tpo.core.run import run
 from tpo.core.state import Message, Params, RewardPart, State
 
 Answer = Callable[[Generate, int], Text]
@@ -76,12 +78,23 @@ def go_on() -> None:
     """An interrupt that never comes."""
 
 
+def make_step(state: State, policy: FakePolicy | None = None, reward: FakeReward | None = None) -> Step:
+    """Make the next model call of a run. The run must not have ended."""
+    made: list[Step] = []
+
+    def stop(step: Step) -> None:
+        made.append(step)
+        raise _OneStepError
+
+    with suppress(_OneStepError):
+        run(state, policy or FakePolicy(), reward or FakeReward(), stop, go_on)
+    return made[0]
+
+
 def step(state: State, policy: FakePolicy | None = None, reward: FakeReward | None = None) -> State:
-    """The state after one more model call; the same state where nothing is pending."""
-    match pending(state):
-        case Generate() as request:
-            return with_texts(state, (policy or FakePolicy()).generate(request, go_on))
-        case Score() as request:
-            return with_scores(state, (reward or FakeReward()).score(request, go_on))
-        case None:
-            return state
+    """Return the state after one more model call; the same state if nothing is pending."""
+    return state if pending(state) is None else make_step(state, policy, reward).after
+
+
+class _OneStepError(Exception):
+    """Ends a run after one step."""

@@ -5,10 +5,11 @@ from typing import Any
 from sqlalchemy import Engine, and_, insert, select, text, update
 
 from testing.fakes import FakePolicy, FakeReward, go_on, new_state
+from tpo.core.loop import Step
 from tpo.core.run import run
 from tpo.core.state import State
 from tpo.db import Base, writing
-from tpo.jobs.leases import Lease, take
+from tpo.jobs.leases import Lease, claim_job
 from tpo.jobs.tables import Job
 from tpo.store import Store
 
@@ -27,7 +28,7 @@ def claim_one(
     """Claim this job, whoever's turn it is; None where the worker cannot have it."""
     which = and_(Job.id == job_id, Job.model == model, Job.reward_model == reward_model)
     with writing(store.engine) as session:
-        return take(session, which, worker, lease_seconds)
+        return claim_job(session, which, worker, lease_seconds)
 
 
 def claim(store: Store, job_id: str, worker: str = "worker-1", seconds: float = 30.0) -> tuple[Lease, State]:
@@ -41,13 +42,10 @@ def drive(
     store: Store, lease: Lease, state: State, policy: FakePolicy | None = None, reward: FakeReward | None = None
 ) -> State:
     """Run a claimed job to the end of its iterations; the store must hold each state that is checkpointed."""
-    saved = state
 
-    def checkpoint(after: State) -> None:
-        nonlocal saved
-        store.leases.checkpoint(lease, saved, after)
-        saved = after
-        assert store.jobs.state(lease.job_id) == after
+    def checkpoint(step: Step) -> None:
+        store.leases.checkpoint(lease, step)
+        assert store.jobs.state(lease.job_id) == step.after
 
     return run(state, policy or FakePolicy(), reward or FakeReward(), checkpoint, go_on)
 
@@ -85,7 +83,7 @@ def create_many(engine: Engine, like: str, count: int, **values: Any) -> list[st
     jobs, events = (Base.metadata.tables[name] for name in ("jobs", "events"))
     with writing(engine) as session:
         found = session.execute(select(jobs).where(jobs.c.id == like)).one()
-        row = {**found._mapping, "status": "queued", "rung_at": found.created_at, **values}
+        row = {**found._mapping, "status": "queued", "queued_at": found.created_at, **values}
         event = {"number": 1, "type": "job.queued", "data": {}, "created_at": found.created_at}
         session.execute(insert(jobs), [{**row, "id": job_id} for job_id in ids])
         session.execute(insert(events), [{**event, "job_id": job_id} for job_id in ids])

@@ -18,9 +18,9 @@ from testing.ports import free_port
 from testing.services import Valkey
 from testing.waiting import HANG_SECONDS, eventually
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
-from tpo.broker import Doorbell
+from tpo.broker import JobNotifier
 from tpo.core import prompts
-from tpo.core.errors import QueueUnavailable
+from tpo.core.errors import BrokerUnavailableError
 from tpo.core.run import run
 from tpo.core.state import Message, Params, State
 from tpo.db import connect
@@ -85,11 +85,11 @@ class System:
             "TPO_REWARD_MODEL": SCRIPTED,
             "TPO_SCRIPTED_LOG": str(self.calls_log),
             "TPO_SCRIPTED_LATENCY": "0.3",
-            "TPO_SLOTS": "4",
+            "TPO_CONCURRENCY": "4",
             # A busy machine may be silent for seconds: those who want a lease to run out say so.
             "TPO_LEASE_SECONDS": "60",
             "TPO_SWEEP_SECONDS": "0.3",
-            "TPO_RING_AGAIN_SECONDS": "1",
+            "TPO_RENOTIFY_SECONDS": "1",
             "TPO_DRAIN_SECONDS": "10",
         }
         self.engine: Engine = connect(database_url)
@@ -156,15 +156,15 @@ class System:
         options = JobOptions(model=model, reward_model=reward_model, max_attempts=max_attempts, priority=priority)
         job = self.store.jobs.submit(state, **options).job
         if ring:
-            self.ring(job.id)
+            self.notify_job(job.id)
         return job.id
 
-    def ring(self, job_id: str) -> None:
+    def notify_job(self, job_id: str) -> None:
         """Ring for a job; a broker that is down is no error."""
-        doorbell = Doorbell(self.broker.url)
-        with contextlib.suppress(QueueUnavailable):
-            doorbell.ring(job_id, self.environment["TPO_POLICY"])
-        doorbell.close()
+        notifier = JobNotifier(self.broker.url)
+        with contextlib.suppress(BrokerUnavailableError):
+            notifier.notify_job(job_id, self.environment["TPO_POLICY"])
+        notifier.close()
 
     def wait_for_end(self, job_id: str) -> Job:
         """The job when it is in a terminal state."""

@@ -6,6 +6,7 @@ The copies have every column that the store writes, so that whatever reads a job
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypedDict
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event, text
@@ -119,14 +120,8 @@ def _ended(store: Store) -> str:
     claimed = claim_one(store, job_id, "template", 3600, **SERVES)
     if claimed is None:
         raise SystemExit("the template could not be claimed")
-    lease, saved = claimed
-
-    def checkpoint(after: State) -> None:
-        nonlocal saved
-        store.leases.checkpoint(lease, saved, after)
-        saved = after
-
-    final = run(saved, policy(), FakeReward(), checkpoint, go_on)
+    lease, state = claimed
+    final = run(state, policy(), FakeReward(), partial(store.leases.checkpoint, lease), go_on)
     store.leases.finish(lease, Outcome("completed", output=final.best.text if final.best else None))
     return job_id
 

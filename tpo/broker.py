@@ -1,4 +1,4 @@
-"""The doorbell: the names that API and workers share, and how to ring.
+"""The notifier: the names that API and workers share, and how to ring.
 
 A message holds the id of a job, a batch or a delivery, and nothing else. It may be lost or come twice: the database is
 the truth, and the sweeper rings again. A job's message says that it waits, and no more: whose turn it is, the worker
@@ -25,13 +25,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 
-from tpo.core.errors import QueueUnavailable, causes
+from tpo.core.errors import BrokerUnavailableError, causes
 
 RUN_JOB = "tpo.run_job"
 SWEEP = "tpo.sweep"
-RING_BATCHES = "tpo.ring_batches"
+NOTIFY_BATCHES = "tpo.ring_batches"
 ADVANCE_BATCH = "tpo.advance_batch"
-RING_WEBHOOKS = "tpo.ring_webhooks"
+NOTIFY_WEBHOOKS = "tpo.ring_webhooks"
 DELIVER_WEBHOOK = "tpo.deliver_webhook"
 PURGE = "tpo.purge"
 MAINTENANCE_QUEUE = "tpo.maintenance"
@@ -39,7 +39,7 @@ MAINTENANCE_QUEUE = "tpo.maintenance"
 BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2}
 """A broker that hangs blocks a producer for over 40 s without these (measured with celery 5.7.0)."""
 
-ENOUGH_BELLS = 32
+MAX_QUEUED_WAKEUPS = 32
 """As many doorbells that nobody has answered wake as many slots, and each that claims a job rings for the next one."""
 
 
@@ -51,29 +51,29 @@ _REASONS: dict[type[Exception], str] = {
 }
 
 
-def unavailable(error: BaseException) -> QueueUnavailable:
+def unavailable(error: BaseException) -> BrokerUnavailableError:
     """What an error of the broker means, in our own words: its own may quote a command."""
     for cause in causes(error):
         for kind, why in _REASONS.items():
             if isinstance(cause, kind):
-                return QueueUnavailable(why)
+                return BrokerUnavailableError(why)
         if isinstance(cause, ResponseError) and "DB index" in str(cause):
-            return QueueUnavailable("The broker has no database of the number in TPO_BROKER_URL.")
-    return QueueUnavailable()
+            return BrokerUnavailableError("The broker has no database of the number in TPO_BROKER_URL.")
+    return BrokerUnavailableError()
 
 
-def queue_of(model: str) -> str:
+def queue_name(model: str) -> str:
     """The queue of the workers that serve a policy: its name where that can be one, else a name that no other has."""
     plain = re.sub(r"[^A-Za-z0-9.-]+", "_", model)
     mark = "" if plain == model else "-" + hashlib.blake2b(model.encode(), digest_size=4).hexdigest()
     return f"tpo.jobs.{plain}{mark}"
 
 
-class Doorbell:
+class JobNotifier:
     """Rings for workers. Safe to share between threads."""
 
     def __init__(self, broker_url: str) -> None:
-        self._celery = Celery("tpo-doorbell", broker=broker_url, set_as_current=False)
+        self._celery = Celery("tpo-notifier", broker=broker_url, set_as_current=False)
         self._celery.conf.update(
             # One more try at once is for a broker that was restarted; where it is away, the sweeper rings later.
             broker_transport_options={**BROKER_TRANSPORT_OPTIONS, "max_retries": 1, "interval_start": 0},
@@ -89,21 +89,21 @@ class Doorbell:
             retry=Retry(NoBackoff(), retries=1, supported_errors=(RedisConnectionError,)),
         )
 
-    def ring(self, job_id: str, model: str) -> None:
-        """Tell the workers of a policy that a job waits. Raises QueueUnavailable within some 2 s.
+    def notify_job(self, job_id: str, model: str) -> None:
+        """Tell the workers of a policy that a job waits. Raises BrokerUnavailableError within some 2 s.
 
         Where enough doorbells wait for an answer there is no need: who answers one of them rings for the next job.
         """
-        queue = queue_of(model)
+        queue = queue_name(model)
         if not self._is_enough(queue):
             self._send(RUN_JOB, job_id, queue)
 
-    def ring_batch(self, batch_id: str) -> None:
-        """Tell the maintenance worker that a batch has a step to take. Raises QueueUnavailable within some 2 s."""
+    def notify_batch(self, batch_id: str) -> None:
+        """Notify the maintenance worker that a batch can advance. Raises BrokerUnavailableError within some 2 s."""
         self._send(ADVANCE_BATCH, batch_id, MAINTENANCE_QUEUE)
 
-    def ring_delivery(self, delivery_id: str) -> None:
-        """Tell the maintenance worker that an event is to be delivered. Raises QueueUnavailable within some 2 s."""
+    def notify_delivery(self, delivery_id: str) -> None:
+        """Notify the maintenance worker that a delivery is due. Raises BrokerUnavailableError within some 2 s."""
         self._send(DELIVER_WEBHOOK, delivery_id, MAINTENANCE_QUEUE)
 
     def _send(self, task: str, row_id: str, queue: str) -> None:
@@ -112,12 +112,12 @@ class Doorbell:
         except (OperationalError, OSError) as error:
             raise unavailable(error) from error
 
-    def waiting(self, model: str) -> int:
-        """How many doorbells the workers of a policy have not answered. Raises QueueUnavailable."""
-        return self._waiting_in(queue_of(model))
+    def pending_count(self, model: str) -> int:
+        """How many doorbells the workers of a policy have not answered. Raises BrokerUnavailableError."""
+        return self._waiting_in(queue_name(model))
 
-    def waiting_for_maintenance(self) -> int:
-        """How many messages the maintenance worker has not taken. Raises QueueUnavailable."""
+    def pending_maintenance_count(self) -> int:
+        """How many messages the maintenance worker has not taken. Raises BrokerUnavailableError."""
         return self._waiting_in(MAINTENANCE_QUEUE)
 
     def _waiting_in(self, queue: str) -> int:
@@ -128,14 +128,14 @@ class Doorbell:
 
     def _is_enough(self, queue: str) -> bool:
         try:
-            return int(self._redis.llen(queue)) >= ENOUGH_BELLS
+            return int(self._redis.llen(queue)) >= MAX_QUEUED_WAKEUPS
         except RedisTimeout as error:
             raise unavailable(error) from error
         except RedisError:
             return False  # sending it tells whether the broker is away, and connects anew where it was restarted
 
     def ping(self) -> None:
-        """Ask the broker for a sign of life. Raises QueueUnavailable within some 2 s."""
+        """Ask the broker for a sign of life. Raises BrokerUnavailableError within some 2 s."""
         try:
             with self._celery.connection_for_write() as connection:
                 connection.ensure_connection(max_retries=1, timeout=2)

@@ -102,11 +102,11 @@ class Settings(BaseSettings):
         None, description="of the server behind TPO_POLICY=openai:MODEL, with its /v1: http://host:8000/v1"
     )
     openai_api_key: SecretStr | None = Field(None, min_length=1, description="sent to it as a bearer token")
-    openai_samples: Literal["together", "apart"] = Field(
-        "together",
+    openai_samples: Literal["batched", "separate"] = Field(
+        "batched",
         description="one request with n; apart: one for each sample, with a seed and a token count of its own",
     )
-    openai_limit_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+    openai_max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="what the server calls the most tokens of an answer"
     )
     openai_extra_body: Annotated[
@@ -117,7 +117,7 @@ class Settings(BaseSettings):
         description="of the server behind TPO_REWARD_MODEL=vllm:MODEL, vllm-pooling:MODEL or sglang:MODEL, without /v1",
     )
     reward_api_key: SecretStr | None = Field(None, min_length=1, description="sent to it as a bearer token")
-    reward_bounded: bool = Field(
+    reward_in_unit_interval: bool = Field(
         False, description="true: its raw scores do lie between 0 and 1; else such a server is refused for its sigmoid"
     )
     reward_task: Literal["classify", "token_classify"] = Field(
@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     reward_file: Path | None = Field(
         None, description="TOML that says which parts the reward has; TPO_REWARD_MODEL is then its name"
     )
-    server_keys: Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(_json_object)] = Field(
+    server_api_keys: Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(_json_object)] = Field(
         {}, description="JSON object of keys by name, for the servers that TPO_REWARD_FILE names"
     )
     remote_connect_seconds: float = Field(5.0, gt=0, description="to connect to a model's server")
@@ -139,10 +139,10 @@ class Settings(BaseSettings):
     remote_connections: int = Field(256, ge=1, description="most connections to one model's server")
     remote_start_seconds: float = Field(300.0, gt=0, description="how long a start waits for a model's server")
 
-    slots: int = Field(16, ge=1, le=1024, description="jobs that one worker runs at once")
+    concurrency: int = Field(16, ge=1, le=1024, description="jobs that one worker runs at once")
     lease_seconds: float = Field(30.0, gt=0, description="a worker that is silent for so long has lost its jobs")
     sweep_seconds: float = Field(5.0, gt=0, description="how often lost doorbells and leases are looked for")
-    ring_again_seconds: float = Field(15.0, gt=0, description="a job queued for so long is rung for again")
+    renotify_seconds: float = Field(15.0, gt=0, description="a job queued for so long is rung for again")
     priority_seconds: float = Field(
         60.0, gt=0, description="a wait of so long outweighs one point of priority: nothing waits for ever"
     )
@@ -247,6 +247,11 @@ class Settings(BaseSettings):
             raise ValueError("TPO_POLICY and TPO_REWARD_MODEL: the model's name comes after the colon")
         if self.reward_file is not None and self.reward_model in (DEMO, SCRIPTED):
             raise ValueError("TPO_REWARD_FILE needs a name for what it describes: set TPO_REWARD_MODEL")
+
+    @property
+    def worker_timeout_seconds(self) -> float:
+        """The silence after which a worker counts as dead: it has missed two leases."""
+        return 2 * self.lease_seconds
 
     @property
     def default_prompt_set(self) -> str:

@@ -33,7 +33,7 @@ from tpo.webhooks.endpoints import WebhookQueries
 class Store:
     """One database as one tenant sees it, for many threads.
 
-    Every method of its parts raises StoreUnavailable when the database cannot be reached.
+    Every method of its parts raises StoreUnavailableError when the database cannot be reached.
     """
 
     def __init__(self, engine: Engine, tenant: str = DEFAULT_TENANT) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 
 _SHOWN_ERRORS = 5
 _LONGEST_NAME = 1000
@@ -13,17 +13,17 @@ _SHAPES = ("text", "messages")
 """Which of two shapes of input it was is no part of a field's name."""
 
 
-def invalid(error: ValidationError, renamed: Callable[[str], str] = str) -> InvalidInput:
+def invalid(error: ValidationError, renamed: Callable[[str], str] = str) -> InvalidInputError:
     """What a value's own validation found; `renamed` gives a field as its writer knows it."""
     return of_errors(error.errors(include_url=False), renamed)
 
 
-def of_errors(errors: Sequence[ErrorDetails], renamed: Callable[[str], str] = str) -> InvalidInput:
+def of_errors(errors: Sequence[ErrorDetails], renamed: Callable[[str], str] = str) -> InvalidInputError:
     """What pydantic found, by locations that start with the field."""
     said = [f"{renamed(name(e['loc'])) or 'the value'}: {_said(e)}" for e in errors[:_SHOWN_ERRORS]]
     more = len(errors) - len(said)
     detail = "; ".join([*said, *([f"and {more} more"] if more else [])])
-    return InvalidInput(detail, renamed(name(errors[0]["loc"])) or None)
+    return InvalidInputError(detail, renamed(name(errors[0]["loc"])) or None)
 
 
 def name(location: Sequence[int | str]) -> str:

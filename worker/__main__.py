@@ -6,8 +6,8 @@ import sys
 import threading
 
 from tpo.backends import LoadedPolicy, LoadedRewardModel
-from tpo.broker import RUN_JOB, Doorbell, queue_of
-from tpo.core.errors import LeaseLost, StoreUnavailable
+from tpo.broker import RUN_JOB, JobNotifier, queue_name
+from tpo.core.errors import LeaseLostError, StoreUnavailableError
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.celery.app import controller, make_app
@@ -31,7 +31,7 @@ _SICK_SECONDS = 6.0
 
 
 def main(settings: Settings, store: Store) -> int:
-    """Load the models, then serve. Gives the exit code. Raises ModelRefused."""
+    """Load the models, then serve. Gives the exit code. Raises ModelRefusedError."""
     policy, reward = load(settings)
     return serve(settings, store, policy, reward)
 
@@ -39,30 +39,30 @@ def main(settings: Settings, store: Store) -> int:
 def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: LoadedRewardModel) -> int:
     """Run jobs with these models until somebody asks for the end, then hand back what runs. Gives the exit code."""
     name = node_name("worker")
-    doorbell = Doorbell(settings.broker_url.get_secret_value())
+    notifier = JobNotifier(settings.broker_url.get_secret_value())
     drain = Drain()
     leases = Leases(store, drain, name, settings)
-    runner = JobRunner(settings, store, doorbell, policy, reward, leases, drain, name)
-    app = make_app(settings, queue_of(settings.policy))
-    consumer = Consumer(settings.slots, lambda: doorbell.waiting(settings.policy))
-    app.task(name=RUN_JOB, typing=False)(consumer.hears(runner.run_job))
+    runner = JobRunner(settings, store, notifier, policy, reward, leases, drain, name)
+    app = make_app(settings, queue_name(settings.policy))
+    consumer = Consumer(settings.concurrency, lambda: notifier.pending_count(settings.policy))
+    app.task(name=RUN_JOB, typing=False)(consumer.track(runner.run_job))
 
     def ready() -> None:
         leases.start()
-        watch_consumer(consumer, drain, _SILENT_BELLS * settings.ring_again_seconds)
+        watch_consumer(consumer, drain, _SILENT_BELLS * settings.renotify_seconds)
         watch_models(
-            lambda: policy.healthy and reward.healthy, drain, lambda: _leave(store, leases, name), _SICK_SECONDS
+            lambda: policy.healthy and reward.healthy, drain, lambda: _deregister(store, leases, name), _SICK_SECONDS
         )
-        log.info("%s is ready: %d slots, %s, %s", name, settings.slots, settings.policy, settings.reward_model)
+        log.info("%s is ready: %d slots, %s, %s", name, settings.concurrency, settings.policy, settings.reward_model)
 
-    worker = controller(app, name=name, threads=settings.slots, on_ready=ready)
+    worker = controller(app, name=name, threads=settings.concurrency, on_ready=ready)
     drain.on_signals()
-    drain.bound(settings.drain_seconds + 2 * _GRACE_SECONDS)
+    drain.force_exit_after(settings.drain_seconds + 2 * _GRACE_SECONDS)
     threading.Thread(
         target=_drain_jobs, args=(settings, drain, leases, runner, name), name="drain", daemon=True
     ).start()
     worker.start()
-    _leave(store, leases, name)
+    _deregister(store, leases, name)
     policy.close()
     reward.close()
     log.info("%s has ended", name)
@@ -80,17 +80,17 @@ def _drain_jobs(settings: Settings, drain: Drain, leases: Leases, runner: JobRun
         return
     for lease in leases.held():
         log.warning("%s hangs; it is handed back without its thread", lease.job_id)
-        with contextlib.suppress(LeaseLost, StoreUnavailable):
+        with contextlib.suppress(LeaseLostError, StoreUnavailableError):
             runner.hand_back(lease)
-            runner.ring_for_next()
-    _leave(runner.store, leases, name)
+            runner.notify_next()
+    _deregister(runner.store, leases, name)
     os._exit(drain.exit_code)
 
 
-def _leave(store: Store, leases: Leases, name: str) -> None:
+def _deregister(store: Store, leases: Leases, name: str) -> None:
     """Tell the database that this worker takes no more jobs; nothing tells it otherwise afterwards."""
     leases.stop()
-    with contextlib.suppress(StoreUnavailable):
+    with contextlib.suppress(StoreUnavailableError):
         store.workers.deregister(name)
 
 

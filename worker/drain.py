@@ -33,7 +33,7 @@ class Drain:
         self.begun.set()
         stop_consuming()
 
-    def bound(self, seconds: float) -> None:
+    def force_exit_after(self, seconds: float) -> None:
         """End the process so long after the drain began, even where the broker or the database hangs."""
 
         def end() -> None:

@@ -1,21 +1,23 @@
 """What the workers do: `run_job` carries one job to its end or hands it back, `sweep` brings lost ones back."""
 
-import random
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import TypeVar
 
 from tpo.backends import LoadedPolicy, LoadedRewardModel
-from tpo.broker import Doorbell
+from tpo.backoff import backoff_seconds
+from tpo.broker import JobNotifier
 from tpo.core.errors import (
-    BackendUnavailable,
-    Interrupted,
+    BackendUnavailableError,
+    BrokerUnavailableError,
+    CallInterruptedError,
     JobError,
-    LeaseLost,
-    QueueUnavailable,
-    StoreUnavailable,
+    LeaseLostError,
+    StoreUnavailableError,
     frames,
 )
+from tpo.core.loop import Step
 from tpo.core.ports import Policy, RewardModel
 from tpo.core.run import run
 from tpo.core.state import State
@@ -27,10 +29,10 @@ from tpo.jobs.scheduling import Rules
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.drain import Drain
+from worker.guard import guarded
 from worker.leases import Held, Leases
 from worker.logs import log
 
-_LONGEST_DELAY = 60.0
 _LONGEST_PAUSE = 2.0
 
 Answer = TypeVar("Answer")
@@ -48,7 +50,7 @@ class JobRunner:
         self,
         settings: Settings,
         store: Store,
-        doorbell: Doorbell,
+        notifier: JobNotifier,
         policy: LoadedPolicy,
         reward: LoadedRewardModel,
         leases: Leases,
@@ -57,7 +59,7 @@ class JobRunner:
     ) -> None:
         self._settings = settings
         self.store = store
-        self._doorbell = doorbell
+        self._notifier = notifier
         self._policy = policy
         self._reward = reward
         self._leases = leases
@@ -65,9 +67,9 @@ class JobRunner:
         self._name = name
 
     def run_job(self, job_id: str) -> None:
-        """Claim the job whose turn it is, which need not be the one rung for, and carry it as far as it goes."""
+        """Claim the next job, which need not be the one in the message, and run it as far as possible."""
         if self._drain.begun.is_set():
-            self._ring(job_id)
+            self._notify(job_id)
             return
         claimed = self._claim()
         if claimed is None:
@@ -78,54 +80,47 @@ class JobRunner:
         began = time.monotonic()
         with self._leases.holding(lease) as held:
             if another is not None:
-                self._ring(another)
+                self._notify(another)
             try:
                 ended = self._end(_Work(self, held, state))
-            except LeaseLost:
+            except LeaseLostError:
                 ended = "left: another worker has it"
-            except StoreUnavailable as error:
+            except StoreUnavailableError as error:
                 ended = f"left: {error}"
             except Exception as error:
                 log.error("%s cannot be ended: %s", job_id, frames(error))
                 ended = "left"
         log.info("%s %s after %.2f s", job_id, ended, time.monotonic() - began)
-        # Also where nothing was left when this one was claimed: its end may make room for another of its tenant.
-        self.ring_for_next()
+        # Even if nothing waited when this one was claimed: its end may free capacity for another job of its tenant.
+        self.notify_next()
 
-    def ring_for_next(self) -> None:
-        """Ring for the job whose turn it is now, if there is one. What fails now, the sweeper does."""
+    def notify_next(self) -> None:
+        """Notify workers of the job that is next, if there is one. What fails now, the rescuer does."""
         settings = self._settings
-        try:
-            job_id = self.store.queues.next_waiting(settings.policy, settings.reward_model, rules_of(settings))
-        except StoreUnavailable as error:
-            log.warning("not rung for the next job: %s", error)
-        except Exception as error:
-            log.error("not rung for the next job: %s", frames(error))
-        else:
-            if job_id is not None:
-                self._ring(job_id)
+        with guarded("no worker notified of the next job"):
+            if job_id := self.store.queues.next_waiting(settings.policy, settings.reward_model, rules_of(settings)):
+                self._notify(job_id)
 
     def hand_back(self, lease: Lease) -> Status:
-        """Give a job back, its attempt not counted. Raises LeaseLost, and StoreUnavailable in a drain."""
-        return self.insist(lambda: self.store.leases.release(lease))
+        """Give a job back, its attempt not counted. Raises LeaseLostError, and StoreUnavailableError in a drain."""
+        return self.retry_until_stored(lambda: self.store.leases.release(lease))
 
-    def insist(self, write: Callable[[], Answer]) -> Answer:
-        """Do it as often as it takes to reach the database: what a model call gave is not thrown away for a restart.
+    def retry_until_stored(self, write: Callable[[], Answer]) -> Answer:
+        """Retry until the database is reachable, so that a restart does not discard a finished model call.
 
-        The write is fenced, so that only the database knows when it is too late. Raises StoreUnavailable in a drain.
+        Writes are fenced, so only the database knows when it is too late. Raises StoreUnavailableError during a drain.
         """
-        pause = 0.05
-        while True:
+        for attempt in count():
             try:
                 return write()
-            except StoreUnavailable:
-                if self._drain.interrupting.wait(pause * random.uniform(0.5, 1)):  # noqa: S311 - jitter
+            except StoreUnavailableError:
+                if self._drain.interrupting.wait(backoff_seconds(attempt, first=0.1, longest=_LONGEST_PAUSE)):
                     raise
-                pause = min(2 * pause, _LONGEST_PAUSE)
+        raise AssertionError("unreachable")
 
     def _claim(self) -> Claimed | None:
         settings = self._settings
-        try:
+        with guarded("no job claimed"):
             return self.store.leases.claim(
                 self._name,
                 settings.lease_seconds,
@@ -133,10 +128,6 @@ class JobRunner:
                 reward_model=settings.reward_model,
                 rules=rules_of(settings),
             )
-        except StoreUnavailable as error:
-            log.warning("no job claimed: %s", error)
-        except Exception as error:
-            log.error("no job can be claimed: %s", frames(error))
         return None
 
     def _end(self, work: "_Work") -> str:
@@ -146,17 +137,17 @@ class JobRunner:
             outcome = work.run(self._policy, self._reward)
         except JobError as error:
             outcome = Outcome("failed", error_code=error.code, error_message=str(error))
-        except (BackendUnavailable, QueueUnavailable, MemoryError) as error:
+        except (BackendUnavailableError, BrokerUnavailableError, MemoryError) as error:
             code, message = _passing(error)
             if not (self._policy.healthy and self._reward.healthy) and not self._drain.begun.is_set():
                 self._drain.fail("a model has stopped working")
-            in_vain = 0 if work.advanced else lease.attempts_in_vain
+            in_vain = 0 if work.advanced else lease.consecutive_failures
             if in_vain < lease.max_attempts:
-                delay = min(2.0**in_vain, _LONGEST_DELAY) * random.uniform(0.5, 1)  # noqa: S311 - jitter
-                self.insist(lambda: self.store.leases.release(lease, delay_seconds=delay, reason=code))
+                delay = backoff_seconds(in_vain)
+                self.retry_until_stored(lambda: self.store.leases.release(lease, delay_seconds=delay, reason=code))
                 return f"waits {delay:.1f} s for another attempt ({code})"
             outcome = Outcome("failed", error_code=code, error_message=message)
-        except Interrupted as error:
+        except CallInterruptedError as error:
             match error.reason:
                 case "cancelled":
                     outcome = Outcome("cancelled")
@@ -165,24 +156,22 @@ class JobRunner:
                 case "drain" | "paused" | "queue_paused":
                     return f"handed back: {self.hand_back(lease)}"
                 case "lease_lost":
-                    raise LeaseLost() from error
-        except (LeaseLost, StoreUnavailable):
+                    raise LeaseLostError() from error
+        except (LeaseLostError, StoreUnavailableError):
             raise
         except Exception as error:
             log.error("%s met an unexpected error: %s", lease.job_id, frames(error))
             message = "An internal error ended this job; the worker's log tells where."
             outcome = Outcome("failed", error_code="internal_error", error_message=message)
-        status = self.insist(lambda: self.store.leases.finish(lease, outcome))
+        status = self.retry_until_stored(lambda: self.store.leases.finish(lease, outcome))
         return f"{status} ({outcome.error_code})" if outcome.error_code else status
 
-    def _ring(self, job_id: str) -> None:
-        try:
-            self._doorbell.ring(job_id, self._settings.policy)
-        except QueueUnavailable as error:
-            log.warning("%s not rung for, the sweeper will ring: %s", job_id, error)
+    def _notify(self, job_id: str) -> None:
+        with guarded(f"{job_id}: no worker notified, the rescuer will do it"):
+            self._notifier.notify_job(job_id, self._settings.policy)
 
 
-def _passing(error: BackendUnavailable | QueueUnavailable | MemoryError) -> tuple[str, str]:
+def _passing(error: BackendUnavailableError | BrokerUnavailableError | MemoryError) -> tuple[str, str]:
     """Code and message of an error that another attempt may not meet."""
     if isinstance(error, MemoryError):
         return "out_of_memory", "The worker ran out of memory."
@@ -205,11 +194,11 @@ class _Work:
             run(self.state, policy, reward, self._checkpoint, held.interrupt, before_call=held.between_calls)
         )
 
-    def _checkpoint(self, after: State) -> None:
+    def _checkpoint(self, step: Step) -> None:
         asked = time.monotonic()
-        flags = self._runner.insist(lambda: self._runner.store.leases.checkpoint(self.held.lease, self.state, after))
-        self.state = after
+        flags = self._runner.retry_until_stored(lambda: self._runner.store.leases.checkpoint(self.held.lease, step))
+        self.state = step.after
         self.advanced = True
         self.held.update(flags, asked, renewed=True)
-        call = after.calls[-1]
+        call = step.after.calls[-1]
         log.debug("%s call %d (%s) recorded", self.held.lease.job_id, call.number, call.kind)

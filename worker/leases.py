@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tpo.core.errors import Interrupted, InterruptReason, StoreUnavailable, frames
+from tpo.core.errors import CallInterruptedError, InterruptReason, StoreUnavailableError, frames
 from tpo.jobs.leases import Flags, Lease
 from tpo.settings import Settings
 from tpo.store import Store
@@ -59,21 +59,21 @@ class Held:
                 self._renewed = max(self._renewed, asked)
 
     def interrupt(self) -> None:
-        """Raises Interrupted when a running model call has to end now."""
+        """Raises CallInterruptedError when a running model call has to end now."""
         if self._stop:
-            raise Interrupted(self._stop)
+            raise CallInterruptedError(self._stop)
         if time.monotonic() - self._renewed >= self.lease.seconds:
-            raise Interrupted("lease_lost")
+            raise CallInterruptedError("lease_lost")
         if self._drain.interrupting.is_set():
-            raise Interrupted("drain")
+            raise CallInterruptedError("drain")
 
     def between_calls(self) -> None:
-        """Raises Interrupted when the next model call must not begin."""
+        """Raises CallInterruptedError when the next model call must not begin."""
         self.interrupt()
         if self._drain.begun.is_set():
-            raise Interrupted("drain")
+            raise CallInterruptedError("drain")
         if self._queue_paused:
-            raise Interrupted("queue_paused")
+            raise CallInterruptedError("queue_paused")
 
 
 class Leases:
@@ -92,10 +92,10 @@ class Leases:
         self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
 
     def register(self) -> None:
-        """Tell the database that this worker is here. Raises StoreUnavailable."""
+        """Tell the database that this worker is here. Raises StoreUnavailableError."""
         settings = self._settings
         self._store.workers.register(
-            self._worker, model=settings.policy, reward_model=settings.reward_model, slots=settings.slots
+            self._worker, model=settings.policy, reward_model=settings.reward_model, concurrency=settings.concurrency
         )
 
     def start(self) -> None:
@@ -143,7 +143,7 @@ class Leases:
                     renew_at = began + self._lease_seconds / 3
                 else:
                     self._ask(self._look)
-            except StoreUnavailable as error:
+            except StoreUnavailableError as error:
                 log.warning("leases cannot be renewed: %s", error)
             except Exception as error:
                 log.error("leases cannot be renewed: %s", frames(error))

@@ -9,11 +9,11 @@ from tpo.broker import (
     ADVANCE_BATCH,
     DELIVER_WEBHOOK,
     MAINTENANCE_QUEUE,
+    NOTIFY_BATCHES,
+    NOTIFY_WEBHOOKS,
     PURGE,
-    RING_BATCHES,
-    RING_WEBHOOKS,
     SWEEP,
-    Doorbell,
+    JobNotifier,
 )
 from tpo.settings import Settings
 from tpo.store import Store
@@ -23,11 +23,11 @@ from worker.celery.scheduler import beat
 from worker.drain import Drain
 from worker.logs import log
 from worker.startup import node_name, start
-from worker.tasks.batches import RING_SECONDS, Batcher
-from worker.tasks.cleaner import PURGE_SECONDS, Purger
-from worker.tasks.rescuer import Sweeper
+from worker.tasks.batches import RING_SECONDS, BatchAdvancer
+from worker.tasks.cleaner import PURGE_SECONDS, Cleaner
+from worker.tasks.rescuer import Rescuer
 from worker.tasks.webhooks import RING_SECONDS as RING_WEBHOOKS_SECONDS
-from worker.tasks.webhooks import Courier
+from worker.tasks.webhooks import WebhookSender
 
 _END_SECONDS = 10.0
 _SILENT_ROUNDS = 4
@@ -37,22 +37,22 @@ _SILENT_SECONDS = 5.0
 def main(settings: Settings, store: Store) -> int:
     """Sweep until somebody asks for the end. Gives the exit code."""
     name = node_name("maintenance")
-    doorbell = Doorbell(settings.broker_url.get_secret_value())
-    sweeper = Sweeper(settings, store, doorbell)
-    batcher = Batcher(settings, store, doorbell)
-    courier = Courier(settings, store, doorbell)
+    notifier = JobNotifier(settings.broker_url.get_secret_value())
+    sweeper = Rescuer(settings, store, notifier)
+    batcher = BatchAdvancer(settings, store, notifier)
+    courier = WebhookSender(settings, store, notifier)
     app = make_app(settings, MAINTENANCE_QUEUE, beat_schedule=_schedule(settings), beat_max_loop_interval=1)
     tasks: dict[str, Callable[..., None]] = {
         SWEEP: sweeper.sweep,
-        RING_BATCHES: batcher.ring,
+        NOTIFY_BATCHES: batcher.notify_due,
         ADVANCE_BATCH: batcher.advance,
-        RING_WEBHOOKS: courier.ring,
+        NOTIFY_WEBHOOKS: courier.notify_due,
         DELIVER_WEBHOOK: courier.deliver,
-        PURGE: Purger(settings, store).purge,
+        PURGE: Cleaner(settings, store).purge,
     }
-    consumer = Consumer(1, doorbell.waiting_for_maintenance)
+    consumer = Consumer(1, notifier.pending_maintenance_count)
     for task, do in tasks.items():
-        app.task(name=task, typing=False)(consumer.hears(do))
+        app.task(name=task, typing=False)(consumer.track(do))
     drain = Drain()
 
     def ready() -> None:
@@ -61,7 +61,7 @@ def main(settings: Settings, store: Store) -> int:
 
     worker = controller(app, name=name, threads=1, on_ready=ready)
     drain.on_signals()
-    drain.bound(_END_SECONDS)
+    drain.force_exit_after(_END_SECONDS)
     threading.Thread(target=beat, args=(app, drain), name="beat", daemon=True).start()
     worker.start()
     log.info("%s has ended", name)
@@ -72,8 +72,8 @@ def _schedule(settings: Settings) -> dict[str, Any]:
     # A message that nobody took in time is worth nothing: the next one does the same.
     rounds = {
         SWEEP: settings.sweep_seconds,
-        RING_BATCHES: RING_SECONDS,
-        RING_WEBHOOKS: RING_WEBHOOKS_SECONDS,
+        NOTIFY_BATCHES: RING_SECONDS,
+        NOTIFY_WEBHOOKS: RING_WEBHOOKS_SECONDS,
         PURGE: PURGE_SECONDS,
     }
     return {task: {"task": task, "schedule": often, "options": {"expires": often}} for task, often in rounds.items()}

@@ -8,7 +8,7 @@ from worker.logs import log
 
 
 def load(settings: Settings) -> tuple[LoadedPolicy, LoadedRewardModel]:
-    """Load both models. Raises ModelRefused."""
+    """Load both models. Raises ModelRefusedError."""
     started = time.monotonic()
     models = load_models(settings)
     log.info("models loaded in %.1f s: %s, %s", time.monotonic() - started, settings.policy, settings.reward_model)

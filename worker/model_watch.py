@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from tpo.core.errors import StoreUnavailable
+from tpo.core.errors import StoreUnavailableError
 from worker.drain import Drain
 from worker.logs import log
 
@@ -27,7 +27,7 @@ def watch_models(healthy: Callable[[], bool], drain: Drain, leave: Callable[[], 
             unhealthy = 0 if healthy() else unhealthy + 1
             if unhealthy >= CHECKS_IN_A_ROW:
                 log.critical("a model is stuck; this process ends, and its leases run out")
-                with suppress(StoreUnavailable):
+                with suppress(StoreUnavailableError):
                     leave()
                 os._exit(1)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pydantic import ValidationError
 
-from tpo.core.errors import DatabaseRefused, ModelRefused, SchemaOutOfDate, StoreUnavailable
+from tpo.core.errors import DatabaseRefusedError, ModelRefusedError, SchemaOutOfDateError, StoreUnavailableError
 from tpo.db import connect
 from tpo.db.schema import check
 from tpo.settings import Settings, explained
@@ -30,7 +30,7 @@ def start(serve: Callable[[Settings, Store], int]) -> int:
     except ValidationError as error:
         print(explained(error), file=sys.stderr)
         return 2
-    except (DatabaseRefused, ModelRefused, SchemaOutOfDate) as error:
+    except (DatabaseRefusedError, ModelRefusedError, SchemaOutOfDateError) as error:
         print(error, file=sys.stderr)
         return 1
 
@@ -46,8 +46,8 @@ def _store(settings: Settings) -> Store:
         try:
             check(engine)
             return Store(engine)
-        except DatabaseRefused:
+        except DatabaseRefusedError:
             raise
-        except StoreUnavailable as error:
+        except StoreUnavailableError as error:
             log.warning("trying again: %s", error)
             time.sleep(_ASK_AGAIN_SECONDS)

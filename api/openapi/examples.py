@@ -60,7 +60,7 @@ _JOB: dict[str, Any] = {
         "output_tokens": 2400,
         "total_tokens": 4200,
         "reward_tokens": 1500,
-        "gpu_seconds": 7.5,
+        "model_seconds": 7.5,
     },
 }
 
@@ -102,8 +102,8 @@ _ITERATION: dict[str, Any] = {
     "phase": None,
     "chosen": {"id": "1-0", "text": "It arrives tomorrow.", "reward": 3.5},
     "rejected": {"id": "0-4", "text": "Soon.", "reward": -1.25},
-    "textual_loss": "The chosen answer names a day; the rejected one says nothing.",
-    "textual_gradient": "Name the day and the time of day.",
+    "critique": "The chosen answer names a day; the rejected one says nothing.",
+    "gradient": "Name the day and the time of day.",
     "candidates": [{"id": "2-3", "reward": 4.25, "unusable": None}],
     "mean_reward": 4.25,
     "declined": False,

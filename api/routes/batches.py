@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from api.dependencies import DoorbellDep, NoQuery, SettingsDep, StoreDep, sane_id
+from api.dependencies import NoQuery, NotifierDep, SettingsDep, StoreDep, printable_id
 from api.idempotency import REPLAYED, once
 from api.openapi.errors import (
     BATCH_NOT_FOUND,
@@ -18,8 +18,8 @@ from api.openapi.errors import (
 )
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
 from api.schemas.paging import Page, PageQuery
-from tpo.broker import Doorbell
-from tpo.core.errors import BatchNotFound, QueueUnavailable
+from tpo.broker import JobNotifier
+from tpo.core.errors import BatchNotFoundError, BrokerUnavailableError
 from tpo.openai import batches
 
 logger = logging.getLogger("api")
@@ -32,7 +32,7 @@ class BatchPage(Page[batches.Batch]):
 
 
 def _batch_id(batch_id: str) -> str:
-    return sane_id(batch_id, BatchNotFound("There is no batch with this id."))
+    return printable_id(batch_id, BatchNotFoundError("There is no batch with this id."))
 
 
 BatchId = Annotated[str, Depends(_batch_id)]
@@ -47,7 +47,7 @@ BatchId = Annotated[str, Depends(_batch_id)]
 def create(
     body: batches.BatchRequest,
     store: StoreDep,
-    doorbell: DoorbellDep,
+    notifier: NotifierDep,
     settings: SettingsDep,
     request: Request,
     response: Response,
@@ -64,7 +64,7 @@ def create(
         once=once(request, settings, body.model_dump(mode="json", exclude_unset=True)),
     )
     if made.new:
-        _ring(doorbell, made.batch.id, request)
+        _ring(notifier, made.batch.id, request)
     else:
         response.headers.update(REPLAYED)
     return batches.batch(made.batch)
@@ -96,9 +96,9 @@ def forget(batch_id: BatchId, store: StoreDep) -> batches.BatchDeleted:
     return batches.BatchDeleted(id=batch_id)
 
 
-def _ring(doorbell: Doorbell, batch_id: str, request: Request) -> None:
+def _ring(notifier: JobNotifier, batch_id: str, request: Request) -> None:
     try:
-        doorbell.ring_batch(batch_id)
-    except QueueUnavailable:
+        notifier.notify_batch(batch_id)
+    except BrokerUnavailableError:
         request_id = request.state.request_id
         logger.warning("request %s: the broker is away; %s will be rung for later", request_id, batch_id)

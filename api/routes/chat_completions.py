@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from api.dependencies import FeedDep, NoQuery, SettingsDep, StoreDep
+from api.dependencies import BroadcasterDep, NoQuery, SettingsDep, StoreDep
 from api.errors import problem
 from api.openapi.errors import INVALID, INVALID_JOB, NO_ANSWER, STILL_RUNNING, TAKEN, TOO_MANY, UNAVAILABLE, UNREADABLE
 from api.openapi.examples import CHAT_STREAM
@@ -44,7 +44,7 @@ async def create(
     body: ChatRequest,
     submitter: SubmitterDep,
     store: StoreDep,
-    feed: FeedDep,
+    feed: BroadcasterDep,
     settings: SettingsDep,
 ) -> views.ChatCompletion | HTTPResponse:
     """Answer a chat when its job has ended. With `stream` the finished answer comes as one chunk."""

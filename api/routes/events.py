@@ -8,13 +8,13 @@ from fastapi import Response as HTTPResponse
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas, views
-from api.dependencies import FeedDep, JobId, StoreDep
+from api.dependencies import BroadcasterDep, JobId, StoreDep
 from api.openapi.errors import INVALID, NOT_FOUND, UNAVAILABLE
 from api.openapi.examples import STREAM
 from api.openapi.parameters import LAST_EVENT_ID, described
 from api.schemas import queries
 from api.streaming.sse import EventStream
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 
 _NUMBER = re.compile(r"[0-9]{1,15}")
 
@@ -34,7 +34,11 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNA
     openapi_extra=described(LAST_EVENT_ID),
 )
 async def events(
-    request: Request, job_id: JobId, store: StoreDep, feed: FeedDep, query: Annotated[queries.EventQuery, Query()]
+    request: Request,
+    job_id: JobId,
+    store: StoreDep,
+    feed: BroadcasterDep,
+    query: Annotated[queries.EventQuery, Query()],
 ) -> schemas.EventList | HTTPResponse:
     """What happened to a job, numbered without a gap; a stream goes on until the job's last event.
 
@@ -54,7 +58,7 @@ def _last_seen(request: Request, query: queries.EventQuery) -> int:
     if not header:
         return query.starting_after
     if not _NUMBER.fullmatch(header):
-        raise InvalidInput("Last-Event-ID: is not the number of an event.", "Last-Event-ID")
+        raise InvalidInputError("Last-Event-ID: is not the number of an event.", "Last-Event-ID")
     return int(header)
 
 

@@ -10,7 +10,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
-from api.dependencies import NoQuery, SettingsDep, StoreDep, sane_id
+from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
 from api.idempotency import REPLAYED, once
 from api.openapi.errors import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_SAID, UNAVAILABLE, UPLOAD
 from api.openapi.examples import FILE_CONTENT
@@ -19,11 +19,11 @@ from api.schemas.paging import Page, PageOptions
 from tpo import validation_messages
 from tpo.batches.files import PART_BYTES
 from tpo.batches.tables import File, Purpose
-from tpo.core.errors import FileNotFound, InvalidInput
+from tpo.core.errors import InvalidInputError, UploadNotFoundError
 from tpo.openai import files
 from tpo.settings import Settings
 from tpo.store import Store
-from tpo.tenants.idempotency import Once
+from tpo.tenants.idempotency import IdempotencyRequest
 
 router = APIRouter(prefix="/v1/files", tags=["OpenAI"], responses={**INVALID, **UNAVAILABLE})
 
@@ -69,7 +69,7 @@ class FileQuery(PageOptions):
 
 
 def _file_id(file_id: str) -> str:
-    return sane_id(file_id, FileNotFound("There is no file with this id."))
+    return printable_id(file_id, UploadNotFoundError("There is no file with this id."))
 
 
 FileId = Annotated[str, Depends(_file_id)]
@@ -91,7 +91,7 @@ async def upload(request: Request, store: StoreDep, settings: SettingsDep, respo
     except HTTPException as error:
         if error.status_code != 400:
             raise
-        raise InvalidInput("The body is not a form of one file and its purpose.") from None
+        raise InvalidInputError("The body is not a form of one file and its purpose.") from None
     async with _closing(form):
         wanted = _uploaded(form)
         named = await run_in_threadpool(_named, request, settings, wanted)
@@ -159,15 +159,15 @@ class _Upload(NamedTuple):
 
 
 def _uploaded(form: FormData) -> _Upload:
-    """The one file of a form that says its purpose. Raises InvalidInput."""
+    """The one file of a form that says its purpose. Raises InvalidInputError."""
     for name in form:
         if name not in _FIELDS:
-            raise InvalidInput(f"{name}: is not a known field.", name)
+            raise InvalidInputError(f"{name}: is not a known field.", name)
     source = form.get("file")
     if not isinstance(source, UploadFile):
-        raise InvalidInput("file: is required.", "file")
+        raise InvalidInputError("file: is required.", "file")
     if form.get("purpose") != "batch":
-        raise InvalidInput("purpose: must be batch; files are for nothing else.", "purpose")
+        raise InvalidInputError("purpose: must be batch; files are for nothing else.", "purpose")
     name = (source.filename or "file").replace("\x00", "")[:255].encode("utf-8", "replace").decode()
     return _Upload(source, name, _keep_seconds(form))
 
@@ -182,7 +182,7 @@ def _keep_seconds(form: FormData) -> int | None:
         raise validation_messages.invalid(error, lambda field: f"expires_after[{field}]") from None
 
 
-def _named(request: Request, settings: Settings, wanted: _Upload) -> Once | None:
+def _named(request: Request, settings: Settings, wanted: _Upload) -> IdempotencyRequest | None:
     """What names an upload that has a key: its content is read once more for that."""
     if "idempotency-key" not in request.headers:
         return None
@@ -191,7 +191,7 @@ def _named(request: Request, settings: Settings, wanted: _Upload) -> Once | None
     return once(request, settings, [wanted.name, wanted.keep_seconds, digest])
 
 
-def _keep(store: Store, wanted: _Upload, named: Once | None) -> tuple[File, bool]:
+def _keep(store: Store, wanted: _Upload, named: IdempotencyRequest | None) -> tuple[File, bool]:
     """Copy an upload into the database, a part at a time. Gives the file, and whether it is a new one."""
     if named and (known := store.files.find_existing(named)):
         return known, False

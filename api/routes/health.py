@@ -8,13 +8,13 @@ from starlette.responses import JSONResponse, PlainTextResponse
 
 import tpo
 from api import schemas
-from api.dependencies import DoorbellDep, FeedDep, ServerStoreDep, SettingsDep, TenantDep
+from api.dependencies import BroadcasterDep, NotifierDep, ServerStoreDep, SettingsDep, TenantDep
 from api.errors import problem
 from api.metrics import Metrics
 from api.openapi.errors import NOT_READY, NOT_SHOWN, UNAVAILABLE
 from api.openapi.examples import METRICS
-from tpo.broker import Doorbell
-from tpo.core.errors import QueueUnavailable, StoreUnavailable
+from tpo.broker import JobNotifier
+from tpo.core.errors import BrokerUnavailableError, StoreUnavailableError
 from tpo.db import DEFAULT_TENANT
 from tpo.settings import Settings
 from tpo.store import Store
@@ -39,11 +39,11 @@ async def healthz() -> schemas.Health:
 
 @router.get("/readyz", response_model=schemas.Ready, responses=NOT_READY)
 def readyz(
-    request: Request, store: ServerStoreDep, doorbell: DoorbellDep, settings: SettingsDep
+    request: Request, store: ServerStoreDep, notifier: NotifierDep, settings: SettingsDep
 ) -> schemas.Ready | JSONResponse:
     """Whether a job would run now: database, broker and at least one worker."""
     database, worker = _database_and_worker(store, settings)
-    checks = schemas.Checks(database=database, broker=_broker(doorbell), worker=worker)
+    checks = schemas.Checks(database=database, broker=_broker(notifier), worker=worker)
     missing = [name for name, check in checks if check == "missing"]
     if missing:
         detail = f"Missing: {', '.join(missing)}."
@@ -61,7 +61,7 @@ def readyz(
     },
 )
 def metrics(
-    request: Request, tenant: TenantDep, store: ServerStoreDep, feed: FeedDep, settings: SettingsDep
+    request: Request, tenant: TenantDep, store: ServerStoreDep, feed: BroadcasterDep, settings: SettingsDep
 ) -> HTTPResponse:
     """The requests of this process and the queue of each policy, for Prometheus.
 
@@ -70,8 +70,8 @@ def metrics(
     if tenant != DEFAULT_TENANT:
         raise HTTPException(404)
     try:
-        queues = store.queues.page(2 * settings.lease_seconds)
-    except StoreUnavailable:
+        queues = store.queues.page(settings.worker_timeout_seconds)
+    except StoreUnavailableError:
         queues = None
     counted: Metrics = request.app.state.metrics
     return HTTPResponse(counted.page(queues, feed.listeners), media_type=CONTENT_TYPE_LATEST)
@@ -79,15 +79,14 @@ def metrics(
 
 def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Check, schemas.Check]:
     try:
-        # One that is silent for a lease has lost its jobs, whatever else it may be.
-        return "ok", "ok" if store.workers.live(settings.lease_seconds) else "missing"
-    except StoreUnavailable:
+        return "ok", "ok" if store.workers.live(settings.worker_timeout_seconds) else "missing"
+    except StoreUnavailableError:
         return "missing", "unknown"
 
 
-def _broker(doorbell: Doorbell) -> schemas.Check:
+def _broker(notifier: JobNotifier) -> schemas.Check:
     try:
-        doorbell.ping()
-    except QueueUnavailable:
+        notifier.ping()
+    except BrokerUnavailableError:
         return "missing"
     return "ok"

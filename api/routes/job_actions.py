@@ -32,7 +32,7 @@ def resume(job_id: JobId, store: StoreDep, submitter: SubmitterDep, settings: Se
     """Let a paused job go on from where it stopped."""
     job = store.jobs.resume(job_id)
     if job.status == "queued":
-        submitter.ring(job)
+        submitter.notify(job)
     return views.job(job, settings)
 
 
@@ -56,7 +56,7 @@ def retry(
     job = store.jobs.get(job_id)
     if job.status == "queued":
         job = store.jobs.retry_now(job_id)
-        submitter.ring(job)
+        submitter.notify(job)
         return views.job(job, settings)
     new = submitter.go_on_from(job, retried(job, store.jobs.state(job_id)), {})
     return _accepted(new, response, settings)

@@ -8,13 +8,13 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas, views
-from api.dependencies import FeedDep, JobId, NoQuery, SettingsDep, StoreDep
+from api.dependencies import BroadcasterDep, JobId, NoQuery, SettingsDep, StoreDep
 from api.openapi.errors import INVALID, INVALID_JOB, NOT_FOUND, TAKEN, TOO_MANY, UNAVAILABLE, UNREADABLE
 from api.openapi.parameters import IDEMPOTENCY_KEY, IF_NONE_MATCH, METADATA, PREFER, described
 from api.schemas import queries
 from api.streaming.long_polling import until_changed, until_ended
 from api.submission import SubmitterDep
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 from tpo.core.status import TERMINAL
 from tpo.jobs.submission import MAX_METADATA, Submit
 
@@ -42,7 +42,7 @@ async def submit(
     body: Submit,
     submitter: SubmitterDep,
     store: StoreDep,
-    feed: FeedDep,
+    feed: BroadcasterDep,
     settings: SettingsDep,
     response: Response,
 ) -> schemas.Job:
@@ -82,7 +82,7 @@ async def get(
     request: Request,
     job_id: JobId,
     store: StoreDep,
-    feed: FeedDep,
+    feed: BroadcasterDep,
     settings: SettingsDep,
     query: Annotated[queries.WaitQuery, Query()],
 ) -> Response:
@@ -129,11 +129,11 @@ def _metadata(given: dict[str, object]) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for name, value in given.items():
         if len(wanted) == MAX_METADATA:
-            raise InvalidInput(f"{name}: a job has {MAX_METADATA} pairs at most", name)
+            raise InvalidInputError(f"{name}: a job has {MAX_METADATA} pairs at most", name)
         found = _METADATA.fullmatch(name)
         if found is None:
-            raise InvalidInput(f"{name}: is not a known field", name)
+            raise InvalidInputError(f"{name}: is not a known field", name)
         if not isinstance(value, str) or "\x00" in name + value:
-            raise InvalidInput(f"{name}: must be given once, and hold no NUL character", name)
+            raise InvalidInputError(f"{name}: must be given once, and hold no NUL character", name)
         wanted[found.group(1)] = value
     return wanted

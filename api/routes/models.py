@@ -14,7 +14,7 @@ from api.dependencies import (
 )
 from api.openapi.errors import INVALID, MODEL_NOT_FOUND, UNAVAILABLE
 from tpo.core import prompts
-from tpo.core.errors import ModelNotFound
+from tpo.core.errors import ModelNotFoundError
 from tpo.jobs.tables import Worker
 from tpo.settings import Settings
 from tpo.store import Store
@@ -34,7 +34,7 @@ def model(model_id: str, store: StoreDep, settings: SettingsDep) -> schemas.Mode
     for each in _models(store, settings):
         if each.id == model_id:
             return each
-    raise ModelNotFound("No live worker serves this policy; /v1/models lists those that are served.")
+    raise ModelNotFoundError("No live worker serves this policy; /v1/models lists those that are served.")
 
 
 @router.get("/reward-models")

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from api.dependencies import FeedDep, NoQuery, SettingsDep, StoreDep
+from api.dependencies import BroadcasterDep, NoQuery, SettingsDep, StoreDep
 from api.errors import problem
 from api.openapi.errors import (
     CONFLICT,
@@ -27,11 +27,11 @@ from api.openapi.errors import (
 from api.openapi.examples import RESPONSE_STREAM
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
 from api.schemas.paging import Page, PageOptions
-from api.streaming.broadcaster import Feed
+from api.streaming.broadcaster import EventBroadcaster
 from api.streaming.long_polling import until_ended
 from api.streaming.sse import EventStream
 from api.submission import Submitter, SubmitterDep
-from tpo.core.errors import InvalidInput, JobNotFound, StoreUnavailable
+from tpo.core.errors import InvalidInputError, JobNotFoundError, StoreUnavailableError
 from tpo.core.status import TERMINAL
 from tpo.jobs.tables import EventRow, Job
 from tpo.openai import items, views
@@ -95,7 +95,7 @@ async def create(
     body: ResponseRequest,
     submitter: SubmitterDep,
     store: StoreDep,
-    feed: FeedDep,
+    feed: BroadcasterDep,
     settings: SettingsDep,
 ) -> views.Response | HTTPResponse:
     """Make a response: at once with `background`, else when its job has ended."""
@@ -111,14 +111,14 @@ async def create(
 
 @router.get("/{response_id}", response_model=views.Response, responses={**_STREAMED, **NOT_FOUND})
 def retrieve(
-    job_id: ResponseJobId, store: StoreDep, feed: FeedDep, query: Annotated[ResponseQuery, Query()]
+    job_id: ResponseJobId, store: StoreDep, feed: BroadcasterDep, query: Annotated[ResponseQuery, Query()]
 ) -> views.Response | HTTPResponse:
     """One response, or with `stream` its events, from the first or after the number `starting_after`."""
     job = store.jobs.get(job_id)
     if query.stream:
         return ResponseStream(feed, store, job, query.starting_after)
     if query.starting_after is not None:
-        raise InvalidInput("starting_after: is for streams; send stream=true with it.", "starting_after")
+        raise InvalidInputError("starting_after: is for streams; send stream=true with it.", "starting_after")
     return views.response(job)
 
 
@@ -129,7 +129,7 @@ def input_items(job_id: ResponseJobId, store: StoreDep, query: Annotated[ItemQue
     ordered = said if query.order == "asc" else said[::-1]
     ids = [item.id for item in ordered]
     if query.after is not None and query.after not in ids:
-        raise InvalidInput("after: is no message of this response.", "after")
+        raise InvalidInputError("after: is no message of this response.", "after")
     first = 0 if query.after is None else ids.index(query.after) + 1
     return ItemPage.of(ordered[first : first + query.limit + 1], query.limit, lambda item: item)
 
@@ -148,11 +148,11 @@ def forget(response_id: str, job_id: ResponseJobId, store: StoreDep) -> views.Re
 
 
 def submit(body: JobRequest, submitter: Submitter) -> Job:
-    """The job that a request in OpenAI's shape asks for. Raises InvalidInput by the names of that request."""
+    """The job that a request in OpenAI's shape asks for. Raises InvalidInputError by the names of that request."""
     wanted = body.submission()
     try:
         return submitter.submit(wanted)
-    except InvalidInput as error:
+    except InvalidInputError as error:
         raise body.as_sent(error) from None
 
 
@@ -174,7 +174,7 @@ def still_running(request: Request, job: Job, seconds: float) -> JSONResponse:
 class ResponseStream(EventStream):
     """The events of a response, each with its number, from the first or after a number that a client has seen."""
 
-    def __init__(self, feed: Feed, store: Store, job: Job, after: int | None) -> None:
+    def __init__(self, feed: EventBroadcaster, store: Store, job: Job, after: int | None) -> None:
         super().__init__(feed, store, job, 0)
         self._told = ResponseEvents()
         self._shown = job
@@ -185,7 +185,7 @@ class ResponseStream(EventStream):
         if row.type.removeprefix("job.") in TERMINAL:
             try:
                 self._shown = await run_in_threadpool(self._store.jobs.get, row.job_id)
-            except (JobNotFound, StoreUnavailable):
+            except (JobNotFoundError, StoreUnavailableError):
                 return self.closing("the response cannot be read")
         frames = [
             f"event: {told['type']}\ndata: {json.dumps(told, separators=(',', ':'))}\n\n"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from api.dependencies import NoQuery, SettingsDep, StoreDep, sane_id
+from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
 from api.openapi.errors import INVALID, SWITCHED_OFF, TOO_MANY_WEBHOOKS, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
 from api.schemas.paging import PageQuery
 from api.schemas.webhooks import (
@@ -19,7 +19,7 @@ from api.schemas.webhooks import (
     WebhookWithSecret,
     without_duplicates,
 )
-from tpo.core.errors import WebhookNotFound
+from tpo.core.errors import WebhookNotFoundError
 from tpo.webhooks import tables
 from tpo.webhooks.addresses import check_url
 
@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses={**INVALI
 
 
 def _webhook_id(webhook_id: str) -> str:
-    return sane_id(webhook_id, WebhookNotFound("There is no webhook with this id."))
+    return printable_id(webhook_id, WebhookNotFoundError("There is no webhook with this id."))
 
 
 WebhookId = Annotated[str, Depends(_webhook_id)]

@@ -74,7 +74,7 @@ class Usage(Wire):
     output_tokens: int
     total_tokens: int
     reward_tokens: int
-    gpu_seconds: float = Field(
+    model_seconds: float = Field(
         description="wall time inside its model calls on whatever device, waiting for a place among others included"
     )
 
@@ -190,8 +190,8 @@ class Iteration(Wire):
     phase: str | None = Field(description="what runs now, or comes next; null where nothing does")
     chosen: CandidateText | None = Field(description="the best of the pool when the iteration began")
     rejected: CandidateText | None = Field(description="the worst of the pool then; null in mode revision")
-    textual_loss: str | None = Field(description="the critique: strengths and weaknesses of chosen")
-    textual_gradient: str | None = Field(description="the instructions that were made of the critique")
+    critique: str | None = Field(description="the critique: strengths and weaknesses of chosen")
+    gradient: str | None = Field(description="the instructions that were made of the critique")
     candidates: list[CandidateSummary]
     mean_reward: float | None = Field(description="of this iteration's own candidates")
     best_reward: float | None = Field(description="of the pool up to and with this iteration")

@@ -13,7 +13,7 @@ from typing import Literal
 from starlette.concurrency import run_in_threadpool
 
 from api.errors import log_unexpected
-from tpo.core.errors import StoreUnavailable
+from tpo.core.errors import StoreUnavailableError
 from tpo.jobs.tables import EventRow
 from tpo.store import Store
 
@@ -30,7 +30,7 @@ _BUFFER = 256
 EndReason = Literal["slow_listener", "job_deleted", "server_stopping", "gone"]
 
 
-class Listener:
+class Subscription:
     """Who waits for the events of one job, from a number on."""
 
     def __init__(self, job_id: str, seen: int) -> None:
@@ -71,19 +71,19 @@ class Listener:
             self._news.set_result(None)
 
 
-class Feed:
+class EventBroadcaster:
     """Tells the listeners of one process what happens. For its event loop alone."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._seen: dict[str, int] = {}
-        self._listeners: dict[str, set[Listener]] = {}
+        self._listeners: dict[str, set[Subscription]] = {}
         self._anybody = asyncio.Event()
         self._stopping = False
         self._away = False
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator["Feed"]:
+    async def running(self) -> AsyncIterator["EventBroadcaster"]:
         """Read while the block runs."""
         reader = asyncio.create_task(self._read())
         try:
@@ -101,10 +101,10 @@ class Feed:
             listener.drop("server_stopping")
 
     @asynccontextmanager
-    async def listening(self, job_id: str, last_event: int) -> AsyncIterator[Listener]:
+    async def listening(self, job_id: str, last_event: int) -> AsyncIterator[Subscription]:
         """Listen to a job of which so many events are known. What follows `listener.seen` at the start is told."""
         seen = self._seen.setdefault(job_id, last_event)
-        listener = Listener(job_id, seen)
+        listener = Subscription(job_id, seen)
         self._listeners.setdefault(job_id, set()).add(listener)
         self._anybody.set()
         if self._stopping:
@@ -132,7 +132,7 @@ class Feed:
                 if self._away:
                     logger.info("the event streams go on: the database is back")
                 pause, self._away = LOOK_SECONDS, False
-            except StoreUnavailable as error:
+            except StoreUnavailableError as error:
                 if not self._away:
                     logger.warning("the event streams wait: %s", error)
                 pause, self._away = min(2 * pause, _LONGEST_PAUSE), True

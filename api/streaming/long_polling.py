@@ -4,8 +4,8 @@ import time
 
 from starlette.concurrency import run_in_threadpool
 
-from api.streaming.broadcaster import Feed
-from tpo.core.errors import StoreUnavailable
+from api.streaming.broadcaster import EventBroadcaster
+from tpo.core.errors import StoreUnavailableError
 from tpo.core.status import TERMINAL
 from tpo.jobs.tables import Job
 from tpo.store import Store
@@ -13,17 +13,17 @@ from tpo.store import Store
 _ENDS = frozenset(f"job.{status}" for status in TERMINAL)
 
 
-async def until_ended(feed: Feed, store: Store, job: Job, seconds: float) -> Job:
+async def until_ended(feed: EventBroadcaster, store: Store, job: Job, seconds: float) -> Job:
     """The job when it has ended, or as it stands when the time is up."""
     return await _wait(feed, store, job, seconds, any_event=False)
 
 
-async def until_changed(feed: Feed, store: Store, job: Job, seconds: float) -> Job:
+async def until_changed(feed: EventBroadcaster, store: Store, job: Job, seconds: float) -> Job:
     """The job after its next event, or as it stands when the time is up."""
     return await _wait(feed, store, job, seconds, any_event=True)
 
 
-async def _wait(feed: Feed, store: Store, job: Job, seconds: float, *, any_event: bool) -> Job:
+async def _wait(feed: EventBroadcaster, store: Store, job: Job, seconds: float, *, any_event: bool) -> Job:
     if job.status in TERMINAL:
         return job
     end = time.monotonic() + seconds
@@ -39,9 +39,9 @@ async def _wait(feed: Feed, store: Store, job: Job, seconds: float, *, any_event
                     break
         except TimeoutError:
             pass  # not every change has an event
-        except StoreUnavailable:
+        except StoreUnavailableError:
             return job
     try:
         return await run_in_threadpool(store.jobs.get, job.id)
-    except StoreUnavailable:
+    except StoreUnavailableError:
         return job

@@ -11,8 +11,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from api import views
-from api.streaming.broadcaster import Feed, Listener
-from tpo.core.errors import StoreUnavailable
+from api.streaming.broadcaster import EventBroadcaster, Subscription
+from tpo.core.errors import StoreUnavailableError
 from tpo.core.status import TERMINAL
 from tpo.jobs.tables import EventRow, Job
 from tpo.store import Store
@@ -38,7 +38,7 @@ class EventStream(HTTPResponse):
     Another resource that is a view of a job overrides how an event, and an early end, are written.
     """
 
-    def __init__(self, feed: Feed, store: Store, job: Job, after: int) -> None:
+    def __init__(self, feed: EventBroadcaster, store: Store, job: Job, after: int) -> None:
         super().__init__(status_code=200)
         self._feed = feed
         self._store = store
@@ -67,7 +67,7 @@ class EventStream(HTTPResponse):
                 gone.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _frames(self, listener: Listener) -> AsyncIterator[bytes]:
+    async def _frames(self, listener: Subscription) -> AsyncIterator[bytes]:
         after, live_from = self._after, listener.seen
         while after < live_from:
             if listener.end is not None:  # what stands in its buffer follows numbers that were not sent
@@ -75,7 +75,7 @@ class EventStream(HTTPResponse):
                 return
             try:
                 rows = await run_in_threadpool(self._store.jobs.events, self._job_id, after=after, limit=_PAGE)
-            except StoreUnavailable:
+            except StoreUnavailableError:
                 yield self.closing("database_unavailable")
                 return
             for row in rows:

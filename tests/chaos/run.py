@@ -24,7 +24,7 @@ from tests.chaos.load import Load
 from tests.chaos.monkey import Monkey
 from tests.chaos.verdict import Seen, Verdict, judge
 from tpo.cli.stack.valkey import valkey_command
-from tpo.core.errors import StoreUnavailable
+from tpo.core.errors import StoreUnavailableError
 from tpo.core.status import TERMINAL
 from tpo.db import connect, reading
 from tpo.jobs.tables import Job
@@ -90,14 +90,14 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         while not self._stopping.wait(_LOOK_SECONDS):
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(StoreUnavailableError):
                 self.look()
 
     def open_jobs(self) -> list[str]:
         return [job_id for job_id in self._load.accepted() if job_id not in self.ended]
 
     def look(self) -> None:
-        """Ask after the jobs that had not ended. Raises StoreUnavailable."""
+        """Ask after the jobs that had not ended. Raises StoreUnavailableError."""
         asked = self.open_jobs()
         for first in range(0, len(asked), _LOOKED_AT_ONCE):
             some = asked[first : first + _LOOKED_AT_ONCE]
@@ -107,7 +107,7 @@ class Watcher(threading.Thread):
             self.ended.update({row.id: (row.status, row.last_event, row.output) for row in rows})
 
     def paused(self) -> list[str]:
-        """The jobs that nobody has let go on. Raises StoreUnavailable."""
+        """The jobs that nobody has let go on. Raises StoreUnavailableError."""
         with reading(self.engine) as session:
             return list(session.scalars(select(Job.id).where(Job.status == "paused")))
 
@@ -159,7 +159,7 @@ def _run(
         _start_all(children)  # one that is still being loaded knows nothing of ends yet
         ends = _end_all(children)
         watcher.stop()
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnavailableError):
             watcher.look()
         say("judging every row")
         calls = [StartedCall(*line.split()) for line in (folder / "calls.log").read_text().splitlines()]
@@ -212,7 +212,7 @@ def _settle(plan: Plan, load: Load, monkey: Monkey, watcher: Watcher, asked_to_s
     began = time.monotonic()
     while time.monotonic() - began < plan.settle_seconds:
         monkey.tick(more=False)
-        with contextlib.suppress(StoreUnavailable):
+        with contextlib.suppress(StoreUnavailableError):
             if load.idle():
                 for job_id in watcher.paused():
                     load.resume(job_id)
@@ -234,10 +234,10 @@ def _children(plan: Plan, folder: Path, points: Path, store: Database, ports: li
         "TPO_REWARD_MODEL": "scripted",
         "TPO_SCRIPTED_LOG": str(folder / "calls.log"),
         "TPO_SCRIPTED_LATENCY": "0.15",
-        "TPO_SLOTS": "8",
+        "TPO_CONCURRENCY": "8",
         "TPO_LEASE_SECONDS": str(plan.lease),
         "TPO_SWEEP_SECONDS": "1",
-        "TPO_RING_AGAIN_SECONDS": "3",
+        "TPO_RENOTIFY_SECONDS": "3",
         # Crashes count, and here they are many; that too many end a job is another test's.
         "TPO_MAX_ATTEMPTS": "1000",
     }

@@ -55,7 +55,7 @@ def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: s
             if "release" in label:
                 system.wait_for_status(long[0], "paused")
                 system.store.jobs.resume(long[0])
-                system.ring(long[0])
+                system.notify_job(long[0])
         for job_id in long:
             system.store.jobs.cancel(job_id)
         for job_id in accepted:

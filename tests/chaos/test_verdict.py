@@ -1,6 +1,7 @@
 """The judge finds what is wrong: a run that passes has been looked at by one who can tell."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from testing.processes import StartedCall
 from tests.chaos.verdict import Seen, Verdict, judge
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
 from tpo.core.run import run
-from tpo.core.state import State
 from tpo.jobs.outcomes import Outcome
 from tpo.store import Store
 
@@ -25,12 +25,7 @@ class Done:
         self.store = store
         self.job_id = create(store, new_state(sample_size=2, max_iterations=1))
         lease, state = claim(store, self.job_id)
-
-        def checkpoint(after: State) -> None:
-            nonlocal state
-            store.leases.checkpoint(lease, state, after)
-            state = after
-
+        checkpoint = partial(store.leases.checkpoint, lease)
         final = run(state, ScriptedPolicy(log=log), ScriptedRewardModel(log=log), checkpoint, lambda: None)
         assert final.best
         store.leases.finish(lease, Outcome("completed", output=final.best.text))

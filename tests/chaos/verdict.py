@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session
 
 from testing.processes import StartedCall, timeless
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
-from tpo.core.loop import standing
+from tpo.core.loop import locate
 from tpo.core.run import run
 from tpo.core.state import State
 from tpo.core.status import TERMINAL
-from tpo.jobs.records import fresh, progress_of, read_state
+from tpo.jobs.records import progress_columns, read_state, without_progress
 from tpo.jobs.tables import EventRow, Job
 
 Claim = Callable[[bool, str], bool]
@@ -60,10 +60,11 @@ class Uninterrupted:
     @classmethod
     def of(cls, state: State) -> "Uninterrupted":
         """Run it here."""
-        states = [fresh(state)]
+        states = [without_progress(state)]
         with tempfile.NamedTemporaryFile() as file:
             log = Path(file.name)
-            run(states[0], ScriptedPolicy(log=log), ScriptedRewardModel(log=log), states.append, lambda: None)
+            policy, reward = ScriptedPolicy(log=log), ScriptedRewardModel(log=log)
+            run(states[0], policy, reward, lambda step: states.append(step.after), lambda: None)
             digests = [line.split()[2] for line in log.read_text().splitlines()]
         return cls([timeless(each) for each in states], digests)
 
@@ -113,7 +114,7 @@ def _judge_job(session: Session, job: Job, seen: Seen | None, started: "Counter[
         exact &= claim(state.best is not None and job.output == state.best.text, "its output is not the best candidate")
     elif job.status in TERMINAL:
         claim(job.status == "cancelled" and job.cancel_requested_at is not None, f"failed: {job.error_code}")
-    progress = progress_of(state, standing(state))
+    progress = progress_columns(state, locate(state))
     for name in ("best_candidate", "best_reward", "input_tokens", "output_tokens", "reward_tokens"):
         exact &= claim(getattr(job, name) == progress[name], f"its {name} is not that of its rows")
     claim(job.lease_owner is None and job.lease_until is None, "has ended and is still held")
@@ -139,7 +140,7 @@ def _judge_events(
     steps = [
         (row.data["iteration"], row.data["phase"]) for before, row in pairwise(rows) if _tells_of_step(before, row)
     ]
-    expected = [standing(each) for each in reference.states[1 : len(state.calls) + 1]]
+    expected = [locate(each) for each in reference.states[1 : len(state.calls) + 1]]
     claim(
         steps == [(each.iteration, each.phase) for each in expected if each.phase],
         f"its events tell of other steps: {steps}",

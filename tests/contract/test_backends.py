@@ -14,7 +14,7 @@ from tests.support.model_server import MODEL, ModelServer, model_server
 from tests.support.tiny_models import make_tokenizer, save_llama, save_reward
 from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
 from tpo.core import prompts
-from tpo.core.errors import Interrupted
+from tpo.core.errors import CallInterruptedError
 from tpo.core.ports import Generate, Score, cut_at
 from tpo.core.run import run
 from tpo.core.state import Message, Params, State
@@ -76,7 +76,7 @@ def policy(
     if request.param == "local":
         spec = str(save_llama(tmp_path_factory.mktemp("policy")))
     elif request.param == "openai":
-        spec, settings = f"openai:{MODEL}", Settings(openai_url=server.url, openai_samples="apart")
+        spec, settings = f"openai:{MODEL}", Settings(openai_url=server.url, openai_samples="separate")
     policy = load_policy(spec, settings)
     yield policy
     policy.close()
@@ -160,11 +160,11 @@ def test_the_prompt_is_counted_once_for_all_its_samples(policy: LoadedPolicy) ->
 
 def test_an_interrupt_is_raised_to_the_caller(policy: LoadedPolicy, reward: LoadedRewardModel) -> None:
     def stop() -> None:
-        raise Interrupted("cancelled")
+        raise CallInterruptedError("cancelled")
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(CallInterruptedError):
         policy.generate(ask(), stop)
-    with pytest.raises(Interrupted):
+    with pytest.raises(CallInterruptedError):
         reward.score(rate("It rains."), stop)
     assert len(policy.generate(ask(), go_on).texts) == 3
     assert len(reward.score(rate("It rains."), go_on).values) == 1

@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import IntegrityError
 
-from testing.fakes import FakePolicy, FakeReward, new_state, said, step, tagged
+from testing.fakes import FakePolicy, FakeReward, make_step, new_state, said, tagged
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, execute, put, rows
-from tpo.core.errors import JobNotFound, LeaseLost, NoUsableSample
+from tpo.core.errors import JobNotFoundError, LeaseLostError, NoUsableSampleError
 from tpo.core.ports import Generate, Text
 from tpo.core.state import Message, RewardPart, State
 from tpo.core.status import TERMINAL, Status
@@ -35,7 +35,7 @@ def test_a_new_job(store: Store) -> None:
 
 def test_a_job_that_is_not_there(store: Store) -> None:
     for ask in (store.jobs.get, store.jobs.state, store.jobs.cancel):
-        with pytest.raises(JobNotFound, match="job_no"):
+        with pytest.raises(JobNotFoundError, match="job_no"):
             ask("job_no")
     assert store.jobs.events("job_no") == []
     assert claim_one(store, "job_no", "worker-1", 30, **SERVES) is None
@@ -88,7 +88,7 @@ def test_a_worker_takes_no_job_that_it_does_not_serve(engine: Engine, store: Sto
 def test_what_cannot_be_claimed(engine: Engine, store: Store) -> None:
     waits, tried, late, paused = (create(store) for _ in range(4))
     put(engine, waits, next_attempt_at=store.jobs.get(waits).created_at + 60)
-    put(engine, tried, attempts_in_vain=3)
+    put(engine, tried, consecutive_failures=3)
     put(engine, late, deadline_at=store.jobs.get(late).created_at - 1)
     put(engine, paused, status="paused")
     before = rows(engine)
@@ -141,12 +141,12 @@ def test_the_parts_of_a_reward_are_recorded(store: Store, engine: Engine) -> Non
 
 def test_a_job_without_any_usable_sample_is_recorded_to_its_last_call(store: Store) -> None:
     lease, state = claim(store, create(store, new_state(sample_size=2)))
-    with pytest.raises(NoUsableSample):
+    with pytest.raises(NoUsableSampleError):
         drive(store, lease, state, FakePolicy(lambda _r, _s: said("")))
     assert [c.unusable for c in store.jobs.state(lease.job_id).candidates] == ["empty"] * 4
     store.leases.release(lease)
     again, state = claim(store, lease.job_id)
-    with pytest.raises(NoUsableSample):
+    with pytest.raises(NoUsableSampleError):
         drive(store, again, state)
 
 
@@ -158,35 +158,35 @@ def test_a_conversation_with_a_system_turn_comes_back(store: Store) -> None:
 
 def test_a_checkpoint_said_twice_is_recorded_once(engine: Engine, store: Store) -> None:
     lease, before = claim(store, create(store))
-    after = step(before)
-    store.leases.checkpoint(lease, before, after)
+    made = make_step(before)
+    store.leases.checkpoint(lease, made)
     once = rows(engine)
-    assert store.leases.checkpoint(lease, before, after) == Flags(False, False)
+    assert store.leases.checkpoint(lease, made) == Flags(False, False)
     twice = rows(engine)
     put(engine, lease.job_id, lease_until=0.0)
     with pytest.raises(IntegrityError):
-        store.leases.checkpoint(lease, before, step(before, FakePolicy(lambda _r, _s: said("another"))))
+        store.leases.checkpoint(lease, make_step(before, FakePolicy(lambda _r, _s: said("another"))))
     assert {**twice, "jobs": 0} == {**once, "jobs": 0}
     assert store.jobs.get(lease.job_id).last_event == len(store.jobs.events(lease.job_id))
-    assert store.jobs.state(lease.job_id) == after
+    assert store.jobs.state(lease.job_id) == made.after
     assert store.jobs.get(lease.job_id).lease_until == 0.0
 
 
 def test_a_worker_that_lost_its_lease_cannot_write(engine: Engine, store: Store) -> None:
     job_id = create(store)
     lost, before = claim(store, job_id, seconds=-1)
-    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+    store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
     # By the same worker: it is the fence that tells the two claims apart.
     held, state = claim(store, job_id, "worker-1")
-    store.leases.checkpoint(held, state, step(state))
+    store.leases.checkpoint(held, make_step(state))
     everything = rows(engine)
     for write in (
-        lambda: store.leases.checkpoint(lost, before, step(before)),
+        lambda: store.leases.checkpoint(lost, make_step(before)),
         lambda: store.leases.finish(lost, Outcome("completed", output="mine")),
         lambda: store.leases.release(lost),
         lambda: store.leases.release(lost, delay_seconds=3),
     ):
-        with pytest.raises(LeaseLost):
+        with pytest.raises(LeaseLostError):
             write()
         assert rows(engine) == everything
     assert store.leases.renew("worker-2", [job_id], 30) == {}
@@ -215,10 +215,11 @@ def test_renewing_prolongs_what_is_held_and_tells_the_flags(engine: Engine, stor
 def test_a_checkpoint_prolongs_the_lease_and_tells_the_flags(engine: Engine, store: Store) -> None:
     lease, state = claim(store, create(store), seconds=500)
     put(engine, lease.job_id, lease_until=1.0, deadline_at=1.0)
-    assert store.leases.checkpoint(lease, state, after := step(state)) == Flags(False, True)
+    made = make_step(state)
+    assert store.leases.checkpoint(lease, made) == Flags(False, True)
     assert (store.jobs.get(lease.job_id).lease_until or 0) > store.jobs.get(lease.job_id).created_at + 400
     store.jobs.cancel(lease.job_id)
-    assert store.leases.checkpoint(lease, after, step(after)) == Flags(True, True)
+    assert store.leases.checkpoint(lease, make_step(made.after)) == Flags(True, True)
 
 
 @pytest.mark.parametrize(
@@ -234,8 +235,7 @@ def test_a_checkpoint_prolongs_the_lease_and_tells_the_flags(engine: Engine, sto
 )
 def test_how_a_job_ends(engine: Engine, store: Store, outcome: Outcome) -> None:
     lease, state = claim(store, create(store))
-    after = step(state)
-    store.leases.checkpoint(lease, state, after)
+    store.leases.checkpoint(lease, made := make_step(state))
     assert store.leases.finish(lease, outcome) == outcome.status
     job = store.jobs.get(lease.job_id)
     told: dict[str, Any] = {name: getattr(job, name) for name in vars(outcome)}
@@ -246,14 +246,14 @@ def test_how_a_job_ends(engine: Engine, store: Store, outcome: Outcome) -> None:
     ended = rows(engine)
     for write in (
         lambda: store.leases.finish(lease, Outcome("completed", output="again")),
-        lambda: store.leases.checkpoint(lease, after, step(after)),
+        lambda: store.leases.checkpoint(lease, make_step(made.after)),
         lambda: store.leases.release(lease),
     ):
-        with pytest.raises(LeaseLost):
+        with pytest.raises(LeaseLostError):
             write()
     assert claim_one(store, job.id, "worker-1", 30, **SERVES) is None
     assert store.jobs.cancel(job.id).status == outcome.status
-    assert store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60) == []
+    assert store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60) == []
     assert rows(engine) == ended
 
 
@@ -272,7 +272,7 @@ def test_cancel_ends_a_waiting_job_at_once_and_asks_a_running_one(engine: Engine
     asked = rows(engine)
     assert store.jobs.cancel(running).status == "cancelling"
     assert rows(engine) == asked
-    store.leases.checkpoint(lease, state, step(state))
+    store.leases.checkpoint(lease, make_step(state))
     assert store.leases.finish(lease, Outcome("completed", output="too late")) == "cancelled"
     assert store.jobs.get(running).output is None
     types = event_types(store, running)
@@ -296,9 +296,9 @@ def test_releasing_with_a_delay_counts_the_attempt_and_waits(engine: Engine, sto
     assert (job.status, job.attempt) == ("queued", 1)
     assert job.next_attempt_at is not None
     assert claim_one(store, job.id, "worker-2", 30, **SERVES) is None
-    assert store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60) == []
+    assert store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60) == []
     put(engine, job.id, next_attempt_at=job.created_at)
-    due = [store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60) for _ in range(2)]
+    due = [store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60) for _ in range(2)]
     assert [[bell.job_id for bell in bells] for bells in due] == [[job.id], []]
     assert claim(store, job.id, "worker-2")[0].attempt == 2
 
@@ -312,10 +312,10 @@ def test_releasing_a_job_that_was_cancelled_ends_it(store: Store) -> None:
 
 
 def test_workers_that_were_heard_of(engine: Engine, store: Store) -> None:
-    store.workers.register("worker-1", slots=4, **SERVES)
-    store.workers.register("worker-2", slots=2, **SERVES)
-    store.workers.register("worker-1", slots=8, **SERVES)
-    assert {(w.id, w.slots) for w in store.workers.live(60)} == {("worker-1", 8), ("worker-2", 2)}
+    store.workers.register("worker-1", concurrency=4, **SERVES)
+    store.workers.register("worker-2", concurrency=2, **SERVES)
+    store.workers.register("worker-1", concurrency=8, **SERVES)
+    assert {(w.id, w.concurrency) for w in store.workers.live(60)} == {("worker-1", 8), ("worker-2", 2)}
     store.workers.deregister("worker-2")
     assert [w.id for w in store.workers.live(60)] == ["worker-1"]
     assert store.workers.live(-1) == []
@@ -332,7 +332,8 @@ def test_events_are_paged_by_their_number(store: Store) -> None:
 def ended_in(store: Store, engine: Engine, status: Status) -> tuple[str, State]:
     """A job with a record that has ended in this status."""
     lease, state = claim(store, create(store))
-    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.checkpoint(lease, made := make_step(state))
+    after = made.after
     store.leases.finish(lease, Outcome(status))
     return lease.job_id, after
 
@@ -347,7 +348,7 @@ def test_the_database_itself_keeps_what_has_ended(engine: Engine, store: Store, 
                 put(engine, job_id, status=other)
     put(engine, job_id, status=status)  # the same one is no change
     for insert in (
-        "INSERT INTO calls VALUES (:id, 9, 'loss', 1, 1, 1, 1, 1.0)",
+        "INSERT INTO calls VALUES (:id, 9, 'critique', 1, 1, 1, 1, 1.0)",
         "INSERT INTO candidates VALUES (:id, 9, 9, 'text', 1, 1.0, NULL, NULL)",
         "INSERT INTO iterations VALUES (:id, 9, '0-0', NULL, NULL, 0, NULL, 0)",
     ):

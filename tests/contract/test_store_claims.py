@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event, text
 
-from testing.fakes import step
+from testing.fakes import make_step
 from testing.jobs import SERVES, claim, create, create_many, event_types, put, rows
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 from tpo.db import writing
 from tpo.jobs import claims
 from tpo.jobs.claims import Pair
@@ -88,7 +88,7 @@ def test_promise_11_of_many_jobs_that_ended_a_tenant_has_had_its_turn(store: Sto
 def test_promise_11_a_tenant_does_not_gain_by_a_priority_for_each_job(engine: Engine, store: Store) -> None:
     many = [of_tenant(store, "many", 1, -priority)[0] for priority in range(5)]
     for ago, job_id in enumerate(reversed(many)):
-        put(engine, job_id, rung_at=store.for_tenant("many").jobs.get(job_id).rung_at - ago)
+        put(engine, job_id, queued_at=store.for_tenant("many").jobs.get(job_id).queued_at - ago)
     one = of_tenant(store, "one", 5)
     order = []
     while claimed := store.leases.claim("worker-1", 30, rules=Rules(priority_seconds=1e-9), **SERVES):
@@ -100,7 +100,7 @@ def test_promise_11_a_tenant_does_not_gain_by_a_priority_for_each_job(engine: En
 def test_promise_11_a_long_wait_outweighs_a_priority(engine: Engine, store: Store) -> None:
     high, low, lower = of_tenant(store, "a", 3, 5), of_tenant(store, "b", 2, 2), of_tenant(store, "b", 1, 1)
     for job_id in (*low, *lower):
-        put(engine, job_id, rung_at=store.for_tenant("b").jobs.get(job_id).rung_at - 200)
+        put(engine, job_id, queued_at=store.for_tenant("b").jobs.get(job_id).queued_at - 200)
     assert all_turns(store) == [low[0], *high, lower[0], low[1]], "one turn, and the wait is anew"
 
 
@@ -115,7 +115,7 @@ def test_what_is_not_in_line_keeps_nobody_from_their_turn(engine: Engine, store:
     waits, late, tried, paused, *ready = in_order(6, store)
     put(engine, waits, next_attempt_at=1e12)
     put(engine, late, deadline_at=1.0)
-    put(engine, tried, attempts_in_vain=3)
+    put(engine, tried, consecutive_failures=3)
     store.jobs.pause(paused)
     assert all_turns(store) == ready
 
@@ -133,7 +133,7 @@ def test_a_job_that_cannot_be_read_is_put_aside(engine: Engine, store: Store, ca
     claimed = [store.leases.claim("worker-1", 30, **SERVES) for _ in range(3)]
     assert [c[0].job_id for c in claimed if c] == others
     job = store.jobs.get(strange)
-    assert (job.status, job.attempts_in_vain) == ("queued", 1)
+    assert (job.status, job.consecutive_failures) == ("queued", 1)
     assert (job.next_attempt_at or 0) > job.created_at
     assert strange in caplog.text
 
@@ -220,9 +220,9 @@ def test_promise_12_a_paused_queue_gives_no_job_and_tells_those_that_run(engine:
     assert claim_next(store) is None
     assert store.leases.check("worker-1", [running])[running][1].queue_paused
     assert store.leases.renew("worker-1", [running], 30)[running][1].queue_paused
-    assert store.leases.checkpoint(lease, state, step(state)).queue_paused
+    assert store.leases.checkpoint(lease, make_step(state)).queue_paused
     assert store.leases.release(lease) == "queued"
-    assert [bell.job_id for bell in store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60)] == [other]
+    assert [bell.job_id for bell in store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)] == [other]
     assert store.leases.claim("worker-1", 30, model="other", reward_model="reward")
     assert store.queues.resume("policy") == [running]
     store.queues.resume("policy")
@@ -233,9 +233,9 @@ def test_promise_12_a_paused_queue_gives_no_job_and_tells_those_that_run(engine:
 def test_queues_and_what_stands_in_them(engine: Engine, store: Store) -> None:
     assert store.queues.page(60) == []
     for pause in (store.queues.pause, store.queues.resume):
-        with pytest.raises(InvalidInput, match="no queue 'policy'"):
+        with pytest.raises(InvalidInputError, match="no queue 'policy'"):
             pause("policy")
-    store.workers.register("worker-1", slots=1, model="served", reward_model="reward")
+    store.workers.register("worker-1", concurrency=1, model="served", reward_model="reward")
     store.queues.pause("served")
     claim(store, create(store))
     store.jobs.cancel(create(store))
@@ -253,9 +253,9 @@ def test_turns_long_ago_are_forgotten(engine: Engine, store: Store) -> None:
     create(store)
     claim_next(store)
     with writing(engine) as session:
-        session.execute(text("UPDATE turns SET served_at = served_at - 90000"))
-    assert store.maintenance.purge_turns(24 * 3600) == 1
-    assert rows(engine)["turns"] == []
+        session.execute(text("UPDATE last_claims SET claimed_at = claimed_at - 90000"))
+    assert store.maintenance.purge_last_claims(24 * 3600) == 1
+    assert rows(engine)["last_claims"] == []
 
 
 def test_what_a_claim_asks_is_found_by_an_index_of_those_that_wait(engine: Engine, store: Store) -> None:

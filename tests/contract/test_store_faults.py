@@ -14,14 +14,14 @@ from sqlalchemy import Engine, event, make_url, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from testing.fakes import new_state, step
+from testing.fakes import make_step, new_state
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
 from testing.ports import free_port
 from testing.services import new_database, postgres_server
 from testing.waiting import eventually
-from tpo.core.errors import DatabaseRefused, ExternalIdTaken, LeaseLost, StoreUnavailable
+from tpo.core.errors import DatabaseRefusedError, ExternalIdTakenError, LeaseLostError, StoreUnavailableError
 from tpo.core.status import Status
-from tpo.db import asking, connect, now, reading, write, writing
+from tpo.db import connect, now, reading, single_query, write, writing
 from tpo.db.schema import check, upgrade
 from tpo.jobs import claims
 from tpo.jobs.outcomes import Outcome
@@ -38,7 +38,7 @@ def at_once(*actions: Callable[[], object]) -> list[object]:
         together.wait()
         try:
             return action()
-        except LeaseLost as error:
+        except LeaseLostError as error:
             return error
 
     with ThreadPoolExecutor(len(actions)) as threads:
@@ -60,7 +60,7 @@ def test_cancel_against_finish_gives_one_end(store: Store) -> None:
         at_once(
             partial(store.jobs.cancel, lease.job_id),
             partial(store.leases.finish, lease, Outcome("completed", output="the answer")),
-            partial(store.leases.checkpoint, lease, state, step(state)),
+            partial(store.leases.checkpoint, lease, make_step(state)),
         )
         job = store.jobs.get(lease.job_id)
         types = event_types(store, lease.job_id)
@@ -72,7 +72,7 @@ def test_cancel_against_finish_gives_one_end(store: Store) -> None:
 def test_no_cancel_is_lost_beside_a_release(store: Store) -> None:
     for round_number in range(20):
         lease, _ = claim(store, create(store), seconds=-1)
-        sweep = partial(store.maintenance.sweep, ring_again_seconds=60, forget_worker_seconds=60)
+        sweep = partial(store.maintenance.sweep, renotify_seconds=60, forget_worker_seconds=60)
         at_once(
             partial(store.jobs.cancel, lease.job_id),
             partial(store.leases.release, lease) if round_number % 2 else sweep,
@@ -89,7 +89,7 @@ def test_sweeps_beside_each_other_and_beside_work(store: Store) -> None:
 
     def sweep() -> list[str]:
         return [
-            b.job_id for _ in range(3) for b in store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+            b.job_id for _ in range(3) for b in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
         ]
 
     rung = at_once(sweep, sweep, sweep, partial(store.leases.renew, "worker-1", jobs, 30))
@@ -132,7 +132,7 @@ def test_a_release_whose_answer_was_lost_is_told_as_it_stands(store: Store) -> N
     assert store.jobs.get(lease.job_id).attempt == 0
     claim(store, lease.job_id, "worker-2")
     for refused in (partial(store.leases.release, lease), partial(store.leases.finish, lease, Outcome("completed"))):
-        with pytest.raises(LeaseLost):
+        with pytest.raises(LeaseLostError):
             refused()
 
 
@@ -164,8 +164,8 @@ def test_a_process_whose_clock_is_wrong_changes_nothing(store: Store, monkeypatc
         set_clock(off)
         lease, state = claim(store, create(store, deadline_seconds=300), seconds=30)
         ids.append(lease.job_id)
-        assert store.maintenance.sweep(ring_again_seconds=15, forget_worker_seconds=60) == []
-        flags = store.leases.checkpoint(lease, state, step(state))
+        assert store.maintenance.sweep(renotify_seconds=15, forget_worker_seconds=60) == []
+        flags = store.leases.checkpoint(lease, make_step(state))
         assert not flags.past_deadline
         job = store.jobs.get(lease.job_id)
         for told in (job.created_at, job.started_at, (job.lease_until or 0) - 30, (job.deadline_at or 0) - 300):
@@ -190,7 +190,7 @@ def test_what_waits_for_sqlite_is_committed_together_and_fails_alone(tmp_path: P
             session.execute(select(now()))
             asked = [threads.submit(submit, name) for name in ("a", "b", "taken", "c", "d")]
             eventually(lambda: len(engine.get_execution_options()["tpo_waiting"]) == 5, why="all wait")
-        with pytest.raises(ExternalIdTaken):
+        with pytest.raises(ExternalIdTakenError):
             asked[2].result()
         made = [future.result() for future in asked[:2] + asked[3:]]
     assert len(commits) == 2
@@ -203,7 +203,7 @@ def test_nobody_is_told_of_what_the_commit_did_not_keep(sqlite: Engine) -> None:
     store = Store(sqlite)
 
     def fail(_connection: object) -> None:
-        raise StoreUnavailable()
+        raise StoreUnavailableError()
 
     with ThreadPoolExecutor(3) as threads:
         with writing(sqlite) as session:
@@ -213,7 +213,7 @@ def test_nobody_is_told_of_what_the_commit_did_not_keep(sqlite: Engine) -> None:
             session.commit()
             event.listen(sqlite, "commit", fail)
         for each in asked:
-            with pytest.raises(StoreUnavailable):
+            with pytest.raises(StoreUnavailableError):
                 each.result()
     event.remove(sqlite, "commit", fail)
     assert store.jobs.page(limit=9) == []
@@ -230,9 +230,9 @@ def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
         partial(store.jobs.get, "job_1"),
         partial(create, store),
         partial(store.leases.claim, "worker-1", 30, **SERVES),
-        partial(store.maintenance.sweep, ring_again_seconds=1, forget_worker_seconds=1),
+        partial(store.maintenance.sweep, renotify_seconds=1, forget_worker_seconds=1),
     ):
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreUnavailableError):
             ask()
     engine.dispose()
 
@@ -248,7 +248,7 @@ def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
 )
 def test_a_url_that_cannot_be_used_is_refused_before_anything_is_connected(url: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DatabaseRefused, match=f"^TPO_DATABASE_URL: {says}") as refused:
+    with pytest.raises(DatabaseRefusedError, match=f"^TPO_DATABASE_URL: {says}") as refused:
         connect(url.format(folder=tmp_path))
     assert "secret-word" not in str(refused.value)
 
@@ -275,7 +275,8 @@ def test_postgresql_connections_that_die_in_the_pool_are_replaced(postgres: Engi
     store = Store(postgres)
     lease, state = claim(store, create(store))
     kill_backends(postgres)
-    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.checkpoint(lease, made := make_step(state))
+    after = made.after
     kill_backends(postgres)
     assert store.jobs.state(lease.job_id) == after
 
@@ -292,7 +293,7 @@ def test_a_postgresql_connection_that_dies_in_a_transaction_writes_nothing(postg
             then(session)
 
     for then in (lambda session: session.execute(text("SELECT 1")), lambda session: session.commit()):
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreUnavailableError):
             write(then)
         assert rows(postgres) == before
 
@@ -308,10 +309,10 @@ def test_a_postgresql_connection_that_dies_while_it_waits_for_its_turn_is_told(
         with writing(postgres) as session:
             claims._wait_for_turn(session, claims.Pair("policy", "reward"))
             claimed = thread.submit(store.leases.claim, "worker-1", 30, **SERVES)
-            with asking(postgres) as connection:
+            with single_query(postgres) as connection:
                 pid = eventually(lambda: connection.scalar(waits), why="the claim waits for its turn")
                 connection.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(StoreUnavailableError):
             claimed.result()
     assert store.leases.claim("worker-1", 30, **SERVES)
 
@@ -322,7 +323,7 @@ def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> No
     with writing(postgres) as session:
         session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '20s'"))  # a sweep that waits fails
         session.execute(update(Job).where(Job.id == locked).values(input_tokens=1))
-        rung = [bell.job_id for bell in store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)]
+        rung = [bell.job_id for bell in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
     assert rung == [lost]
     assert store.jobs.get(locked).status == "in_progress"
 
@@ -339,15 +340,15 @@ def test_a_postgresql_that_becomes_a_standby_is_waited_for_until_it_is_promoted(
         server.start()
         for write_to_it in (
             partial(create, store),
-            partial(store.leases.checkpoint, lease, state, after := step(state)),
+            partial(store.leases.checkpoint, lease, made := make_step(state)),
         ):
-            with pytest.raises(StoreUnavailable, match="can only be read: it is a standby"):
+            with pytest.raises(StoreUnavailableError, match="can only be read: it is a standby"):
                 write_to_it()
         assert store.jobs.state(lease.job_id) == state
         with psycopg.connect(server.url.replace("+psycopg", "", 1), autocommit=True) as admin:
             admin.execute("SELECT pg_promote()")
-        store.leases.checkpoint(lease, state, after)
-        assert store.jobs.state(lease.job_id) == after
+        store.leases.checkpoint(lease, made)
+        assert store.jobs.state(lease.job_id) == made.after
         engine.dispose()
 
 
@@ -363,9 +364,9 @@ def test_what_postgresql_lacks_is_said(postgres: Engine) -> None:
         (role, f"{url.database}-none", "no such user or database"),
     ):
         engine = connect(url.set(username=user, database=database).render_as_string(hide_password=False))
-        with pytest.raises(StoreUnavailable, match=says):
+        with pytest.raises(StoreUnavailableError, match=says):
             check(engine)
-        with pytest.raises(StoreUnavailable, match=says):
+        with pytest.raises(StoreUnavailableError, match=says):
             create(Store(engine))
         engine.dispose()
 
@@ -376,7 +377,7 @@ def test_a_database_that_cannot_hold_every_text_is_refused(postgres_admin_url: s
     with psycopg.connect(postgres_admin_url, autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
         try:
-            with pytest.raises(DatabaseRefused, match=r"encoding is SQL_ASCII.* ENCODING 'UTF8'"):
+            with pytest.raises(DatabaseRefusedError, match=r"encoding is SQL_ASCII.* ENCODING 'UTF8'"):
                 upgrade(url.render_as_string(hide_password=False))
         finally:
             admin.execute(f"DROP DATABASE {name}")
@@ -405,7 +406,7 @@ def test_what_sqlite_lacks_is_said_and_passes(sqlite: Engine, pragma: str, says:
     sqlite.dispose()
     event.listen(sqlite, "connect", prepare := lambda connection, _record: connection.execute(f"PRAGMA {pragma}"))
     large = new_state(query="x" * 100_000)
-    with pytest.raises(StoreUnavailable, match=says):
+    with pytest.raises(StoreUnavailableError, match=says):
         create(store, large)
     assert [job.id for job in store.jobs.page(limit=9)] == [made]
     event.remove(sqlite, "connect", prepare)
@@ -454,7 +455,7 @@ def test_a_reader_sees_one_moment(engine: Engine, store: Store) -> None:
     lease, state = claim(store, create(store))
     with reading(engine) as session:
         seen = session.scalars(select(Job.phase).where(Job.id == lease.job_id)).one()
-        store.leases.checkpoint(lease, state, step(state))
+        store.leases.checkpoint(lease, make_step(state))
         assert session.scalars(select(Job.phase).where(Job.id == lease.job_id)).one() == seen == "sampling"
     assert store.jobs.get(lease.job_id).phase == "scoring"
 

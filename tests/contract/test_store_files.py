@@ -6,11 +6,11 @@ from sqlalchemy import Engine, select, update
 from testing.jobs import execute, rows
 from tpo.batches.files import append, insert_file
 from tpo.batches.tables import Batch, File, FilePart
-from tpo.core.errors import BatchNotFound, FileNotFound
+from tpo.core.errors import BatchNotFoundError, UploadNotFoundError
 from tpo.db import reading, writing
 from tpo.settings import Settings
 from tpo.store import Store
-from worker.tasks.cleaner import Purger
+from worker.tasks.cleaner import Cleaner
 
 DAY = 24 * 3600.0
 
@@ -56,26 +56,26 @@ def test_a_purge_forgets_files_and_batches_whose_time_is_over(engine: Engine, st
     execute(engine, f"UPDATE batches SET ended_at = ended_at - {31 * DAY} WHERE id = '{old.id}'")
     execute(engine, f"UPDATE files SET expires_at = created_at - 1 WHERE id = '{expired}'")
 
-    Purger(Settings(retention_days=None), store).purge()
+    Cleaner(Settings(retention_days=None), store).purge()
     assert ids(engine)[0] == {old_input, old.output_file_id, young, read_now, another_s, unfinished}
 
-    Purger(Settings(retention_days=30), store).purge()
+    Cleaner(Settings(retention_days=30), store).purge()
     files, parts, batches = ids(engine)
     assert files == {young, read_now, unfinished}  # a batch still reads it; nobody has completed it
     assert parts == {young, read_now}
     assert batches == {working.id}
     before = rows(engine)
-    Purger(Settings(retention_days=30), store).purge()
+    Cleaner(Settings(retention_days=30), store).purge()
     assert rows(engine) == before
 
 
 def test_a_batch_is_forgotten_by_its_owner_alone(engine: Engine, store: Store) -> None:
     batch = ended_batch(engine, store, upload(store))
-    with pytest.raises(BatchNotFound):
+    with pytest.raises(BatchNotFoundError):
         store.for_tenant("acme").batches.delete(batch.id)
     assert batch.output_file_id
     assert store.files.get(batch.output_file_id)
     store.batches.delete(batch.id)
-    with pytest.raises(FileNotFound):
+    with pytest.raises(UploadNotFoundError):
         store.files.get(batch.output_file_id)
     assert ids(engine)[2] == set()

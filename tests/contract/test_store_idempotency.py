@@ -8,21 +8,21 @@ from sqlalchemy import Engine
 from testing.fakes import new_state
 from testing.jobs import claim, create, execute, rows
 from testing.seeding import fill
-from tpo.core.errors import ExternalIdTaken, JobNotFound, QuotaExceeded, SameKeyOtherBody
+from tpo.core.errors import ExternalIdTakenError, IdempotencyConflictError, JobNotFoundError, QuotaExceededError
 from tpo.jobs.leases import Lease
 from tpo.jobs.outcomes import Outcome
 from tpo.jobs.requests import Submitted
 from tpo.settings import Settings
 from tpo.store import Store
-from tpo.tenants.idempotency import Once
+from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
-from worker.tasks.cleaner import Purger
+from worker.tasks.cleaner import Cleaner
 
 STATE = new_state(sample_size=2)
 
 
 def submit(
-    store: Store, once: Once | None = None, limits: Limits | None = None, external_id: str | None = None
+    store: Store, once: IdempotencyRequest | None = None, limits: Limits | None = None, external_id: str | None = None
 ) -> Submitted:
     return store.jobs.submit(
         STATE, once=once, limits=limits, max_attempts=3, external_id=external_id, model="policy", reward_model="reward"
@@ -30,45 +30,45 @@ def submit(
 
 
 def test_the_same_key_and_body_give_the_first_job(engine: Engine, store: Store) -> None:
-    first = submit(store, Once("body", "key"))
+    first = submit(store, IdempotencyRequest("body", "key"))
     before = rows(engine)
-    again = submit(store, Once("body", "key"))
+    again = submit(store, IdempotencyRequest("body", "key"))
     assert (first.new, again.new, again.job.id) == (True, False, first.job.id)
-    with pytest.raises(SameKeyOtherBody):
-        submit(store, Once("another body", "key"))
+    with pytest.raises(IdempotencyConflictError):
+        submit(store, IdempotencyRequest("another body", "key"))
     assert rows(engine) == before
-    assert submit(store.for_tenant("acme"), Once("another body", "key")).new
-    assert submit(store, Once("body", "another key")).new
+    assert submit(store.for_tenant("acme"), IdempotencyRequest("another body", "key")).new
+    assert submit(store, IdempotencyRequest("body", "another key")).new
 
 
 def test_a_key_is_forgotten_in_time_and_with_its_job(engine: Engine, store: Store) -> None:
-    first = submit(store, Once("body", "key"))
+    first = submit(store, IdempotencyRequest("body", "key"))
     execute(engine, "UPDATE idempotency_keys SET created_at = created_at - 100")
-    assert not submit(store, Once("body", "key", keep_seconds=200)).new
-    second = submit(store, Once("other", "key", keep_seconds=50))
+    assert not submit(store, IdempotencyRequest("body", "key", keep_seconds=200)).new
+    second = submit(store, IdempotencyRequest("other", "key", keep_seconds=50))
     assert second.new
     store.jobs.cancel(second.job.id)
     store.jobs.delete(second.job.id)
-    assert submit(store, Once("third", "key")).new
+    assert submit(store, IdempotencyRequest("third", "key")).new
     assert store.jobs.get(first.job.id)
 
 
 def test_an_external_id_names_one_job_of_a_tenant(engine: Engine, store: Store) -> None:
-    first = submit(store, Once("body"), external_id="mine")
+    first = submit(store, IdempotencyRequest("body"), external_id="mine")
     before = rows(engine)
-    assert submit(store, Once("body"), external_id="mine").job.id == first.job.id
-    for other in (Once("another body"), None):
-        with pytest.raises(ExternalIdTaken):
+    assert submit(store, IdempotencyRequest("body"), external_id="mine").job.id == first.job.id
+    for other in (IdempotencyRequest("another body"), None):
+        with pytest.raises(ExternalIdTakenError):
             submit(store, other, external_id="mine")
     assert rows(engine) == before
-    assert submit(store.for_tenant("acme"), Once("body"), external_id="mine").new
-    assert [submit(store, Once("body")).new for _ in range(2)] == [True, True]
+    assert submit(store.for_tenant("acme"), IdempotencyRequest("body"), external_id="mine").new
+    assert [submit(store, IdempotencyRequest("body")).new for _ in range(2)] == [True, True]
 
 
 def test_equal_requests_at_once_make_one_job(store: Store) -> None:
     with ThreadPoolExecutor(16) as threads:
-        by_key = list(threads.map(lambda _i: submit(store, Once("body", "key")), range(48)))
-        by_name = list(threads.map(lambda _i: submit(store, Once("body"), external_id="mine"), range(48)))
+        by_key = list(threads.map(lambda _i: submit(store, IdempotencyRequest("body", "key")), range(48)))
+        by_name = list(threads.map(lambda _i: submit(store, IdempotencyRequest("body"), external_id="mine"), range(48)))
     for made in (by_key, by_name):
         assert len({each.job.id for each in made}) == 1
         assert sum(each.new for each in made) == 1
@@ -83,13 +83,15 @@ def end(store: Store, job_id: str) -> None:
 def test_jobs_in_flight_are_counted_for_each_tenant(engine: Engine, store: Store) -> None:
     limits = Limits(in_flight=2)
     first = submit(store, limits=limits).job
-    claim(store, submit(store, Once("body", "key"), limits).job.id)
+    claim(store, submit(store, IdempotencyRequest("body", "key"), limits).job.id)
     before = rows(engine)
-    with pytest.raises(QuotaExceeded) as refused:
+    with pytest.raises(QuotaExceededError) as refused:
         submit(store, limits=limits)
     assert (refused.value.code, refused.value.limit) == ("too_many_jobs_in_flight", 2)
     assert rows(engine) == before
-    assert not submit(store, Once("body", "key"), limits).new  # what was taken is not refused when it comes again
+    assert not submit(
+        store, IdempotencyRequest("body", "key"), limits
+    ).new  # what was taken is not refused when it comes again
     assert submit(store.for_tenant("acme"), limits=limits).new
     end(store, first.id)
     assert submit(store, limits=limits).new
@@ -99,13 +101,13 @@ def test_jobs_a_minute_are_counted(engine: Engine, store: Store) -> None:
     limits = Limits(per_minute=3)
     rooms = [submit(store, limits=limits).room for _ in range(3)]
     assert [(room.limit, room.remaining) for room in rooms if room] == [(3, 2), (3, 1), (3, 0)]
-    with pytest.raises(QuotaExceeded) as refused:
+    with pytest.raises(QuotaExceededError) as refused:
         submit(store, limits=limits)
     assert refused.value.code == "rate_limit_exceeded"
     assert 0 < refused.value.retry_after <= 60
     oldest = store.jobs.page(limit=1, order="asc")[0].id
     end(store, oldest)
-    with pytest.raises(QuotaExceeded):
+    with pytest.raises(QuotaExceededError):
         submit(store, limits=limits)
     early = f"job_{int(oldest[4:16], 16) - 61_000:012x}{oldest[16:]}"
     for table in ("events",):
@@ -119,7 +121,7 @@ def test_a_tenant_can_have_limits_of_its_own(store: Store) -> None:
     acme = store.for_tenant("acme")
     for defaults in (Limits(), Limits(in_flight=100)):
         job = submit(acme, limits=defaults).job
-        with pytest.raises(QuotaExceeded):
+        with pytest.raises(QuotaExceededError):
             submit(acme, limits=defaults)
         acme.jobs.cancel(job.id)
     store.tenants.set_limits("acme", Limits())
@@ -130,7 +132,7 @@ def test_the_last_place_is_given_once(store: Store) -> None:
     def ask(_i: int) -> bool:
         try:
             return submit(store, limits=Limits(in_flight=5)).new
-        except QuotaExceeded:
+        except QuotaExceededError:
             return False
 
     with ThreadPoolExecutor(12) as threads:
@@ -148,13 +150,13 @@ def test_a_purge_forgets_what_ended_long_ago_and_nothing_that_lives(engine: Engi
     execute(engine, f"UPDATE jobs SET completed_at = completed_at - 1000 WHERE id = '{old}'")
     # A live job that pretends to have ended long ago: its state is what counts.
     execute(engine, f"UPDATE jobs SET completed_at = 1 WHERE id <> '{old}' AND id <> '{fresh}'")
-    submit(store, Once("body", "key"))
+    submit(store, IdempotencyRequest("body", "key"))
     execute(engine, "UPDATE idempotency_keys SET created_at = 1")
     assert store.idempotency_keys.purge(60) == 1
     assert rows(engine)["idempotency_keys"] == []
     assert store.maintenance.purge(500) == 1
     assert store.maintenance.purge(500) == 0
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobNotFoundError):
         store.jobs.get(old)
     assert old not in str(rows(engine))
     statuses = [store.jobs.get(job_id).status for job_id in (fresh, live, running, held, unwanted)]
@@ -163,7 +165,7 @@ def test_a_purge_forgets_what_ended_long_ago_and_nothing_that_lives(engine: Engi
 
 def test_the_purger_goes_on_until_nothing_is_left(engine: Engine, store: Store) -> None:
     fill(engine, 300)
-    Purger(Settings(retention_days=1e-9, idempotency_hours=1e-9), store).purge()
+    Cleaner(Settings(retention_days=1e-9, idempotency_hours=1e-9), store).purge()
     assert {job.status for job in store.jobs.page(limit=300)} == {"queued"}
     left = rows(engine)
     assert left["idempotency_keys"] == []

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, step
+from testing.fakes import FakePolicy, FakeReward, go_on, make_step, new_state, step
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
 from tests.contract.test_store_faults import at_once
-from tpo.core.errors import JobNotFound, WrongState
+from tpo.core.errors import JobNotFoundError, WrongStateError
 from tpo.core.run import run
 from tpo.core.state import State
 from tpo.core.status import TERMINAL, Status
@@ -22,7 +22,7 @@ from tpo.store import Store
 
 
 def sweep(store: Store) -> list[str]:
-    return [bell.job_id for bell in store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)]
+    return [bell.job_id for bell in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
 
 
 def go_on_from(store: Store, job_id: str, state: State) -> Job:
@@ -38,7 +38,7 @@ def test_a_queued_job_is_paused_at_once_and_resumed(engine: Engine, store: Store
     paused = rows(engine)
     assert store.jobs.pause(job_id).status == "paused"
     assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
-    assert store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60) == []
+    assert store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60) == []
     assert rows(engine) == paused
     assert store.jobs.resume(job_id).status == "queued"
     assert store.jobs.resume(job_id).status == "queued"
@@ -48,7 +48,8 @@ def test_a_queued_job_is_paused_at_once_and_resumed(engine: Engine, store: Store
 
 def test_a_running_job_is_paused_when_its_worker_hands_it_back(store: Store) -> None:
     lease, state = claim(store, create(store))
-    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.checkpoint(lease, made := make_step(state))
+    after = made.after
     job = store.jobs.pause(lease.job_id)
     assert (job.status, job.pause_requested_at is not None) == ("in_progress", True)
     assert store.leases.check("worker-1", [lease.job_id])[lease.job_id][1] == Flags(False, False, True)
@@ -97,7 +98,7 @@ def test_cancel_wins_over_pause(store: Store) -> None:
     store.jobs.pause(lease.job_id)
     assert store.jobs.cancel(lease.job_id).pause_requested_at is None
     for ask in (store.jobs.pause, store.jobs.resume):
-        with pytest.raises(WrongState):
+        with pytest.raises(WrongStateError):
             ask(lease.job_id)
     assert store.leases.release(lease) == "cancelled"
 
@@ -108,7 +109,7 @@ def test_what_has_ended_is_neither_paused_nor_resumed(engine: Engine, store: Sto
     store.leases.finish(lease, Outcome(status))
     before = rows(engine)
     for ask in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now):
-        with pytest.raises(WrongState):
+        with pytest.raises(WrongStateError):
             ask(lease.job_id)
     assert rows(engine) == before
 
@@ -119,7 +120,7 @@ def test_pause_resume_and_cancel_race_with_work(store: Store) -> None:
         actions: list[Callable[[], object]] = [
             partial(store.jobs.pause, lease.job_id),
             partial(store.jobs.resume, lease.job_id),
-            partial(store.leases.checkpoint, lease, state, step(state)),
+            partial(store.leases.checkpoint, lease, make_step(state)),
             partial(store.leases.release, lease),
         ]
         random.shuffle(actions)
@@ -140,20 +141,22 @@ def test_a_job_that_waits_is_retried_at_once(store: Store) -> None:
 
 def test_retrying_goes_on_from_the_record_in_a_new_job(store: Store) -> None:
     lease, state = claim(store, create(store))
-    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.checkpoint(lease, made := make_step(state))
+    after = made.after
     store.leases.finish(lease, Outcome("failed", error_code="worker_lost", error_message="lost"))
     old = store.jobs.get(lease.job_id)
-    made = go_on_from(store, old.id, retried(old, store.jobs.state(old.id)))
-    assert (made.status, made.source_id, made.input_tokens) == ("queued", old.id, 0)
-    assert store.jobs.state(made.id) == after.model_copy(update={"calls": ()})
+    new = go_on_from(store, old.id, retried(old, store.jobs.state(old.id)))
+    assert (new.status, new.source_id, new.input_tokens) == ("queued", old.id, 0)
+    assert store.jobs.state(new.id) == after.model_copy(update={"calls": ()})
     assert store.jobs.get(old.id).status == "failed"
-    with pytest.raises(WrongState):
-        retried(made, state)
+    with pytest.raises(WrongStateError):
+        retried(new, state)
 
 
 def test_a_job_without_usable_samples_is_retried_with_another_seed(store: Store) -> None:
     lease, state = claim(store, create(store))
-    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.checkpoint(lease, made := make_step(state))
+    after = made.after
     store.leases.finish(lease, Outcome("failed", error_code="no_usable_sample", error_message="none"))
     again = retried(store.jobs.get(lease.job_id), after)
     assert again.candidates == ()
@@ -193,8 +196,9 @@ def test_a_decline_stands_in_the_record_and_among_the_events(store: Store) -> No
     lease, state = claim(store, create(store, new_state(sample_size=2, max_iterations=2)))
     seen = []
     for _ in range(10):
-        state, before = step(state, reward=FakeReward(falls)), state
-        store.leases.checkpoint(lease, before, state)
+        made = make_step(state, reward=FakeReward(falls))
+        store.leases.checkpoint(lease, made)
+        state = made.after
         seen.append(store.jobs.get(lease.job_id).declined_iteration)
     assert seen == [None] * 5 + [1] * 4 + [2]
     told = [e for e in store.jobs.events(lease.job_id) if e.type == "job.iteration.declined"]
@@ -224,7 +228,7 @@ def test_a_budget_in_the_middle_of_an_iteration_completes_none(store: Store) -> 
     state = new_state(sample_size=2, max_iterations=2, max_seconds=0.4)
     lease, state = claim(store, create(store, state))
     ended = drive(store, lease, state)
-    assert [c.kind for c in ended.calls] == ["sample", "score", "loss"]
+    assert [c.kind for c in ended.calls] == ["sample", "score", "critique"]
     store.leases.finish(lease, outcome_of_run(ended))
     job = store.jobs.get(lease.job_id)
     assert (job.status, job.incomplete_reason, job.iteration) == ("incomplete", "max_seconds", 1)
@@ -246,31 +250,31 @@ def test_a_cancel_beside_the_end_of_a_run_tells_no_other_reason(store: Store) ->
 
 def test_what_cannot_be_extended(store: Store) -> None:
     lease, state = claim(store, create(store))
-    with pytest.raises(WrongState):
+    with pytest.raises(WrongStateError):
         extended(store.jobs.get(lease.job_id), state, 1)
     store.leases.finish(lease, Outcome("cancelled"))
     job = store.jobs.get(lease.job_id)
-    with pytest.raises(WrongState, match="no candidate"):
+    with pytest.raises(WrongStateError, match="no candidate"):
         extended(job, state, 1)
     scored = step(step(state))
-    with pytest.raises(WrongState, match="at most 3"):
+    with pytest.raises(WrongStateError, match="at most 3"):
         extended(job, scored, 3, most=3)
-    with pytest.raises(WrongState, match="best-of-N"):
+    with pytest.raises(WrongStateError, match="best-of-N"):
         extended(job, scored.model_copy(update={"params": scored.params.model_copy(update={"mode": "bon"})}), 1)
 
 
 def test_a_job_is_forgotten_with_all_its_texts(engine: Engine, store: Store) -> None:
     empty = rows(engine)
     lease, state = claim(store, create(store))
-    with pytest.raises(WrongState):
+    with pytest.raises(WrongStateError):
         store.jobs.delete(lease.job_id)
     drive(store, lease, state)
     store.leases.finish(lease, Outcome("completed", output="the answer"))
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobNotFoundError):
         store.for_tenant("other").jobs.delete(lease.job_id)
     store.jobs.delete(lease.job_id)
     assert rows(engine) == empty
-    with pytest.raises(JobNotFound):
+    with pytest.raises(JobNotFoundError):
         store.jobs.delete(lease.job_id)
 
 

@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine
 
-from testing.fakes import new_state, step
+from testing.fakes import make_step, new_state
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
-from tpo.core.errors import LeaseLost, WrongState
+from tpo.core.errors import LeaseLostError, WrongStateError
 from tpo.core.state import State
 from tpo.core.status import TERMINAL
 from tpo.jobs.leases import Lease
@@ -16,9 +16,9 @@ from tpo.jobs.outcomes import Outcome
 from tpo.store import Store
 
 
-def sweep(store: Store, ring_again_seconds: float = 60) -> list[str]:
+def sweep(store: Store, renotify_seconds: float = 60) -> list[str]:
     """The jobs that were rung for."""
-    bells = store.maintenance.sweep(ring_again_seconds=ring_again_seconds, forget_worker_seconds=60)
+    bells = store.maintenance.sweep(renotify_seconds=renotify_seconds, forget_worker_seconds=60)
     assert all(bell.model == "policy" for bell in bells)
     return [bell.job_id for bell in bells]
 
@@ -26,7 +26,7 @@ def sweep(store: Store, ring_again_seconds: float = 60) -> list[str]:
 def test_a_sweep_with_nothing_to_do_changes_nothing(engine: Engine, store: Store) -> None:
     create(store)
     claim(store, create(store))
-    store.workers.register("worker-1", slots=1, **SERVES)
+    store.workers.register("worker-1", concurrency=1, **SERVES)
     before = rows(engine)
     assert sweep(store) == []
     assert rows(engine) == before
@@ -34,7 +34,8 @@ def test_a_sweep_with_nothing_to_do_changes_nothing(engine: Engine, store: Store
 
 def test_a_lost_lease_brings_the_job_back_and_rings(store: Store) -> None:
     lease, state = claim(store, create(store), seconds=500)
-    store.leases.checkpoint(lease, state, after := step(state))
+    store.leases.checkpoint(lease, made := make_step(state))
+    after = made.after
     assert sweep(store) == []
     store.leases.renew("worker-1", [lease.job_id], -1)
     assert sweep(store) == [lease.job_id]
@@ -63,7 +64,7 @@ def test_a_poison_job_does_not_take_those_beside_it_down(store: Store) -> None:
     for _ in range(2):
         for job_id in innocent:
             lease, state = claim(store, job_id, seconds=-1)
-            store.leases.checkpoint(lease, state, step(state))
+            store.leases.checkpoint(lease, make_step(state))
         claim(store, poison, seconds=-1)
         sweep(store)
     assert store.jobs.get(poison).error_code == "worker_lost"
@@ -84,7 +85,7 @@ def test_jobs_that_were_lost_together_twice_come_back_apart(store: Store) -> Non
 def test_a_late_job_that_cannot_be_read_keeps_nobody_from_their_turn(store: Store, engine: Engine) -> None:
     late, waiting = create(store, deadline_seconds=-1), create(store)
     put(engine, late, prompts={"of": "another version"})
-    put(engine, waiting, rung_at=0)
+    put(engine, waiting, queued_at=0)
     assert sweep(store) == [waiting]
     assert store.jobs.get(late).status == "expired"
 
@@ -121,7 +122,7 @@ def test_a_pause_between_attempts_ends_in_the_line(engine: Engine, store: Store)
     waits, due = (create(store) for _ in range(2))
     for job_id in (waits, due):
         store.leases.release(claim(store, job_id)[0], delay_seconds=600)
-    assert sweep(store, ring_again_seconds=-1) == []
+    assert sweep(store, renotify_seconds=-1) == []
     put(engine, due, next_attempt_at=1.0)
     assert store.leases.claim("worker-1", 30, **SERVES) is None, "the sweeper puts it back"
     assert sweep(store) == [due]
@@ -140,7 +141,7 @@ def test_doorbells_that_were_lost_are_rung_again(store: Store) -> None:
     jobs = sorted(create(store) for _ in range(3))
     claim(store, jobs[0])
     assert sweep(store) == []
-    assert sweep(store, ring_again_seconds=-1) == jobs[1:2]
+    assert sweep(store, renotify_seconds=-1) == jobs[1:2]
     assert sweep(store) == []
 
 
@@ -150,16 +151,16 @@ def test_each_line_has_its_bell_whoever_else_waits(engine: Engine, store: Store)
         put(engine, job_id, model="nobody serves it")
     for job_id in jobs[4:5]:
         put(engine, job_id, reward_model="another")
-    bells = store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60)
+    bells = store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
     heard = {(bell.job_id, bell.model) for bell in bells}
     assert heard == {(jobs[0], "nobody serves it"), (jobs[4], "policy"), (jobs[5], "policy")}
 
 
 def test_workers_that_are_silent_are_forgotten(store: Store) -> None:
-    store.workers.register("worker-1", slots=1, **SERVES)
-    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+    store.workers.register("worker-1", concurrency=1, **SERVES)
+    store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
     assert len(store.workers.live(60)) == 1
-    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=-1)
+    store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=-1)
     assert store.workers.live(60) == []
 
 
@@ -207,14 +208,14 @@ class Life:
                     sweep(store)
                 case "step" if lease:
                     state = store.jobs.state(self.job_id)
-                    store.leases.checkpoint(lease, state, step(state))
+                    store.leases.checkpoint(lease, make_step(state))
                 case "release" if lease:
                     store.leases.release(lease, delay_seconds=how)
                 case "finish" if lease:
                     store.leases.finish(lease, how)
-        except WrongState:
+        except WrongStateError:
             assert store.jobs.get(self.job_id).status in ("cancelling", *TERMINAL)
-        except LeaseLost:
+        except LeaseLostError:
             job = store.jobs.get(self.job_id)
             assert lease
             assert job.fence != lease.fence or job.lease_owner is None
@@ -236,7 +237,7 @@ def test_whatever_happens(store: Store, happens: list[tuple[tuple[str, Any], int
             assert record == recorded
         assert after.fence == before.fence + (before.status == "queued" and after.status == "in_progress")
         assert len(record.calls) >= len(recorded.calls)
-        assert after.attempts_in_vain <= after.max_attempts
+        assert after.consecutive_failures <= after.max_attempts
         assert (after.status in ("in_progress", "cancelling")) == (after.lease_owner is not None)
         assert (after.status in TERMINAL) == (after.completed_at is not None)
         assert after.pause_requested_at is None or after.status == "in_progress"

@@ -9,17 +9,18 @@ from typing import Any, get_args
 import pytest
 from sqlalchemy import Engine, inspect
 
-from testing.fakes import FakeReward, step
+from testing.fakes import FakeReward, make_step
 from testing.jobs import claim_one
 from testing.seeding import SERVES, Filled, fill, new_job, policy
 from testing.services import new_database
 from tests.support.plans import SMALL_TABLES, counted_steps, recorded, rows_read, scans
 from tpo.batches.steps import NewLine
+from tpo.core.loop import pending
 from tpo.core.status import Status
 from tpo.db import Base, connect, schema
 from tpo.jobs.outcomes import Outcome
 from tpo.store import Store
-from tpo.tenants.idempotency import Once
+from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
 
 JOBS = 2000
@@ -33,7 +34,7 @@ Operation = Callable[[Store, Filled], object]
 
 def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> str:
     """A job as it goes from a client through a worker."""
-    once = Once("body", secrets.token_hex(8))
+    once = IdempotencyRequest("body", secrets.token_hex(8))
     metadata = {"run": filled.run, "more": "x"}
     job = store.jobs.submit(
         new_job(), once=once, limits=Limits(10_000, 10_000), metadata=metadata, max_attempts=3, **SERVES
@@ -41,13 +42,14 @@ def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> s
     claimed = claim_one(store, job.id, "worker-1", 3600, **SERVES)
     assert claimed
     lease, state = claimed
-    store.workers.register("worker-1", slots=1, **SERVES)
+    store.workers.register("worker-1", concurrency=1, **SERVES)
     store.leases.renew("worker-1", [job.id], 3600)
     store.leases.check("worker-1", [job.id])
     store.events.new_events({job.id: 1, filled.middle: 2})
-    while (after := step(state, policy(), FakeReward())) is not state:
-        store.leases.checkpoint(lease, state, after)
-        state = after
+    while pending(state):
+        made = make_step(state, policy(), FakeReward())
+        store.leases.checkpoint(lease, made)
+        state = made.after
     if outcome is None:
         store.leases.release(lease)
     else:
@@ -66,7 +68,7 @@ def sweep_lost(store: Store, filled: Filled) -> None:
     job = store.jobs.submit(new_job(), max_attempts=3, deadline_seconds=-1, **SERVES).job
     lost = store.jobs.submit(new_job(), max_attempts=3, **SERVES).job.id
     assert claim_one(store, lost, "worker-2", -1, **SERVES)
-    bells = store.maintenance.sweep(ring_again_seconds=3600, forget_worker_seconds=60)
+    bells = store.maintenance.sweep(renotify_seconds=3600, forget_worker_seconds=60)
     assert [bell.model for bell in bells] == [SERVES["model"]]
     assert store.jobs.get(lost).status == "queued"
     assert store.jobs.get(job.id).status == "expired"

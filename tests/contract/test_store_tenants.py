@@ -9,7 +9,7 @@ from sqlalchemy import Engine, event
 from testing.fakes import new_state
 from testing.jobs import claim, create, drive, execute, rows
 from tests.contract.test_store_faults import at_once
-from tpo.core.errors import InvalidInput, JobNotFound, KeyNotFound, NotFound
+from tpo.core.errors import InvalidInputError, JobNotFoundError, KeyNotFoundError, NotFoundError
 from tpo.store import Store
 
 
@@ -39,13 +39,13 @@ def test_a_revoked_key_opens_nothing_and_does_not_open_the_server(engine: Engine
     store.keys.revoke(second.row.id)
     assert store.keys.any_exists()
     assert [key.id for key in store.keys.page()] == [first.row.id, second.row.id]
-    with pytest.raises(KeyNotFound):
+    with pytest.raises(KeyNotFoundError):
         store.keys.revoke("key_none")
 
 
 @pytest.mark.parametrize("tenant", ["", "a b", "x" * 65, "-x", "a\x00", "ä", "a\n"])
 def test_a_tenant_has_a_plain_name(store: Store, tenant: str) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInputError):
         store.keys.create("k", tenant)
 
 
@@ -56,7 +56,7 @@ def test_a_stranger_s_job_is_not_there(engine: Engine, store: Store) -> None:
     before = rows(engine)
     for stranger in (other, store):
         for ask in (stranger.jobs.get, stranger.jobs.state, stranger.jobs.cancel):
-            with pytest.raises(JobNotFound):
+            with pytest.raises(JobNotFoundError):
                 ask(job_id)
         assert stranger.jobs.events(job_id) == []
         assert stranger.jobs.page(limit=9) == []
@@ -70,7 +70,7 @@ def test_workers_work_for_every_tenant(store: Store) -> None:
     for tenant in ("acme", "other"):
         assert claim(store, create(store.for_tenant(tenant)))
     create(store.for_tenant("acme"))
-    bells = store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60)
+    bells = store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
     assert len(bells) == 1
 
 
@@ -100,7 +100,7 @@ def test_the_database_does_the_same_for_a_stranger_s_job_as_for_none(engine: Eng
 
     def statements(ask: Callable[[str], object], job_id: str) -> list[str]:
         asked.clear()
-        with pytest.raises(JobNotFound):
+        with pytest.raises(JobNotFoundError):
             ask(job_id)
         return list(asked)
 
@@ -130,7 +130,7 @@ def test_so_it_does_for_files_batches_and_webhooks(engine: Engine, store: Store)
 
     def statements(ask: Callable[[str], object], unknown: str) -> list[str]:
         asked.clear()
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFoundError):
             ask(unknown)
         return list(asked)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tpo.core.errors import StoreUnavailable
+from tpo.core.errors import StoreUnavailableError
 from tpo.settings import Settings
-from worker.tasks.cleaner import Purger
+from worker.tasks.cleaner import Cleaner
 
 DAY = 24 * 3600.0
 
@@ -41,12 +41,16 @@ class _Part:
 
 def asked(batches: int = 0, **settings: Any) -> list[tuple[str, float | None]]:
     store: Any = Recording(batches)
-    Purger(Settings(**settings), store).purge()
+    Cleaner(Settings(**settings), store).purge()
     return sorted(store.asked)
 
 
 def test_each_kind_has_its_own_time() -> None:
-    always = [("deliveries.purge", 7 * DAY), ("idempotency_keys.purge", 3 * 3600.0), ("maintenance.purge_turns", DAY)]
+    always = [
+        ("deliveries.purge", 7 * DAY),
+        ("idempotency_keys.purge", 3 * 3600.0),
+        ("maintenance.purge_last_claims", DAY),
+    ]
     assert asked(idempotency_hours=3) == sorted([*always, ("files.purge", None)])
     kept = [(name, 2 * DAY) for name in ("maintenance.purge", "batches.purge", "files.purge")]
     assert asked(idempotency_hours=3, retention_days=2) == sorted([*always, *kept])
@@ -56,7 +60,7 @@ def test_a_round_goes_on_until_nothing_is_left() -> None:
     assert asked(2, retention_days=2) == sorted(3 * asked(retention_days=2))
 
 
-@pytest.mark.parametrize("error", [StoreUnavailable(), ValueError("a text of a user")])
+@pytest.mark.parametrize("error", [StoreUnavailableError(), ValueError("a text of a user")])
 def test_a_round_that_fails_says_so_and_leaves_it_to_the_next(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,6 +69,6 @@ def test_a_round_that_fails_says_so_and_leaves_it_to_the_next(
             raise error
 
     store: Any = Failing(0)
-    Purger(Settings(retention_days=2), store).purge()
-    assert "nothing forgotten" in caplog.text
+    Cleaner(Settings(retention_days=2), store).purge()
+    assert "nothing purged" in caplog.text
     assert "a text of a user" not in caplog.text

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tpo.client import Client
-from tpo.client.errors import APIError, NotThere, ServerFailed
+from tpo.client.errors import APIError, InternalServerError, NotFoundError
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -62,7 +62,7 @@ def test_a_stream_after_the_last_event_has_nothing_and_one_of_a_deleted_job_is_a
 
     assert list(Made(answer).events("job_1", starting_after=7)) == []
     client = Made(lambda _: stream(closed("job_deleted")))
-    with pytest.raises(NotThere, match="deleted"):
+    with pytest.raises(NotFoundError, match="deleted"):
         list(client.events("job_1"))
     assert len(client.asked) == 1
 
@@ -90,9 +90,9 @@ def test_what_is_tried_again_and_when(status: int, headers: dict[str, str], aske
 def test_what_is_gone_at_a_second_try_was_deleted_by_the_first() -> None:
     answers = iter([httpx.Response(503), httpx.Response(404)])
     Made(lambda _: next(answers)).delete("job_1")
-    with pytest.raises(NotThere):
+    with pytest.raises(NotFoundError):
         Made(lambda _: httpx.Response(404)).delete("job_1")
-    with pytest.raises(ServerFailed):
+    with pytest.raises(InternalServerError):
         Made(lambda _: httpx.Response(500), retries=0).delete("job_1")
 
 

@@ -17,6 +17,8 @@ from tpo.core.run import run
 
 FILE = Path(os.environ.get("TPO_TRAJECTORIES") or Path(__file__).parent.parent / "data" / "trajectories.json")
 RUNS: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
+RECORDED_KIND = {"critique": "loss"}
+"""Names of the kinds of calls in the recorded runs."""
 THEIR_TAGS = ("<IMPROVED_VARIABLE>", "</IMPROVED_VARIABLE>")
 
 
@@ -24,7 +26,7 @@ def replies(recorded: dict[str, Any], request: Generate, sample: int) -> Text:
     """What the policy said in the recorded run. A second request for the same step hears the same again."""
     if request.kind == "sample":
         return said(recorded["replies"]["sample"][sample % request.n])
-    reply = recorded["replies"]["iterations"][request.iteration - 1][request.kind]
+    reply = recorded["replies"]["iterations"][request.iteration - 1][RECORDED_KIND.get(request.kind, request.kind)]
     return said(reply[sample % request.n] if request.kind == "update" else reply)
 
 
@@ -51,9 +53,11 @@ def test_the_same_choices(number: int, prompt_set: str) -> None:
 
     # Where no sample of a step is usable ours asks once more, and theirs does not: that request is no other choice.
     requests = [r for r in policy.asked if r.first_sample == 0]
-    assert [(r.kind, r.n) for r in requests] == [(c["kind"], c["n"]) for c in recorded["expect"]["calls"]]
+    assert [(RECORDED_KIND.get(r.kind, r.kind), r.n) for r in requests] == [
+        (c["kind"], c["n"]) for c in recorded["expect"]["calls"]
+    ]
     compared = [c for c in recorded["expect"]["calls"] if c["kind"] == "loss"]
-    critiques = [r for r in requests if r.kind == "loss"]
+    critiques = [r for r in requests if r.kind == "critique"]
     for iteration, expected, critique in zip(last.iterations, compared, critiques, strict=True):
         rejected = iteration.rejected and last.candidate(iteration.rejected).text
         assert (last.candidate(iteration.chosen).text, rejected) == (expected["chosen"], expected["rejected"])

@@ -13,7 +13,7 @@ from demo import experiment, grammar, judge, reward_training, transcripts, unsee
 from demo.examples import SHARES, make_example, make_pair, prompt
 from demo.faults import FAULTS
 from demo.settings import FOLDER, MODELS
-from tpo.core.loop import pending, with_scores, with_texts
+from tpo.core.loop import apply, pending
 from tpo.core.ports import Generate, Generation, Rewards, Score, Text
 from tpo.core.prompts import load
 from tpo.core.state import Message, Params, State
@@ -133,11 +133,11 @@ def test_the_demo_messages_are_held_out_and_of_the_grammar() -> None:
 
 
 def test_training_prompts_are_what_the_product_sends() -> None:
-    texts = {"query": "Q", "chosen": "C", "rejected": "R", "loss": "L", "gradient": "G"}
+    texts = {"query": "Q", "chosen": "C", "rejected": "R", "critique": "L", "gradient": "G"}
     shipped = load("tiny")
-    for step in ("loss", "gradient", "update"):
+    for step in ("critique", "gradient", "update"):
         assert [("user", prompt(step, **texts))] == shipped.render(step, texts)
-    assert prompt("loss", query="$chosen", chosen="C").endswith("<query> $chosen\n<chosen> C")
+    assert prompt("critique", query="$chosen", chosen="C").endswith("<query> $chosen\n<chosen> C")
 
 
 def test_every_role_can_be_made(source: random.Random) -> None:
@@ -179,15 +179,15 @@ def test_a_transcript_tells_the_run_and_counts_what_is_false_in_it(source: rando
     while request := pending(state):
         if isinstance(request, Score):
             values = tuple(float(-i) for i, _ in enumerate(request.responses))
-            state = with_scores(state, Rewards(values=values, input_tokens=1, seconds=0.0))
-        elif request.kind in ("loss", "gradient"):
-            state = with_texts(state, says("The chosen reply lacks a time. The rejected reply lacks a gift."))
+            state = apply(state, request, Rewards(values=values, input_tokens=1, seconds=0.0))
+        elif request.kind in ("critique", "gradient"):
+            state = apply(state, request, says("The chosen reply lacks a time. The rejected reply lacks a gift."))
         else:
             texts = [chosen, *["There is no charge."] * (request.n - 1)]
             if request.kind == "update":
                 texts = [f"<improved> {text}</improved>" for text in texts]
             reply = says("").model_copy(update={"texts": tuple(says(text).texts[0] for text in texts)})
-            state = with_texts(state, reply)
+            state = apply(state, request, reply)
     run = experiment.Run(0, 0, facts, state)
     assert transcripts.count(run) == transcripts.Count(claims=4, false_claims=2, wrong_facts=0, invented_words=0)
     told = transcripts.transcript(1, run)
@@ -195,7 +195,7 @@ def test_a_transcript_tells_the_run_and_counts_what_is_false_in_it(source: rando
     assert f"**Final answer** 0-0 (0.00): {chosen}" in told
     record = json.loads(transcripts.log_line("held out", experiment.TPO, run))
     assert [step["critique"] for step in record["iterations"]] == [
-        note.loss.text for note in state.iterations if note.loss
+        note.critique.text for note in state.iterations if note.critique
     ]
 
 

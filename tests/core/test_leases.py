@@ -11,7 +11,7 @@ import pytest
 from testing.jobs import claim_one
 from testing.waiting import HANG_SECONDS
 from tests.support.worker_harness import SECRET, Bench
-from tpo.core.errors import Interrupted, StoreUnavailable
+from tpo.core.errors import CallInterruptedError, StoreUnavailableError
 from tpo.core.ports import Generate, Interrupt
 from tpo.jobs.leases import Flags, Lease
 from worker.drain import Drain
@@ -28,7 +28,7 @@ def held_for(seconds: float, drain: Drain | None = None) -> Held:
 def test_a_lease_that_nobody_could_renew_is_taken_as_lost() -> None:
     held = held_for(0.01)
     time.sleep(0.02)
-    with pytest.raises(Interrupted, match="lease_lost"):
+    with pytest.raises(CallInterruptedError, match="lease_lost"):
         held.interrupt()
     held = held_for(30)
     held.update(GO_ON, time.monotonic() - 31, renewed=True)
@@ -51,7 +51,7 @@ def test_a_checkpoint_renews_the_lease_from_before_it_was_written(bench: Bench) 
     bench.policy.before = look
     bench.store.watch = lambda after: written.update({after.calls[-1].kind: time.monotonic()})
     bench.run(bench.create())
-    assert called["loss"] < renewed["gradient"] < written["loss"]
+    assert called["critique"] < renewed["gradient"] < written["critique"]
 
 
 def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
@@ -61,7 +61,7 @@ def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
         (Flags(cancel_requested=False, past_deadline=True, pause_requested=True), "deadline"),
     ):
         held.update(flags, time.monotonic())
-        with pytest.raises(Interrupted, match=reason):
+        with pytest.raises(CallInterruptedError, match=reason):
             held.interrupt()
 
 
@@ -70,7 +70,7 @@ def test_late_answer_of_older_query_does_not_revoke_pause() -> None:
     asked_before_pause = time.monotonic()
     held.update(PAUSE, time.monotonic())
     held.update(GO_ON, asked_before_pause)
-    with pytest.raises(Interrupted, match="paused"):
+    with pytest.raises(CallInterruptedError, match="paused"):
         held.interrupt()
     held.update(GO_ON, time.monotonic())  # a query that began later: the pause was taken back
     held.interrupt()
@@ -81,7 +81,7 @@ def test_late_answer_of_older_query_does_not_revoke_pause_of_queue() -> None:
     asked_before_pause = time.monotonic()
     held.update(dataclasses.replace(GO_ON, queue_paused=True), time.monotonic())
     held.update(GO_ON, asked_before_pause)
-    with pytest.raises(Interrupted, match="queue_paused"):
+    with pytest.raises(CallInterruptedError, match="queue_paused"):
         held.between_calls()
     held.update(GO_ON, time.monotonic())
     held.between_calls()
@@ -91,7 +91,7 @@ def test_a_lease_of_another_worker_stays_lost() -> None:
     held = held_for(30)
     held.update(None, time.monotonic())
     held.update(GO_ON, time.monotonic())
-    with pytest.raises(Interrupted, match="lease_lost"):
+    with pytest.raises(CallInterruptedError, match="lease_lost"):
         held.interrupt()
 
 
@@ -107,7 +107,7 @@ def test_a_job_that_this_worker_has_claimed_anew_is_lost_to_its_first_thread(ben
     bench.store.leases.release(first, delay_seconds=0)
     with bench.leases.holding(first) as old, bench.leases.holding(claim()) as new:
         bench.leases._ask(bench.leases._renew)
-        with pytest.raises(Interrupted, match="lease_lost"):
+        with pytest.raises(CallInterruptedError, match="lease_lost"):
             old.interrupt()
         new.interrupt()
 
@@ -117,7 +117,7 @@ def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
 ) -> None:
     claimed = claim_one(bench.store, job_id := bench.create(), "worker", 30, model="scripted", reward_model="scripted")
     assert claimed
-    troubles = [ValueError(SECRET), StoreUnavailable()]
+    troubles = [ValueError(SECRET), StoreUnavailableError()]
     leased: list[float] = []
     renewed_often = threading.Event()
     renew = bench.store.leases.renew
@@ -142,7 +142,7 @@ def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
             assert seen == sorted(set(seen))
             assert [worker.id for worker in bench.store.workers.live(60)] == ["worker"]
             bench.store.jobs.cancel(job_id)
-            with pytest.raises(Interrupted, match="cancelled"):
+            with pytest.raises(CallInterruptedError, match="cancelled"):
                 interrupted_within(held, 60)
         finally:
             leases.stop()

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testing.fakes import FakePolicy, FakeReward, go_on, new_state, plain, said, step, tagged
-from tpo.core.errors import BadReply, NoUsableSample
-from tpo.core.loop import SHOWN_TOKENS, Standing, derived_seed, pending, query_text, standing, with_scores, with_texts
+from tpo.core import loop
+from tpo.core.errors import BadReplyError, NoUsableSampleError
+from tpo.core.loop import Position, apply, locate, pending
 from tpo.core.ports import Generate, Generation, Rewards, Score, Text
-from tpo.core.prompts import load, names
+from tpo.core.prompts import PromptSet, load, names
+from tpo.core.requests import SHOWN_TOKENS, derived_seed, query_text
 from tpo.core.run import run
 from tpo.core.state import EarlyStop, Message, Params, RewardPart, State
 
@@ -44,12 +46,12 @@ def updates(answer: Callable[[int], Text]) -> FakePolicy:
 
 def test_a_run_in_its_order() -> None:
     last = finish(new_state(sample_size=3, max_iterations=2))
-    one = [("loss", 1), ("gradient", 1), ("update", 3), ("score", 3)]
+    one = [("critique", 1), ("gradient", 1), ("update", 3), ("score", 3)]
     assert kinds(last) == [("sample", 0, 3), ("score", 0, 3)] + [(k, i, n) for i in (1, 2) for k, n in one]
     assert [c.number for c in last.calls] == list(range(1, 11))
     assert [c.id for c in last.candidates] == [f"{i}-{s}" for i in range(3) for s in range(3)]
     assert pending(last) is None
-    assert standing(last) == Standing(2, None, complete=3)
+    assert locate(last) == Position(2, None, complete=3)
 
 
 def test_depth_zero_is_best_of_n() -> None:
@@ -91,7 +93,7 @@ def test_chosen_and_rejected_come_from_the_whole_pool() -> None:
     policy = FakePolicy(
         lambda r, s: (
             plain(r, s)
-            if r.kind in ("loss", "gradient")
+            if r.kind in ("critique", "gradient")
             else said(tagged(texts[r.iteration, s]) if r.kind == "update" else texts[r.iteration, s])
         )
     )
@@ -135,13 +137,13 @@ def test_samples_get_the_conversation_unchanged() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_texts_with_template_signs_reach_the_critic_as_they_are(name: str) -> None:
-    awkward = "costs $5, $query, ${loss} {0} <SEP> %s"
+    awkward = "costs $5, $query, ${critique} {0} <SEP> %s"
     policy = FakePolicy(lambda r, s: said(f"{awkward} {s}" if r.kind == "sample" else f"{r.kind} {awkward}"))
     finish(new_state(f"why {awkward}", load(name), sample_size=2, max_iterations=1), policy)
-    loss, gradient, update = policy.asked[1:4]
-    assert f"why {awkward}" in loss.messages[-1].content
-    assert all(f"{awkward} {s}" in loss.messages[-1].content for s in (0, 1))
-    assert f"loss {awkward}" in "".join(m.content for m in gradient.messages)
+    critique, gradient, update = policy.asked[1:4]
+    assert f"why {awkward}" in critique.messages[-1].content
+    assert all(f"{awkward} {s}" in critique.messages[-1].content for s in (0, 1))
+    assert f"critique {awkward}" in "".join(m.content for m in gradient.messages)
     assert f"gradient {awkward}" in "".join(m.content for m in update.messages)
 
 
@@ -185,16 +187,18 @@ def test_without_any_usable_first_sample_the_job_fails_and_the_record_says_why()
     saved: list[State] = []
     cut = FakePolicy(lambda r, s: said("cut o", "length" if s % 2 else "stop"))
     nan = FakeReward(lambda _: math.nan)
-    with pytest.raises(NoUsableSample, match=r"all 4 are cut_off, reward_not_finite.*max_tokens \(now 2048\)"):
-        run(new_state(sample_size=2), cut, nan, saved.append, go_on)
+    with pytest.raises(NoUsableSampleError, match=r"all 4 are cut_off, reward_not_finite.*max_tokens \(now 2048\)"):
+        run(new_state(sample_size=2), cut, nan, lambda made: saved.append(made.after), go_on)
     assert kinds(saved[-1]) == [("sample", 0, 2), ("score", 0, 1)] * 2
-    assert standing(saved[-1]) == Standing(0, None, complete=1)
+    position = locate(saved[-1])
+    assert position.failure
+    assert position._replace(failure=None) == Position(0, None, complete=1)
 
 
 def test_an_update_without_a_usable_sample_is_asked_for_once_more_and_then_left() -> None:
     policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
     last = finish(new_state(sample_size=2), policy)
-    expected = [("loss", 1, 1), ("gradient", 1, 1), ("update", 1, 2), ("update", 1, 2), ("loss", 2, 1)]
+    expected = [("critique", 1, 1), ("gradient", 1, 1), ("update", 1, 2), ("update", 1, 2), ("critique", 2, 1)]
     assert kinds(last)[2:7] == expected
     assert [c.unusable for c in last.of_iteration(1)] == ["no_answer_tags"] * 4
     assert last.mean_reward(1) is None
@@ -281,8 +285,10 @@ def test_a_state_that_was_written_before_rewards_had_parts_is_read() -> None:
 def test_parts_of_some_responses_alone_are_no_reply() -> None:
     state = step(new_state(sample_size=2))
     part = RewardPart(name="a", value=1.0)
-    with pytest.raises(BadReply, match="2 scores, and the parts of 1"):
-        with_scores(state, Rewards(values=(1.0, 2.0), input_tokens=1, seconds=0.1, parts=((part,),)))
+    request = pending(state)
+    assert request
+    with pytest.raises(BadReplyError, match="2 scores, and the parts of 1"):
+        apply(state, request, Rewards(values=(1.0, 2.0), input_tokens=1, seconds=0.1, parts=((part,),)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -296,7 +302,7 @@ def test_a_reward_that_is_not_finite_never_wins(value: float) -> None:
     assert State.model_validate_json(last.model_dump_json()) == last
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["critique", "gradient"])
 @pytest.mark.parametrize("cuts", [1, 2])
 def test_a_note_cut_off_at_its_limit_is_asked_for_once_more(kind: str, cuts: int) -> None:
     def answer(request: Generate, sample: int) -> Text:
@@ -314,7 +320,10 @@ def test_a_note_cut_off_at_its_limit_is_asked_for_once_more(kind: str, cuts: int
 def test_reasoning_is_paid_for_and_does_not_shorten_what_the_critic_sees() -> None:
     state = new_state(sample_size=1, max_iterations=1)
     reply = Generation(texts=(said("Short. " * 50, tokens=100),), input_tokens=1, seconds=0, reasoning_tokens=8000)
-    state = with_scores(with_texts(state, reply), Rewards(values=(1.0,), input_tokens=1, seconds=0))
+    for each in (reply, Rewards(values=(1.0,), input_tokens=1, seconds=0)):
+        asked = pending(state)
+        assert asked
+        state = apply(state, asked, each)
     assert state.usage.output_tokens == 8100
     request = pending(state)
     assert isinstance(request, Generate)
@@ -322,7 +331,7 @@ def test_reasoning_is_paid_for_and_does_not_shorten_what_the_critic_sees() -> No
 
 
 @pytest.mark.parametrize("blanks", [1, 2])
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["critique", "gradient"])
 def test_a_blank_note_is_asked_for_once_more_and_then_the_iteration_is_left(kind: str, blanks: int) -> None:
     policy = FakePolicy(lambda r, s: said(" \n") if r.kind == kind and r.iteration == 1 and s < blanks else plain(r, s))
     last = finish(new_state(sample_size=2), policy)
@@ -342,17 +351,43 @@ def test_what_no_database_holds_is_replaced() -> None:
 
 def test_replies_that_answer_another_request_are_refused() -> None:
     state = new_state(sample_size=2)
+    request = pending(state)
+    assert request
     text = said("text")
+    rewards = Rewards(values=(1.0,), input_tokens=0, seconds=0)
     for count in (0, 1, 3):
-        with pytest.raises(BadReply, match=f"asked for 2 responses and gave {count}"):
-            with_texts(state, Generation(texts=(text,) * count, input_tokens=0, seconds=0))
-    with pytest.raises(BadReply, match="nothing was asked"):
-        with_scores(state, Rewards(values=(1.0,), input_tokens=0, seconds=0))
+        with pytest.raises(BadReplyError, match=f"asked for 2 responses and gave {count}"):
+            apply(state, request, Generation(texts=(text,) * count, input_tokens=0, seconds=0))
+    with pytest.raises(BadReplyError, match="Rewards is no reply to Generate"):
+        apply(state, request, rewards)
     sampled = step(state)
-    with pytest.raises(BadReply, match="given 2 responses and gave 1 scores"):
-        with_scores(sampled, Rewards(values=(1.0,), input_tokens=0, seconds=0))
-    with pytest.raises(BadReply, match="nothing was asked"):
-        with_texts(sampled, Generation(texts=(text, text), input_tokens=0, seconds=0))
+    request = pending(sampled)
+    assert request
+    with pytest.raises(BadReplyError, match="given 2 responses and gave 1 scores"):
+        apply(sampled, request, rewards)
+    with pytest.raises(BadReplyError, match="Generation is no reply to Score"):
+        apply(sampled, request, Generation(texts=(text, text), input_tokens=0, seconds=0))
+
+
+def test_prompt_is_rendered_once_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[str] = []
+    located: list[State] = []
+    render, find = PromptSet.render, loop.locate
+
+    def counted_render(prompts: PromptSet, prompt_step: Any, texts: Any) -> Any:
+        rendered.append(prompt_step)
+        return render(prompts, prompt_step, texts)
+
+    def counted_locate(state: State) -> Position:
+        located.append(state)
+        return find(state)
+
+    monkeypatch.setattr(PromptSet, "render", counted_render)
+    monkeypatch.setattr("tpo.core.run.locate", counted_locate)
+    last = finish(new_state(sample_size=5, max_iterations=2))
+    assert [call.kind for call in last.calls] == ["sample", "score", *["critique", "gradient", "update", "score"] * 2]
+    assert rendered == ["critique", "gradient", "update"] * 2
+    assert len(located) == len(last.calls) + 1
 
 
 # Seeds, and going on
@@ -361,7 +396,7 @@ def test_replies_that_answer_another_request_are_refused() -> None:
 def test_seeds_come_from_the_job_and_the_place_alone() -> None:
     # The value itself: jobs that were begun by an earlier version must go on with the same seeds.
     assert derived_seed(0, 0, "sample", 0) == 984332543912391782
-    assert derived_seed(7, 1, "loss", 0) == derived_seed(7, 1, "loss", 0)
+    assert derived_seed(7, 1, "critique", 0) == derived_seed(7, 1, "critique", 0)
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 8), st.integers(0, 4))
@@ -415,7 +450,7 @@ def within_a_budget(last: State) -> None:
     for most, spent in (
         (params.max_output_tokens, used.output_tokens),
         (params.max_total_tokens, used.total_tokens),
-        (params.max_seconds, used.gpu_seconds),
+        (params.max_seconds, used.model_seconds),
     ):
         assert most is None or spent < most
 
@@ -446,8 +481,8 @@ def test_from_any_checkpoint_a_run_goes_on_to_the_same_end(
         saved: list[State] = []
         reward = FakeReward(lambda text: rewards[zlib.crc32(text.encode()) % len(rewards)])
         try:
-            last = run(state, scripted(replies), reward, saved.append, go_on)
-        except NoUsableSample as error:
+            last = run(state, scripted(replies), reward, lambda made: saved.append(made.after), go_on)
+        except NoUsableSampleError as error:
             return saved, str(error)
         assert last == (saved[-1] if saved else state)
         return saved, None
@@ -460,11 +495,11 @@ def test_from_any_checkpoint_a_run_goes_on_to_the_same_end(
         assert go(back) == (saved[done:], failure)
     last = saved[-1]
     assert (failure is None) == (last.best is not None)
-    # Everything twice at most: samples and scores, and in each iteration loss, gradient, update and scores.
+    # Everything twice at most: samples and scores, and in each iteration critique, gradient, update and scores.
     assert len(last.calls) <= 4 + 8 * last.params.iterations
-    assert [standing(s).stopped for s in saved[:-1]] == [None] * (len(saved) - 1)
+    assert [locate(s).stopped for s in saved[:-1]] == [None] * (len(saved) - 1)
     if not rules:
-        assert standing(last).stopped is None
+        assert locate(last).stopped is None
     within_a_budget(last)
     if last.best:
         assert all(math.isfinite(c.reward or 0) and not c.unusable for c in last.pool)
@@ -474,7 +509,7 @@ def test_from_any_checkpoint_a_run_goes_on_to_the_same_end(
 def test_usage_is_the_sum_of_the_calls() -> None:
     last = finish(new_state(sample_size=2, max_iterations=1))
     assert last.usage.output_tokens == sum(c.tokens for c in last.candidates) + sum(
-        c.output_tokens for c in last.calls if c.kind in ("loss", "gradient")
+        c.output_tokens for c in last.calls if c.kind in ("critique", "gradient")
     )
     assert last.usage.reward_tokens == 14
     assert last.usage.total_tokens == last.usage.input_tokens + last.usage.output_tokens

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 from tpo.core.prompts import STEPS, PromptSet, load, names
 
-TEXTS = {"query": "QUERY", "chosen": "CHOSEN", "rejected": "REJECTED", "loss": "LOSS", "gradient": "GRADIENT"}
-KNOWN_AT = {"loss": 3, "gradient": 4, "update": 5}
+TEXTS = {"query": "QUERY", "chosen": "CHOSEN", "rejected": "REJECTED", "critique": "LOSS", "gradient": "GRADIENT"}
+KNOWN_AT = {"critique": 3, "gradient": 4, "update": 5}
 
 
 def texts_for(step: str, **changed: str) -> dict[str, str]:
@@ -19,7 +19,11 @@ def texts_for(step: str, **changed: str) -> dict[str, str]:
 
 def custom(**changed: Any) -> PromptSet:
     """A set of separate prompts, with changes."""
-    one = {"loss": "L $query $chosen", "gradient": "G $loss", "update": "U $gradient $answer_open $answer_close"}
+    one = {
+        "critique": "L $query $chosen",
+        "gradient": "G $critique",
+        "update": "U $gradient $answer_open $answer_close",
+    }
     values = {"name": "mine", "version": 1, "style": "separate", "answer_tags": ("<a>", "</a>")}
     return PromptSet.model_validate(values | {"tpo": one, "revision": one} | changed)
 
@@ -28,7 +32,7 @@ def test_the_sets_that_ship() -> None:
     assert {"conversation", "separate", "tiny"} <= set(names())
     for name in names():
         assert load(name).name == name
-    with pytest.raises(InvalidInput, match="there are conversation") as raised:
+    with pytest.raises(InvalidInputError, match="there are conversation") as raised:
         load("../state")
     assert raised.value.param == "prompt_set"
 
@@ -53,8 +57,8 @@ def test_each_step_shows_what_it_works_on(name: str, compared: bool) -> None:
 
 def test_a_conversation_only_grows() -> None:
     prompts = load("conversation")
-    loss, gradient, update = (prompts.render(step, texts_for(step)) for step in STEPS)
-    assert gradient[:-1] == [*loss, ("assistant", "LOSS")]
+    critique, gradient, update = (prompts.render(step, texts_for(step)) for step in STEPS)
+    assert gradient[:-1] == [*critique, ("assistant", "LOSS")]
     assert update[:-1] == [*gradient, ("assistant", "GRADIENT")]
     whole = "\n".join(content for _, content in update)
     assert (whole.count("QUERY"), whole.count("LOSS"), whole.count("GRADIENT")) == (1, 1, 1)
@@ -107,15 +111,15 @@ def test_an_answer_that_was_begun_last_is_unfinished() -> None:
 
 def one_for_each(**changed: str) -> dict[str, str]:
     """Templates with one that is not valid."""
-    return {"loss": "L", "gradient": "G", "update": "U"} | changed
+    return {"critique": "L", "gradient": "G", "update": "U"} | changed
 
 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"tpo": one_for_each(loss="it costs $ 5")}, "doubled"),
-        ({"tpo": one_for_each(loss="$answer")}, r"tpo.loss uses \['answer'\]"),
-        ({"tpo": one_for_each(loss="$gradient")}, "tpo.loss uses"),
+        ({"tpo": one_for_each(critique="it costs $ 5")}, "doubled"),
+        ({"tpo": one_for_each(critique="$answer")}, r"tpo.critique uses \['answer'\]"),
+        ({"tpo": one_for_each(critique="$gradient")}, "tpo.critique uses"),
         ({"tpo": one_for_each(gradient="$gradient")}, "tpo.gradient uses"),
         ({"revision": one_for_each(update="$rejected")}, "revision.update uses"),
         ({"tpo": one_for_each(update=" ")}, "at least 1 character"),
@@ -132,5 +136,5 @@ def test_a_set_that_could_not_be_sent_is_refused(changed: dict[str, Any], says: 
 
 
 def test_a_doubled_dollar_is_a_dollar() -> None:
-    prompts = custom(tpo=one_for_each(loss="costs $$5 $query"))
-    assert prompts.render("loss", texts_for("loss")) == [("user", "costs $5 QUERY")]
+    prompts = custom(tpo=one_for_each(critique="costs $$5 $query"))
+    assert prompts.render("critique", texts_for("critique")) == [("user", "costs $5 QUERY")]

@@ -8,13 +8,14 @@ from typing import Any
 import httpx
 import pytest
 
+from tpo.backends.reasoning import split_reasoning
 from tpo.backends.remote.apis import VllmClassify
-from tpo.backends.remote.breaker import FAILURES, Breaker, ServerFailed
+from tpo.backends.remote.breaker import FAILURES, Breaker, ServerDownError
 from tpo.backends.remote.context import TooLong, too_long
-from tpo.backends.remote.reply import read_completion, without_thinking
-from tpo.backends.remote.reward import BOUNDED_IN_A_ROW, RemoteRewardModel
+from tpo.backends.remote.reply import read_completion
+from tpo.backends.remote.reward import IN_UNIT_INTERVAL_IN_A_ROW, RemoteRewardModel
 from tpo.backends.remote.server import Malformed, Refused, retry_after
-from tpo.core.errors import BackendUnavailable, ModelRefused
+from tpo.core.errors import BackendUnavailableError, ModelRefusedError
 from tpo.core.ports import Score
 
 
@@ -142,7 +143,7 @@ def test_a_pause_until_a_date() -> None:
     ],
 )
 def test_thinking_within_the_text(content: str, answer: str, reasoning: str) -> None:
-    assert without_thinking(content) == (answer, reasoning)
+    assert split_reasoning(content) == (answer, reasoning)
 
 
 def completion(*contents: str | None, usage: Any = None, **message: Any) -> dict[str, Any]:
@@ -203,19 +204,19 @@ def test_an_open_circuit_lets_one_through_at_a_time_until_one_succeeds() -> None
                         try:
                             await asyncio.sleep(0.001)
                             if not up.is_set():
-                                raise ServerFailed
+                                raise ServerDownError
                         finally:
                             inside -= 1
                         return
-                except ServerFailed:
+                except ServerDownError:
                     if asked > 5 * FAILURES:
                         up.set()
 
         async with asyncio.timeout(30):
             for _ in range(FAILURES):
-                with pytest.raises(ServerFailed):
+                with pytest.raises(ServerDownError):
                     async with breaker.turn():
-                        raise ServerFailed
+                        raise ServerDownError
             assert breaker.is_open
             await asyncio.gather(*(request() for _ in range(20)))
         assert not breaker.is_open
@@ -229,12 +230,12 @@ def test_an_open_circuit_lets_one_through_at_a_time_until_one_succeeds() -> None
 async def one_fails(breaker: Breaker) -> None:
     async with breaker.turn():
         await asyncio.sleep(0)  # where several fail at once, all are on their way before the first one has
-        raise ServerFailed
+        raise ServerDownError
 
 
 async def all_fail(breaker: Breaker, requests: int) -> None:
     failed = await asyncio.gather(*(one_fails(breaker) for _ in range(requests)), return_exceptions=True)
-    assert all(isinstance(error, ServerFailed) for error in failed)
+    assert all(isinstance(error, ServerDownError) for error in failed)
 
 
 def test_the_pause_grows_by_who_asks_alone_and_begins_anew_with_the_next_outage() -> None:
@@ -267,7 +268,7 @@ def test_who_waits_has_its_turn_as_soon_as(was_open: bool) -> None:
         done.set()
         if was_open:
             await all_fail(breaker, FAILURES)
-        first = asyncio.create_task(pass_through(breaker, begun, end, ServerFailed() if was_open else None))
+        first = asyncio.create_task(pass_through(breaker, begun, end, ServerDownError() if was_open else None))
         await begun.wait()
         if not was_open:
             await all_fail(breaker, FAILURES)
@@ -286,9 +287,9 @@ def test_a_refusal_closes_the_circuit_and_a_cancelled_request_says_nothing() -> 
     async def run() -> None:
         breaker = Breaker(0.0, 0.0)
         for _ in range(FAILURES):
-            with pytest.raises(ServerFailed):
+            with pytest.raises(ServerDownError):
                 async with breaker.turn():
-                    raise ServerFailed
+                    raise ServerDownError
         with pytest.raises(asyncio.CancelledError):
             async with breaker.turn():
                 raise asyncio.CancelledError
@@ -306,25 +307,25 @@ class Refusing:
 
     def call(self, work: Any, _interrupt: Any) -> Any:
         work.close()
-        raise ModelRefused("The reward model's server gives 2 numbers for a response.")
+        raise ModelRefusedError("The reward model's server gives 2 numbers for a response.")
 
 
 def test_one_score_outside_begins_the_watch_for_a_sigmoid_anew() -> None:
     server: Any = Refusing()
     reward = RemoteRewardModel("m", server, VllmClassify(), bounded=False)
     for _ in range(3):
-        reward._watch([0.5] * (BOUNDED_IN_A_ROW - 1))
+        reward._watch([0.5] * (IN_UNIT_INTERVAL_IN_A_ROW - 1))
         reward._watch([0.5, 1.5])
-    with pytest.raises(BackendUnavailable, match="sigmoid"):
-        reward._watch([0.5] * BOUNDED_IN_A_ROW)
+    with pytest.raises(BackendUnavailableError, match="sigmoid"):
+        reward._watch([0.5] * IN_UNIT_INTERVAL_IN_A_ROW)
     bounded = RemoteRewardModel("m", server, VllmClassify(), bounded=True)
-    bounded._watch([0.5] * 2 * BOUNDED_IN_A_ROW)
+    bounded._watch([0.5] * 2 * IN_UNIT_INTERVAL_IN_A_ROW)
     assert (reward.healthy, bounded.healthy) == (False, True)
 
 
 def test_a_reward_model_that_has_become_another_one_ends_the_worker() -> None:
     server: Any = Refusing()
     reward = RemoteRewardModel("m", server, VllmClassify(), bounded=False)
-    with pytest.raises(BackendUnavailable, match="gives 2 numbers"):
+    with pytest.raises(BackendUnavailableError, match="gives 2 numbers"):
         reward.score(Score(iteration=0, messages=(), responses=("a",)), lambda: None)
     assert not reward.healthy

@@ -15,7 +15,13 @@ from testing.waiting import HANG_SECONDS
 from tpo.backends import load_reward_model
 from tpo.backends.rewards import judge, verifiers
 from tpo.backends.rewards.combined import CombinedReward, load_combined
-from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, Interrupted, ModelRefused
+from tpo.core.errors import (
+    BackendUnavailableError,
+    BadReplyError,
+    CallInterruptedError,
+    ContextTooLongError,
+    ModelRefusedError,
+)
 from tpo.core.ports import Generate, Generation, Interrupt, RewardModel, Rewards, Score, Text
 from tpo.core.state import Message, RewardPart
 from tpo.settings import Settings
@@ -144,7 +150,7 @@ def test_a_part_that_is_no_number_makes_none_of_the_sum_but_one_of_weight_0_does
 
 
 def test_a_part_that_gives_too_few_scores_is_named() -> None:
-    with pytest.raises(BadReply, match="part p1 was given 2 responses and gave 1"):
+    with pytest.raises(BadReplyError, match="part p1 was given 2 responses and gave 1"):
         combined((1, Fixed(1, 2)), (1, Fixed(1))).score(rate("a", "b"), go_on)
 
 
@@ -156,10 +162,10 @@ def test_what_interrupts_is_noticed_before_each_part() -> None:
 
     def interrupt() -> None:
         if cancelled:
-            raise Interrupted("cancelled")
+            raise CallInterruptedError("cancelled")
 
     cancelled: list[bool] = []
-    with pytest.raises(Interrupted):
+    with pytest.raises(CallInterruptedError):
         combined((1, Cancels(1)), (1, Cancels(1))).score(rate("a"), interrupt)
     assert len(cancelled) == 1
 
@@ -249,13 +255,13 @@ def test_a_judge_keeps_its_last_answers_alone(tmp_path: Path, monkeypatch: pytes
 def test_a_response_too_long_for_the_judge_is_left_out_while_others_fit(tmp_path: Path) -> None:
     def say(request: Generate, _sample: int) -> str:
         if "long" in request.messages[0].content:
-            raise ContextTooLong
+            raise ContextTooLongError
         return "<score>7</score>"
 
     reward = load(tmp_path, RUBRIC, Marks(say))
     fits, does_not = reward.score(rate("short", "long"), go_on).values
     assert (fits, math.isnan(does_not)) == (7, True)
-    with pytest.raises(ContextTooLong):
+    with pytest.raises(ContextTooLongError):
         reward.score(rate("long", "longer"), go_on)
 
 
@@ -266,20 +272,20 @@ def test_one_judgement_that_fails_ends_the_others(tmp_path: Path) -> None:
         def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
             if "the first" in request.messages[0].content:
                 waits.wait(HANG_SECONDS)
-                raise BackendUnavailable("away")
+                raise BackendUnavailableError("away")
             while True:  # as an engine does between two tokens
                 waits.set()
                 interrupt()
 
-    with pytest.raises(BackendUnavailable, match="away"):
+    with pytest.raises(BackendUnavailableError, match="away"):
         load(tmp_path, RUBRIC, Judge(None)).score(rate("the first", "the second"), go_on)
 
 
 def test_what_stops_the_judge_stops_the_score(tmp_path: Path) -> None:
     def fail(_request: Generate, _sample: int) -> str:
-        raise BackendUnavailable("away")
+        raise BackendUnavailableError("away")
 
-    with pytest.raises(BackendUnavailable, match="away"):
+    with pytest.raises(BackendUnavailableError, match="away"):
         load(tmp_path, RUBRIC, Marks(fail)).score(rate("a"), go_on)
 
 
@@ -300,7 +306,7 @@ def test_what_stops_the_judge_stops_the_score(tmp_path: Path) -> None:
         ("[[part]]\nname = 'a'\nkind = 'json'\nschema = {type = 'objct'}", "schema: is no JSON schema"),
         ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = 'vllm:m'", "url belongs to"),
         ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = 'vllm:m'\nurl = 'host'", "url must start with http"),
-        ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = 'vllm:m'\nurl = 'http://h'\nkey = 'k'", "TPO_SERVER_KEYS"),
+        ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = 'vllm:m'\nurl = 'http://h'\nkey = 'k'", "TPO_SERVER_API_KEYS"),
         ("[[part]]\nname = 'a'\nkind = 'judge'\npolicy = 'openai:m'", "url belongs to"),
         ("[[part]]\nname = 'a'\nkind = 'judge'\nlowest = 3\nhighest = 3", "lowest must be below highest"),
         ("[[part]]\nname = 'a'\nkind = 'judge'\nsamples = 3", "need a temperature above 0"),
@@ -310,7 +316,7 @@ def test_what_stops_the_judge_stops_the_score(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_file_is_told_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(ModelRefused, match=says):
+    with pytest.raises(ModelRefusedError, match=says):
         load(tmp_path, text)
 
 
@@ -339,10 +345,10 @@ def test_a_part_is_loaded_with_what_its_file_says_and_nothing_of_the_workers_own
     own = Settings(
         openai_url="http://own/v1",
         openai_api_key="of the policy's own server",
-        openai_samples="apart",
+        openai_samples="separate",
         openai_extra_body={"min_p": 0.1},
         reward_api_key="of another server",
-        server_keys={"rewards": "of the rewards' server"},
+        server_api_keys={"rewards": "of the rewards' server"},
     )
     loaded: dict[str, Settings] = {}
     first = Fixed(1)
@@ -365,25 +371,25 @@ def test_a_part_is_loaded_with_what_its_file_says_and_nothing_of_the_workers_own
         "token_classify",
         "there",
     )
-    assert model.reward_bounded
-    assert (judge.openai_url, judge.openai_api_key, judge.openai_samples) == ("http://judge/v1", None, "together")
-    assert (judge.openai_limit_name, judge.openai_extra_body) == ("max_completion_tokens", {"top_k": 20})
+    assert model.reward_in_unit_interval
+    assert (judge.openai_url, judge.openai_api_key, judge.openai_samples) == ("http://judge/v1", None, "batched")
+    assert (judge.openai_max_tokens_field, judge.openai_extra_body) == ("max_completion_tokens", {"top_k": 20})
 
     def refuse(name: str, settings: Settings) -> Any:
-        raise ModelRefused("no")
+        raise ModelRefusedError("no")
 
-    with pytest.raises(ModelRefused, match="no"):
+    with pytest.raises(ModelRefusedError, match="no"):
         load_combined(file, own, load_reward, refuse, None)
     assert first.closed
     loaded.clear()
     file.write_text(ELSEWHERE + 'key = "nobody"\n')
-    with pytest.raises(ModelRefused, match="wants the key nobody"):
+    with pytest.raises(ModelRefusedError, match="wants the key nobody"):
         load_combined(file, own, load_reward, load_policy, None)
     assert not loaded
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match=r"none\.toml cannot be read"):
+    with pytest.raises(ModelRefusedError, match=r"none\.toml cannot be read"):
         load_reward_model("q", Settings(reward_model="q", reward_file=tmp_path / "none.toml"))
 
 
@@ -408,10 +414,10 @@ def test_the_documented_plugin_is_found_once_it_is_installed(tmp_path: Path, mon
     reward = load(tmp_path, part)
     rewards = reward.score(rate("Thank you, please.", "No."), go_on)
     assert rewards.values[0] > rewards.values[1]
-    with pytest.raises(ModelRefused, match=r"plug-in kindness cannot be made: TypeError"):
+    with pytest.raises(ModelRefusedError, match=r"plug-in kindness cannot be made: TypeError"):
         load(tmp_path, f'[[part]]\nname = "a"\nkind = "plugin"\nplugin = "{name}"\noptions = {{wrong = 1}}')
     monkeypatch.setattr(sys.modules["kindness"], "Kindness", dict)
-    with pytest.raises(ModelRefused, match="has no method score"):
+    with pytest.raises(ModelRefusedError, match="has no method score"):
         load(tmp_path, part)
     sys.modules.pop("kindness")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpo.jobs.scheduling import Head, Rules, next_turn, with_room
+from tpo.jobs.scheduling import QueueHead, Rules, pick_next, with_capacity
 
 MINUTE = 60.0
 
@@ -49,11 +49,11 @@ def simulate(jobs: Sequence[Wanted], slots: int = 1, rules: Rules | None = None)
             line[job.tenant, job.priority].append(job)
         counts = Counter(tenant for _, tenant in running)
         heads = [
-            Head(f"{waiting[0].arrives:012.3f}", *key, waiting[0].arrives, served.get(key), last[key[0]])
+            QueueHead(f"{waiting[0].arrives:012.3f}", *key, waiting[0].arrives, served.get(key), last[key[0]])
             for key, waiting in line.items()
             if waiting
         ]
-        head = next_turn(with_room(heads, counts, rules), counts, clock, rules) if len(running) < slots else None
+        head = pick_next(with_capacity(heads, counts, rules), counts, clock, rules) if len(running) < slots else None
         if head is None:
             events = [running[0][0]] if running else []
             clock = min(events + [job.arrives for job in coming[:1] if job.arrives > clock])
@@ -172,8 +172,12 @@ def test_a_limit_of_running_jobs_leaves_the_slots_to_others() -> None:
 
 
 def test_a_tenant_s_own_limit_comes_before_the_general_one() -> None:
-    heads = [Head("1", "a", 0, 0.0, max_running=5), Head("2", "b", 0, 0.0), Head("3", "c", 0, 0.0, max_running=0)]
+    heads = [
+        QueueHead("1", "a", 0, 0.0, max_running=5),
+        QueueHead("2", "b", 0, 0.0),
+        QueueHead("3", "c", 0, 0.0, max_running=0),
+    ]
     running = {"a": 4, "b": 4}
-    assert [head.tenant for head in with_room(heads, running, Rules(max_running=2))] == ["a"]
-    assert [head.tenant for head in with_room(heads, running, Rules())] == ["a", "b"]
-    assert next_turn([], running, 1.0, Rules()) is None
+    assert [head.tenant for head in with_capacity(heads, running, Rules(max_running=2))] == ["a"]
+    assert [head.tenant for head in with_capacity(heads, running, Rules())] == ["a", "b"]
+    assert pick_next([], running, 1.0, Rules()) is None

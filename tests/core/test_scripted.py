@@ -12,7 +12,7 @@ import pytest
 from testing.waiting import HANG_SECONDS
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
 from tpo.core import prompts
-from tpo.core.errors import Interrupted
+from tpo.core.errors import CallInterruptedError
 from tpo.core.ports import Generate, Score
 from tpo.core.run import run
 from tpo.core.state import Message, Params, State
@@ -52,7 +52,9 @@ def a_job(prompt_set: str = "conversation", seed: int = 0, **params: Any) -> Sta
 def test_texts_depend_on_kind_messages_and_seed_alone() -> None:
     same = ask(iteration=3, first_sample=9, temperature=0.2, top_p=0.5, max_tokens=99)
     assert texts(ask()) == texts(same)
-    assert len({texts(r)[0] for r in (ask(), ask("Hi"), ask(seeds=(2,)), ask(kind="loss"), ask(kind="update"))}) == 5
+    assert (
+        len({texts(r)[0] for r in (ask(), ask("Hi"), ask(seeds=(2,)), ask(kind="critique"), ask(kind="update"))}) == 5
+    )
 
 
 @pytest.mark.processes
@@ -111,10 +113,10 @@ def test_latency_is_kept_and_an_interrupt_ends_it() -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
-            raise Interrupted("cancelled")
+            raise CallInterruptedError("cancelled")
 
     started = time.monotonic()
-    with pytest.raises(Interrupted):
+    with pytest.raises(CallInterruptedError):
         ScriptedRewardModel(latency=3600).score(Score(iteration=0, messages=(), responses=("a",)), stop_later)
     assert time.monotonic() - started < 60
 
@@ -123,11 +125,11 @@ def test_the_log_has_a_line_for_each_call_that_was_started(tmp_path: Path) -> No
     log = tmp_path / "calls"
 
     def stop() -> None:
-        raise Interrupted("drain")
+        raise CallInterruptedError("drain")
 
     policy, reward = ScriptedPolicy(log=log), ScriptedRewardModel(log=log)
     policy.generate(ask("a secret"), go_on)
-    with pytest.raises(Interrupted):
+    with pytest.raises(CallInterruptedError):
         policy.generate(ask("a secret"), stop)
     policy.generate(ask("a secret", seeds=(2,)), go_on)
     reward.score(Score(iteration=2, messages=(), responses=("a secret",)), go_on)

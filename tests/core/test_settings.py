@@ -38,7 +38,7 @@ def test_without_variables_everything_is_on_this_machine() -> None:
         ({"TPO_API_KEY": "short"}, "at least 16"),
         ({"TPO_FLOWER_HOST": "::"}, "set TPO_FLOWER_BASIC_AUTH"),
         ({"TPO_FLOWER_BASIC_AUTH": "user:short"}, "8 characters"),
-        ({"TPO_SLOTS": "0"}, "slots"),
+        ({"TPO_CONCURRENCY": "0"}, "slots"),
         ({"TPO_LEASE_SECONDS": "0"}, "lease_seconds"),
         ({"TPO_MAX_ATTEMPTS": "0"}, "max_attempts"),
         ({"TPO_PORT": "70000"}, "port"),
@@ -61,7 +61,7 @@ def test_without_variables_everything_is_on_this_machine() -> None:
         ({"TPO_REWARD_MODEL": "sglang:"}, "the model's name comes after the colon"),
         ({"TPO_OPENAI_EXTRA_BODY": "top_k=20"}, "openai_extra_body\n.*must be a JSON object"),
         ({"TPO_OPENAI_EXTRA_BODY": '{"seed": 1}'}, "openai_extra_body\n.*seed cannot be set here"),
-        ({"TPO_SERVER_KEYS": "[1]"}, "must be a JSON object"),
+        ({"TPO_SERVER_API_KEYS": "[1]"}, "must be a JSON object"),
         ({"TPO_REWARD_FILE": "quality.toml"}, "TPO_REWARD_FILE needs a name .* set TPO_REWARD_MODEL"),
         ({"TPO_PROMPT_SET": "nope"}, "TPO_PROMPT_SET: no such prompt_set; there are conversation"),
     ],
@@ -94,12 +94,12 @@ def test_no_secret_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPO_FLOWER_BASIC_AUTH", f"user:{SECRET}")
     monkeypatch.setenv("TPO_OPENAI_API_KEY", SECRET)
     monkeypatch.setenv("TPO_REWARD_API_KEY", SECRET)
-    monkeypatch.setenv("TPO_SERVER_KEYS", f'{{"judge": "{SECRET}"}}')
+    monkeypatch.setenv("TPO_SERVER_API_KEYS", f'{{"judge": "{SECRET}"}}')
     assert SECRET not in repr(Settings()) + str(Settings()) + Settings().model_dump_json()
     monkeypatch.setenv("TPO_BROKER_URL", f"amqp://:{SECRET}@127.0.0.1")
     monkeypatch.setenv("TPO_FLOWER_BASIC_AUTH", f"{SECRET}{SECRET}")
     monkeypatch.setenv("TPO_OPENAI_URL", f"https://user:{SECRET}@host/v1")
-    monkeypatch.setenv("TPO_SERVER_KEYS", f'{{"judge": {SECRET}}}')
+    monkeypatch.setenv("TPO_SERVER_API_KEYS", f'{{"judge": {SECRET}}}')
     with pytest.raises(ValidationError) as raised:
         Settings()
     assert SECRET not in str(raised.value)

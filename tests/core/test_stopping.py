@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from testing.fakes import FakePolicy, FakeReward, go_on, new_state, plain, said, step
-from tpo.core.errors import NoUsableSample
-from tpo.core.loop import Standing, pending, standing
+from tpo.core.errors import NoUsableSampleError
+from tpo.core.loop import Position, locate, pending
 from tpo.core.run import run
 from tpo.core.state import Decline, Params, State
 
@@ -24,7 +24,7 @@ def finish(state: State, *means: float, policy: FakePolicy | None = None) -> Sta
 def kinds(state: State) -> str:
     """The calls by their first letters."""
     return "".join(
-        {"sample": "S", "score": "r", "loss": "l", "gradient": "g", "update": "U"}[c.kind] for c in state.calls
+        {"sample": "S", "score": "r", "critique": "l", "gradient": "g", "update": "U"}[c.kind] for c in state.calls
     )
 
 
@@ -35,24 +35,24 @@ WHOLE = "SrlgUrlgUr"
     ("budget", "calls", "where"),
     [
         # 2 samples of 5 tokens, notes of 5; each policy call takes 0.25 s, each score 0.125 s.
-        ({"max_output_tokens": 1}, "Sr", Standing(0, None, 1, "max_output_tokens")),
-        ({"max_output_tokens": 10}, "Sr", Standing(0, None, 1, "max_output_tokens")),
-        ({"max_output_tokens": 11}, "Srl", Standing(1, None, 1, "max_output_tokens")),
-        ({"max_output_tokens": 20}, "Srlg", Standing(1, None, 1, "max_output_tokens")),
-        ({"max_output_tokens": 21}, "SrlgUr", Standing(1, None, 2, "max_output_tokens")),
-        ({"max_output_tokens": 10_000}, WHOLE, Standing(2, None, 3)),
-        ({"max_total_tokens": 11}, "Sr", Standing(0, None, 1, "max_total_tokens")),
-        ({"max_seconds": 0.2}, "Sr", Standing(0, None, 1, "max_seconds")),
-        ({"max_seconds": 0.376}, "Srl", Standing(1, None, 1, "max_seconds")),
-        ({"max_seconds": 60.0}, WHOLE, Standing(2, None, 3)),
+        ({"max_output_tokens": 1}, "Sr", Position(0, None, 1, "max_output_tokens")),
+        ({"max_output_tokens": 10}, "Sr", Position(0, None, 1, "max_output_tokens")),
+        ({"max_output_tokens": 11}, "Srl", Position(1, None, 1, "max_output_tokens")),
+        ({"max_output_tokens": 20}, "Srlg", Position(1, None, 1, "max_output_tokens")),
+        ({"max_output_tokens": 21}, "SrlgUr", Position(1, None, 2, "max_output_tokens")),
+        ({"max_output_tokens": 10_000}, WHOLE, Position(2, None, 3)),
+        ({"max_total_tokens": 11}, "Sr", Position(0, None, 1, "max_total_tokens")),
+        ({"max_seconds": 0.2}, "Sr", Position(0, None, 1, "max_seconds")),
+        ({"max_seconds": 0.376}, "Srl", Position(1, None, 1, "max_seconds")),
+        ({"max_seconds": 60.0}, WHOLE, Position(2, None, 3)),
     ],
 )
 def test_a_budget_ends_the_run_before_the_next_call_of_the_policy(
-    budget: dict[str, Any], calls: str, where: Standing
+    budget: dict[str, Any], calls: str, where: Position
 ) -> None:
     last = finish(new_state(sample_size=2, max_iterations=2, **budget), 1.0, 2.0, 3.0)
     assert kinds(last) == calls
-    assert standing(last) == where
+    assert locate(last) == where
     assert last.best is not None
     assert all(c.reward is not None for c in last.candidates), "what was sampled is scored"
 
@@ -67,7 +67,7 @@ def test_the_prompts_count_in_the_budget_of_all_tokens_alone() -> None:
 
 def test_a_budget_that_ends_before_anything_is_usable_fails_and_says_so() -> None:
     policy = FakePolicy(lambda _r, _s: said("cut o", "length"))
-    with pytest.raises(NoUsableSample, match="budget max_output_tokens left no second try"):
+    with pytest.raises(NoUsableSampleError, match="budget max_output_tokens left no second try"):
         finish(new_state(max_output_tokens=1), 1.0, policy=policy)
     assert len(policy.asked) == 1
 
@@ -89,7 +89,7 @@ def test_a_budget_that_ends_before_anything_is_usable_fails_and_says_so() -> Non
 def test_early_stop(rule: dict[str, Any], means: tuple[float, ...], iterations: int) -> None:
     last = finish(new_state(sample_size=2, max_iterations=5, early_stop=rule), *means)
     assert len(last.iterations) == iterations
-    assert standing(last) == Standing(iterations, None, iterations + 1, "early_stop" if iterations < 5 else None)
+    assert locate(last) == Position(iterations, None, iterations + 1, "early_stop" if iterations < 5 else None)
 
 
 def test_early_stop_looks_at_the_best_and_decline_at_the_mean() -> None:
@@ -101,21 +101,21 @@ def test_early_stop_looks_at_the_best_and_decline_at_the_mean() -> None:
         lambda text: {"0-0": 1.0, "1-0": 2.0}.get(text.split()[1], 0.9 if text.split()[1][0] == "0" else 0.0)
     )
     last = run_with(worse, stop_on_decline=True)
-    assert (len(last.iterations), standing(last).stopped) == (1, "decline")
+    assert (len(last.iterations), locate(last).stopped) == (1, "decline")
     assert last.best is not None
     assert last.best.id == "1-0"
     assert list(last.declines) == [1]
     assert last.declines[1].mean_reward == pytest.approx(2 / 3)
     assert last.declines[1].mean_reward_before == pytest.approx(2.8 / 3)
     last = run_with(worse, early_stop={"patience": 1})
-    assert (len(last.iterations), standing(last).stopped) == (2, "early_stop")
-    assert standing(run_with(worse)).stopped is None
+    assert (len(last.iterations), locate(last).stopped) == (2, "early_stop")
+    assert locate(run_with(worse)).stopped is None
 
 
 def test_an_iteration_without_a_candidate_brings_no_gain_and_is_no_decline() -> None:
     policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" else plain(r, s))
     last = finish(new_state(max_iterations=4, early_stop={"patience": 2}, stop_on_decline=True), 1.0, policy=policy)
-    assert (len(last.iterations), standing(last).stopped) == (2, "early_stop")
+    assert (len(last.iterations), locate(last).stopped) == (2, "early_stop")
     assert last.declines == {}
 
 
@@ -134,7 +134,7 @@ def test_a_job_judges_and_pays_for_its_own_iterations_alone() -> None:
     assert pending(again) is not None
     last = finish(again, 3.0, 2.0, 1.0, 1.5, 1.5)
     assert len(last.iterations) == 4
-    assert standing(last).stopped == "early_stop"
+    assert locate(last).stopped == "early_stop"
 
 
 def test_nothing_ends_early_by_itself() -> None:
@@ -166,10 +166,10 @@ def test_values_that_make_no_sense_are_refused(params: dict[str, Any]) -> None:
 
 def test_where_a_state_stands_at_each_step() -> None:
     state = new_state(sample_size=2, max_iterations=1)
-    seen = [standing(state)]
+    seen = [locate(state)]
     while pending(state) is not None:
         state = step(state)
-        seen.append(standing(state))
+        seen.append(locate(state))
     phases = ["sampling", "scoring", "critique", "gradient", "update", "scoring", None]
     assert [(w.iteration, w.phase, w.complete) for w in seen] == [
         (i, p, c) for i, p, c in zip((0, 0, 1, 1, 1, 1, 1), phases, (0, 0, 1, 1, 1, 1, 2), strict=True)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable
 
-from tpo.core.errors import QueueUnavailable
+from tpo.core.errors import BrokerUnavailableError
 from worker.celery.consumer_watch import Consumer
 
 LOOKS = 6
@@ -27,14 +27,14 @@ def test_nothing_waits() -> None:
 
 def test_one_that_hears_now_and_then_is_not_silent() -> None:
     consumer = Consumer(2, lambda: 1)
-    task = consumer.hears(lambda _job_id: None)
+    task = consumer.track(lambda _job_id: None)
     assert not any(looks(consumer, 3 * LOOKS, lambda: task("job")))
 
 
 def test_one_whose_threads_are_all_busy_is_not_silent() -> None:
     consumer = Consumer(1, lambda: 1)
     seen: list[bool] = []
-    consumer.hears(lambda: seen.extend(looks(consumer, 3 * LOOKS)))()
+    consumer.track(lambda: seen.extend(looks(consumer, 3 * LOOKS)))()
     assert not any(seen)
     assert looks(consumer, LOOKS + 1)[-1]
 
@@ -45,7 +45,7 @@ def test_a_broker_that_is_away_makes_nobody_silent() -> None:
     def waiting() -> int:
         answer = answers.pop(0)
         if answer is None:
-            raise QueueUnavailable()
+            raise BrokerUnavailableError()
         return answer
 
     assert not any(looks(Consumer(1, waiting), len(answers)))
@@ -58,5 +58,5 @@ def test_a_task_that_fails_is_over() -> None:
         raise ValueError
 
     with contextlib.suppress(ValueError):
-        consumer.hears(fails)()
+        consumer.track(fails)()
     assert looks(consumer, LOOKS + 1)[-1]

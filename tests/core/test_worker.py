@@ -10,12 +10,19 @@ from celery.worker import state as celery_state
 from testing.jobs import claim_one, put
 from testing.processes import timeless, uninterrupted
 from tests.support.worker_harness import SECRET, Bench
-from tpo.core.errors import BackendUnavailable, ContextTooLong, LeaseLost, QueueUnavailable, StoreUnavailable, TPOError
+from tpo.core.errors import (
+    BackendUnavailableError,
+    BrokerUnavailableError,
+    ContextTooLongError,
+    LeaseLostError,
+    StoreUnavailableError,
+    TPOError,
+)
 from tpo.core.loop import pending
 from tpo.core.ports import Generate, Interrupt, Score
 from tpo.jobs.leases import Flags
 from tpo.jobs.tables import Job
-from worker.tasks.rescuer import Sweeper
+from worker.tasks.rescuer import Rescuer
 
 
 def fail_on(kind: str, error: Exception) -> Callable[[Generate, Interrupt], None]:
@@ -37,13 +44,13 @@ def test_a_run_to_its_end(bench: Bench) -> None:
 
 
 def test_an_error_of_the_job_fails_it_with_code_and_message(bench: Bench) -> None:
-    bench.policy.before = fail_on("loss", ContextTooLong("Too long by 7 tokens."))
+    bench.policy.before = fail_on("critique", ContextTooLongError("Too long by 7 tokens."))
     job = bench.run(bench.create())
     assert (job.status, job.error_code, job.error_message) == ("failed", "context_too_long", "Too long by 7 tokens.")
 
 
 def test_a_model_that_is_away_costs_an_attempt_and_a_pause_and_no_step(bench: Bench) -> None:
-    bench.policy.before = fail_on("loss", BackendUnavailable())
+    bench.policy.before = fail_on("critique", BackendUnavailableError())
     job = bench.run(job_id := bench.create(max_attempts=2))
     assert (job.status, job.attempt) == ("queued", 1)
     assert job.next_attempt_at is not None
@@ -54,7 +61,7 @@ def test_a_model_that_is_away_costs_an_attempt_and_a_pause_and_no_step(bench: Be
 
 
 def test_a_model_that_stays_away_fails_the_job_at_its_last_attempt(bench: Bench) -> None:
-    bench.policy.before = fail_on("sample", BackendUnavailable("The server does not answer."))
+    bench.policy.before = fail_on("sample", BackendUnavailableError("The server does not answer."))
     job = bench.run(bench.create(max_attempts=1))
     assert (job.status, job.error_code) == ("failed", "backend_unavailable")
     assert not bench.drain.begun.is_set()
@@ -63,15 +70,15 @@ def test_a_model_that_stays_away_fails_the_job_at_its_last_attempt(bench: Bench)
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (BackendUnavailable("503"), "backend_unavailable"),
-        (QueueUnavailable(), "queue_unavailable"),
+        (BackendUnavailableError("503"), "backend_unavailable"),
+        (BrokerUnavailableError(), "queue_unavailable"),
         (MemoryError(), "out_of_memory"),
     ],
 )
 def test_what_passes_is_tried_again_and_says_why(bench: Bench, error: Exception, code: str) -> None:
     bench.policy.before = fail_on("sample", error)
     job = bench.run(bench.create(max_attempts=2))
-    assert (job.status, job.attempts_in_vain) == ("queued", 1)
+    assert (job.status, job.consecutive_failures) == ("queued", 1)
     assert bench.store.jobs.events(job.id)[-1].data["reason"] == code
     bench.store.jobs.retry_now(job.id)
     job = bench.run(job.id)
@@ -82,7 +89,7 @@ def test_what_passes_is_tried_again_and_says_why(bench: Bench, error: Exception,
 
 def test_each_failure_in_a_row_doubles_the_pause_and_a_step_starts_anew(bench: Bench) -> None:
     def pause_after(kind: str) -> float:
-        bench.policy.before = fail_on(kind, BackendUnavailable())
+        bench.policy.before = fail_on(kind, BackendUnavailableError())
         bench.store.jobs.retry_now(job_id)
         bench.run(job_id)
         return float(bench.store.jobs.events(job_id)[-1].data["delay_seconds"])
@@ -90,13 +97,13 @@ def test_each_failure_in_a_row_doubles_the_pause_and_a_step_starts_anew(bench: B
     job_id = bench.create(max_attempts=9)
     for longest in (2, 4, 8):
         assert longest / 2 <= pause_after("sample") <= longest
-    assert pause_after("loss") <= 1
-    assert 1 <= pause_after("loss") <= 2
-    put(bench.store.engine, job_id, attempts_in_vain=30, max_attempts=99)
-    assert pause_after("loss") <= 60
+    assert pause_after("critique") <= 1
+    assert 1 <= pause_after("critique") <= 2
+    put(bench.store.engine, job_id, consecutive_failures=30, max_attempts=99)
+    assert pause_after("critique") <= 60
 
 
-@pytest.mark.parametrize("error", [ContextTooLong("Too long."), ValueError("?")])
+@pytest.mark.parametrize("error", [ContextTooLongError("Too long."), ValueError("?")])
 def test_what_does_not_pass_is_not_tried_again(bench: Bench, error: Exception) -> None:
     bench.policy.before = fail_on("sample", error)
     job = bench.run(bench.create())
@@ -121,7 +128,7 @@ def test_a_budget_holds_over_attempts(bench: Bench) -> None:
         nonlocal asked
         asked += 1
         if asked % 2:
-            raise BackendUnavailable()
+            raise BackendUnavailableError()
 
     bench.policy.before = fail_each_second_time
     for _ in range(50):
@@ -143,7 +150,7 @@ def test_a_job_that_is_given_up_has_completed_and_says_why(bench: Bench) -> None
 
 
 def test_a_broken_model_ends_the_process_for_another_to_take_its_place(bench: Bench) -> None:
-    bench.policy.before = fail_on("loss", BackendUnavailable())
+    bench.policy.before = fail_on("critique", BackendUnavailableError())
     bench.policy.healthy = False
     assert bench.run(bench.create()).status == "queued"
     assert bench.drain.begun.is_set()
@@ -155,7 +162,7 @@ def test_a_model_that_ends_with_its_worker_is_not_broken(bench: Bench) -> None:
     def end(request: Generate, interrupt: Interrupt) -> None:
         bench.drain.begun.set()
         bench.policy.healthy = False
-        raise BackendUnavailable("The policy was closed.")
+        raise BackendUnavailableError("The policy was closed.")
 
     bench.policy.before = end
     assert bench.run(bench.create()).status == "queued"
@@ -184,7 +191,7 @@ def test_a_database_that_goes_away_costs_no_call(bench: Bench) -> None:
     bench.policy.before = lambda request, _interrupt: asked.append(request.kind)
     bench.store.fails = {"checkpoint": 2, "answer of checkpoint": 1, "finish": 2}
     assert_exact(bench, bench.run(bench.create()))
-    assert asked == ["sample", "loss", "gradient", "update"]
+    assert asked == ["sample", "critique", "gradient", "update"]
 
 
 def test_a_drain_does_not_wait_for_a_database_that_is_away(bench: Bench) -> None:
@@ -217,7 +224,7 @@ def test_a_lost_lease_stops_the_job_and_writes_nothing(bench: Bench) -> None:
     assert len(bench.store.jobs.state(job_id).calls) == 3
 
 
-@pytest.mark.parametrize(("kind", "status", "calls"), [("sample", "expired", 1), ("loss", "incomplete", 3)])
+@pytest.mark.parametrize(("kind", "status", "calls"), [("sample", "expired", 1), ("critique", "incomplete", 3)])
 def test_a_deadline_gives_the_best_so_far(bench: Bench, kind: str, status: str, calls: int) -> None:
     job_id = bench.create(deadline_seconds=600)
 
@@ -236,7 +243,7 @@ def test_a_cancel_between_two_calls(bench: Bench) -> None:
     job_id = bench.create()
 
     def cancel(request: Generate, interrupt: Interrupt) -> None:
-        if request.kind == "loss":
+        if request.kind == "critique":
             bench.store.jobs.cancel(job_id)
 
     bench.policy.before = cancel
@@ -253,7 +260,7 @@ def test_a_drain_lets_the_last_call_complete_the_job(bench: Bench) -> None:
 
 def test_a_drain_hands_a_job_back_after_the_running_call(bench: Bench) -> None:
     job_id = bench.create()
-    bench.policy.before = lambda request, _: bench.drain.begun.set() if request.kind == "loss" else None
+    bench.policy.before = lambda request, _: bench.drain.begun.set() if request.kind == "critique" else None
     job = bench.run(job_id)
     assert (job.status, job.attempt) == ("queued", 0)
     assert bench.bells.rung == [job_id]
@@ -273,7 +280,7 @@ def test_a_doorbell_that_comes_in_a_drain_is_passed_on(bench: Bench) -> None:
 
 
 def test_the_sweeper_rings_once_for_any_number_of_jobs(bench: Bench) -> None:
-    sweeper = Sweeper(bench.settings.model_copy(update={"ring_again_seconds": 1e-6}), bench.store, bench.bells)
+    sweeper = Rescuer(bench.settings.model_copy(update={"renotify_seconds": 1e-6}), bench.store, bench.bells)
     first, *_ = sorted(bench.create() for _ in range(3))
     sweeper.sweep()
     assert bench.bells.rung == [first]
@@ -300,7 +307,9 @@ def test_a_bell_that_cannot_be_passed_on_disturbs_no_job(bench: Bench) -> None:
     assert_exact(bench, bench.run(second))
 
 
-@pytest.mark.parametrize("error", [StoreUnavailable(), QueueUnavailable(), LeaseLost(), ValueError(SECRET)])
+@pytest.mark.parametrize(
+    "error", [StoreUnavailableError(), BrokerUnavailableError(), LeaseLostError(), ValueError(SECRET)]
+)
 def test_a_sweep_that_fails_says_so_and_leaves_it_to_the_next(
     bench: Bench, error: TPOError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -308,7 +317,7 @@ def test_a_sweep_that_fails_says_so_and_leaves_it_to_the_next(
         raise error
 
     monkeypatch.setattr(bench.store.maintenance, "sweep", sweep)
-    Sweeper(bench.settings, bench.store, bench.bells).sweep()
+    Rescuer(bench.settings, bench.store, bench.bells).sweep()
     assert caplog.records
     assert SECRET not in caplog.text
 
@@ -317,7 +326,7 @@ def test_a_paused_queue_ends_a_run_after_its_step_and_not_within_it(bench: Bench
     job_id = bench.create()
 
     def pause(request: Generate, interrupt: Interrupt) -> None:
-        if request.kind == "loss":
+        if request.kind == "critique":
             bench.store.queues.pause("scripted")
             with bench.leases._lock:
                 (held,) = bench.leases._held
@@ -334,7 +343,7 @@ def test_a_paused_queue_ends_a_run_after_its_step_and_not_within_it(bench: Bench
     assert_exact(bench, bench.run(job_id))
 
 
-@pytest.mark.parametrize(("kind", "calls"), [("score", 1), ("loss", 2)])
+@pytest.mark.parametrize(("kind", "calls"), [("score", 1), ("critique", 2)])
 def test_a_pause_stops_a_running_call_and_costs_no_attempt(bench: Bench, kind: str, calls: int) -> None:
     job_id = bench.create()
 

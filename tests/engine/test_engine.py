@@ -20,9 +20,9 @@ from tests.support.tiny_models import KINDS, load_kind
 from tpo.backends.local import watchdog
 from tpo.backends.local.engine import StepEngine
 from tpo.backends.local.requests import Answer, Completion, TokenRequest
-from tpo.backends.local.runner import Runner, adopt
+from tpo.backends.local.runner import Runner, install_attention
 from tpo.backends.local.scheduler import Limits
-from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, PromptRefused
+from tpo.core.errors import BackendUnavailableError, BadReplyError, ContextTooLongError, PromptRefusedError
 
 Completions = tuple[Completion, ...]
 
@@ -42,7 +42,7 @@ def start(
 ) -> StepEngine:
     """An engine over a copy of the model, whose own attention stays as it is."""
     model = copy.deepcopy(model)
-    return StepEngine(Runner(model, adopt(model, "model"), tokens), Limits(rows, tokens, chunk), stop)
+    return StepEngine(Runner(model, install_attention(model, "model"), tokens), Limits(rows, tokens, chunk), stop)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -223,13 +223,13 @@ def test_whoever_comes_and_goes_the_others_get_what_they_get_alone(llama: Any) -
 
 def test_a_token_that_nobody_knows_is_refused_at_once(engine: StepEngine) -> None:
     for prompt in ((5, 999_999), (-1,), ()):
-        with pytest.raises(PromptRefused):
+        with pytest.raises(PromptRefusedError):
             engine.submit(greedy(prompt))
 
 
 def test_a_request_beyond_the_memory_is_refused_at_once(llama: Any) -> None:
     engine = start(llama, tokens=100)
-    with pytest.raises(ContextTooLong, match="TPO_CACHE_GIB"):
+    with pytest.raises(ContextTooLongError, match="TPO_CACHE_GIB"):
         engine.submit(greedy(PROMPTS[3], max_tokens=12))
     assert len(results(engine, greedy(PROMPTS[3], max_tokens=11))[0][0].tokens) == 11
     engine.close()
@@ -257,7 +257,7 @@ def test_a_request_that_breaks_the_model_fails_alone(engine: StepEngine, monkeyp
     broken = Broken(monkeypatch, engine, "prefill", IndexError("out of range"), 99)
     broken.poison = PROMPTS[2]
     futures = [engine.submit(greedy(prompt)) for prompt in PROMPTS]
-    with pytest.raises(BackendUnavailable, match="out of range"):
+    with pytest.raises(BackendUnavailableError, match="out of range"):
         futures[2].result(60)
     assert all(len(futures[i].result(60).completions) == 1 for i in (0, 1, 3))
     assert engine.healthy
@@ -269,7 +269,7 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(llama: Any) -> None
         model.get_input_embeddings().weight[299] = torch.nan
     engine = start(model)
     bad, good = engine.submit(greedy((299, 5))), engine.submit(greedy(PROMPTS[0]))
-    with pytest.raises(BadReply, match="float32"):
+    with pytest.raises(BadReplyError, match="float32"):
         bad.result(60)
     assert len(good.result(60).completions) == 1
     engine.close()
@@ -287,7 +287,7 @@ def test_whether_an_answer_is_whole_is_never_asked_of_what_is_no_token(llama: An
         return False
 
     bad, good = (engine.submit(replace(greedy(prompt), ended=ended)) for prompt in ((299, 5), PROMPTS[0]))
-    with pytest.raises(BadReply, match="float32"):
+    with pytest.raises(BadReplyError, match="float32"):
         bad.result(60)
     assert len(good.result(60).completions) == 1
     assert engine.healthy
@@ -310,7 +310,7 @@ def test_out_of_memory_puts_the_youngest_back_and_fails_nobody(
     found = answers(engine, *requests)
     engine.close()
     assert [answer.completions for answer in found] == expected
-    assert sum(answer.timings.put_back for answer in found) > 0
+    assert sum(answer.timings.preempted for answer in found) > 0
 
 
 def test_out_of_memory_with_one_sample_alone_fails_it_and_no_later_one(
@@ -318,7 +318,7 @@ def test_out_of_memory_with_one_sample_alone_fails_it_and_no_later_one(
 ) -> None:
     with monkeypatch.context() as patch:
         Broken(patch, engine, "decode", NO_MEMORY, 1)
-        with pytest.raises(BackendUnavailable, match="TPO_CACHE_GIB"):
+        with pytest.raises(BackendUnavailableError, match="TPO_CACHE_GIB"):
             results(engine, greedy(PROMPTS[0]))
     assert engine.healthy
     assert len(results(engine, greedy(PROMPTS[0]))) == 1
@@ -450,10 +450,10 @@ def test_when_the_loop_dies_everyone_is_told(llama: Any, monkeypatch: pytest.Mon
         time.sleep(0.001)
     monkeypatch.setattr(engine._runner, "decode", None)
     for future in (running, waiting):
-        with pytest.raises(BackendUnavailable, match="died"):
+        with pytest.raises(BackendUnavailableError, match="died"):
             future.result(60)
     assert not engine.healthy
-    with pytest.raises(BackendUnavailable, match="died"):
+    with pytest.raises(BackendUnavailableError, match="died"):
         engine.submit(greedy(PROMPTS[0]))
     engine.close()
 
@@ -484,6 +484,6 @@ def test_closing_answers_those_who_wait(llama: Any) -> None:
     futures = [engine.submit(greedy(PROMPTS[0], 1, 4000)) for _ in range(3)]
     engine.close()
     for future in futures:
-        with pytest.raises(BackendUnavailable, match="closed"):
+        with pytest.raises(BackendUnavailableError, match="closed"):
             future.result(1)
     assert not any(thread.name == "engine" and thread is engine._thread for thread in threading.enumerate())

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tpo.backends.local.kv_allocator import Arena, Piece, Segment, chain_length, cut
-from tpo.backends.local.prefix_cache import Prefixes
+from tpo.backends.local.kv_allocator import KVCacheAllocator, Piece, Segment, chain_length, cut
+from tpo.backends.local.prefix_cache import PrefixCache
 from tpo.backends.local.requests import Ticket, Timings, TokenRequest
-from tpo.backends.local.scheduler import Row
+from tpo.backends.local.scheduler import ActiveSequence
 from tpo.backends.local.tables import Tables, work
 
 SIZE = 60
@@ -20,8 +20,8 @@ class Holders(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.arena = Arena(SIZE)
-        self.prefixes = Prefixes(self.arena)
+        self.arena = KVCacheAllocator(SIZE)
+        self.prefixes = PrefixCache(self.arena)
         self.held: list[list[Segment]] = []
 
     @rule(count=st.integers(1, 25), used=st.integers(0, 25))
@@ -95,8 +95,8 @@ TestHolders = Holders.TestCase
 
 
 def test_what_was_used_longest_ago_is_let_go_first() -> None:
-    arena = Arena(SIZE)
-    prefixes = Prefixes(arena)
+    arena = KVCacheAllocator(SIZE)
+    prefixes = PrefixCache(arena)
     first, second = ((token,) * 17 for token in (1, 2))
     for tokens in (first, second):
         segments = arena.take(17)
@@ -113,12 +113,12 @@ def test_a_chain_is_cut_to_a_length(lengths: list[int], length: int) -> None:
     assert chain_length(cut(chain, length)) == min(length, sum(lengths))
 
 
-def row_of(prefix: tuple[Piece, ...], own: list[Segment]) -> Row:
+def row_of(prefix: tuple[Piece, ...], own: list[Segment]) -> ActiveSequence:
     ticket = Ticket(TokenRequest((1,) * chain_length(prefix), (0,), 0.0, 1.0, 99), 0, Timings(0.0))
-    return Row(ticket, 0, prefix, [1], own)
+    return ActiveSequence(ticket, 0, prefix, [1], own)
 
 
-def stored(table: dict[int, int], tables: Tables, rows: list[Row]) -> None:
+def stored(table: dict[int, int], tables: Tables, rows: list[ActiveSequence]) -> None:
     """Write what has changed."""
     writes: Any = tables.update(rows)
     if writes is not None:
@@ -126,7 +126,7 @@ def stored(table: dict[int, int], tables: Tables, rows: list[Row]) -> None:
 
 
 def test_tables_name_each_rows_slots_and_are_used_again() -> None:
-    arena, tables, table = Arena(1000), Tables(3, 100), dict[int, int]()
+    arena, tables, table = KVCacheAllocator(1000), Tables(3, 100), dict[int, int]()
     prefix = tuple(Piece(s, s.capacity) for s in arena.take(20))
     rows = [row_of(prefix, arena.take(7)) for _ in range(3)]
     stored(table, tables, rows)
@@ -145,7 +145,7 @@ def test_tables_name_each_rows_slots_and_are_used_again() -> None:
 
 
 def test_what_was_not_written_when_memory_ran_out_is_written_anew() -> None:
-    arena, tables, table = Arena(1000), Tables(3, 100), dict[int, int]()
+    arena, tables, table = KVCacheAllocator(1000), Tables(3, 100), dict[int, int]()
     prefix = tuple(Piece(s, s.capacity) for s in arena.take(20))
     rows = [row_of(prefix, arena.take(7)) for _ in range(3)]
     assert tables.update(rows) is not None

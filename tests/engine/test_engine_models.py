@@ -30,7 +30,7 @@ from tests.support.tiny_models import make_tokenizer
 from tpo.backends import load_policy
 from tpo.backends.local.factory import EngineOptions, build_engine
 from tpo.backends.local.requests import TokenRequest
-from tpo.core.errors import ModelRefused
+from tpo.core.errors import ModelRefusedError
 from tpo.core.ports import Generate
 from tpo.core.state import Message
 from tpo.settings import Settings
@@ -84,7 +84,7 @@ def test_families_that_are_served_write_what_generate_writes(cls: Any, config: A
 def test_attention_of_its_own_is_refused_and_left_as_it_was() -> None:
     model = bloom()
     before = model.config._attn_implementation
-    with pytest.raises(ModelRefused, match=r"The policy x cannot be served by the engine.*TPO_ENGINE_FALLBACK"):
+    with pytest.raises(ModelRefusedError, match=r"The policy x cannot be served by the engine.*TPO_ENGINE_FALLBACK"):
         build_engine(model, frozenset(), 512, name="The policy x")
     assert model.config._attn_implementation == before
     assert model(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()
@@ -94,7 +94,7 @@ def test_logits_that_are_not_the_models_own_are_refused(monkeypatch: pytest.Monk
     torch.manual_seed(3)
     model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
     monkeypatch.setattr("tpo.backends.local.attention.merged", lambda out, weight: out[0])
-    with pytest.raises(ModelRefused, match="its logits differ"):
+    with pytest.raises(ModelRefusedError, match="its logits differ"):
         build_engine(model.eval(), frozenset(), 512)
 
 
@@ -111,14 +111,14 @@ def test_a_model_that_breaks_when_it_is_tried_out_is_refused(
         raise error
 
     monkeypatch.setattr("tpo.backends.local.attention.causal", breaks)
-    with pytest.raises(ModelRefused, match=f"(?s)The policy x .*{said}"):
+    with pytest.raises(ModelRefusedError, match=f"(?s)The policy x .*{said}"):
         build_engine(model.eval(), frozenset(), 512, name="The policy x")
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_memory_that_holds_nothing_is_refused() -> None:
     model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(ModelRefused, match="TPO_CACHE_GIB"):
+    with pytest.raises(ModelRefusedError, match="TPO_CACHE_GIB"):
         build_engine(model.eval(), frozenset(), 512, EngineOptions(cache_gib=1e-6))
 
 
@@ -126,7 +126,7 @@ def test_the_fallback_answers_one_by_one_and_seeds_hold(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     bloom(len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelRefused, match="cannot be served by the engine"):
+    with pytest.raises(ModelRefusedError, match="cannot be served by the engine"):
         load_policy(str(tmp_path), Settings())
     policy = load_policy(str(tmp_path), Settings(engine_fallback=True))
 

@@ -15,7 +15,7 @@ from testing.waiting import HANG_SECONDS
 from tests.support.tiny_models import CONTEXT, save_capped, save_llama, save_reward
 from tpo.backends import load_policy, load_reward_model
 from tpo.backends.local.loader import load_policy_model, load_reward_network
-from tpo.core.errors import ModelRefused
+from tpo.core.errors import ModelRefusedError
 from tpo.settings import Settings
 
 
@@ -69,25 +69,25 @@ def test_dtype_as_set_and_rewards_in_float32_all_the_same(policy_folder: Path, r
 
 def test_a_device_that_is_not_there_is_refused(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ModelRefused, match="TPO_DEVICE=cuda"):
+    with pytest.raises(ModelRefusedError, match="TPO_DEVICE=cuda"):
         load_policy_model(str(policy_folder), Settings(device="cuda"))
 
 
 @pytest.mark.parametrize("load", [load_policy, load_reward_model])
 def test_a_folder_that_is_not_there(load: Any, tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match="There is no folder"):
+    with pytest.raises(ModelRefusedError, match="There is no folder"):
         load(str(tmp_path / "none"), Settings())
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match=r"holds no config\.json"):
+    with pytest.raises(ModelRefusedError, match=r"holds no config\.json"):
         load_policy(str(tmp_path), Settings())
 
 
 def test_a_folder_without_weights(policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelRefused, match="holds no weights"):
+    with pytest.raises(ModelRefusedError, match="holds no weights"):
         load_policy(str(folder), Settings())
 
 
@@ -97,7 +97,7 @@ def test_a_pickle_is_never_opened(kind: str, load: Any, request: pytest.FixtureR
     (folder / "model.safetensors").unlink()
     opened = tmp_path / "opened"
     (folder / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {opened}'\ntR.".encode())
-    with pytest.raises(ModelRefused, match=r"is a pickle.*save_pretrained"):
+    with pytest.raises(ModelRefusedError, match=r"is a pickle.*save_pretrained"):
         load(str(folder), Settings())
     assert not opened.exists()
 
@@ -106,7 +106,7 @@ def test_weights_that_are_cut_short(policy_folder: Path, tmp_path: Path) -> None
     folder = copy(policy_folder, tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelRefused):
+    with pytest.raises(ModelRefusedError):
         load_policy(str(folder), Settings())
 
 
@@ -123,13 +123,13 @@ def test_weights_that_are_cut_short(policy_folder: Path, tmp_path: Path) -> None
 def test_a_file_that_holds_something_else(name: str, content: str, policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     (folder / name).write_text(content)
-    with pytest.raises(ModelRefused, match="cannot be loaded") as refused:
+    with pytest.raises(ModelRefusedError, match="cannot be loaded") as refused:
         load_policy(str(folder), Settings())
     assert len(str(refused.value)) < 1000
 
 
 def test_a_language_model_is_no_reward_model(policy_folder: Path) -> None:
-    with pytest.raises(ModelRefused, match="is not a reward model: its config names LlamaForCausalLM"):
+    with pytest.raises(ModelRefusedError, match="is not a reward model: its config names LlamaForCausalLM"):
         load_reward_model(str(policy_folder), Settings())
 
 
@@ -141,12 +141,12 @@ def test_a_language_model_that_says_it_is_a_reward_model(policy_folder: Path, tm
         id2label={"0": "LABEL_0"},
         label2id={"LABEL_0": 0},
     )
-    with pytest.raises(ModelRefused, match=r"has no score\.weight"):
+    with pytest.raises(ModelRefusedError, match=r"has no score\.weight"):
         load_reward_model(str(folder), Settings())
 
 
 def test_several_labels_are_no_score(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match="has 3 labels"):
+    with pytest.raises(ModelRefusedError, match="has 3 labels"):
         load_reward_model(str(save_reward(tmp_path, num_labels=3)), Settings())
 
 
@@ -158,7 +158,7 @@ def test_code_of_a_repository_is_never_run(
     (folder / "own.py").write_text("raise SystemExit('this was run')")
     models = {"AutoModelForCausalLM": "own.M", "AutoModelForSequenceClassification": "own.M"}
     edit(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.C", **models})
-    with pytest.raises(ModelRefused, match="needs code from its own repository"):
+    with pytest.raises(ModelRefusedError, match="needs code from its own repository"):
         load(str(folder), Settings())
 
 
@@ -166,51 +166,51 @@ def test_code_of_a_tokenizer_is_never_run(policy_folder: Path, tmp_path: Path) -
     folder = copy(policy_folder, tmp_path)
     (folder / "own.py").write_text("raise SystemExit('this was run')")
     edit(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.T", "own.T"]})
-    with contextlib.suppress(ModelRefused):  # it may be loaded as what the library itself knows
+    with contextlib.suppress(ModelRefusedError):  # it may be loaded as what the library itself knows
         load_policy_model(str(folder), Settings())
 
 
 def test_an_architecture_that_nobody_knows(policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     edit(folder / "config.json", model_type="unheard_of")
-    with pytest.raises(ModelRefused, match="unheard_of"):
+    with pytest.raises(ModelRefusedError, match="unheard_of"):
         load_policy(str(folder), Settings())
 
 
 def test_layers_that_keep_other_things_are_refused(tmp_path: Path) -> None:
     folder = save_llama(tmp_path)
     edit(folder / "config.json", model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
-    with pytest.raises(ModelRefused, match="linear_attention"):
+    with pytest.raises(ModelRefusedError, match="linear_attention"):
         load_policy(str(folder), Settings())
 
 
 @pytest.mark.parametrize(("save", "load"), [(save_llama, load_policy), (save_reward, load_reward_model)])
 def test_a_tokenizer_without_a_chat_template(save: Any, load: Any, tmp_path: Path) -> None:
     folder = save(tmp_path, template=None)
-    with pytest.raises(ModelRefused, match=r"no chat template.*chat_template\.jinja"):
+    with pytest.raises(ModelRefusedError, match=r"no chat template.*chat_template\.jinja"):
         load(str(folder), Settings())
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_reward_model_is_no_policy(tied: bool, tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match="is not a policy: its config names LlamaForSequenceClassification"):
+    with pytest.raises(ModelRefusedError, match="is not a policy: its config names LlamaForSequenceClassification"):
         load_policy(str(save_reward(tmp_path, tie_word_embeddings=tied)), Settings())
 
 
 def test_a_policy_without_its_head_is_not_whole(reward_folder: Path, tmp_path: Path) -> None:
     headless = copy(reward_folder, tmp_path)
     edit(headless / "config.json", architectures=["LlamaForCausalLM"])
-    with pytest.raises(ModelRefused, match=r"has no lm_head\.weight"):
+    with pytest.raises(ModelRefusedError, match=r"has no lm_head\.weight"):
         load_policy(str(headless), Settings())
 
 
 @pytest.mark.processes
 def test_a_name_on_the_hub_without_a_network() -> None:
     code = (
-        "from tpo.backends import load_policy\nfrom tpo.core.errors import ModelRefused\n"
+        "from tpo.backends import load_policy\nfrom tpo.core.errors import ModelRefusedError\n"
         "from tpo.settings import Settings\n"
         "try: load_policy('nobody/nothing', Settings())\n"
-        "except ModelRefused as error: print(error)"
+        "except ModelRefusedError as error: print(error)"
     )
     env = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
     found = subprocess.run(
@@ -224,7 +224,7 @@ def test_without_torch_the_hint_says_how_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "tpo.backends.local.policy", None)
     monkeypatch.setitem(sys.modules, "tpo.backends.local.reward", None)
     for load in (load_policy, load_reward_model):
-        with pytest.raises(ModelRefused, match="pip install"):
+        with pytest.raises(ModelRefusedError, match="pip install"):
             load("demo", Settings())
 
 

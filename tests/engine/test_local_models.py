@@ -21,13 +21,14 @@ from tests.support.tiny_models import (
     save_llama,
     save_reward,
 )
-from tpo.backends.chat import Chat, without_thinking
+from tpo.backends.chat import Chat
 from tpo.backends.local.loader import Model, load_policy_model
 from tpo.backends.local.policy import LocalPolicy
 from tpo.backends.local.requests import Answer, Completion, Timings, TokenRequest
 from tpo.backends.local.reward import LocalRewardModel
 from tpo.backends.local.reward_engine import RewardEngine
-from tpo.core.errors import ContextTooLong, Interrupted, ModelRefused, PromptRefused
+from tpo.backends.reasoning import split_reasoning
+from tpo.core.errors import CallInterruptedError, ContextTooLongError, ModelRefusedError, PromptRefusedError
 from tpo.core.ports import Generate, Score
 from tpo.core.state import FinishReason, Message
 from tpo.settings import Settings
@@ -127,17 +128,17 @@ def test_a_template_that_drops_the_system_turn_in_silence_gets_it_too() -> None:
 
 def test_turns_that_a_template_refuses_end_the_job_with_its_words() -> None:
     two_users = (*turns("Hi"), *turns("Are you there?"))
-    with pytest.raises(PromptRefused, match=r"user, user.*must alternate"):
+    with pytest.raises(PromptRefusedError, match=r"user, user.*must alternate"):
         chat(ALTERNATING_TEMPLATE).encode(two_users, for_reply=True)
 
 
 def test_text_that_is_not_unicode_ends_the_job() -> None:
-    with pytest.raises(PromptRefused, match="surrogate"):
+    with pytest.raises(PromptRefusedError, match="surrogate"):
         chat().encode(turns("a\ud800b"), for_reply=True)
 
 
 def test_a_template_that_refuses_everything_is_refused() -> None:
-    with pytest.raises(ModelRefused, match="refuses a conversation"):
+    with pytest.raises(ModelRefusedError, match="refuses a conversation"):
         chat("{{ raise_exception('never') }}")
 
 
@@ -161,7 +162,7 @@ def test_answer_tags_stay_and_special_tokens_go(model: Model) -> None:
     ],
 )
 def test_reasoning_is_not_in_the_answer(reply: str, opened: bool, answer: str) -> None:
-    assert without_thinking(reply, opened=opened) == answer
+    assert split_reasoning(reply, opened=opened)[0] == answer
 
 
 def test_reasoning_is_counted_and_a_template_may_begin_it(model: Model, tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_a_prompt_without_room_for_an_answer_ends_its_job_alone(model: Model) ->
     frame = policy.generate(ask(*turns("")), go_on).input_tokens
     room = CONTEXT - frame - 1
     assert policy.generate(ask(*turns("x" * room)), go_on).input_tokens == CONTEXT - 1
-    with pytest.raises(ContextTooLong, match=f"has {CONTEXT} tokens.*at most {CONTEXT - 1} fit"):
+    with pytest.raises(ContextTooLongError, match=f"has {CONTEXT} tokens.*at most {CONTEXT - 1} fit"):
         policy.generate(ask(*turns("x" * (room + 1))), go_on)
     assert len(engine.requests) == 2
 
@@ -205,9 +206,9 @@ def test_an_interrupt_takes_the_rows_out_of_the_batch(tmp_path: Path) -> None:
         nonlocal calls
         calls += 1
         if calls == 4:
-            raise Interrupted("deadline")
+            raise CallInterruptedError("deadline")
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(CallInterruptedError):
         policy.generate(ask(*turns("Hi"), max_tokens=90_000, n=64), stop_later)
     # The whole batch was taken: an answer soon shows that it is free again.
     assert len(policy.generate(ask(*turns("Hi"), n=64), go_on).texts) == 64
@@ -237,7 +238,7 @@ def test_a_tokenizer_without_begin_end_and_padding_is_enough(tmp_path: Path) -> 
 
 def test_a_token_that_the_policy_does_not_know_ends_its_job_alone(tmp_path: Path) -> None:
     policy = LocalPolicy.load(str(save_llama(tmp_path, vocab_size=len(TOKENIZER) - 1)), Settings())
-    with pytest.raises(PromptRefused, match="knows only"):
+    with pytest.raises(PromptRefusedError, match="knows only"):
         policy.generate(ask(*turns("</think>")), go_on)
     assert policy.generate(ask(*turns("Hi")), go_on).texts
     policy.close()
@@ -309,7 +310,7 @@ def test_a_response_beyond_the_window_is_scored_by_its_beginning_and_named(
 def test_a_conversation_without_room_for_any_response_is_said_with_numbers(
     reward: tuple[LocalRewardModel, Any],
 ) -> None:
-    with pytest.raises(ContextTooLong, match=f"has 3.. tokens.*at most {CONTEXT}"):
+    with pytest.raises(ContextTooLongError, match=f"has 3.. tokens.*at most {CONTEXT}"):
         reward[0].score(Score(iteration=0, messages=turns("H" * 300), responses=("a",)), go_on)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tpo.backends.local import scheduler as module
 from tpo.backends.local.kv_allocator import Piece
 from tpo.backends.local.requests import Completion, Ticket, Timings, TokenRequest
-from tpo.backends.local.scheduler import Chunk, Limits, Row, Scheduler
+from tpo.backends.local.scheduler import ActiveSequence, Limits, PrefillChunk, Scheduler
 
 STOP = 0
 TOKENS = 40
@@ -62,7 +62,7 @@ class Machine:
             assert self.seen(row) == [*row.ticket.request.prompt, *row.tokens]
         self.scheduler.advance(plan.rows, [self.next_token(row) for row in plan.rows])
 
-    def read(self, chunks: Sequence[Chunk]) -> None:
+    def read(self, chunks: Sequence[PrefillChunk]) -> None:
         self.scheduler.read(chunks)
         for chunk in chunks:
             prompt, slots = chunk.reading.prompt, slots_of(chunk.reading.chain)
@@ -72,12 +72,12 @@ class Machine:
                 seeds = chunk.reading.ticket.request.seeds
                 self.scheduler.join(chunk.reading, [drawn(seeds[sample], 0) for sample in chunk.reading.samples])
 
-    def seen(self, row: Row) -> list[int]:
+    def seen(self, row: ActiveSequence) -> list[int]:
         """The tokens that the row looks at."""
         own = [s.start + i for s in row.own for i in range(s.used)]
         return [self.cache[slot] for slot in (*slots_of(row.prefix), *own)]
 
-    def next_token(self, row: Row) -> int:
+    def next_token(self, row: ActiveSequence) -> int:
         return drawn(row.ticket.request.seeds[row.sample], len(row.tokens))
 
     def held_once_each(self) -> None:
@@ -144,7 +144,7 @@ def test_everyone_gets_their_own_tokens_and_nothing_is_leaked(
                     for ticket in machine.tickets[number : number + 1]:
                         ticket.future.cancel()
                 case _:
-                    machine.scheduler.put_back_youngest()
+                    machine.scheduler.preempt_youngest()
                     machine.held_once_each()
         for _ in range(3000):
             if not machine.scheduler.busy:
@@ -181,4 +181,4 @@ def test_who_was_put_back_waits_until_somebody_has_left(monkeypatch: pytest.Monk
         machine.submit(TokenRequest(prompt, (longest,), 1.0, 1.0, 30))
     while machine.scheduler.busy:
         machine.step()
-    assert [ticket.timings.put_back for ticket in machine.tickets] == [0, 1]
+    assert [ticket.timings.preempted for ticket in machine.tickets] == [0, 1]

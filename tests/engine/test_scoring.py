@@ -10,7 +10,7 @@ import torch
 
 from testing.waiting import HANG_SECONDS
 from tpo.backends.local.reward_engine import RewardEngine
-from tpo.core.errors import BackendUnavailable
+from tpo.core.errors import BackendUnavailableError
 
 POISON = 99
 
@@ -68,7 +68,7 @@ def test_a_conversation_that_breaks_the_model_fails_alone(busy: RewardEngine, ne
     first, broken, last = busy.submit([[1], [2]]), busy.submit([[3], [POISON]]), busy.submit([[4]])
     network.go_on.set()
     assert (first.result(60), last.result(60)) == ((1, 2), (4,))
-    with pytest.raises(BackendUnavailable, match="failed: ValueError"):
+    with pytest.raises(BackendUnavailableError, match="failed: ValueError"):
         broken.result(60)
     assert sorted(token for (token,) in network.passes[1]) == [1, 2, 3, 4, POISON]
     assert busy.healthy
@@ -87,8 +87,8 @@ def test_when_the_device_fails_everyone_is_told(busy: RewardEngine, network: Net
     futures = [busy.submit([[POISON]]), busy.submit([[7] * 500, [8] * 500]), busy.submit([[9] * 500])]
     network.go_on.set()
     for future in futures:
-        with pytest.raises(BackendUnavailable, match="illegal memory access"):
+        with pytest.raises(BackendUnavailableError, match="illegal memory access"):
             future.result(60)
     assert not busy.healthy
-    with pytest.raises(BackendUnavailable, match="started anew"):
+    with pytest.raises(BackendUnavailableError, match="started anew"):
         busy.submit([[1]])

@@ -17,7 +17,7 @@ from testing.ports import free_port
 from testing.services import Valkey
 from testing.waiting import HANG_SECONDS
 from tests.support.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
-from tpo.core.loop import pending, with_scores, with_texts
+from tpo.core.loop import Step, apply, locate, pending
 from tpo.core.ports import Generate, Generation, Rewards, Text
 from tpo.core.state import State
 from tpo.db import connect
@@ -46,14 +46,16 @@ def run_steps(store: Store, job_id: str, steps: int | None = None) -> State:
     assert claimed
     lease, state = claimed
     while (request := pending(state)) and (steps is None or steps > 0):
-        before = state
+        reply: Generation | Rewards
         if isinstance(request, Generate):
             texts = tuple(Text(text=_reply(request, i), finish_reason="stop", tokens=10) for i in range(request.n))
-            state = with_texts(state, Generation(texts=texts, input_tokens=100, seconds=0.5))
+            reply = Generation(texts=texts, input_tokens=100, seconds=0.5)
         else:
             values = tuple(float(len(r)) for r in request.responses)
-            state = with_scores(state, Rewards(values=values, input_tokens=7, seconds=0.25))
-        store.leases.checkpoint(lease, before, state)
+            reply = Rewards(values=values, input_tokens=7, seconds=0.25)
+        after = apply(state, request, reply)
+        store.leases.checkpoint(lease, Step(state, request, after, locate(after)))
+        state = after
         steps = None if steps is None else steps - 1
     if pending(state) is None:
         store.leases.finish(lease, outcome_of_run(state))
@@ -128,7 +130,7 @@ class TestSubmit:
             "error": None,
             "incomplete_details": None,
             "stop_reason": None,
-            "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "reward_tokens": 0, "gpu_seconds": 0},
+            "usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0, "reward_tokens": 0, "model_seconds": 0},
         }
 
     def test_keeps_what_was_asked_for(self, client: TestClient, store: Store) -> None:
@@ -200,7 +202,7 @@ class TestSubmit:
 
         assert_problem(post("other", None), 422, "unknown_model", "model")
         assert_problem(post(None, "other"), 422, "unknown_model", "parameters.reward_model")
-        store.workers.register("w1", model="other", reward_model="judge", slots=1)
+        store.workers.register("w1", model="other", reward_model="judge", concurrency=1)
         assert post("other", "judge").status_code == 202
         assert "judge" in assert_problem(post("other", None), 422, "unknown_model", "parameters.reward_model")["detail"]
         assert_problem(post("scripted", "judge"), 422, "unknown_model", "parameters.reward_model")
@@ -208,7 +210,7 @@ class TestSubmit:
         assert_problem(post("other", "judge"), 422, "unknown_model", "model")
 
     def test_the_default_prompt_set_is_the_policy_s(self, client: TestClient, store: Store) -> None:
-        store.workers.register("w1", model="demo", reward_model="demo", slots=1)
+        store.workers.register("w1", model="demo", reward_model="demo", concurrency=1)
         job = submit(client, model="demo", parameters={"reward_model": "demo"})
         assert job["parameters"]["prompt_set"] == "tiny"
 
@@ -255,7 +257,7 @@ class TestRecord:
         first, second = client.get(f"/v1/jobs/{job['id']}/iterations").json()["data"]
         assert first["number"] == 0
         assert (first["complete"], first["phase"], first["reason"]) == (True, None, None)
-        assert (first["chosen"], first["rejected"], first["textual_loss"]) == (None, None, None)
+        assert (first["chosen"], first["rejected"], first["critique"]) == (None, None, None)
         assert (first["mean_reward"], first["best_reward"]) == (2.0, 3.0)
         assert [c["kind"] for c in first["calls"]] == ["sample", "score"]
         assert first["usage"] == {
@@ -263,11 +265,11 @@ class TestRecord:
             "output_tokens": 30,
             "total_tokens": 130,
             "reward_tokens": 7,
-            "gpu_seconds": 0.75,
+            "model_seconds": 0.75,
         }
         assert second["chosen"] == {"id": "0-2", "text": "xxx", "reward": 3.0}
         assert second["rejected"] == {"id": "0-0", "text": "x", "reward": 1.0}
-        assert (second["textual_loss"], second["textual_gradient"]) == ("loss of 1", "gradient of 1")
+        assert (second["critique"], second["gradient"]) == ("critique of 1", "gradient of 1")
         assert second["candidates"] == [
             {"id": "1-0", "reward": None, "unusable": "no_answer_tags"},
             {"id": "1-1", "reward": 11.0, "unusable": None},
@@ -308,7 +310,7 @@ class TestRecord:
         assert now["progress"] == {"iteration": 1, "max_iterations": 2, "phase": "gradient"}
         first, second = client.get(f"/v1/jobs/{job['id']}/iterations").json()["data"]
         assert (first["complete"], first["phase"]) == (True, None)
-        assert (second["complete"], second["phase"], second["textual_gradient"]) == (False, "gradient", None)
+        assert (second["complete"], second["phase"], second["gradient"]) == (False, "gradient", None)
 
     def test_says_why_an_iteration_gave_nothing(self, client: TestClient, store: Store) -> None:
         job = submit(client, parameters={"sample_size": 1, "max_iterations": 1})
@@ -383,7 +385,7 @@ class TestServer:
     def test_is_ready_with_a_worker(self, client: TestClient, store: Store) -> None:
         body = assert_problem(client.get("/readyz"), 503, "not_ready")
         assert body["checks"] == {"database": "ok", "broker": "ok", "worker": "missing"}
-        store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
+        store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
         ready = client.get("/readyz")
         assert ready.status_code == 200
         assert ready.json() == {"status": "ready", "checks": {"database": "ok", "broker": "ok", "worker": "ok"}}
@@ -391,13 +393,13 @@ class TestServer:
     def test_is_not_ready_with_one_that_was_silent_for_a_lease(
         self, client: TestClient, store: Store, engine: Engine
     ) -> None:
-        store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
+        store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
         execute(engine, "UPDATE workers SET seen_at = seen_at - 31")
         assert_problem(client.get("/readyz"), 503, "not_ready")
         assert client.get("/v1/models").json()["data"]  # a pause of the database is no reason to refuse its jobs
 
     def test_says_that_the_broker_is_missing(self, make_client: MakeClient, store: Store) -> None:
-        store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
+        store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
         body = assert_problem(
             make_client(broker_url=f"redis://127.0.0.1:{free_port()}/0").get("/readyz"), 503, "not_ready"
         )
@@ -405,8 +407,8 @@ class TestServer:
 
     def test_lists_what_the_workers_serve(self, client: TestClient, store: Store) -> None:
         assert client.get("/v1/models").json() == {"object": "list", "data": []}
-        store.workers.register("w1", model="small", reward_model="judge", slots=1)
-        store.workers.register("w2", model="small", reward_model="classifier", slots=1)
+        store.workers.register("w1", model="small", reward_model="judge", concurrency=1)
+        store.workers.register("w2", model="small", reward_model="classifier", concurrency=1)
         (model,) = client.get("/v1/models").json()["data"]
         assert isinstance(model.pop("created"), int)
         assert model == {
@@ -428,7 +430,7 @@ class TestServer:
             client.get(f"/v1/jobs/{job_id}")
         client.get("/nowhere")
         client.request("BREW", f"/v1/jobs/{job['id']}")
-        store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
+        store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
         answer = client.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain")
         told = samples(answer.text)

@@ -9,13 +9,13 @@ from testing.ports import free_port
 from testing.processes import System
 from testing.waiting import HANG_SECONDS
 from tests.support.error_codes import codes
-from tpo.core.errors import BackendUnavailable, JobError
+from tpo.core.errors import BackendUnavailableError, JobError
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
 
 def test_every_command_works(sqlite_system: System) -> None:
-    sqlite_system.store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
+    sqlite_system.store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
     port = free_port()
     sqlite_system.start("-m", "api", port=port, lease_seconds=600).wait_for("Listening on")
     commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
@@ -43,6 +43,9 @@ def test_every_code_is_listed() -> None:
 def test_every_code_of_a_failed_job_is_listed() -> None:
     _, _, table = PAGE.read_text().partition("| a failed job's `error.code` |")
     listed = set(re.findall(r"`([a-z_]+)`", table.partition("\n\n")[0])) - {"retry"}
-    classes: list[type[JobError] | type[BackendUnavailable]] = [*JobError.__subclasses__(), BackendUnavailable]
+    classes: list[type[JobError] | type[BackendUnavailableError]] = [
+        *JobError.__subclasses__(),
+        BackendUnavailableError,
+    ]
     said_by_classes = {error.code for error in classes}
     assert listed == said_by_classes | {"worker_lost", "unreadable_record", "internal_error", "out_of_memory"}

@@ -59,9 +59,9 @@ class TestRetry:
     def test_makes_a_new_job_of_one_that_failed(self, client: TestClient, store: Store) -> None:
         job = submit(client, parameters={"sample_size": 2, "max_iterations": 1}, metadata={"team": "a"})
         run_steps(store, job["id"], steps=2)
-        store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+        store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
         store.leases.renew("worker-1", [job["id"]], -1)
-        store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+        store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
         fail(store, job["id"])
         answer = client.post(f"/v1/jobs/{job['id']}/retry", headers={"idempotency-key": "again"})
         assert answer.status_code == 202
@@ -159,12 +159,12 @@ class TestStopping:
         run_steps(store, job["id"])  # each call of the policy takes 0.5 s, the score 0.25 s
         ended = client.get(f"/v1/jobs/{job['id']}").json()
         assert (ended["status"], ended["incomplete_details"]) == ("incomplete", {"reason": "max_seconds"})
-        assert (ended["output"], ended["stop_reason"], ended["usage"]["gpu_seconds"]) == ("xx", None, 1.75)
+        assert (ended["output"], ended["stop_reason"], ended["usage"]["model_seconds"]) == ("xx", None, 1.75)
         assert ended["progress"] == {"iteration": 1, "max_iterations": 2, "phase": None}
         _, cut = client.get(f"/v1/jobs/{job['id']}/iterations").json()["data"]
-        assert (cut["complete"], cut["phase"], cut["reason"], cut["usage"]["gpu_seconds"]) == (False, None, None, 1.0)
+        assert (cut["complete"], cut["phase"], cut["reason"], cut["usage"]["model_seconds"]) == (False, None, None, 1.0)
         new = client.post(f"/v1/jobs/{job['id']}/retry").json()
-        assert (new["progress"]["phase"], new["usage"]["gpu_seconds"]) == ("update", 0)
+        assert (new["progress"]["phase"], new["usage"]["model_seconds"]) == ("update", 0)
 
     def test_a_job_that_is_given_up(self, client: TestClient, store: Store) -> None:
         rule = {"early_stop": {"min_gain": 1000}}

@@ -23,7 +23,7 @@ from testing.processes import System, marker, running_system
 from testing.services import postgres_server
 from testing.waiting import HANG_SECONDS, eventually
 from tests.support.api_client import KEY, UNKNOWN_ID, assert_problem
-from tpo.broker import queue_of
+from tpo.broker import queue_name
 from tpo.db import schema
 from tpo.settings import SCRIPTED, Settings
 
@@ -95,7 +95,7 @@ class TestBroker:
         job_id = response.json()["id"]
         assert api.client.get(response.headers["location"]).json()["status"] == "queued"
         assert_problem(api.client.get("/readyz"), 503, "not_ready")
-        bells = system.store.maintenance.sweep(ring_again_seconds=0, forget_worker_seconds=60)
+        bells = system.store.maintenance.sweep(renotify_seconds=0, forget_worker_seconds=60)
         assert [bell.model for bell in bells] == [SCRIPTED]
         assert system.store.jobs.get(job_id).status == "queued"
         system.broker.start()
@@ -125,7 +125,7 @@ class TestBroker:
         sqlite_system.broker.start()
         job_id = sqlite_api.submit().json()["id"]
         broker = redis.Redis(port=sqlite_system.broker.port)
-        waiting = b"".join(broker.lrange(queue_of("scripted"), 0, -1))  # type: ignore[arg-type]
+        waiting = b"".join(broker.lrange(queue_name("scripted"), 0, -1))  # type: ignore[arg-type]
         broker.close()
         assert job_id.encode() in waiting
 
@@ -301,7 +301,7 @@ class TestOpenAIClient:
         assert sorted(job.id for job in pages) == sorted(made)
 
     def test_lists_models(self, client: openai.OpenAI, sqlite_system: System) -> None:
-        sqlite_system.store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
+        sqlite_system.store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
         assert [model.id for model in client.models.list()] == ["scripted"]
 
 

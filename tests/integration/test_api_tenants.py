@@ -18,7 +18,7 @@ from testing.ports import free_port
 from testing.services import Valkey
 from tests.support.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
 from tpo.cli import app
-from tpo.core.errors import QuotaExceeded
+from tpo.core.errors import QuotaExceededError
 from tpo.db import connect
 from tpo.store import Store
 from tpo.tenants.tenants import Limits
@@ -123,7 +123,7 @@ def test_the_command_line(migrated_url: str, tmp_path: Path, monkeypatch: pytest
     assert made["key"] not in listed
     assert made["key"][4:] not in tpo("list")
     assert "acme" in tpo("limit", "acme", "--jobs-in-flight", "0")
-    with pytest.raises(QuotaExceeded):
+    with pytest.raises(QuotaExceededError):
         store.for_tenant("acme").jobs.submit(new_state(), limits=Limits(), max_attempts=1, model="m", reward_model="r")
     assert made["id"] in tpo("revoke", made["id"])
     assert store.keys.tenant_of(made["key"]) is None

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from testing.jobs import create_many, execute
 from testing.processes import System, timeless, uninterrupted
 from testing.waiting import eventually
-from tpo.broker import ENOUGH_BELLS, queue_of
+from tpo.broker import MAX_QUEUED_WAKEUPS, queue_name
 from tpo.cli import app
 from tpo.db import reading
 from tpo.jobs.tables import Job
@@ -32,14 +32,14 @@ def begun(system: System, *tenants: str) -> list[Job]:
 
 
 def bells(system: System) -> int:
-    return int(system.broker.command("LLEN", queue_of(SCRIPTED)))
+    return int(system.broker.command("LLEN", queue_name(SCRIPTED)))
 
 
 def test_promise_11_ten_jobs_beside_ten_thousand_wait_at_most_twice_as_long_as_alone(system: System) -> None:
     template, like_small = (system.submit(ring=False, **SHORT) for _ in range(2))
     create_many(system.engine, template, 10_000, tenant="big")
     small = create_many(system.engine, like_small, 10, tenant="small", status="paused")
-    system.ring(template)
+    system.notify_job(template)
     system.worker(slots=SLOTS, scripted_latency=0.05)
     eventually(lambda: len(begun(system, "big")) >= 2 * SLOTS, why="the big one's jobs run")
     execute(system.engine, "UPDATE jobs SET status = 'queued' WHERE tenant = 'small'")
@@ -50,16 +50,16 @@ def test_promise_11_ten_jobs_beside_ten_thousand_wait_at_most_twice_as_long_as_a
     assert [job.id for job in order if job.tenant == "small"] == small
     # Alone, the tenth would have the tenth turn. What was claimed while the ten came is no wait of theirs.
     assert beside[-1] <= 2 * 10 + SLOTS, beside
-    assert bells(system) <= ENOUGH_BELLS
+    assert bells(system) <= MAX_QUEUED_WAKEUPS
     print("turns of the small one:", beside)
 
 
 def test_promise_11_the_broker_s_queue_stays_shallow_and_nothing_is_left_behind(system: System) -> None:
-    job_ids = [system.submit(seed=seed, **SHORT) for seed in range(ENOUGH_BELLS + 8)]
-    assert bells(system) == ENOUGH_BELLS
+    job_ids = [system.submit(seed=seed, **SHORT) for seed in range(MAX_QUEUED_WAKEUPS + 8)]
+    assert bells(system) == MAX_QUEUED_WAKEUPS
     urgent = system.submit(priority=100, **SHORT)
-    assert bells(system) == ENOUGH_BELLS
-    system.worker(slots=2, scripted_latency=0)
+    assert bells(system) == MAX_QUEUED_WAKEUPS
+    system.worker(concurrency=2, scripted_latency=0)
     for job_id in (*job_ids, urgent):
         assert system.wait_for_end(job_id).status == "completed"
     assert begun(system, "default")[0].id == urgent
@@ -86,7 +86,7 @@ def test_promise_11_no_worker_exceeds_the_limit_of_running_jobs(system: System) 
 def test_promise_12_a_queue_paused_under_load_stops_within_one_step_and_goes_on(system: System) -> None:
     system.maintenance()
     for _ in range(2):
-        system.worker(slots=2, scripted_latency=0.3)
+        system.worker(concurrency=2, scripted_latency=0.3)
     job_ids = [system.submit(seed=seed) for seed in range(8)]
     for rounds in range(1, 3):
         eventually(lambda n=rounds: len(system.calls()) >= 6 * n, why="model calls run")  # type: ignore[misc]
@@ -98,12 +98,12 @@ def test_promise_12_a_queue_paused_under_load_stops_within_one_step_and_goes_on(
             # One step was running. Its worker may have read just before the pause that it may continue: then one more.
             assert len(system.store.jobs.state(job_id).calls) - before <= 2
         calls = len(system.calls())
-        system.ring(job_ids[0])
-        system.store.maintenance.sweep(ring_again_seconds=-1, forget_worker_seconds=60)
+        system.notify_job(job_ids[0])
+        system.store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
         eventually(lambda: bells(system) == 0, why="a worker has answered")
         assert len(system.calls()) == calls, "while it is paused nothing runs"
         for job_id in system.store.queues.resume(SCRIPTED):
-            system.ring(job_id)
+            system.notify_job(job_id)
     for job_id in job_ids:
         job = system.wait_for_end(job_id)
         assert (job.status, job.attempt) == ("completed", 1)

@@ -193,7 +193,7 @@ def test_submit_gives_ids_for_show_jobs_and_cancel(up: Up) -> None:
         assert part in shown
     record = _json(up, "show", ids[0])
     assert len(record["candidates"]) == 6
-    assert record["iterations"][1]["textual_loss"]
+    assert record["iterations"][1]["critique"]
     assert tpo("cancel", ids[0], env=up.env).stdout.strip() == f"{ids[0]} is completed"
 
 

@@ -3,6 +3,7 @@
 import random
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ import pytest
 from testing.processes import Process, StartedCall, System, running_system, timeless, uninterrupted, worker_pid
 from testing.services import postgres_server
 from testing.waiting import eventually
-from tpo.broker import queue_of
+from tpo.broker import queue_name
 from tpo.db import schema
 from tpo.settings import SCRIPTED
 
 pytestmark = pytest.mark.processes
 
-PHASES = [("sample", 0), ("score", 0), ("loss", 1), ("gradient", 1), ("update", 1), ("score", 1)]
+PHASES = [("sample", 0), ("score", 0), ("critique", 1), ("gradient", 1), ("update", 1), ("score", 1)]
 
 
 def assert_exact(system: System, *job_ids: str) -> None:
@@ -55,6 +56,11 @@ def wait_for_claim(system: System, job_id: str, fence: int) -> None:
     eventually(lambda: system.store.jobs.get(job_id).fence >= fence, why="another claim")
 
 
+def claimed_again_or_ended(system: System, job_id: str, fence: int) -> bool:
+    job = system.store.jobs.get(job_id)
+    return job.fence > fence or job.completed_at is not None
+
+
 @pytest.mark.slow
 def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
     dice = random.Random(20250112)
@@ -69,9 +75,7 @@ def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
         system.process_of(call.pid).kill()
         system.start("-m", "worker", lease_seconds=2, scripted_latency=1)
         # Where this test itself was stopped for seconds, the kill came too late and the job has ended.
-        eventually(
-            lambda: (job := system.store.jobs.get(job_id)).fence > fence or job.completed_at, why="another claim"
-        )  # noqa: B023
+        eventually(partial(claimed_again_or_ended, system, job_id, fence), why="another claim")
         if system.store.jobs.get(job_id).completed_at:
             break
     system.wait_for_end(job_id)
@@ -101,8 +105,8 @@ def test_a_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
 
 
 def test_sigterm_under_load_loses_and_repeats_nothing(system: System) -> None:
-    system.maintenance(ring_again_seconds=600)  # what is handed back is rung for by the worker itself
-    workers = [system.worker(slots=4) for _ in range(2)]
+    system.maintenance(renotify_seconds=600)  # what is handed back is rung for by the worker itself
+    workers = [system.worker(concurrency=4) for _ in range(2)]
     job_ids = [system.submit(seed=seed) for seed in range(16)]
     for worker in workers:
         wait_for_call_of(system, worker)
@@ -145,7 +149,7 @@ def test_jobs_survive_the_loss_of_everything_in_the_broker(system: System) -> No
     system.maintenance()
     lost = [system.submit(seed=seed) for seed in range(3)]
     system.broker.command("FLUSHALL")
-    system.worker(slots=2, scripted_latency=0.1)
+    system.worker(concurrency=2, scripted_latency=0.1)
     running = [system.submit(seed=seed, max_iterations=10) for seed in range(3, 6)]
     system.wait_for_status(running[0], "in_progress")
     system.broker.command("FLUSHALL")
@@ -164,7 +168,7 @@ def test_queued_doorbells_survive_a_killed_broker(sqlite_system: System) -> None
     assert system.broker.persisted(), "the append-only file is not on the disk"
     system.broker.stop(kill=True)
     system.broker.start()
-    assert system.broker.command("LLEN", queue_of(SCRIPTED)) == 1
+    assert system.broker.command("LLEN", queue_name(SCRIPTED)) == 1
     system.worker()
     system.wait_for_end(job_id)
 
@@ -195,7 +199,7 @@ def test_the_pause_before_another_attempt_outlives_every_process(system: System)
     assert (waits.status, waits.attempt) == ("queued", 1)
     assert waits.next_attempt_at
     system.worker()
-    system.ring(job_id)  # too early: it does not count
+    system.notify_job(job_id)  # too early: it does not count
     system.maintenance()
     system.wait_for_end(job_id)
     assert_exact(system, job_id)
@@ -207,7 +211,7 @@ def test_a_budget_holds_over_a_worker_that_was_killed(system: System) -> None:
     system.maintenance()
     worker = system.worker(lease_seconds=4)
     job_id = system.submit(max_iterations=9, max_output_tokens=250)
-    wait_for_call(system, ("loss", 1))
+    wait_for_call(system, ("critique", 1))
     worker.kill()
     system.worker()
     job, state = system.wait_for_end(job_id), system.store.jobs.state(job_id)
@@ -225,7 +229,7 @@ def test_a_database_that_restarts_costs_no_call(tmp_path: Path) -> None:
             system.maintenance()
             system.worker(scripted_latency=1)
             job_ids = [system.submit(seed=seed) for seed in range(3)]
-            wait_for_call(system, ("loss", 1))
+            wait_for_call(system, ("critique", 1))
             server.stop()
             server.start()
             for job_id in job_ids:

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from api.streaming.broadcaster import Feed, Listener
+from api.streaming.broadcaster import EventBroadcaster, Subscription
 from api.streaming.sse import EventStream
 from testing.jobs import create
 from testing.ports import free_port
@@ -24,7 +24,7 @@ from testing.services import postgres_server
 from testing.waiting import HANG_SECONDS, eventually
 from tests.integration.test_api_process import Api, started_api
 from tests.support.api_client import assert_problem
-from tpo.core.errors import StoreUnavailable
+from tpo.core.errors import StoreUnavailableError
 from tpo.db import schema
 from tpo.store import Store
 
@@ -207,7 +207,7 @@ def test_a_listener_that_stops_reading_is_dropped_and_its_memory_bounded(
 def test_a_listener_that_reads_again_is_told_why_it_was_dropped(store: Store) -> None:
     job_id = create(store)
 
-    async def meanwhile(_feed: Feed, listener: Listener) -> None:
+    async def meanwhile(_feed: EventBroadcaster, listener: Subscription) -> None:
         await asyncio.to_thread(_tell_much, store, job_id)
         while listener.end is None:
             await asyncio.sleep(0.001)
@@ -222,7 +222,7 @@ def test_a_listener_that_ends_before_it_has_seen_what_is_recorded_misses_no_numb
     job_id = create(store)
     _tell_much(store, job_id, 2, 602)
 
-    async def meanwhile(feed: Feed, listener: Listener) -> None:
+    async def meanwhile(feed: EventBroadcaster, listener: Subscription) -> None:
         await asyncio.to_thread(_tell_much, store, job_id, 602, 702)
         while listener.seen < 701:
             await asyncio.sleep(0.001)
@@ -234,7 +234,7 @@ def test_a_listener_that_ends_before_it_has_seen_what_is_recorded_misses_no_numb
 
 
 def _told_to_one_that_rests(
-    store: Store, job_id: str, meanwhile: Callable[[Feed, Listener], Awaitable[None]]
+    store: Store, job_id: str, meanwhile: Callable[[EventBroadcaster, Subscription], Awaitable[None]]
 ) -> tuple[list[int], Any]:
     """The numbers that a listener is told who takes nothing after the first `meanwhile`, and how its stream closes."""
     sent: list[bytes] = []
@@ -249,7 +249,7 @@ def _told_to_one_that_rests(
             if b"id: 1\n" in sent[-1]:
                 reads.clear()
 
-        feed = Feed(store)
+        feed = EventBroadcaster(store)
         async with feed.running():
             scope = {"type": "http", "state": {"request_id": "req_1"}}
             stream = EventStream(feed, store, store.jobs.get(job_id), 0)
@@ -279,10 +279,10 @@ def test_a_look_at_the_database_ends_before_the_database_is_let_go(
             looks.set()
             may_end.wait(HANG_SECONDS)
             ended.set()
-            raise StoreUnavailable
+            raise StoreUnavailableError
 
     async def listens() -> None:
-        async with Feed(SimpleNamespace(events=Slow())).running() as feed, feed.listening("job_1", 0):  # type: ignore[arg-type]
+        async with EventBroadcaster(SimpleNamespace(events=Slow())).running() as feed, feed.listening("job_1", 0):  # type: ignore[arg-type]
             await asyncio.to_thread(looks.wait)
             if not hangs:
                 asyncio.get_running_loop().call_later(0.1, may_end.set)

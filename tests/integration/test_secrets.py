@@ -152,7 +152,7 @@ def _keep_texts_of(ran: Ran, job_id: str) -> None:
     candidates = ran.api.get(f"/v1/jobs/{job_id}/candidates").json()["data"]
     ran.hidden |= {candidate["text"] for candidate in candidates}
     for each in ran.api.get(f"/v1/jobs/{job_id}/iterations").json()["data"]:
-        ran.hidden |= {each[name] for name in ("textual_loss", "textual_gradient") if each[name]}
+        ran.hidden |= {each[name] for name in ("critique", "gradient") if each[name]}
     assert len(ran.hidden) > len(SECRETS) + 6
 
 

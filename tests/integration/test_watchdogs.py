@@ -11,7 +11,7 @@ from testing.services import postgres_server
 from testing.waiting import HANG_SECONDS, eventually
 from tests.support.cutting import cutter
 from tpo.broker import MAINTENANCE_QUEUE
-from tpo.core.errors import StoreUnavailable
+from tpo.core.errors import StoreUnavailableError
 from tpo.db import connect, schema
 from tpo.store import Store
 
@@ -28,7 +28,7 @@ def test_a_consumer_that_has_gone_silent_ends_its_process(sqlite_system: System)
     system = sqlite_system
     system.maintenance()  # rings again: the first message is lost in the connection
     with cutter(system.broker.port) as proxy:
-        worker = system.worker(broker_url=f"redis://127.0.0.1:{proxy.port}/0", ring_again_seconds=0.5)
+        worker = system.worker(broker_url=f"redis://127.0.0.1:{proxy.port}/0", renotify_seconds=0.5)
         system.wait_for_end(system.submit())
         # As after a reset that the client does not see: its connection is open, and nothing comes on it any more.
         proxy.freeze()
@@ -38,7 +38,7 @@ def test_a_consumer_that_has_gone_silent_ends_its_process(sqlite_system: System)
         assert system.store.jobs.get(job_id).status == "queued"
         assert system.store.workers.live(60) == []
     system.worker()
-    system.ring(job_id)
+    system.notify_job(job_id)
     system.wait_for_end(job_id)
     assert_exact(system, job_id)
 
@@ -48,7 +48,7 @@ def test_a_silent_consumer_hands_its_jobs_back(sqlite_system: System) -> None:
     system.maintenance()
     with cutter(system.broker.port) as proxy:
         worker = system.worker(
-            broker_url=f"redis://127.0.0.1:{proxy.port}/0", ring_again_seconds=0.5, scripted_latency=1, slots=2
+            broker_url=f"redis://127.0.0.1:{proxy.port}/0", renotify_seconds=0.5, scripted_latency=1, slots=2
         )
         running = system.submit()
         system.wait_for_status(running, "in_progress")
@@ -71,7 +71,7 @@ def test_a_silent_maintenance_worker_ends_too(sqlite_system: System) -> None:
 
 def test_a_busy_or_idle_worker_is_not_taken_for_silent(sqlite_system: System) -> None:
     system = sqlite_system
-    worker = system.worker(ring_again_seconds=0.2, slots=1, scripted_latency=0.5)
+    worker = system.worker(renotify_seconds=0.2, concurrency=1, scripted_latency=0.5)
     running = system.submit()
     system.wait_for_status(running, "in_progress")
     waiting = system.submit(seed=1)
@@ -127,7 +127,7 @@ def test_a_connection_to_a_server_that_hangs_is_given_up() -> None:
         engine = connect(server.url)
         store = Store(engine)
         store.ping()
-        with server.suspended(), pytest.raises(StoreUnavailable):
+        with server.suspended(), pytest.raises(StoreUnavailableError):
             store.ping()
         store.ping()
         engine.dispose()

@@ -18,26 +18,26 @@ from testing.processes import System
 from testing.waiting import HANG_SECONDS, eventually
 from tests.support.api_client import api_client, assert_problem
 from tests.support.receiver import Received, Receiver, receiving
-from tpo.broker import Doorbell
+from tpo.broker import JobNotifier
 from tpo.jobs.outcomes import Outcome
 from tpo.settings import Settings
 from tpo.store import Store
-from worker.tasks.webhooks import Courier
+from worker.tasks.webhooks import WebhookSender
 
 
-class Bell(Doorbell):
+class Bell(JobNotifier):
     """Rings without a broker."""
 
-    courier: Courier
+    courier: WebhookSender
 
-    def ring_delivery(self, delivery_id: str) -> None:
+    def notify_delivery(self, delivery_id: str) -> None:
         self.courier.deliver(delivery_id)
 
 
-def courier(store: Store, **settings: Any) -> Courier:
+def courier(store: Store, **settings: Any) -> WebhookSender:
     values = {"webhook_allow_private": True, "webhook_retry_seconds": 0.02, "webhook_timeout_seconds": 5, **settings}
     bell = Bell("redis://127.0.0.1:1/0")
-    bell.courier = Courier(Settings(**values), store, bell)
+    bell.courier = WebhookSender(Settings(**values), store, bell)
     return bell.courier
 
 
@@ -83,22 +83,22 @@ def deliveries(client: TestClient, webhook: dict[str, Any]) -> list[dict[str, An
     return data
 
 
-def settled(client: TestClient, webhook: dict[str, Any], courier: Courier) -> list[dict[str, Any]]:
+def settled(client: TestClient, webhook: dict[str, Any], courier: WebhookSender) -> list[dict[str, Any]]:
     """The deliveries when none is under way any more."""
 
     def look() -> list[dict[str, Any]] | None:
-        courier.ring()
+        courier.notify_due()
         found = deliveries(client, webhook)
         return found if all(d["status"] in ("delivered", "failed") for d in found) else None
 
     return eventually(look, why="all deliveries settled")
 
 
-def tried(client: TestClient, webhook: dict[str, Any], courier: Courier, error: str) -> dict[str, Any]:
+def tried(client: TestClient, webhook: dict[str, Any], courier: WebhookSender, error: str) -> dict[str, Any]:
     """The one delivery after an attempt that failed so."""
 
     def look() -> dict[str, Any] | None:
-        courier.ring()
+        courier.notify_due()
         (found,) = deliveries(client, webhook)
         return found if found["last_error"] == error else None
 
@@ -134,7 +134,7 @@ def test_every_way_to_end_is_told_once(client: TestClient, store: Store, engine:
     store.jobs.cancel(create(store))
     killed = create(store, max_attempts=1)
     claim(store, killed, seconds=-1)
-    store.maintenance.sweep(ring_again_seconds=60, forget_worker_seconds=60)
+    store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
     store.jobs.cancel(killed)
     told = [d["type"] for d in settled(client, webhook, courier(store))]
     ended = ["cancelled", "completed", "expired", "failed", "failed", "incomplete"]
@@ -180,8 +180,8 @@ def test_a_receiver_that_hangs_holds_nobody_else(client: TestClient, store: Stor
         for _ in range(6):
             finish(store)
         works = courier(store, webhook_slots=6, webhook_timeout_seconds=60, webhook_retry_seconds=60)
-        works.ring()
-        works.ring()
+        works.notify_due()
+        works.notify_due()
         assert {d["last_error"] for d in deliveries(client, slow)} == {None}, "the bell waits for nobody"
         eventually(lambda: len(receiver.received) == 4, why="as many as one webhook has at once")
         fast = made(client, other.url)

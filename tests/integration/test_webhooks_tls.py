@@ -42,14 +42,14 @@ def test_a_certificate_of_an_authority_that_is_named(sqlite_store: Store, receiv
     strict, trusting = courier(sqlite_store), courier(sqlite_store, webhook_ca_file=AUTHORITY)
 
     def refused() -> bool:
-        strict.ring()
+        strict.notify_due()
         return delivery(sqlite_store, webhook.row.id).last_error == "tls_failed"
 
     eventually(refused, why="an authority that nobody named is not believed")
     assert receiver.received == []
 
     def arrived() -> bool:
-        trusting.ring()
+        trusting.notify_due()
         return delivery(sqlite_store, webhook.row.id).status == "delivered"
 
     eventually(arrived, why="the delivery")
@@ -76,7 +76,7 @@ def test_a_certificate_of_another_name(
     works = courier(sqlite_store, webhook_ca_file=AUTHORITY)
 
     def told() -> bool:
-        works.ring()
+        works.notify_due()
         return (
             delivery(sqlite_store, right).status == "delivered"
             and delivery(sqlite_store, wrong).last_error == "tls_failed"

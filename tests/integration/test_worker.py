@@ -12,8 +12,8 @@ import redis
 
 from testing.processes import System, marker, timeless, uninterrupted
 from testing.waiting import HANG_SECONDS, eventually
-from tpo.broker import Doorbell, queue_of
-from tpo.core.errors import QueueUnavailable
+from tpo.broker import JobNotifier, queue_name
+from tpo.core.errors import BrokerUnavailableError
 from tpo.settings import SCRIPTED
 
 pytestmark = pytest.mark.processes
@@ -34,7 +34,7 @@ def test_a_job_runs_through_and_no_text_leaves_the_database(sqlite_system: Syste
     with redis.Redis.from_url(system.broker.url) as client, client.pubsub() as events:
         events.psubscribe("*")
         job_id = system.submit(f"Tell me of the {word}.")
-        messages = client.lrange(queue_of(SCRIPTED), 0, -1)
+        messages = client.lrange(queue_name(SCRIPTED), 0, -1)
         maintenance = system.maintenance()
         worker = system.worker()
         assert system.wait_for_end(job_id).status == "completed"
@@ -52,13 +52,13 @@ def test_a_job_runs_through_and_no_text_leaves_the_database(sqlite_system: Syste
     logs = "".join(process.output for process in system.processes)
     assert job_id in logs
     texts = [word, password, *(c.text for c in state.candidates)]
-    texts += [note.text for i in state.iterations for note in (i.loss, i.gradient) if note]
+    texts += [note.text for i in state.iterations for note in (i.critique, i.gradient) if note]
     for place in (logs, message, told):
         assert not [text for text in texts if text in place or json.dumps(text)[1:-1] in place]
 
 
 def test_twenty_jobs_run_at_once(system: System) -> None:
-    system.worker(slots=20, scripted_latency=0.7)
+    system.worker(concurrency=20, scripted_latency=0.7)
     job_ids = [system.submit(seed=seed) for seed in range(20)]
     jobs = [system.wait_for_end(job_id) for job_id in job_ids]
     assert {job.status for job in jobs} == {"completed"}
@@ -67,11 +67,11 @@ def test_twenty_jobs_run_at_once(system: System) -> None:
 
 def test_a_busy_worker_leaves_doorbells_to_an_idle_one(sqlite_system: System) -> None:
     system = sqlite_system
-    system.worker(slots=1, scripted_latency=3600)
+    system.worker(concurrency=1, scripted_latency=3600)
     running = system.submit()
     system.wait_for_status(running, "in_progress")
     waiting = [system.submit(seed=seed) for seed in (1, 2, 3)]
-    system.worker(slots=3)
+    system.worker(concurrency=3)
     for job_id in waiting:
         system.wait_for_end(job_id)
     assert system.store.jobs.get(running).status == "in_progress"
@@ -82,7 +82,7 @@ def test_one_run_for_a_doorbell_that_is_rung_twenty_times(system: System) -> Non
         system.worker()
     job_id = system.submit(ring=False)
     for _ in range(20):
-        system.ring(job_id)
+        system.notify_job(job_id)
     job = system.wait_for_end(job_id)
     system.wait_for_end(system.submit(seed=1))
     assert (job.status, job.attempt, job.fence) == ("completed", 1, 1)
@@ -123,7 +123,7 @@ def test_an_idle_worker_ends_at_once(sqlite_system: System, number: int) -> None
 @pytest.mark.parametrize(
     ("module", "settings", "code", "message"),
     [
-        ("worker", {"slots": 0}, 2, "TPO_SLOTS: Input should be greater than or equal to 1"),
+        ("worker", {"slots": 0}, 2, "TPO_CONCURRENCY: Input should be greater than or equal to 1"),
         ("worker.maintenance", {"database_url": "mysql://u:secret@h/d"}, 2, "TPO_DATABASE_URL must start with"),
         ("worker", {"policy": "/no/such/folder"}, 1, "/no/such/folder"),
         ("worker", {"database_url": "sqlite:///empty.db"}, 1, "tpo db upgrade"),
@@ -153,7 +153,7 @@ def test_a_paused_job_stops_within_a_call_and_goes_on_elsewhere(system: System) 
     system.worker()
     job = system.store.jobs.resume(job_id)
     assert job.attempt == 0
-    system.ring(job_id)
+    system.notify_job(job_id)
     assert system.wait_for_end(job_id).status == "completed"
     state = system.store.jobs.state(job_id)
     assert timeless(state) == uninterrupted(state)
@@ -227,11 +227,15 @@ def test_a_broker_that_refuses_is_told_from_one_that_is_away(sqlite_system: Syst
     broker = sqlite_system.broker
     broker.command("CONFIG", "SET", "requirepass", "the-word")
     url = f"redis://{address.format(port=broker.port)}"
-    doorbell = Doorbell(url)
-    for ask in (doorbell.ping, lambda: doorbell.ring("job_1", SCRIPTED), lambda: doorbell.waiting(SCRIPTED)):
-        with pytest.raises(QueueUnavailable, match=says):
+    notifier = JobNotifier(url)
+    for ask in (
+        notifier.ping,
+        lambda: notifier.notify_job("job_1", SCRIPTED),
+        lambda: notifier.pending_count(SCRIPTED),
+    ):
+        with pytest.raises(BrokerUnavailableError, match=says):
             ask()
-    doorbell.close()
+    notifier.close()
     process = sqlite_system.start("-m", "worker", broker_url=url)
     process.wait_for(says)
     assert process.stop() == 0

@@ -20,14 +20,14 @@ def codes() -> set[str]:
 
 
 def _said(tree: ast.Module) -> set[str]:
-    """`problem(code="…")`, and the code that QuotaExceeded is raised with."""
+    """`problem(code="…")`, and the code that QuotaExceededError is raised with."""
     found = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         if getattr(node.func, "id", "") == "problem":
             given = [word.value for word in node.keywords if word.arg == "code"]
-        elif getattr(node.func, "id", "") == "QuotaExceeded":
+        elif getattr(node.func, "id", "") == "QuotaExceededError":
             given = [node.args[1]]
         else:
             continue

@@ -19,8 +19,8 @@ from tpo.backends.local.cuda import CudaRunner
 from tpo.backends.local.engine import StepEngine
 from tpo.backends.local.kv_allocator import Piece, Segment
 from tpo.backends.local.requests import Completion, Ticket, Timings, TokenRequest
-from tpo.backends.local.runner import Runner, adopt
-from tpo.backends.local.scheduler import Chunk, Limits, Reading, Row
+from tpo.backends.local.runner import Runner, install_attention
+from tpo.backends.local.scheduler import ActiveSequence, Limits, PrefillChunk, PrefillRequest
 
 _ROWS = 8
 _LENGTHS = (3, 40, 100)
@@ -52,11 +52,11 @@ def written(runner: Runner, slots: int, lengths: Sequence[int], longest: int) ->
 def apart(runner: Runner) -> torch.Tensor:
     """Logits of two samples of one prompt, of which one is three tokens ahead."""
     ticket = Ticket(TokenRequest(tuple(range(20)), (0, 1), 0.0, 1.0, 8), 0, Timings(0.0))
-    reading = Reading(ticket, [0, 1], (Piece(Segment(2, 20, 20), 20),), 0)
-    rows = [Row(ticket, i, reading.chain, [], [Segment(22 + 8 * i, 8)]) for i in range(2)]
+    reading = PrefillRequest(ticket, [0, 1], (Piece(Segment(2, 20, 20), 20),), 0)
+    rows = [ActiveSequence(ticket, i, reading.chain, [], [Segment(22 + 8 * i, 8)]) for i in range(2)]
     logits = []
     with torch.inference_mode():
-        runner.prefill([Chunk(reading, 0, 20)])
+        runner.prefill([PrefillChunk(reading, 0, 20)])
         for token, step in enumerate([rows[1:]] * 3 + [rows] * 3):
             for row in step:
                 row.tokens.append(token)
@@ -72,11 +72,11 @@ def differences(kind: str) -> list[str]:
 
     def plain() -> Runner:
         own = copy.deepcopy(model)
-        return Runner(own, adopt(own, kind), 2000)
+        return Runner(own, install_attention(own, kind), 2000)
 
     def fast(slots: int) -> Runner:
         own = copy.deepcopy(model)
-        return CudaRunner(own, adopt(own, kind), slots, _ROWS, CONTEXT)
+        return CudaRunner(own, install_attention(own, kind), slots, _ROWS, CONTEXT)
 
     # The first kind is tried with more requests than run at once, in much memory and in little; of the others, what
     # differs from it: the attention.

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import schemathesis
 
-from tpo.core.errors import WrongState
+from tpo.core.errors import WrongStateError
 from tpo.db import connect
 from tpo.store import Store
 
@@ -50,7 +50,7 @@ def _cancelled() -> str:
 def _paused() -> str:
     while True:
         job = _live()
-        with suppress(WrongState):  # it had ended before: another one
+        with suppress(WrongStateError):  # it had ended before: another one
             _store.jobs.pause(job)
             return job
 

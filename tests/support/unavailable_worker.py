@@ -3,7 +3,7 @@
 import sys
 
 from tpo.backends.scripted import ScriptedRewardModel
-from tpo.core.errors import BackendUnavailable
+from tpo.core.errors import BackendUnavailableError
 from tpo.core.ports import Generate, Generation, Interrupt
 from tpo.settings import Settings
 from tpo.store import Store
@@ -17,7 +17,7 @@ class UnavailablePolicy:
     healthy = True
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
-        raise BackendUnavailable("The policy's server answered 503.")
+        raise BackendUnavailableError("The policy's server answered 503.")
 
     def close(self) -> None:
         """Nothing runs."""

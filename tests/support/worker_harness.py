@@ -7,9 +7,10 @@ from typing import Any
 from sqlalchemy import Engine
 
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
-from tpo.broker import Doorbell
+from tpo.broker import JobNotifier
 from tpo.core import prompts
-from tpo.core.errors import QueueUnavailable, StoreUnavailable
+from tpo.core.errors import BrokerUnavailableError, StoreUnavailableError
+from tpo.core.loop import Step
 from tpo.core.ports import Generate, Generation, Interrupt, Rewards, Score
 from tpo.core.state import Message, Params, State
 from tpo.core.status import Status
@@ -27,16 +28,16 @@ from worker.leases import Leases
 SECRET = "a text of a user"
 
 
-class Bells(Doorbell):
-    """A doorbell that remembers."""
+class RecordingNotifier(JobNotifier):
+    """A notifier that remembers."""
 
     def __init__(self) -> None:
         self.rung: list[str] = []
         self.broken = False
 
-    def ring(self, job_id: str, model: str) -> None:
+    def notify_job(self, job_id: str, model: str) -> None:
         if self.broken:
-            raise QueueUnavailable()
+            raise BrokerUnavailableError()
         self.rung.append(job_id)
 
 
@@ -78,7 +79,7 @@ class FlakyStore(Store):
         if self.fails.get(name, 0):
             self.fails[name] -= 1
             self.on_failure()
-            raise StoreUnavailable()
+            raise StoreUnavailableError()
 
 
 class _FlakyQueues(QueueQueries):
@@ -100,11 +101,11 @@ class _FlakyLeases(LeaseQueries):
         self._store.maybe_fail("claim")
         return super().claim(*args, **kwargs)
 
-    def checkpoint(self, lease: Lease, before: State, after: State) -> Flags:
+    def checkpoint(self, lease: Lease, step: Step) -> Flags:
         self._store.maybe_fail("checkpoint")
-        flags = super().checkpoint(lease, before, after)
+        flags = super().checkpoint(lease, step)
         self._store.maybe_fail("answer of checkpoint")
-        self._store.watch(after)
+        self._store.watch(step.after)
         return flags
 
     def finish(self, *args: Any) -> Status:
@@ -119,7 +120,7 @@ class Bench:
     store: FlakyStore
     policy: Policy
     reward: Reward
-    bells: Bells
+    bells: RecordingNotifier
     drain: Drain
     leases: Leases
     runner: JobRunner

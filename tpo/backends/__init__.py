@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 from tpo.backends.model_source import check_place
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
-from tpo.core.errors import ModelRefused
+from tpo.core.errors import ModelRefusedError
 from tpo.core.ports import Policy, RewardModel
 from tpo.settings import DEMO, OPENAI, REMOTE_REWARDS, SCRIPTED, Settings
 
@@ -22,7 +22,7 @@ class Loaded(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop the model's threads; requests that wait raise BackendUnavailable."""
+        """Stop the model's threads; requests that wait raise BackendUnavailableError."""
         ...
 
 
@@ -37,7 +37,7 @@ class LoadedRewardModel(RewardModel, Loaded, Protocol):
 def load_policy(spec: str, settings: Settings) -> LoadedPolicy:
     """The policy of that name: demo, scripted, a folder, a name on the Hugging Face Hub, or openai:MODEL.
 
-    Raises ModelRefused.
+    Raises ModelRefusedError.
     """
     if spec == SCRIPTED:
         return ScriptedPolicy(settings.scripted_latency, settings.scripted_log)
@@ -57,7 +57,7 @@ def load_policy(spec: str, settings: Settings) -> LoadedPolicy:
 def load_reward_model(spec: str, settings: Settings, policy: Policy | None = None) -> LoadedRewardModel:
     """The reward model of that name: demo, scripted, a folder, a name on the Hub, or one behind HTTP.
 
-    With `reward_file`, what that file says; a judge in it may be this process's own policy. Raises ModelRefused.
+    With `reward_file`, what that file says; a judge in it may be this process's own policy. Raises ModelRefusedError.
     """
     if settings.reward_file is not None:
         from tpo.backends.rewards import load_combined
@@ -80,7 +80,7 @@ def load_reward_model(spec: str, settings: Settings, policy: Policy | None = Non
 
 
 def load_models(settings: Settings) -> tuple[LoadedPolicy, LoadedRewardModel]:
-    """Both models of a process. Raises ModelRefused.
+    """Both models of a process. Raises ModelRefusedError.
 
     The policy comes last: on a GPU its engine takes the memory that is left. A reward that is made of parts may need
     the policy, and comes after it.
@@ -104,8 +104,8 @@ def _demo_folder(part: str) -> str:
     return str(resources.files("demo") / "models" / part)
 
 
-def _not_installed(spec: str, error: ImportError) -> ModelRefused:
-    return ModelRefused(
+def _not_installed(spec: str, error: ImportError) -> ModelRefusedError:
+    return ModelRefusedError(
         f"{spec!r} needs torch and transformers on this machine ({error}). Install torch in the build that fits your "
         'hardware, then: pip install ".[local]". The back end "scripted" needs neither.'
     )

@@ -7,10 +7,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from tpo.core.errors import ModelRefused, PromptRefused
+from tpo.backends.reasoning import THINK_CLOSE, THINK_OPEN
+from tpo.core.errors import ModelRefusedError, PromptRefusedError
 from tpo.core.state import Message
-
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 _PROBE = "probe"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -21,7 +20,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         if not tokenizer.chat_template:
-            raise ModelRefused(
+            raise ModelRefusedError(
                 f"{name} has no chat template: its tokenizer cannot say where a turn begins and ends. Take the model's "
                 "chat or instruct variant, or add its chat_template.jinja to the folder."
             )
@@ -32,7 +31,7 @@ class Chat:
         try:
             self._render([Message(role="user", content=_PROBE)])
         except TemplateError as error:
-            raise ModelRefused(
+            raise ModelRefusedError(
                 f"{name}: its chat template refuses a conversation of one user's turn: {error}"
             ) from error
         self._folds_system = not self._takes_system()
@@ -40,11 +39,11 @@ class Chat:
     def encode(self, messages: Sequence[Message], *, for_reply: bool) -> list[int]:
         """The conversation's token ids; `for_reply` opens the assistant's turn.
 
-        Control tokens in the messages become ordinary text. Raises PromptRefused where the template does, and for
+        Control tokens in the messages become ordinary text. Raises PromptRefusedError where the template does, and for
         text that is not Unicode (half a surrogate pair).
         """
         if any(_LONE_SURROGATE.search(m.content) for m in messages):
-            raise PromptRefused("A message holds half a surrogate pair, which is no Unicode text.")
+            raise PromptRefusedError("A message holds half a surrogate pair, which is no Unicode text.")
         if self._folds_system:
             messages = _folded(messages)
         try:
@@ -58,7 +57,7 @@ class Chat:
                 )
         except TemplateError as error:
             roles = ", ".join(m.role for m in messages)
-            raise PromptRefused(f"The model's chat template refuses the turns ({roles}): {error}") from error
+            raise PromptRefusedError(f"The model's chat template refuses the turns ({roles}): {error}") from error
         return list(encoded["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -86,14 +85,6 @@ class Chat:
     def _render(self, messages: Sequence[Message]) -> str:
         turns = [m.model_dump() for m in messages]
         return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-def without_thinking(reply: str, *, opened: bool) -> str:
-    """The reply after its reasoning; nothing where the reasoning never ended."""
-    _, end, answer = reply.rpartition(THINK_CLOSE)
-    if not opened and not reply.lstrip().startswith(THINK_OPEN):
-        return reply
-    return answer.lstrip() if end else ""
 
 
 def _folded(messages: Sequence[Message]) -> list[Message]:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from tpo.core.errors import ModelRefused
+from tpo.core.errors import ModelRefusedError
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -13,19 +13,19 @@ Role = Literal["policy", "reward model"]
 
 
 def check_place(spec: str, role: Role) -> None:
-    """Raise ModelRefused where `spec` is neither a folder of a model nor a name on the Hugging Face Hub."""
+    """Raise ModelRefusedError where `spec` is neither a folder of a model nor a name on the Hugging Face Hub."""
     folder = Path(spec).expanduser()
     if not folder.is_dir():
         if _HUB_NAME.fullmatch(spec) and not spec.startswith("."):
             return
-        raise ModelRefused(f"There is no folder {spec} to load the {role} from.")
+        raise ModelRefusedError(f"There is no folder {spec} to load the {role} from.")
     if not (folder / "config.json").is_file():
-        raise ModelRefused(f"The folder {spec} holds no config.json: it is not a {role} saved by transformers.")
+        raise ModelRefusedError(f"The folder {spec} holds no config.json: it is not a {role} saved by transformers.")
     if any(folder.glob("*.safetensors")):
         return
     if any(file for pattern in _PICKLES for file in folder.glob(pattern)):
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"The {role} in {spec} is a pickle, which runs code when it is opened, and is not loaded. Save it as "
             "safetensors: model.save_pretrained(folder) with a current transformers, where you trust the file."
         )
-    raise ModelRefused(f"The folder {spec} holds no weights: a *.safetensors file is needed for a {role}.")
+    raise ModelRefusedError(f"The folder {spec} holds no weights: a *.safetensors file is needed for a {role}.")

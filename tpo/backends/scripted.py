@@ -84,7 +84,7 @@ def _reply(request: Generate, dice: bytes) -> str:
     match request.kind:
         case "sample":
             return f"Draft {1 + dice[0] % 3}: {prose}."
-        case "loss":
+        case "critique":
             return f"The chosen response is {prose}. The other one is not."
         case "gradient":
             return f"1. Say more of what is {prose}. 2. Say less of the rest."

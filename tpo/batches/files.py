@@ -3,7 +3,6 @@
 Clients see their tenant's own, and only those that are complete and whose time is not over.
 """
 
-import secrets
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -11,9 +10,9 @@ from sqlalchemy import ColumnElement, Select, and_, delete, insert, or_, select,
 from sqlalchemy.orm import Session
 
 from tpo.batches.tables import ENDED, Batch, File, FilePart, Purpose
-from tpo.core.errors import Conflict, FileNotFound
-from tpo.db import Queries, now, reading, writing
-from tpo.tenants.idempotency import Once, remember, said_before, unless_said
+from tpo.core.errors import ConflictError, UploadNotFoundError
+from tpo.db import Queries, new_id, now, reading, writing
+from tpo.tenants.idempotency import IdempotencyRequest, create_idempotently, find_existing, record_key
 
 PART_BYTES = 256 * 1024
 """A part is one row and one transaction: large enough to be few, small enough not to keep others waiting."""
@@ -24,8 +23,8 @@ _ABANDONED_SECONDS = 24 * 3600
 class FileQueries(Queries):
     """The part of the store that keeps files."""
 
-    def find_existing(self, once: Once) -> File | None:
-        """The file that the same request has made before. Raises SameKeyOtherBody."""
+    def find_existing(self, once: IdempotencyRequest) -> File | None:
+        """The file that the same request has made before. Raises IdempotencyConflictError."""
         with writing(self._engine) as session:
             return _made_before(session, self.tenant, once)
 
@@ -40,10 +39,10 @@ class FileQueries(Queries):
         with writing(self._engine) as session:
             append(session, file_id, data)
 
-    def complete(self, file_id: str, once: Once | None = None) -> File:
+    def complete(self, file_id: str, once: IdempotencyRequest | None = None) -> File:
         """Let a file be seen; where the same request made one meanwhile, that one is given and this one dropped.
 
-        Raises SameKeyOtherBody.
+        Raises IdempotencyConflictError.
         """
 
         def complete(session: Session) -> File:
@@ -51,10 +50,10 @@ class FileQueries(Queries):
                 session.execute(delete(File).where(File.id == file_id))
                 return known
             session.execute(update(File).where(File.id == file_id).values(complete=True))
-            remember(session, self.tenant, once, file_id=file_id)
+            record_key(session, self.tenant, once, file_id=file_id)
             return session.get_one(File, file_id)
 
-        return unless_said(self._engine, complete)
+        return create_idempotently(self._engine, complete)
 
     def discard(self, file_id: str) -> None:
         """Forget a file that was not completed."""
@@ -62,7 +61,7 @@ class FileQueries(Queries):
             session.execute(delete(File).where(File.id == file_id, File.complete.is_(False)))
 
     def get(self, file_id: str) -> File:
-        """One file. Raises FileNotFound."""
+        """One file. Raises UploadNotFoundError."""
         with reading(self._engine) as session:
             return own_file(session, self.tenant, file_id)
 
@@ -100,11 +99,11 @@ class FileQueries(Queries):
             offset += len(data)
 
     def delete(self, file_id: str) -> None:
-        """Forget a file and its content. Raises FileNotFound, and Conflict while a batch reads it."""
+        """Forget a file and its content. Raises UploadNotFoundError, and ConflictError while a batch reads it."""
         with writing(self._engine) as session:
             own_file(session, self.tenant, file_id)
             if session.scalars(_read_now().where(Batch.input_file_id == file_id).limit(1)).one_or_none() is not None:
-                raise Conflict(f"The file {file_id} is read by a batch that has not ended.")
+                raise ConflictError(f"The file {file_id} is read by a batch that has not ended.")
             session.execute(delete(File).where(File.id == file_id))
 
     def purge(self, retention_seconds: float | None, limit: int = 10) -> int:
@@ -120,11 +119,11 @@ class FileQueries(Queries):
 
 
 def own_file(session: Session, tenant: str, file_id: str) -> File:
-    """A tenant's complete file. Raises FileNotFound."""
+    """A tenant's complete file. Raises UploadNotFoundError."""
     query = select(File).where(File.id == file_id, File.tenant == tenant, _is_there())
     found = session.scalars(query).one_or_none()
     if found is None:
-        raise FileNotFound(f"There is no file {file_id!r}.")
+        raise UploadNotFoundError(f"There is no file {file_id!r}.")
     return found
 
 
@@ -133,7 +132,7 @@ def insert_file(
 ) -> str:
     """Insert the row of an empty file. Gives its id, which sorts by time and cannot be guessed."""
     seconds = session.execute(select(now())).scalar_one()
-    file_id = f"file-{int(seconds * 1000):012x}{secrets.token_hex(10)}"
+    file_id = new_id("file-", seconds)
     session.execute(
         insert(File).values(
             id=file_id,
@@ -165,8 +164,8 @@ def _read_now() -> Select[str]:
     return select(Batch.input_file_id).where(Batch.status.not_in(ENDED))
 
 
-def _made_before(session: Session, tenant: str, once: Once | None) -> File | None:
-    said = said_before(session, tenant, once)
+def _made_before(session: Session, tenant: str, once: IdempotencyRequest | None) -> File | None:
+    said = find_existing(session, tenant, once)
     return session.get_one(File, said.file_id) if said else None
 
 

@@ -1,6 +1,5 @@
 """Batches, as their owners ask for them. Nobody sees another tenant's."""
 
-import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,9 +8,9 @@ from sqlalchemy.orm import Session
 
 from tpo.batches.files import own_file
 from tpo.batches.tables import ENDED, Batch, File
-from tpo.core.errors import BatchNotFound, InvalidInput, WrongState
-from tpo.db import Queries, now, reading, writing
-from tpo.tenants.idempotency import Once, remember, said_before, unless_said
+from tpo.core.errors import BatchNotFoundError, InvalidInputError, WrongStateError
+from tpo.db import Queries, new_id, now, reading, writing
+from tpo.tenants.idempotency import IdempotencyRequest, create_idempotently, find_existing, record_key
 
 
 class NewBatch(NamedTuple):
@@ -33,19 +32,19 @@ class BatchQueries(Queries):
         seconds: float,
         metadata: dict[str, str],
         output_seconds: float | None = None,
-        once: Once | None = None,
+        once: IdempotencyRequest | None = None,
     ) -> NewBatch:
         """Commit a new batch, or give the one that the same request has made before.
 
-        Raises FileNotFound, SameKeyOtherBody, and InvalidInput where the file is not meant for batches.
+        Raises UploadNotFoundError, IdempotencyConflictError, InvalidInputError if the file is not for batches.
         """
 
         def create(session: Session) -> NewBatch:
-            if said := said_before(session, self.tenant, once):
+            if said := find_existing(session, self.tenant, once):
                 return NewBatch(session.get_one(Batch, said.batch_id), new=False)
             if own_file(session, self.tenant, input_file_id).purpose != "batch":
-                raise InvalidInput("input_file_id: the file's purpose must be batch.", "input_file_id")
-            batch_id = f"batch_{int(session.execute(select(now())).scalar_one() * 1000):012x}{secrets.token_hex(10)}"
+                raise InvalidInputError("input_file_id: the file's purpose must be batch.", "input_file_id")
+            batch_id = new_id("batch_", session.execute(select(now())).scalar_one())
             session.execute(
                 insert(Batch).values(
                     id=batch_id,
@@ -60,13 +59,13 @@ class BatchQueries(Queries):
                     advanced_at=now(),
                 )
             )
-            remember(session, self.tenant, once, batch_id=batch_id)
+            record_key(session, self.tenant, once, batch_id=batch_id)
             return NewBatch(session.get_one(Batch, batch_id), new=True)
 
-        return unless_said(self._engine, create)
+        return create_idempotently(self._engine, create)
 
     def get(self, batch_id: str) -> Batch:
-        """One batch. Raises BatchNotFound."""
+        """One batch. Raises BatchNotFoundError."""
         with reading(self._engine) as session:
             return self._own_batch(session, batch_id)
 
@@ -79,7 +78,7 @@ class BatchQueries(Queries):
             return session.scalars(query.order_by(Batch.id.desc()).limit(limit)).all()
 
     def cancel(self, batch_id: str) -> Batch:
-        """Ask for a batch's end; one that has nothing left to do is not changed. Raises BatchNotFound."""
+        """Ask for a batch's end; one that has nothing left to do is not changed. Raises BatchNotFoundError."""
         with writing(self._engine) as session:
             self._own_batch(session, batch_id)
             which = and_(Batch.id == batch_id, Batch.status.in_(("validating", "in_progress")))
@@ -87,11 +86,11 @@ class BatchQueries(Queries):
             return self._own_batch(session, batch_id)
 
     def delete(self, batch_id: str) -> None:
-        """Forget a batch that has ended, with its output and its errors. Raises BatchNotFound, WrongState."""
+        """Forget a batch that has ended, with its output and its errors. Raises BatchNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             batch = self._own_batch(session, batch_id)
             if batch.status not in ENDED:
-                raise WrongState(f"The batch {batch_id} has not ended: cancel it first.")
+                raise WrongStateError(f"The batch {batch_id} has not ended: cancel it first.")
             _forget(session, [batch])
 
     def purge(self, retention_seconds: float, limit: int = 5) -> int:
@@ -106,7 +105,7 @@ class BatchQueries(Queries):
         query = select(Batch).where(Batch.id == batch_id, Batch.tenant == self.tenant)
         batch = session.scalars(query.execution_options(populate_existing=True)).one_or_none()
         if batch is None:
-            raise BatchNotFound(f"There is no batch {batch_id!r}.")
+            raise BatchNotFoundError(f"There is no batch {batch_id!r}.")
         return batch
 
 

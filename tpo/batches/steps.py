@@ -24,7 +24,7 @@ _WORKING: tuple[BatchStatus, ...] = ("validating", "in_progress", "cancelling", 
 _WRITTEN_LINES = 200
 
 
-class Fault(NamedTuple):
+class LineError(NamedTuple):
     """Why a line is no job."""
 
     code: str
@@ -38,7 +38,7 @@ class NewLine:
 
     number: int
     custom_id: str | None
-    wanted: tuple[State, JobOptions] | Fault
+    wanted: tuple[State, JobOptions] | LineError
 
 
 class Made(NamedTuple):
@@ -125,13 +125,13 @@ class BatchStepQueries(Queries):
                 return None
             for new in lines:
                 wanted = new.wanted
-                if new.custom_id is not None and new.custom_id in names and not isinstance(wanted, Fault):
+                if new.custom_id is not None and new.custom_id in names and not isinstance(wanted, LineError):
                     said = f"custom_id: line {names[new.custom_id]} has the same."
-                    wanted = Fault("duplicate_custom_id", said, "custom_id")
+                    wanted = LineError("duplicate_custom_id", said, "custom_id")
                 if new.custom_id is not None:
                     names.setdefault(new.custom_id, new.number)
                 row = {"batch_id": batch.id, "number": new.number, "custom_id": new.custom_id}
-                if isinstance(wanted, Fault):
+                if isinstance(wanted, LineError):
                     told = {"error_code": wanted.code, "error_message": wanted.message, "error_param": wanted.param}
                     rows.append({**row, **told, "job_id": None, "settled": True})
                     continue
@@ -211,16 +211,16 @@ class BatchStepQueries(Queries):
             return _take(session, batch, values)
 
 
-def why_stopped(batch: Batch, *, late: bool) -> Fault | None:
+def why_stopped(batch: Batch, *, late: bool) -> LineError | None:
     """What is said of requests that a batch leaves undone; None where it goes on."""
     if batch.status == "cancelling":
-        return Fault("batch_cancelled", "The batch was cancelled before this request was executed.")
+        return LineError("batch_cancelled", "The batch was cancelled before this request was executed.")
     if late:
-        return Fault("batch_expired", "This request could not be executed before the completion window expired.")
+        return LineError("batch_expired", "This request could not be executed before the completion window expired.")
     return None
 
 
-def _mark_settled(session: Session, batch_id: str, numbers: Sequence[int], fault: Fault | None) -> None:
+def _mark_settled(session: Session, batch_id: str, numbers: Sequence[int], fault: LineError | None) -> None:
     why = {"error_code": fault.code, "error_message": fault.message} if fault else {}
     which = update(BatchLine).where(BatchLine.batch_id == batch_id, BatchLine.number.in_(numbers))
     session.execute(which.values(settled=True, **why).execution_options(synchronize_session=False))

@@ -15,11 +15,17 @@ from tpo.backends.remote.connection import connect as connect_to
 from tpo.backends.remote.connection import secret
 from tpo.backends.remote.server import Limits, Server
 from tpo.backends.rewards.config import read as read_reward_file
-from tpo.broker import Doorbell
+from tpo.broker import JobNotifier
 from tpo.cli.environment import read_settings
 from tpo.cli.stack.valkey import valkey_command
 from tpo.cli.ui.output import Failure
-from tpo.core.errors import DatabaseRefused, ModelRefused, QueueUnavailable, SchemaOutOfDate, StoreUnavailable
+from tpo.core.errors import (
+    BrokerUnavailableError,
+    DatabaseRefusedError,
+    ModelRefusedError,
+    SchemaOutOfDateError,
+    StoreUnavailableError,
+)
 from tpo.db import connect, schema
 from tpo.settings import DEMO, OPENAI, REMOTE_REWARDS, SCRIPTED, Settings
 
@@ -99,7 +105,7 @@ def _reward(settings: Settings) -> Iterator[Finding]:
     if settings.reward_file is not None:
         try:
             names = ", ".join(part.name for part in read_reward_file(settings.reward_file).part)
-        except ModelRefused as error:
+        except ModelRefusedError as error:
             yield Finding("fail", "reward", str(error))
         else:
             yield Finding("ok", "reward", f"{settings.reward_file}: {names}")
@@ -117,7 +123,7 @@ def _answers(what: str, spec: str, url: str | None, key: SecretStr | None, prefi
     server = Server(url, secret(key), Limits(connect=_SECONDS, read=_SECONDS, call=_SECONDS, tries=1))
     try:
         connect_to(server, spec.partition(":")[2], _SECONDS, setting=f"TPO_{prefix}_API_KEY", path=path)
-    except ModelRefused as error:
+    except ModelRefusedError as error:
         return Finding("fail", what, str(error))
     finally:
         server.close()
@@ -164,15 +170,15 @@ def _database(settings: Settings) -> Iterator[Finding]:
         return
     try:
         engine = connect(url, pool_size=1)
-    except DatabaseRefused as error:
+    except DatabaseRefusedError as error:
         yield Finding("fail", "database", str(error))
         return
     try:
         schema.check(engine)
         yield Finding("ok", "database", f"reached, with the schema of this version ({engine.dialect.name})")
-    except (DatabaseRefused, SchemaOutOfDate) as error:
+    except (DatabaseRefusedError, SchemaOutOfDateError) as error:
         yield Finding("fail", "database", str(error))
-    except StoreUnavailable as error:
+    except StoreUnavailableError as error:
         yield Finding("fail", "database", f"{error} Is TPO_DATABASE_URL right, and does the server run?")
     finally:
         engine.dispose()
@@ -187,14 +193,14 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         else:
             yield Finding("ok", "broker", "tpo up brings its own (Valkey); TPO_BROKER_URL names another")
         return
-    doorbell = Doorbell(settings.broker_url.get_secret_value())
+    notifier = JobNotifier(settings.broker_url.get_secret_value())
     try:
-        doorbell.ping()
+        notifier.ping()
         yield Finding("ok", "broker", "reached")
-    except QueueUnavailable as error:
+    except BrokerUnavailableError as error:
         yield Finding("fail", "broker", f"{error} Is TPO_BROKER_URL right, and does the server run?")
     finally:
-        doorbell.close()
+        notifier.close()
 
 
 def _ports(settings: Settings) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tpo.cli.ui.output import USAGE, Failure
-from tpo.client import AuthenticationFailed, Client, ClientError, InvalidRequest, Unreachable
+from tpo.client import APIConnectionError, AuthenticationError, BadRequestError, Client, ClientError
 
 _RETRIES = 2
 """Of a person who waits for a line."""
@@ -16,11 +16,11 @@ def connected(url: str, api_key: str | None) -> Iterator[Client]:
     try:
         with Client(url, api_key, retries=_RETRIES) as client:
             yield client
-    except Unreachable as error:
+    except APIConnectionError as error:
         raise Failure(f"{error}; start one with `tpo up`, or name another by --url or TPO_URL") from None
-    except AuthenticationFailed as error:
+    except AuthenticationError as error:
         raise Failure(f"{error} (set TPO_API_KEY, or give --api-key)") from None
-    except InvalidRequest as error:
+    except BadRequestError as error:
         raise Failure(str(error), USAGE) from None
     except ClientError as error:
         raise Failure(str(error)) from None

@@ -15,14 +15,14 @@ from typing import Any
 from tpo.cli.connection import connected
 from tpo.cli.stack.temporary import Stack, temporary_stack
 from tpo.cli.ui.output import FAILED, console, messages, print_json
-from tpo.cli.ui.progress import Board
+from tpo.cli.ui.progress import JobTable
 from tpo.cli.ui.record import Record, print_outcome
 from tpo.client import TERMINAL, Client, Job
 
 SAMPLE_SIZE = 4
 ITERATIONS = 2
 # A lost worker is noticed within this time; the default of 30 s is made for networks that stutter.
-_SHORT_LEASE = {"TPO_LEASE_SECONDS": "3", "TPO_SWEEP_SECONDS": "0.5", "TPO_RING_AGAIN_SECONDS": "2"}
+_SHORT_LEASE = {"TPO_LEASE_SECONDS": "3", "TPO_SWEEP_SECONDS": "0.5", "TPO_RENOTIFY_SECONDS": "2"}
 _MIDDLE = ("gradient", "update")
 _LOOK_SECONDS = 0.02
 
@@ -42,18 +42,18 @@ def _show(server: Client, stack: Stack, *, kill_worker: bool, as_json: bool) -> 
     bodies = [_body(prompt, seed) for seed, prompt in enumerate(prompts)]
     *first, last = bodies
     done: list[Job] = []
-    with Board(messages()) as board:
+    with JobTable(messages()) as board:
         done += server.wait_all([server.submit(body) for body in first], progress=board.show)
     for job in done:
         _report(server, job, as_json)
     same = True
-    with Board(messages()) as board:
+    with JobTable(messages()) as board:
         submitted = server.submit(last)
         killed = kill_worker and _kill_in_the_middle(server, stack, submitted["id"], board)
         done.append(server.wait(submitted, progress=board.show))
     _report(server, done[-1], as_json)
     if killed:
-        with Board(messages()) as board:
+        with JobTable(messages()) as board:
             messages().print("The same job once more, with nobody killed:")
             undisturbed = server.wait(server.submit(last), progress=board.show)
         same = undisturbed["output"] == done[-1]["output"]
@@ -88,7 +88,7 @@ def _report(server: Client, job: Job, as_json: bool) -> None:
     console().print()
 
 
-def _kill_in_the_middle(server: Client, stack: Stack, job_id: str, board: Board) -> bool:
+def _kill_in_the_middle(server: Client, stack: Stack, job_id: str, board: JobTable) -> bool:
     """kill -9 while the job revises its first answers; False where it was too fast for that."""
     while True:
         job = server.get(job_id)

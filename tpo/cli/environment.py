@@ -25,7 +25,7 @@ def read_settings(**overrides: Any) -> "Settings":
 
 @contextmanager
 def open_store() -> Iterator["Store"]:
-    """The store in the database of TPO_DATABASE_URL. Raises SchemaOutOfDate."""
+    """The store in the database of TPO_DATABASE_URL. Raises SchemaOutOfDateError."""
     from tpo.db import connect, schema
     from tpo.store import Store
 

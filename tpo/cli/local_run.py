@@ -13,8 +13,8 @@ from tpo.backends import load_models
 from tpo.cli.ui.output import USAGE, Failure
 from tpo.cli.ui.record import Record, number, rewards_table
 from tpo.core import prompts
-from tpo.core.errors import Interrupted
-from tpo.core.loop import standing
+from tpo.core.errors import CallInterruptedError
+from tpo.core.loop import Position, Step, locate
 from tpo.core.run import run
 from tpo.core.state import Message, Params, State
 from tpo.settings import Settings
@@ -49,14 +49,14 @@ def optimize(
             policy, reward = load_models(settings)
             with closing(policy), closing(reward):
 
-                def checkpoint(now: State) -> None:
+                def checkpoint(step: Step) -> None:
                     nonlocal last
-                    progress.recorded(last, now)
-                    last = now
+                    progress.recorded(step)
+                    last = step.after
 
-                progress.recorded(None, state)
+                progress.begin(state)
                 return run(state, policy, reward, checkpoint, interrupt), False
-        except Interrupted:
+        except CallInterruptedError:
             return last, True
 
 
@@ -81,7 +81,7 @@ def _ctrl_c() -> Iterator[Any]:
 
     def interrupt() -> None:
         if asked:
-            raise Interrupted("cancelled")
+            raise CallInterruptedError("cancelled")
 
     old = signal.signal(signal.SIGINT, on_signal)
     try:
@@ -123,24 +123,31 @@ class _Progress:
             Group(rewards_table(Record.of_state(self._state)), spinner) if self._state and has_rewards else spinner
         )
 
-    def recorded(self, before: State | None, now: State) -> None:
-        """One model call came back; what it gave, and what is next."""
-        self._state = now
-        if before is not None and not self._live:
-            self._console.print(f"{time.monotonic() - self._started:6.1f} s  {_gave(before, now)}", markup=False)
-        where = standing(now)
-        if where.phase:
-            self.say(f"{_DOING[where.phase]} iteration {where.iteration}")
+    def begin(self, state: State) -> None:
+        """Show what comes first."""
+        self._show(state, locate(state))
+
+    def recorded(self, step: Step) -> None:
+        """Show what a model call gave, and what comes next."""
+        if not self._live:
+            self._console.print(f"{time.monotonic() - self._started:6.1f} s  {_summary(step)}", markup=False)
+        self._show(step.after, step.position)
+
+    def _show(self, state: State, position: Position) -> None:
+        self._state = state
+        if position.phase:
+            self.say(f"{_DOING[position.phase]} iteration {position.iteration}")
 
 
-def _gave(before: State, now: State) -> str:
+def _summary(step: Step) -> str:
+    before, now = step.before, step.after
     call = now.calls[-1]
     name = f"iteration {call.iteration}"
     if call.kind == "score":
         rewards = [number(c.reward) for c in now.of_iteration(call.iteration)]
         best = now.best
         return f"{name}  rewards {' '.join(rewards)}  best so far {number(best.reward if best else None)}"
-    if call.kind in ("loss", "gradient"):
-        return f"{name}  {'critique' if call.kind == 'loss' else 'gradient'}  {call.output_tokens} tokens"
+    if call.kind in ("critique", "gradient"):
+        return f"{name}  {call.kind}  {call.output_tokens} tokens"
     usable = sum(1 for c in now.candidates[len(before.candidates) :] if c.unusable is None)
     return f"{name}  {usable} of {call.n} candidates usable  {call.output_tokens} tokens"

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import httpx
 
 from tpo.client.batch import Result, Row, flow
-from tpo.client.errors import ClientError, JobUnsuccessful, WaitedTooLong
+from tpo.client.errors import ClientError, JobFailedError, WaitTimeoutError
 from tpo.client.stream import follow
 from tpo.client.transport import Transport
 from tpo.client.types import TERMINAL, Candidate, Event, Iteration, Job, Status
@@ -67,7 +67,7 @@ class Client:
     def wait(self, job: str | Job, *, progress: Show | None = None, timeout: float | None = None) -> Job:
         """The job when it has ended, however it ended. `progress` is called with it whenever it has changed.
 
-        Raises WaitedTooLong after `timeout` seconds; the job goes on.
+        Raises WaitTimeoutError after `timeout` seconds; the job goes on.
         """
         return self._wait(job, progress, timeout, threading.Event())
 
@@ -173,7 +173,7 @@ class Client:
                 job = self._wait(job, progress, None, left)
             except ClientError as error:
                 return Result(index, row, job, error)
-            return Result(index, row, job, None if job["status"] == "completed" else JobUnsuccessful(job))
+            return Result(index, row, job, None if job["status"] == "completed" else JobFailedError(job))
 
         return flow(enumerate(rows), one, at_once=in_flight, in_order=in_order)
 
@@ -194,7 +194,7 @@ class Client:
                 if known["status"] in TERMINAL:
                     return known
             if left.is_set() or (end is not None and time.monotonic() >= end):
-                raise WaitedTooLong(f"{job if isinstance(job, str) else job['id']} has not ended in that time")
+                raise WaitTimeoutError(f"{job if isinstance(job, str) else job['id']} has not ended in that time")
 
 
 def _path(job: str | Job) -> str:

@@ -1,16 +1,16 @@
 """The errors of the client, in one tree.
 
 ClientError
-├── Unreachable             no connection, or no answer in time, after all retries
+├── APIConnectionError             no connection, or no answer in time, after all retries
 ├── APIError                the server answered with an error: status, code, param, request_id
-│   ├── InvalidRequest      400, 413, 415, 422: the caller can mend it
-│   ├── AuthenticationFailed  401, 403
-│   ├── NotThere            404
-│   ├── Conflict            409: the job's state does not allow it
-│   ├── RateLimited         429, after all retries: retry_after
-│   └── ServerFailed        5xx, after all retries
-├── JobUnsuccessful         a job of a batch ended without success; it stands in `job`
-└── WaitedTooLong           a job has not ended in the time that was given; it goes on
+│   ├── BadRequestError      400, 413, 415, 422: the caller can mend it
+│   ├── AuthenticationError  401, 403
+│   ├── NotFoundError            404
+│   ├── ConflictError            409: the job's state does not allow it
+│   ├── RateLimitError         429, after all retries: retry_after
+│   └── InternalServerError        5xx, after all retries
+├── JobFailedError         a job of a batch ended without success; it stands in `job`
+└── WaitTimeoutError           a job has not ended in the time that was given; it goes on
 """
 
 from collections.abc import Mapping
@@ -31,13 +31,13 @@ class ClientError(TPOError):
     """Seconds that the server asks for before that."""
 
 
-class Unreachable(ClientError):
+class APIConnectionError(ClientError):
     """The server cannot be reached."""
 
     again = True
 
 
-class JobUnsuccessful(ClientError):
+class JobFailedError(ClientError):
     """The job ended without success."""
 
     def __init__(self, job: Job) -> None:
@@ -47,7 +47,7 @@ class JobUnsuccessful(ClientError):
         self.job = job
 
 
-class WaitedTooLong(ClientError):
+class WaitTimeoutError(ClientError):
     """The job has not ended in the time that was given."""
 
 
@@ -65,41 +65,41 @@ class APIError(ClientError):
         self.again = status in _AGAIN if told is None else told == "true"
 
 
-class InvalidRequest(APIError):
+class BadRequestError(APIError):
     """The request is not valid."""
 
 
-class AuthenticationFailed(APIError):
+class AuthenticationError(APIError):
     """The key is missing, wrong or revoked."""
 
 
-class NotThere(APIError):
+class NotFoundError(APIError):
     """There is nothing with this id."""
 
 
-class Conflict(APIError):
+class ConflictError(APIError):
     """The job's state does not allow that."""
 
 
-class RateLimited(APIError):
+class RateLimitError(APIError):
     """A quota is used up."""
 
 
-class ServerFailed(APIError):
+class InternalServerError(APIError):
     """Something went wrong in the server."""
 
 
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _KINDS: dict[int, type[APIError]] = {
-    400: InvalidRequest,
-    401: AuthenticationFailed,
-    403: AuthenticationFailed,
-    404: NotThere,
-    409: Conflict,
-    413: InvalidRequest,
-    415: InvalidRequest,
-    422: InvalidRequest,
-    429: RateLimited,
+    400: BadRequestError,
+    401: AuthenticationError,
+    403: AuthenticationError,
+    404: NotFoundError,
+    409: ConflictError,
+    413: BadRequestError,
+    415: BadRequestError,
+    422: BadRequestError,
+    429: RateLimitError,
 }
 
 
@@ -117,7 +117,7 @@ def of_response(response: httpx.Response) -> APIError:
     if (param := error.get("param")) and param not in message:
         message = f"{param}: {message}"
     status = response.status_code
-    kind = _KINDS.get(status, ServerFailed if status >= 500 else APIError)
+    kind = _KINDS.get(status, InternalServerError if status >= 500 else APIError)
     return kind(message, status, error, response.headers)
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-from tpo.client.errors import ClientError, NotThere, Unreachable
+from tpo.client.errors import APIConnectionError, ClientError, NotFoundError
 from tpo.client.transport import Transport
 from tpo.client.types import TERMINAL, Event
 
@@ -28,7 +28,7 @@ def follow(transport: Transport, job_path: str, after: int) -> Iterator[Event]:
             # It ended in peace and told nothing: the job had ended at that number, or before.
             if after == seen and transport.json("GET", job_path)["status"] in TERMINAL:
                 return
-            error: ClientError = Unreachable(f"the server at {transport.url} ends its event streams early")
+            error: ClientError = APIConnectionError(f"the server at {transport.url} ends its event streams early")
         except ClientError as cut:
             error = cut
         transport.backoff.wait(attempt, error)
@@ -49,7 +49,7 @@ def _once(transport: Transport, job_path: str, after: int) -> Iterator[Event]:
                 data = []
                 if event["type"] == "stream.closed":
                     if event["reason"] == "job_deleted":
-                        raise NotThere("the job was deleted", 404, {"code": "job_not_found"}, response.headers)
+                        raise NotFoundError("the job was deleted", 404, {"code": "job_not_found"}, response.headers)
                     return
                 yield event
     finally:

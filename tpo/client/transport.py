@@ -1,7 +1,6 @@
 """One request and its retries: with jitter, after what `Retry-After` says, and only where a repeat does no harm."""
 
 import json
-import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tpo.client.errors import ClientError, Unreachable, of_response
+from tpo.backoff import backoff_seconds
+from tpo.client.errors import APIConnectionError, ClientError, of_response
 
 Given = TypeVar("Given")
 
@@ -31,8 +31,7 @@ class Backoff:
         after = error.retry_after or 0.0
         if not error.again or attempt >= self.retries or after > LONGEST_RETRY_AFTER:
             raise error
-        grown = min(LONGEST_DELAY, FIRST_DELAY * 2.0**attempt)
-        time.sleep(after + random.uniform(0.5, 1.0) * grown)  # noqa: S311 - not a secret
+        time.sleep(after + backoff_seconds(attempt, first=FIRST_DELAY, longest=LONGEST_DELAY))
 
 
 class Transport:
@@ -53,7 +52,7 @@ class Transport:
                 trust_env=urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1"),
             )
         except (httpx.InvalidURL, ValueError):
-            raise Unreachable(f"{url} is not an address") from None
+            raise APIConnectionError(f"{url} is not an address") from None
 
     def close(self) -> None:
         """Close all connections."""
@@ -126,6 +125,6 @@ class Transport:
         except UnicodeEncodeError:
             raise ClientError("an id, a key or a filter holds a character that cannot be sent") from None
         except httpx.TimeoutException:
-            raise Unreachable(f"the server at {self.url} does not answer") from None
+            raise APIConnectionError(f"the server at {self.url} does not answer") from None
         except httpx.TransportError:
-            raise Unreachable(f"no server at {self.url}") from None
+            raise APIConnectionError(f"no server at {self.url}") from None

@@ -53,7 +53,7 @@ class Usage(TypedDict):
     output_tokens: int
     total_tokens: int
     reward_tokens: int
-    gpu_seconds: float
+    model_seconds: float
 
 
 class Job(TypedDict):
@@ -131,8 +131,8 @@ class Iteration(TypedDict):
     phase: str | None
     chosen: dict[str, Any] | None
     rejected: dict[str, Any] | None
-    textual_loss: str | None
-    textual_gradient: str | None
+    critique: str | None
+    gradient: str | None
     candidates: list[dict[str, Any]]
     mean_reward: float | None
     best_reward: float | None

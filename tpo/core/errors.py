@@ -1,33 +1,29 @@
-"""The errors of the library, in one tree.
+"""The errors of the library, in one tree. `code`, `status` (over HTTP) and `title` are class attributes.
 
-TPOError
-├── InvalidInput            the caller can mend it: names the field and says what to do
-│   └── UnknownModel        no worker serves that policy or reward model
-├── JobError                a job ends with it; `code` stands in the job's record
-│   ├── ContextTooLong      a prompt does not fit the model's context
-│   ├── PromptRefused       the model's chat template or vocabulary cannot express the conversation
-│   ├── NoUsableSample      no sampled response can be scored
-│   └── BadReply            a back end answered something that is not an answer
-├── BackendUnavailable      a model cannot be reached or is out of memory for now: worth another attempt
-├── ModelRefused            a model cannot be loaded; raised before any job is taken
-├── Interrupted             not a failure: a job was told to stop between two steps
-├── LeaseLost               another worker owns the job; nothing may be written
-├── JobNotFound             there is no such job
-├── KeyNotFound             there is no such API key
-├── NotFound                there is no such file, model, batch or webhook
-│   ├── FileNotFound
-│   ├── ModelNotFound
-│   ├── BatchNotFound
-│   └── WebhookNotFound
-├── SameKeyOtherBody        an Idempotency-Key came with another body before
-├── Conflict                the state of something does not allow it; asking again does not help
-│   ├── ExternalIdTaken     another request made a job with this external_id
-│   └── WrongState          a job or a batch is not in a state in which that can be done
-├── QuotaExceeded           the tenant asks for more than it may, for now
-├── StoreUnavailable        the database cannot be reached, or cannot do its work for now: says why
-│   └── DatabaseRefused     its URL or file cannot be used until somebody mends it: refused at a start
-├── SchemaOutOfDate         the database's schema is not the one of this version
-└── QueueUnavailable        the broker cannot be reached, or takes nothing for now: says why
+TPOError                            500
+├── InvalidInputError               422  the caller can fix it: names the field and says what to do
+│   └── UnknownModelError           422  no worker serves that policy or reward model
+├── IdempotencyConflictError        422  an Idempotency-Key was used with another body before
+├── NotFoundError                   404  there is nothing with that id
+│   ├── JobNotFoundError, KeyNotFoundError, UploadNotFoundError
+│   └── ModelNotFoundError, BatchNotFoundError, WebhookNotFoundError
+├── ConflictError                   409  the state of a resource does not allow it; a retry does not help
+│   ├── ExternalIdTakenError        409  another request created a job with this external_id
+│   └── WrongStateError             409  a job or a batch is not in a state in which that can be done
+├── QuotaExceededError              429  the tenant asks for more than it may, for now
+├── StoreUnavailableError           503  the database cannot be reached, or cannot do its work for now: says why
+│   └── DatabaseRefusedError        503  its URL or file cannot be used until somebody fixes it: refused at a start
+├── SchemaOutOfDateError                 the database's schema is not the one of this version
+├── BrokerUnavailableError               the broker cannot be reached, or accepts nothing for now: says why
+├── JobError                             ends a job; `code` is stored in the job's record
+│   ├── ContextTooLongError              a prompt does not fit the model's context
+│   ├── PromptRefusedError               the model's chat template or vocabulary cannot express the conversation
+│   ├── NoUsableSampleError              no sampled response can be scored
+│   └── BadReplyError                    a back end's reply is no reply to the request
+├── BackendUnavailableError              a model cannot be reached or is out of memory for now: worth another attempt
+├── ModelRefusedError                    a model cannot be loaded; raised before any job is claimed
+├── CallInterruptedError                 not a failure: a job has to stop between two steps
+└── LeaseLostError                       another worker holds the job; nothing may be written
 """
 
 import traceback
@@ -40,13 +36,19 @@ InterruptReason = Literal["cancelled", "drain", "lease_lost", "deadline", "pause
 class TPOError(Exception):
     """Something went wrong in TPO."""
 
+    status: int = 500
+    code: str | None = "internal_error"
+    param: str | None = None
+    """The field of the request that is wrong, where it is one field."""
+
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or type(self).__doc__)
 
 
-class InvalidInput(TPOError):
+class InvalidInputError(TPOError):
     """The input is not valid."""
 
+    status = 422
     code = "invalid_input"
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -54,7 +56,7 @@ class InvalidInput(TPOError):
         self.param = param
 
 
-class UnknownModel(InvalidInput):
+class UnknownModelError(InvalidInputError):
     """No worker serves that model."""
 
     code = "unknown_model"
@@ -66,41 +68,41 @@ class JobError(TPOError):
     code = "job_error"
 
 
-class ContextTooLong(JobError):
+class ContextTooLongError(JobError):
     """The prompt does not fit the model's context."""
 
     code = "context_too_long"
 
 
-class PromptRefused(JobError):
+class PromptRefusedError(JobError):
     """The model cannot express the conversation."""
 
     code = "prompt_refused"
 
 
-class NoUsableSample(JobError):
+class NoUsableSampleError(JobError):
     """No sampled response can be used."""
 
     code = "no_usable_sample"
 
 
-class BadReply(JobError):
+class BadReplyError(JobError):
     """The back end's reply does not answer the request."""
 
     code = "bad_reply"
 
 
-class BackendUnavailable(TPOError):
+class BackendUnavailableError(TPOError):
     """The model cannot be used for now; the job will be tried again."""
 
     code = "backend_unavailable"
 
 
-class ModelRefused(TPOError):
+class ModelRefusedError(TPOError):
     """The model cannot be loaded."""
 
 
-class Interrupted(TPOError):
+class CallInterruptedError(TPOError):
     """The job was told to stop."""
 
     def __init__(self, reason: InterruptReason) -> None:
@@ -108,62 +110,62 @@ class Interrupted(TPOError):
         self.reason: InterruptReason = reason
 
 
-class LeaseLost(TPOError):
+class LeaseLostError(TPOError):
     """Another worker owns this job now."""
 
 
-class JobNotFound(TPOError):
-    """There is no job with this id."""
-
-
-class StoreUnavailable(TPOError):
+class StoreUnavailableError(TPOError):
     """The database cannot be reached."""
 
+    status = 503
+    code = "database_unavailable"
 
-class DatabaseRefused(StoreUnavailable):
+
+class DatabaseRefusedError(StoreUnavailableError):
     """The database's URL or file cannot be used until somebody mends it."""
 
 
-class SchemaOutOfDate(TPOError):
+class SchemaOutOfDateError(TPOError):
     """The database's schema is not the one of this version: run `tpo db upgrade`."""
 
 
-class QueueUnavailable(TPOError):
+class BrokerUnavailableError(TPOError):
     """The broker cannot be reached."""
 
     code = "queue_unavailable"
 
 
-class KeyNotFound(TPOError):
-    """There is no API key with this id."""
+class IdempotencyConflictError(TPOError):
+    """This Idempotency-Key was already used with a different body. Use a new key for each new request."""
 
-
-class SameKeyOtherBody(TPOError):
-    """This Idempotency-Key came with another body before: take a new key for a new request."""
-
+    status = 422
+    param = "Idempotency-Key"
     code = "idempotency_key_reused"
 
 
-class Conflict(TPOError):
-    """The state of something does not allow that; asking again does not help."""
+class ConflictError(TPOError):
+    """The state of the resource does not allow that; a retry does not help."""
 
+    status = 409
     code = "conflict"
 
 
-class ExternalIdTaken(Conflict):
+class ExternalIdTakenError(ConflictError):
     """Another request made a job with this external_id."""
 
     code = "external_id_taken"
 
 
-class WrongState(Conflict):
+class WrongStateError(ConflictError):
     """The job or batch is not in a state in which that can be done."""
 
     code = "wrong_state"
 
 
-class QuotaExceeded(TPOError):
+class QuotaExceededError(TPOError):
     """The tenant asks for more than it may."""
+
+    status = 429
 
     def __init__(self, message: str, code: str, retry_after: float, limit: int, remaining: int, reset: float) -> None:
         super().__init__(message)
@@ -174,31 +176,44 @@ class QuotaExceeded(TPOError):
         self.reset = reset
 
 
-class NotFound(TPOError):
+class NotFoundError(TPOError):
     """There is nothing with this id."""
 
+    status = 404
     code = "not_found"
 
 
-class FileNotFound(NotFound):
+class JobNotFoundError(NotFoundError):
+    """There is no job with this id."""
+
+    code = "job_not_found"
+
+
+class KeyNotFoundError(NotFoundError):
+    """There is no API key with this id."""
+
+    code = "key_not_found"
+
+
+class UploadNotFoundError(NotFoundError):
     """There is no file with this id."""
 
     code = "file_not_found"
 
 
-class ModelNotFound(NotFound):
+class ModelNotFoundError(NotFoundError):
     """No live worker serves this policy."""
 
     code = "model_not_found"
 
 
-class BatchNotFound(NotFound):
+class BatchNotFoundError(NotFoundError):
     """There is no batch with this id."""
 
     code = "batch_not_found"
 
 
-class WebhookNotFound(NotFound):
+class WebhookNotFoundError(NotFoundError):
     """There is no webhook with this id."""
 
     code = "webhook_not_found"

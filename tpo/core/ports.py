@@ -6,7 +6,7 @@ from typing import Protocol
 from tpo.core.state import FinishReason, Frozen, Message, PolicyCall, RewardPart
 
 Interrupt = Callable[[], None]
-"""Called by a back end as often as it can (between two tokens); raises `Interrupted` when the job has to stop."""
+"""Called by a back end between two tokens, or as often as it can; raises `CallInterruptedError` to stop."""
 
 
 class Generate(Frozen):
@@ -71,11 +71,18 @@ class Rewards(Frozen):
     parts: tuple[tuple[RewardPart, ...], ...] = ()
 
 
+Request = Generate | Score
+Reply = Generation | Rewards
+
+
 class Policy(Protocol):
     """A frozen language model."""
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
-        """Sample responses. Raises ContextTooLong, BadReply, BackendUnavailable, Interrupted."""
+        """Sample responses.
+
+        Raises ContextTooLongError, BadReplyError, BackendUnavailableError, CallInterruptedError.
+        """
         ...
 
 
@@ -83,5 +90,5 @@ class RewardModel(Protocol):
     """A frozen reward model."""
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
-        """Score responses. Raises ContextTooLong, BadReply, BackendUnavailable, Interrupted."""
+        """Score responses. Raises ContextTooLongError, BadReplyError, BackendUnavailableError, CallInterruptedError."""
         ...

@@ -1,12 +1,12 @@
-"""The driver: does what the core says is next, and checkpoints after every model call."""
+"""The driver: make the next model call, apply its reply, checkpoint, repeat."""
 
 from collections.abc import Callable
 
-from tpo.core.loop import pending, with_scores, with_texts
-from tpo.core.ports import Generate, Interrupt, Policy, RewardModel, Score
+from tpo.core.loop import Step, apply, locate, request_at
+from tpo.core.ports import Generate, Interrupt, Policy, RewardModel
 from tpo.core.state import State
 
-Checkpoint = Callable[[State], None]
+Checkpoint = Callable[[Step], object]
 
 
 def run(
@@ -17,18 +17,20 @@ def run(
     interrupt: Interrupt,
     before_call: Interrupt | None = None,
 ) -> State:
-    """Carry one optimization to its end and return its last state.
+    """Run one optimization to its end and return its last state.
 
-    `checkpoint` is called once after each model call, with the state that holds its result; what it raises ends the
-    run. Resuming is calling this again with the state that was checkpointed last. `before_call` is asked before each
-    call, where it is not the same as `interrupt`, which is asked within it.
+    `checkpoint` is called once after each model call; an exception that it raises ends the run. To resume, call this
+    again with the last state that was checkpointed. `before_call` runs before each call, in place of `interrupt`,
+    which runs during calls.
     """
-    while request := pending(state):
+    position = locate(state)
+    while request := request_at(state, position):
         (before_call or interrupt)()
-        match request:
-            case Generate():
-                state = with_texts(state, policy.generate(request, interrupt))
-            case Score():
-                state = with_scores(state, reward.score(request, interrupt))
-        checkpoint(state)
+        if isinstance(request, Generate):
+            after = apply(state, request, policy.generate(request, interrupt))
+        else:
+            after = apply(state, request, reward.score(request, interrupt))
+        position = locate(after)
+        checkpoint(Step(state, request, after, position))
+        state = after
     return state

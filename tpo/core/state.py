@@ -10,10 +10,11 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from tpo.core.errors import NoUsableSampleError
 from tpo.core.prompts import PromptSet
 
 Mode = Literal["tpo", "revision", "bon"]
-PolicyCall = Literal["sample", "loss", "gradient", "update"]
+PolicyCall = Literal["sample", "critique", "gradient", "update"]
 CallKind = Literal[PolicyCall, "score"]
 FinishReason = Literal["stop", "length"]
 Unusable = Literal["empty", "cut_off", "no_answer_tags", "reward_not_finite"]
@@ -131,7 +132,7 @@ class Iteration(Frozen):
     number: int
     chosen: str
     rejected: str | None
-    loss: Note | None = None
+    critique: Note | None = None
     gradient: Note | None = None
 
 
@@ -153,7 +154,7 @@ class Usage(Frozen):
     input_tokens: int = 0
     output_tokens: int = 0
     reward_tokens: int = 0
-    gpu_seconds: float = Field(0.0, description="wall time inside its model calls, whatever they run on")
+    model_seconds: float = Field(0.0, description="wall time inside its model calls, whatever they run on")
 
     @property
     def total_tokens(self) -> int:
@@ -183,6 +184,22 @@ class State(Frozen):
         """The candidates of one iteration; 0 is the first sampling."""
         return (c for c in self.candidates if c.iteration == number)
 
+    def unscored(self, number: int) -> list[Candidate]:
+        """Return the usable candidates of one iteration that have no reward yet."""
+        return [c for c in self.of_iteration(number) if c.reward is None and c.unusable is None]
+
+    def iteration(self, number: int) -> Iteration:
+        """Return the record of an iteration that has begun, or whom the next one would compare.
+
+        Raises NoUsableSampleError when the pool is empty.
+        """
+        if number <= len(self.iterations):
+            return self.iterations[number - 1]
+        best, worst = self.best, self.worst
+        if best is None or worst is None:
+            raise NoUsableSampleError()
+        return Iteration(number=number, chosen=best.id, rejected=worst.id if self.params.mode == "tpo" else None)
+
     def candidate(self, candidate_id: str) -> Candidate:
         """The candidate with this id."""
         return next(c for c in self.candidates if c.id == candidate_id)
@@ -210,7 +227,7 @@ class State(Frozen):
             input_tokens=sum(c.input_tokens for c in policy),
             output_tokens=sum(c.output_tokens for c in policy),
             reward_tokens=sum(c.input_tokens for c in self.calls if c.kind == "score"),
-            gpu_seconds=sum(c.seconds for c in self.calls),
+            model_seconds=sum(c.seconds for c in self.calls),
         )
 
     def mean_reward(self, iteration: int) -> float | None:

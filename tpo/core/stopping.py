@@ -15,7 +15,7 @@ def used_up(state: State) -> Budget | None:
     used: tuple[tuple[Budget, float | None, float], ...] = (
         ("max_output_tokens", params.max_output_tokens, usage.output_tokens),
         ("max_total_tokens", params.max_total_tokens, usage.total_tokens),
-        ("max_seconds", params.max_seconds, usage.gpu_seconds),
+        ("max_seconds", params.max_seconds, usage.model_seconds),
     )
     return next((name for name, most, spent in used if most is not None and spent >= most), None)
 

@@ -4,18 +4,21 @@ from tpo.db.base import DEFAULT_TENANT, Base, insert_if_new
 from tpo.db.clock import now
 from tpo.db.engine import connect
 from tpo.db.group_commit import write
+from tpo.db.ids import id_at, new_id
 from tpo.db.queries import Queries
-from tpo.db.sessions import asking, reading, writing
+from tpo.db.sessions import reading, single_query, writing
 
 __all__ = [
     "DEFAULT_TENANT",
     "Base",
     "Queries",
-    "asking",
     "connect",
+    "id_at",
     "insert_if_new",
+    "new_id",
     "now",
     "reading",
+    "single_query",
     "write",
     "writing",
 ]

@@ -9,12 +9,14 @@ from pathlib import Path
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import SAWarning
 
-from tpo.core.errors import DatabaseRefused
+from tpo.core.errors import DatabaseRefusedError
 from tpo.db.sqlite import BUSY_SECONDS, PENDING_WRITES, WRITE_LOCK, begin, check_same_file, prepare_connection
 
 
 def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
-    """An engine with a bounded pool, whose errors quote no values. Nothing is connected yet. Raises DatabaseRefused.
+    """Create an engine with a bounded pool, whose errors quote no values, without connecting.
+
+    Raises DatabaseRefusedError.
 
     No statement takes longer than some seconds, but with `patient`, where it takes as long as it takes.
     """
@@ -46,7 +48,7 @@ def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
 
 
 def _checked(url: str) -> URL:
-    """The parsed URL: the driver knows its options, and the folder of a file is there. Raises DatabaseRefused."""
+    """The parsed URL: the driver knows its options, and the folder of a file is there. Raises DatabaseRefusedError."""
     parsed = make_url(url)
     file = parsed.database
     try:
@@ -61,12 +63,12 @@ def _checked(url: str) -> URL:
             postgresql.check_options(options)
     except (SAWarning, TypeError, ValueError, sqlite3.Error):
         unknown = ", ".join(sorted(parsed.query)) or "its parts"
-        raise DatabaseRefused(f"TPO_DATABASE_URL: the driver refuses {unknown}; mend or remove it.") from None
+        raise DatabaseRefusedError(f"TPO_DATABASE_URL: the driver refuses {unknown}; mend or remove it.") from None
     if parsed.get_backend_name() == "sqlite" and file and file != ":memory:":
         folder = Path(file).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = f"TPO_DATABASE_URL: the folder {folder} cannot be made: {error.strerror}."
-            raise DatabaseRefused(why) from None
+            raise DatabaseRefusedError(why) from None
     return parsed

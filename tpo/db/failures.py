@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tpo.core.errors import DatabaseRefused, StoreUnavailable, causes
+from tpo.core.errors import DatabaseRefusedError, StoreUnavailableError, causes
 
 _CANNOT_WRITE = "The database can only be read: it is a standby, or set to be read-only."
 _TOO_MANY = "The database takes no more connections: raise max_connections, or run fewer processes."
@@ -41,13 +41,13 @@ def translate_errors() -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise StoreUnavailable() from error
+        raise StoreUnavailableError() from error
     except DBAPIError as error:
         why = _reason(error)
         if why or isinstance(error, OperationalError) or error.connection_invalidated:
-            raise StoreUnavailable(why) from error
+            raise StoreUnavailableError(why) from error
         if getattr(error.orig, "sqlite_errorcode", None) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-            raise DatabaseRefused(_DAMAGED) from error
+            raise DatabaseRefusedError(_DAMAGED) from error
         raise
 
 

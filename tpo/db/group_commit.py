@@ -20,7 +20,7 @@ _JOIN: Literal["create_savepoint"] = "create_savepoint"
 
 
 def write(engine: Engine, work: Callable[[Session], Done]) -> Done:
-    """Do some work in a transaction, and give what it gives. Raises StoreUnavailable, and what the work raises.
+    """Do some work in a transaction, and give what it gives. Raises StoreUnavailableError, and what the work raises.
 
     What several threads write to SQLite at once is committed together, for each commit waits for the disk; each piece
     of work stands or falls alone all the same.

@@ -11,7 +11,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 from sqlalchemy.exc import InvalidatePoolError
 
-from tpo.core.errors import DatabaseRefused
+from tpo.core.errors import DatabaseRefusedError
 
 _ANSWER_SECONDS = 12.0
 """A PostgreSQL that has not answered by then hangs: it would have given up a statement itself before."""
@@ -57,12 +57,12 @@ def open_connection(
     named: dict[str, Any],
     kind: type[psycopg.Connection[Any]] = psycopg.Connection,
 ) -> Any:
-    """A connection to a database that can hold every text. Raises DatabaseRefused."""
+    """A connection to a database that can hold every text. Raises DatabaseRefusedError."""
     connection = kind.connect(*args, **named)
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
         connection.close()
-        raise DatabaseRefused(
+        raise DatabaseRefusedError(
             f"The database's encoding is {encoding}, which cannot hold every text: make one with ENCODING 'UTF8'."
         )
     return connection

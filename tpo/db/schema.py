@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, event, inspect, text
 
-from tpo.core.errors import SchemaOutOfDate
+from tpo.core.errors import SchemaOutOfDateError
 from tpo.db.engine import connect
 from tpo.db.sessions import reading, writing
 
@@ -23,7 +23,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every conn
 def upgrade(url: str) -> None:
     """Bring the database to the schema of this version; all of it or nothing. Safe to repeat, and for many at once.
 
-    Raises SchemaOutOfDate when a newer version made the database, and StoreUnavailable.
+    Raises SchemaOutOfDateError when a newer version made the database, and StoreUnavailableError.
     """
     from alembic import command
 
@@ -38,7 +38,7 @@ def downgrade(url: str, revision: str) -> None:
 
 
 def check(engine: Engine) -> None:
-    """Raise SchemaOutOfDate unless the database has the schema of this version.
+    """Raise SchemaOutOfDateError unless the database has the schema of this version.
 
     Every process does this when it starts, so it does without Alembic, which takes half a second to import.
     """
@@ -47,7 +47,7 @@ def check(engine: Engine) -> None:
         found = session.scalars(text("SELECT version_num FROM alembic_version")).all() if is_there else []
     if list(found) != [newest_revision()]:
         has = ", ".join(found) or "none"
-        raise SchemaOutOfDate(
+        raise SchemaOutOfDateError(
             f"The database has schema {has}, this version needs {newest_revision()}: run `tpo db upgrade`."
         )
 
@@ -70,7 +70,9 @@ def _migrate(url: str, step: "Callable[[Config], None]") -> None:
             _wait_for_turn(connection)
             step(_config(connection))
     except CommandError as error:
-        raise SchemaOutOfDate(f"The database's schema cannot be changed to that of this version: {error}") from error
+        raise SchemaOutOfDateError(
+            f"The database's schema cannot be changed to that of this version: {error}"
+        ) from error
     finally:
         engine.dispose()
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DisconnectionError
 
-from tpo.core.errors import StoreUnavailable
+from tpo.core.errors import StoreUnavailableError
 
 BUSY_SECONDS = 15
 
@@ -70,7 +70,7 @@ def write_lock(engine: Engine) -> Iterator[None]:
     if turn is None:
         yield
     elif not turn.acquire(timeout=BUSY_SECONDS):
-        raise StoreUnavailable()
+        raise StoreUnavailableError()
     else:
         try:
             yield

@@ -28,9 +28,9 @@ from sqlalchemy.orm import Session, aliased
 from tpo.core.state import State
 from tpo.core.status import HELD
 from tpo.db import insert_if_new, now, writing
-from tpo.jobs.leases import CheckpointQueries, Lease, claimable, queue_is_paused, take
-from tpo.jobs.scheduling import Head, Rules, limit_of, next_turn, with_room
-from tpo.jobs.tables import Job, Turn
+from tpo.jobs.leases import CheckpointQueries, Lease, claim_job, claimable, queue_is_paused
+from tpo.jobs.scheduling import QueueHead, Rules, limit_of, pick_next, with_capacity
+from tpo.jobs.tables import Job, LastClaim
 from tpo.tenants.tables import Tenant
 from tpo.tenants.tenants import ensure_tenant
 
@@ -39,7 +39,7 @@ RUNNING: list[ColumnElement[str]] = [literal_column(f"'{status}'") for status in
 """As literals, not as parameters: without them no database sees that its index of those rows alone will do."""
 
 _INDEXED = {"sqlite": "jobs INDEXED BY {}", "postgresql": "jobs"}
-"""Named where SQLite would not take it: by its lights, one that begins with the status is as good."""
+"""Named where SQLite would not claim_job it: by its lights, one that begins with the status is as good."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_second
             line.leave(head.tenant)
             continue
         if job_id := session.scalars(_OLDEST_FREE, _which(pair, head)).one_or_none():
-            if claimed := take(session, Job.id == job_id, worker, lease_seconds):
+            if claimed := claim_job(session, Job.id == job_id, worker, lease_seconds):
                 _note_turn(session, pair, head)
                 others = [other.job_id for other in line.heads if other != head]
                 more = others[0] if others else session.scalars(_OLDEST, _which(pair, head)).one_or_none()
@@ -90,7 +90,7 @@ def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_second
     return None
 
 
-def pairs_in_line(session: Session) -> list[Pair]:
+def waiting_pairs(session: Session) -> list[Pair]:
     """The pairs of models for which jobs are in line, found by jumping from one to the next."""
     found: list[Pair] = []
     dialect = session.get_bind().dialect.name
@@ -99,7 +99,7 @@ def pairs_in_line(session: Session) -> list[Pair]:
     return found
 
 
-def next_in_line(session: Session, pair: Pair, rules: Rules, waiting_seconds: float | None = None) -> str | None:
+def next_waiting_job(session: Session, pair: Pair, rules: Rules, waiting_seconds: float | None = None) -> str | None:
     """The job whose turn it would be now; with `waiting_seconds`, only where some job is in line for so long."""
     line = _line(session, pair, rules)
     if waiting_seconds is not None and not any(h.since <= line.now - waiting_seconds for h in line.heads):
@@ -114,14 +114,14 @@ def next_in_line(session: Session, pair: Pair, rules: Rules, waiting_seconds: fl
 class _Line:
     """Who waits, as one claim saw it."""
 
-    def __init__(self, heads: list[Head], running: Mapping[str, int], now: float, rules: Rules) -> None:
+    def __init__(self, heads: list[QueueHead], running: Mapping[str, int], now: float, rules: Rules) -> None:
         self.heads = heads
         self.now = now
         self._running = running
         self._rules = rules
 
-    def next(self) -> Head | None:
-        return next_turn(self.heads, self._running, self.now, self._rules)
+    def next(self) -> QueueHead | None:
+        return pick_next(self.heads, self._running, self.now, self._rules)
 
     def leave(self, tenant: str, priority: int | None = None) -> None:
         """Nobody of this tenant can go now, or of this tenant and priority."""
@@ -134,14 +134,14 @@ def _line(session: Session, pair: Pair, rules: Rules) -> _Line:
         return _Line([], {}, 0.0, rules)
     if len(rows) == 1 and rules.max_running is None and rows[0].max_jobs_running is None:
         (row,) = rows  # alone in line and without a limit: there is nothing to compare
-        return _Line([Head(row.id, row.tenant, row.priority, row.rung_at)], {}, row.now, rules)
-    served = {(row.tenant, row.priority): row.served_at for row in session.execute(_TURNS, asdict(pair))}
+        return _Line([QueueHead(row.id, row.tenant, row.priority, row.queued_at)], {}, row.now, rules)
+    served = {(row.tenant, row.priority): row.claimed_at for row in session.execute(_TURNS, asdict(pair))}
     last: dict[str, float] = {}
     for (tenant, _), moment in served.items():
         last[tenant] = max(last.get(tenant, 0.0), moment)
     heads = [
-        Head(
-            *(row.id, row.tenant, row.priority, row.rung_at),
+        QueueHead(
+            *(row.id, row.tenant, row.priority, row.queued_at),
             served=served.get((row.tenant, row.priority)),
             tenant_served=last.get(row.tenant, 0.0),
             max_running=row.max_jobs_running,
@@ -154,16 +154,16 @@ def _line(session: Session, pair: Pair, rules: Rules) -> _Line:
         everywhere[tenant] = everywhere.get(tenant, 0) + count
         if Pair(model, reward_model) == pair:
             here[tenant] = count
-    return _Line(with_room(heads, everywhere, rules), here, rows[0].now, rules)
+    return _Line(with_capacity(heads, everywhere, rules), here, rows[0].now, rules)
 
 
-def in_line(job: type[Job]) -> ColumnElement[bool]:
+def is_waiting(job: type[Job]) -> ColumnElement[bool]:
     return and_(job.status == QUEUED, job.next_attempt_at.is_(None))
 
 
 def _of_pair(job: type[Job]) -> ColumnElement[bool]:
     mine = and_(job.model == bindparam("model"), job.reward_model == bindparam("reward_model"))
-    return and_(in_line(job), mine)
+    return and_(is_waiting(job), mine)
 
 
 def _heads() -> Select[*tuple[Any, ...]]:
@@ -182,7 +182,7 @@ def _heads() -> Select[*tuple[Any, ...]]:
     heads = heads.union_all(select(following).select_from(heads.join(last, last.id == heads.c.id)))
     return (
         select(
-            *(job.id, job.tenant, job.priority, job.rung_at),
+            *(job.id, job.tenant, job.priority, job.queued_at),
             *(Tenant.max_jobs_running, now().label("now")),
         )
         .select_from(heads.join(job, job.id == heads.c.id))
@@ -207,12 +207,12 @@ _HEADS = _heads()
 _OLDEST = _oldest()
 """The oldest job of a tenant and priority that can be taken."""
 _OLDEST_FREE = _OLDEST.with_for_update(skip_locked=True)
-_TURNS = select(Turn.tenant, Turn.priority, Turn.served_at).where(
-    Turn.model == bindparam("model"), Turn.reward_model == bindparam("reward_model")
+_TURNS = select(LastClaim.tenant, LastClaim.priority, LastClaim.claimed_at).where(
+    LastClaim.model == bindparam("model"), LastClaim.reward_model == bindparam("reward_model")
 )
 
 
-def _which(pair: Pair, head: Head) -> dict[str, str | int]:
+def _which(pair: Pair, head: QueueHead) -> dict[str, str | int]:
     return {**asdict(pair), "tenant": head.tenant, "priority": head.priority, "job_id": head.job_id}
 
 
@@ -235,7 +235,7 @@ def _running(dialect: str) -> Executable:
     )
 
 
-def _has_room(session: Session, head: Head, rules: Rules) -> bool:
+def _has_room(session: Session, head: QueueHead, rules: Rules) -> bool:
     """Whether a tenant may have one more running job; where it is limited, no other claim of it goes on meanwhile."""
     most = limit_of(head, rules)
     if most is None:
@@ -248,21 +248,21 @@ def _has_room(session: Session, head: Head, rules: Rules) -> bool:
     return session.execute(running).scalar_one() < most
 
 
-def _note_turn(session: Session, pair: Pair, head: Head) -> None:
+def _note_turn(session: Session, pair: Pair, head: QueueHead) -> None:
     key = {**asdict(pair), "tenant": head.tenant, "priority": head.priority}
     this = {f"of_{name}": value for name, value in key.items()}
     # A row that another claim holds is passed over: that one notes the same moment.
     if not session.execute(_NOTE, this).first() and not session.execute(_NOTED, this).first():
-        session.execute(insert_if_new(session, Turn).values(**key, served_at=now()))
+        session.execute(insert_if_new(session, LastClaim).values(**key, claimed_at=now()))
 
 
-_THIS_TURN = and_(*(c == bindparam(f"of_{c.key}", type_=c.type) for c in inspect(Turn).primary_key))
-_NOTED = select(Turn.tenant).where(_THIS_TURN)
+_THIS_TURN = and_(*(c == bindparam(f"of_{c.key}", type_=c.type) for c in inspect(LastClaim).primary_key))
+_NOTED = select(LastClaim.tenant).where(_THIS_TURN)
 _NOTE = (
-    update(Turn)
+    update(LastClaim)
     .where(_THIS_TURN, exists(_NOTED.with_for_update(skip_locked=True)))
-    .values(served_at=now())
-    .returning(Turn.tenant)
+    .values(claimed_at=now())
+    .returning(LastClaim.tenant)
     .execution_options(synchronize_session=False)
 )
 

@@ -12,7 +12,7 @@ _BATCH = 200
 
 
 @dataclass(frozen=True)
-class News:
+class NewEvents:
     """What happened since the last look."""
 
     events: tuple[EventRow, ...]
@@ -24,7 +24,7 @@ class News:
 class EventQueries(Queries):
     """The part of the store that the event streams share. It reads for every tenant."""
 
-    def new_events(self, seen: Mapping[str, int]) -> News:
+    def new_events(self, seen: Mapping[str, int]) -> NewEvents:
         """The events of these jobs that follow the numbers that were seen."""
         found: list[EventRow] = []
         there: set[str] = set()
@@ -38,4 +38,4 @@ class EventQueries(Queries):
                 if ahead:
                     query = select(EventRow).where(or_(*ahead)).order_by(EventRow.job_id, EventRow.number)
                     found += session.scalars(query)
-        return News(tuple(found), frozenset(seen.keys() - there))
+        return NewEvents(tuple(found), frozenset(seen.keys() - there))

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from tpo.core.loop import Standing
+from tpo.core.loop import Position, Step
 from tpo.core.state import State
 
 
@@ -13,14 +13,14 @@ class Event(NamedTuple):
     data: dict[str, Any]
 
 
-def of_start(where: Standing, attempt: int) -> list[Event]:
+def of_start(where: Position, attempt: int) -> list[Event]:
     """A worker took the job."""
     return [Event("job.started", {"attempt": attempt}), *_of_next(where)]
 
 
-def of_checkpoint(after: State, where: Standing) -> list[Event]:
-    """One model call was recorded, and the state stands there. What follows is told now, so that a listener sees it."""
-    was = after.calls[-1].iteration
+def of_step(step: Step) -> list[Event]:
+    """Return the events of a recorded model call, with the phase that follows, so that a listener sees it begin."""
+    after, where, was = step.after, step.position, step.request.iteration
     events: list[Event] = []
     if where.complete > was:
         events.append(Event("job.iteration.completed", summary(after, was)))
@@ -43,5 +43,5 @@ def summary(state: State, iteration: int) -> dict[str, Any]:
     }
 
 
-def _of_next(where: Standing) -> list[Event]:
+def _of_next(where: Position) -> list[Event]:
     return [Event("job.phase", {"iteration": where.iteration, "phase": where.phase})] if where.phase else []

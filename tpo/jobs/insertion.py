@@ -1,6 +1,5 @@
 """Insert new jobs with their metadata, first events and idempotency keys."""
 
-import secrets
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NotRequired, TypedDict, cast
@@ -9,12 +8,12 @@ from sqlalchemy import Table, insert, inspect, select
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.schema import ScalarElementColumnDefault
 
-from tpo.core.loop import standing
+from tpo.core.loop import locate
 from tpo.core.state import State
-from tpo.db import now
-from tpo.jobs.records import fresh, progress_of, write_difference
+from tpo.db import new_id, now
+from tpo.jobs.records import progress_columns, save_record
 from tpo.jobs.tables import EventRow, Job, MetadataRow
-from tpo.tenants.idempotency import Once, remember
+from tpo.tenants.idempotency import IdempotencyRequest, record_key
 
 # Statements that every request needs are built once: building one costs more than running it.
 JOBS = cast("Table", Job.__table__)
@@ -42,7 +41,7 @@ class JobOptions(TypedDict):
     source_id: NotRequired[str | None]
 
 
-NewJob = tuple[State, Once | None, JobOptions]
+NewJob = tuple[State, IdempotencyRequest | None, JobOptions]
 """A job to be made: its optimization, what names the request, and what stands on its row beside."""
 
 
@@ -60,17 +59,18 @@ def insert_jobs(session: Session, tenant: str, wanted: Sequence[NewJob]) -> list
     ]:
         session.execute(_INSERT_METADATA, pairs)
     for (state, once, _), row in zip(wanted, rows, strict=True):
-        if (before := fresh(state)) != state:
-            write_difference(session, row["id"], before, state)
-        remember(session, tenant, once, job_id=row["id"])
+        save_record(session, row["id"], state)
+        record_key(session, tenant, once, job_id=row["id"])
     written = (_NOTHING | {ATTRIBUTES[name]: value for name, value in row.items()} for row in rows)
     return [cast("Job", SimpleNamespace(**values)) for values in written]
 
 
-def _row(tenant: str, moment: float, state: State, once: Once | None, of_job: JobOptions) -> dict[str, Any]:
+def _row(
+    tenant: str, moment: float, state: State, once: IdempotencyRequest | None, of_job: JobOptions
+) -> dict[str, Any]:
     deadline = of_job.get("deadline_seconds")
     return _BLANK | {
-        "id": new_job_id(moment),
+        "id": new_id("job_", moment),
         "tenant": tenant,
         "model": of_job["model"],
         "reward_model": of_job["reward_model"],
@@ -83,14 +83,9 @@ def _row(tenant: str, moment: float, state: State, once: Once | None, of_job: Jo
         "fingerprint": once.fingerprint if once else None,
         "source_id": of_job.get("source_id"),
         "created_at": moment,
-        "rung_at": moment,
+        "queued_at": moment,
         "deadline_at": None if deadline is None else moment + deadline,
         "max_attempts": of_job["max_attempts"],
         "last_event": 1,
-        **progress_of(state, standing(state)),
+        **progress_columns(state, locate(state)),
     }
-
-
-def new_job_id(seconds: float) -> str:
-    """An id that sorts by the time of its making and cannot be guessed: 48 bits of milliseconds, 80 random bits."""
-    return f"job_{int(seconds * 1000):012x}{secrets.token_hex(10)}"

@@ -10,17 +10,28 @@ from sqlalchemy import ColumnElement, and_, case, exists, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from tpo.core.errors import LeaseLost
-from tpo.core.loop import standing
+from tpo.backoff import backoff_seconds
+from tpo.core.errors import LeaseLostError
+from tpo.core.loop import Step, locate
 from tpo.core.state import State
 from tpo.core.status import HELD, Status
 from tpo.db import Queries, now, reading, write, writing
 from tpo.jobs import events
 from tpo.jobs.events import Event
-from tpo.jobs.outcomes import Outcome, told_at_end
-from tpo.jobs.records import progress_of, read_state, write_difference
+from tpo.jobs.outcomes import Outcome, final_event
+from tpo.jobs.records import progress_columns, read_state, save_step
 from tpo.jobs.tables import Job, Queue, Worker
-from tpo.jobs.transitions import CANCELLED, NO_LEASE, insert_events, of, put_back, record, transition, update_job
+from tpo.jobs.transitions import (
+    CANCELLED,
+    NO_LEASE,
+    end_job,
+    insert_events,
+    job_in_status,
+    record,
+    requeue,
+    transition,
+    update_job,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +44,7 @@ class Lease:
     worker: str
     fence: int
     attempt: int
-    attempts_in_vain: int
+    consecutive_failures: int
     max_attempts: int
     seconds: float
 
@@ -51,29 +62,28 @@ class Flags:
 class CheckpointQueries(Queries):
     """Writes by the holder of a lease. Workers serve every tenant."""
 
-    def checkpoint(self, lease: Lease, before: State, after: State) -> Flags:
-        """Record one model call and all that it changed. Raises LeaseLost, and then nothing is written."""
-        where = standing(after)
-        told = events.of_checkpoint(after, where)
+    def checkpoint(self, lease: Lease, step: Step) -> Flags:
+        """Record one model call and all that it changed. Raises LeaseLostError, and then nothing is written."""
+        new_events = events.of_step(step)
         values = {
             "lease_until": now() + lease.seconds,
             "progressed_at": now(),
-            "attempts_in_vain": 0,
-            **progress_of(after, where),
+            "consecutive_failures": 0,
+            **progress_columns(step.after, step.position),
         }
 
-        def step(session: Session) -> Flags:
-            flags = self._fenced(session, lease, values, told)
-            write_difference(session, lease.job_id, before, after)
+        def save(session: Session) -> Flags:
+            flags = self._fenced(session, lease, values, new_events)
+            save_step(session, lease.job_id, step)
             return flags
 
         try:
-            return write(self._engine, step)
+            return write(self._engine, save)
         except IntegrityError:
             # A commit whose answer was lost with the connection has come through: this is the second try.
             with writing(self._engine) as session:
                 flags = self._fenced(session, lease, {"lease_until": now() + lease.seconds}, [])
-                if read_state(session, session.get_one(Job, lease.job_id)) != after:
+                if read_state(session, session.get_one(Job, lease.job_id)) != step.after:
                     raise
                 return flags
 
@@ -95,7 +105,7 @@ class CheckpointQueries(Queries):
             return {row.id: (row.fence, _flags(row)) for row in rows}
 
     def finish(self, lease: Lease, outcome: Outcome) -> Status:
-        """End a job. A cancel that was asked for in the meantime wins. Raises LeaseLost."""
+        """End a job. A cancel that was asked for in the meantime wins. Raises LeaseLostError."""
         cancelled = Job.status == "cancelling"
         values: dict[str, Any] = {
             name: case((cancelled, None), else_=getattr(outcome, name))
@@ -114,7 +124,7 @@ class CheckpointQueries(Queries):
             if job is None:
                 said = and_(Job.status == outcome.status, Job.output.is_not_distinct_from(outcome.output))
                 return _done_before(session, lease, said)
-            record(session, job, [told_at_end(job)])
+            record(session, job, [final_event(job)])
             return job.status
 
         return write(self._engine, end)
@@ -122,28 +132,28 @@ class CheckpointQueries(Queries):
     def release(self, lease: Lease, *, delay_seconds: float | None = None, reason: str | None = None) -> Status:
         """Hand a job back. With a delay it was a failed attempt, for that reason; else it is not counted.
 
-        It waits in the queue, or is paused or cancelled where that was asked for meanwhile. Raises LeaseLost.
+        It waits in the queue, or is paused or cancelled where that was asked for meanwhile. Raises LeaseLostError.
         """
-        values: dict[str, Any] = {"rung_at": now(), **NO_LEASE}
+        values: dict[str, Any] = {"queued_at": now(), **NO_LEASE}
         if delay_seconds is None:
             values["attempt"] = Job.attempt - 1
-            values["attempts_in_vain"] = case((Job.attempts_in_vain > 0, Job.attempts_in_vain - 1), else_=0)
+            values["consecutive_failures"] = case((Job.consecutive_failures > 0, Job.consecutive_failures - 1), else_=0)
         else:
             # Without a pause it is in line at once, at its old place.
             values["next_attempt_at"] = now() + delay_seconds if delay_seconds else None
         with writing(self._engine) as session:
             wanted, unwanted = (and_(_held_by(lease), Job.status == s) for s in HELD)
-            if status := put_back(session, wanted, values, delay_seconds, reason):
+            if status := requeue(session, wanted, values, delay_seconds, reason):
                 return status
             if not transition(session, unwanted, CANCELLED, Event("job.cancelled", {})):
-                return _done_before(session, lease, of(lease.job_id, "queued", "paused"))
+                return _done_before(session, lease, job_in_status(lease.job_id, "queued", "paused"))
             return "cancelled"
 
     def _fenced(self, session: Session, lease: Lease, values: dict[str, Any], told: list[Event]) -> Flags:
         values = {**values, "last_event": Job.last_event + len(told)}
         row = session.execute(update_job(_held_by(lease), values).returning(Job.last_event, *_FLAGS)).one_or_none()
         if row is None:
-            raise LeaseLost()
+            raise LeaseLostError()
         insert_events(session, lease.job_id, row.last_event - len(told) + 1, told)
         return _flags(row)
 
@@ -157,33 +167,26 @@ def _read_or_put_aside(session: Session, job: Job) -> State | None:
         return read_state(session, job)
     except ValidationError:
         _log.error("%s cannot be run: this version cannot read its record", job.id)
-    which = and_(of(job.id, "in_progress"), Job.fence == job.fence)
-    if job.attempts_in_vain < job.max_attempts:
-        delay = min(2.0**job.attempts_in_vain, 60.0)
-        put_back(session, which, {"next_attempt_at": now() + delay, **NO_LEASE}, delay)
+    which = and_(job_in_status(job.id, "in_progress"), Job.fence == job.fence)
+    if job.consecutive_failures < job.max_attempts:
+        delay = backoff_seconds(job.consecutive_failures)
+        requeue(session, which, {"next_attempt_at": now() + delay, **NO_LEASE}, delay)
         return None
-    values: dict[str, Any] = {
-        "status": "failed",
-        "completed_at": now(),
-        "phase": None,
-        "error_code": "unreadable_record",
-        "error_message": "The job's record cannot be read by this version of the server; submit the job again.",
-        **NO_LEASE,
-    }
-    transition(session, which, values, Event("job.failed", {"reason": "unreadable_record"}))
+    message = "The job's record cannot be read by this version of the server; submit the job again."
+    end_job(session, which, Outcome("failed", error_code="unreadable_record", error_message=message))
     return None
 
 
 def _done_before(session: Session, lease: Lease, said: ColumnElement[bool]) -> Status:
     """How a job stands that is as was said, or cancelled: a commit whose answer was lost has come through.
 
-    Raises LeaseLost where it is otherwise, or was claimed since.
+    Raises LeaseLostError where it is otherwise, or was claimed since.
     """
     cancelled = and_(Job.status == "cancelled", Job.cancel_requested_at.is_not(None))
     ours = and_(Job.id == lease.job_id, Job.fence == lease.fence, Job.lease_owner.is_(None))
     status = session.scalars(select(Job.status).where(ours, or_(said, cancelled))).one_or_none()
     if status is None:
-        raise LeaseLost()
+        raise LeaseLostError()
     return status
 
 
@@ -192,12 +195,14 @@ def claimable() -> ColumnElement[bool]:
     return and_(
         Job.status == "queued",
         Job.next_attempt_at.is_(None),
-        Job.attempts_in_vain < Job.max_attempts,
+        Job.consecutive_failures < Job.max_attempts,
         or_(Job.deadline_at.is_(None), Job.deadline_at > now()),
     )
 
 
-def take(session: Session, which: ColumnElement[bool], worker: str, lease_seconds: float) -> tuple[Lease, State] | None:
+def claim_job(
+    session: Session, which: ColumnElement[bool], worker: str, lease_seconds: float
+) -> tuple[Lease, State] | None:
     """Give a worker the lease of the one job that matches, where it can be taken, with what is recorded of it."""
     values: dict[str, Any] = {
         "status": "in_progress",
@@ -205,7 +210,7 @@ def take(session: Session, which: ColumnElement[bool], worker: str, lease_second
         "lease_until": now() + lease_seconds,
         "fence": Job.fence + 1,
         "attempt": Job.attempt + 1,
-        "attempts_in_vain": Job.attempts_in_vain + 1,
+        "consecutive_failures": Job.consecutive_failures + 1,
         "started_at": case((Job.started_at.is_(None), now()), else_=Job.started_at),
     }
     job = session.scalars(update_job(and_(which, claimable()), values).returning(Job)).one_or_none()
@@ -214,9 +219,9 @@ def take(session: Session, which: ColumnElement[bool], worker: str, lease_second
     state = _read_or_put_aside(session, job)
     if state is None:
         return None
-    where = standing(state)
+    where = locate(state)
     record(session, job, events.of_start(where, job.attempt), {"iteration": where.iteration, "phase": where.phase})
-    counts = (job.attempt, job.attempts_in_vain, job.max_attempts)
+    counts = (job.attempt, job.consecutive_failures, job.max_attempts)
     return Lease(job.id, worker, job.fence, *counts, lease_seconds), state
 
 
@@ -240,7 +245,7 @@ def _flags(row: Any) -> Flags:
 
 
 def _held_by(lease: Lease) -> ColumnElement[bool]:
-    return and_(of(lease.job_id, *HELD), Job.fence == lease.fence, Job.lease_owner == lease.worker)
+    return and_(job_in_status(lease.job_id, *HELD), Job.fence == lease.fence, Job.lease_owner == lease.worker)
 
 
 def _held_of(worker: str, job_ids: Iterable[str]) -> ColumnElement[bool]:

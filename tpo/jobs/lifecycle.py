@@ -5,17 +5,17 @@ from typing import Unpack
 
 from sqlalchemy import delete
 
-from tpo.core.errors import WrongState
+from tpo.core.errors import WrongStateError
 from tpo.core.state import MAX_ITERATIONS, State
 from tpo.core.status import TERMINAL
 from tpo.db import now, writing
 from tpo.jobs.events import Event
 from tpo.jobs.insertion import JobOptions
-from tpo.jobs.records import fresh
+from tpo.jobs.records import without_progress
 from tpo.jobs.requests import JobRequests, Submitted
 from tpo.jobs.tables import Job
-from tpo.jobs.transitions import CANCELLED, of, transition, update_job
-from tpo.tenants.idempotency import Once
+from tpo.jobs.transitions import CANCELLED, job_in_status, transition, update_job
+from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
 
 
@@ -23,99 +23,110 @@ class JobQueries(JobRequests):
     """The part of the store that changes a tenant's jobs."""
 
     def cancel(self, job_id: str) -> Job:
-        """Ask for a job's end: at once where nobody works on it, else within one model call. Raises JobNotFound."""
+        """Cancel a job: at once if no worker holds it, else within one model call. Raises JobNotFoundError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             asked = {"cancel_requested_at": now()}
             if job.status == "in_progress":
                 values = asked | {"status": "cancelling", "pause_requested_at": None}
-                transition(session, of(job_id, "in_progress"), values, Event("job.cancelling", {}))
+                transition(session, job_in_status(job_id, "in_progress"), values, Event("job.cancelling", {}))
             elif job.status in ("queued", "paused"):
-                transition(session, of(job_id, job.status), asked | CANCELLED, Event("job.cancelled", {}))
+                transition(session, job_in_status(job_id, job.status), asked | CANCELLED, Event("job.cancelled", {}))
             return job
 
     def pause(self, job_id: str) -> Job:
-        """Hold a job: at once where nobody works on it, else within one model call. Raises JobNotFound, WrongState."""
+        """Pause a job: at once if no worker holds it, else within one model call.
+
+        Raises JobNotFoundError, WrongStateError.
+        """
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             match job.status:
                 case "queued":
                     values = {"status": "paused", "next_attempt_at": None}
-                    transition(session, of(job_id, "queued"), values, Event("job.paused", {}))
+                    transition(session, job_in_status(job_id, "queued"), values, Event("job.paused", {}))
                 case "in_progress":
                     if job.pause_requested_at is None:
-                        session.execute(update_job(of(job_id, "in_progress"), {"pause_requested_at": now()}))
+                        session.execute(update_job(job_in_status(job_id, "in_progress"), {"pause_requested_at": now()}))
                         session.refresh(job)
                 case "paused":
                     pass
                 case status:
-                    raise WrongState(f"The job is {status}: it cannot be paused.")
+                    raise WrongStateError(f"The job is {status}: it cannot be paused.")
             return job
 
     def resume(self, job_id: str) -> Job:
-        """Let a paused job wait for a worker again, or take back a pause. Raises JobNotFound, WrongState."""
+        """Let a paused job wait for a worker again, or take back a pause. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             match job.status:
                 case "paused":
-                    values = {"status": "queued", "rung_at": now()}
-                    transition(session, of(job_id, "paused"), values, Event("job.resumed", {}))
+                    values = {"status": "queued", "queued_at": now()}
+                    transition(session, job_in_status(job_id, "paused"), values, Event("job.resumed", {}))
                 case "in_progress":
                     if job.pause_requested_at is not None:
-                        session.execute(update_job(of(job_id, "in_progress"), {"pause_requested_at": None}))
+                        session.execute(update_job(job_in_status(job_id, "in_progress"), {"pause_requested_at": None}))
                         session.refresh(job)
                 case "queued":
                     pass
                 case status:
-                    raise WrongState(f"The job is {status}: it cannot be resumed.")
+                    raise WrongStateError(f"The job is {status}: it cannot be resumed.")
             return job
 
     def retry_now(self, job_id: str) -> Job:
-        """End a job's wait for another attempt. Raises JobNotFound, WrongState."""
+        """End a job's wait for another attempt. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             if job.status != "queued":
-                raise WrongState(f"The job is {job.status}: only one that waits, or ended without success, is retried.")
-            session.execute(update_job(of(job_id, "queued"), {"next_attempt_at": None, "rung_at": now()}))
+                raise WrongStateError(
+                    f"The job is {job.status}: only one that waits, or ended without success, is retried."
+                )
+            session.execute(update_job(job_in_status(job_id, "queued"), {"next_attempt_at": None, "queued_at": now()}))
             session.refresh(job)
             return job
 
     def create_from(
-        self, job_id: str, state: State, *, once: Once | None, limits: Limits | None, **of_job: Unpack[JobOptions]
+        self,
+        job_id: str,
+        state: State,
+        *,
+        once: IdempotencyRequest | None,
+        limits: Limits | None,
+        **of_job: Unpack[JobOptions],
     ) -> Submitted:
         """A new job that starts from what another one has recorded. Its own usage starts at nothing."""
         of_job["source_id"] = job_id
         return self.submit(state.model_copy(update={"calls": ()}), once=once, limits=limits, **of_job)
 
     def delete(self, job_id: str) -> None:
-        """Delete a job that has ended, and all its texts. Raises JobNotFound, WrongState."""
+        """Delete a job that has ended, and all its texts. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             if job.status not in TERMINAL:
-                raise WrongState(f"The job is {job.status}: cancel it first, and delete it once it has ended.")
+                raise WrongStateError(f"The job is {job.status}: cancel it first, and delete it once it has ended.")
             session.execute(delete(Job).where(Job.id == job_id, Job.tenant == self.tenant))
 
 
 def retried(job: Job, state: State) -> State:
-    """The optimization of a job that ended without success, to be tried again. Raises WrongState."""
+    """The optimization of a job that ended without success, to be tried again. Raises WrongStateError."""
     if job.status not in TERMINAL or job.status == "completed":
-        raise WrongState(f"The job is {job.status}: only one that waits, or ended without success, is retried.")
+        raise WrongStateError(f"The job is {job.status}: only one that waits, or ended without success, is retried.")
     if job.error_code != "no_usable_sample":
         return state
     # The same seed would sample the same again.
     params = state.params.model_copy(update={"seed": secrets.randbits(53)})
-    return fresh(state).model_copy(update={"params": params})
+    return without_progress(state).model_copy(update={"params": params})
 
 
 def extended(job: Job, state: State, iterations: int, most: int = MAX_ITERATIONS) -> State:
-    """The optimization of a job that has ended, with more iterations to come. Raises WrongState."""
+    """The optimization of a job that has ended, with more iterations to come. Raises WrongStateError."""
     if job.status not in TERMINAL:
-        raise WrongState(f"The job is {job.status}: it can be extended once it has ended.")
+        raise WrongStateError(f"The job is {job.status}: it can be extended once it has ended.")
     if state.best is None:
-        raise WrongState("The job has no candidate with a reward to start from.")
+        raise WrongStateError("The job has no candidate with a reward to start from.")
     if state.params.mode == "bon":
-        raise WrongState("The job is best-of-N: it has no iterations to add to.")
+        raise WrongStateError("The job is best-of-N: it has no iterations to add to.")
     total = state.params.max_iterations + iterations
     if total > most:
-        raise WrongState(f"The job would have {total} iterations; this server allows at most {most}.")
+        raise WrongStateError(f"The job would have {total} iterations; this server allows at most {most}.")
     return state.model_copy(update={"params": state.params.model_copy(update={"max_iterations": total})})

@@ -1,30 +1,30 @@
 """What the sweeper asks: which jobs were lost, which are late, for which to ring."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 from sqlalchemy import Select, and_, delete, literal_column, select
 from sqlalchemy.orm import Session
 
+from tpo.backoff import backoff_seconds
 from tpo.core.status import HELD, TERMINAL
 from tpo.db import Queries, now, writing
-from tpo.jobs.claims import Pair, next_in_line, pairs_in_line
+from tpo.jobs.claims import Pair, next_waiting_job, waiting_pairs
 from tpo.jobs.events import Event
 from tpo.jobs.outcomes import Outcome, outcome_of_deadline
 from tpo.jobs.records import read_state
 from tpo.jobs.scheduling import Rules
-from tpo.jobs.tables import Job, Turn, Worker
-from tpo.jobs.transitions import CANCELLED, NO_LEASE, of, put_back, transition, update_job
+from tpo.jobs.tables import Job, LastClaim, Worker
+from tpo.jobs.transitions import CANCELLED, NO_LEASE, end_job, job_in_status, requeue, transition, update_job
 
 _SWEEP_BATCH = 500
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Bell:
+class QueuedJob:
     """A job that waits for a worker: ring for it."""
 
     job_id: str
@@ -43,18 +43,18 @@ class MaintenanceQueries(Queries):
             gone = delete(Job).where(Job.id.in_(ids), Job.status.in_(TERMINAL)).returning(Job.id)
             return len(session.scalars(gone).all())
 
-    def purge_turns(self, seconds: float) -> int:
+    def purge_last_claims(self, seconds: float) -> int:
         """Forget who had a turn so long ago that it says no more than none at all. How many."""
         with writing(self._engine) as session:
-            old = delete(Turn).where(Turn.served_at < now() - seconds).returning(Turn.tenant)
+            old = delete(LastClaim).where(LastClaim.claimed_at < now() - seconds).returning(LastClaim.tenant)
             return len(session.scalars(old).all())
 
     def sweep(
-        self, *, ring_again_seconds: float, forget_worker_seconds: float, rules: Rules | None = None
-    ) -> Sequence[Bell]:
+        self, *, renotify_seconds: float, forget_worker_seconds: float, rules: Rules | None = None
+    ) -> Sequence[QueuedJob]:
         """Bring lost jobs back, end those past their deadline or attempts, and name those to ring for.
 
-        One bell for each line of jobs that has just come to hold one, or holds one for `ring_again_seconds`: a worker
+        One bell for each line of jobs that has just come to hold one, or holds one for `renotify_seconds`: a worker
         that answers passes the bell on while there are more.
         """
         with writing(self._engine) as session:
@@ -68,14 +68,14 @@ class MaintenanceQueries(Queries):
             # Those that were lost just now are among them: none of them rings for itself.
             due = and_(Job.status == literal_column("'queued'"), Job.next_attempt_at <= now())
             again = session.scalars(_free(select(Job.id).where(due).order_by(Job.next_attempt_at))).all()
-            back = update_job(Job.id.in_(again), {"next_attempt_at": None, "rung_at": now()})
+            back = update_job(Job.id.in_(again), {"next_attempt_at": None, "queued_at": now()})
             rows = session.execute(back.returning(Job.model, Job.reward_model)).all() if again else []
             fresh = {Pair(row.model, row.reward_model) for row in rows}
             bells = []
-            for pair in pairs_in_line(session):
-                long = None if pair in fresh else ring_again_seconds
-                if job_id := next_in_line(session, pair, rules or Rules(), waiting_seconds=long):
-                    bells.append(Bell(job_id, pair.model))
+            for pair in waiting_pairs(session):
+                long = None if pair in fresh else renotify_seconds
+                if job_id := next_waiting_job(session, pair, rules or Rules(), waiting_seconds=long):
+                    bells.append(QueuedJob(job_id, pair.model))
             return bells
 
 
@@ -89,26 +89,17 @@ def _bring_back(session: Session, job: Job) -> None:
     which = and_(Job.id == job.id, Job.fence == job.fence, Job.status == job.status, Job.lease_until < now())
     if job.status == "cancelling":
         transition(session, which, CANCELLED, Event("job.cancelled", {}))
-    elif job.attempts_in_vain >= job.max_attempts:
-        message = f"{job.attempts_in_vain} attempts in a row ended without a step, the last with its worker."
-        values: dict[str, Any] = {
-            "status": "failed",
-            "completed_at": now(),
-            "phase": None,
-            "pause_requested_at": None,
-            "error_code": "worker_lost",
-            "error_message": message,
-            **NO_LEASE,
-        }
-        transition(session, which, values, Event("job.failed", {"reason": "worker_lost"}))
+    elif job.consecutive_failures >= job.max_attempts:
+        message = f"{job.consecutive_failures} attempts in a row ended without a step, the last with its worker."
+        end_job(session, which, Outcome("failed", error_code="worker_lost", error_message=message))
     else:
-        delay = _delay_after(job.attempts_in_vain)
-        put_back(session, which, {"next_attempt_at": now() + delay, **NO_LEASE}, delay, "worker_lost")
+        delay = _delay_after(job.consecutive_failures)
+        requeue(session, which, {"next_attempt_at": now() + delay, **NO_LEASE}, delay, "worker_lost")
 
 
-def _delay_after(attempts_in_vain: int) -> float:
+def _delay_after(consecutive_failures: int) -> float:
     """How long a job waits whose worker was lost: from the second time on, those lost together come back apart."""
-    return 0.0 if attempts_in_vain < 2 else min(2.0**attempts_in_vain, 60.0) * random.uniform(0.25, 1)  # noqa: S311
+    return 0.0 if consecutive_failures < 2 else backoff_seconds(consecutive_failures)
 
 
 def _end_late(session: Session, job: Job) -> None:
@@ -116,12 +107,4 @@ def _end_late(session: Session, job: Job) -> None:
         outcome = outcome_of_deadline(read_state(session, job))
     except ValidationError:
         outcome = Outcome("expired")  # recorded by another version; it must not keep the sweep from the others
-    values = {
-        "status": outcome.status,
-        "output": outcome.output,
-        "incomplete_reason": outcome.incomplete_reason,
-        "completed_at": now(),
-        "phase": None,
-    }
-    reason = {"reason": outcome.incomplete_reason} if outcome.incomplete_reason else {}
-    transition(session, of(job.id, job.status), values, Event(f"job.{outcome.status}", reason))
+    end_job(session, job_in_status(job.id, job.status), outcome)

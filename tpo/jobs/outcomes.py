@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tpo.core.loop import standing
+from tpo.core.loop import locate
 from tpo.core.state import GivenUp, State
 from tpo.core.status import Status
 from tpo.jobs.events import Event
@@ -25,7 +25,7 @@ class Outcome:
 def outcome_of_run(state: State) -> Outcome:
     """The outcome of a run that has no next call: whole, given up, or cut short by a budget."""
     output = state.best.text if state.best else None
-    match standing(state).stopped:
+    match locate(state).stopped:
         case "early_stop" | "decline" as reason:
             return Outcome("completed", output=output, stop_reason=reason)
         case None:
@@ -41,7 +41,7 @@ def outcome_of_deadline(state: State) -> Outcome:
     return Outcome("incomplete", output=state.best.text, incomplete_reason="deadline")
 
 
-def told_at_end(job: Job) -> Event:
+def final_event(ended: Job | Outcome) -> Event:
     """The last event of a job, with why it ended when it did."""
-    reason = job.incomplete_reason or job.stop_reason or job.error_code
-    return Event(f"job.{job.status}", {"reason": reason} if reason else {})
+    reason = ended.incomplete_reason or ended.stop_reason or ended.error_code
+    return Event(f"job.{ended.status}", {"reason": reason} if reason else {})

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import exists, func, or_, select, update
 
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 from tpo.db import Queries, insert_if_new, now, reading, writing
-from tpo.jobs.claims import QUEUED, RUNNING, Pair, in_line, next_in_line, pairs_in_line
+from tpo.jobs.claims import QUEUED, RUNNING, Pair, is_waiting, next_waiting_job, waiting_pairs
 from tpo.jobs.scheduling import Rules
 from tpo.jobs.tables import Job, Queue, Worker
 
@@ -29,17 +29,17 @@ class QueueQueries(Queries):
     def next_waiting(self, model: str, reward_model: str, rules: Rules | None = None) -> str | None:
         """The job whose turn it would be now; None where none may run."""
         with reading(self._engine) as session:
-            return next_in_line(session, Pair(model, reward_model), rules or Rules())
+            return next_waiting_job(session, Pair(model, reward_model), rules or Rules())
 
     def pause(self, model: str) -> None:
-        """Let no job of a policy run: those that do are handed back after their present step. Raises InvalidInput."""
+        """Pause a queue: running jobs are handed back after their current step. Raises InvalidInputError."""
         self._set_paused(model, paused=True)
 
     def resume(self, model: str) -> Sequence[str]:
-        """Let the jobs of a policy run again. Gives those to ring for, one for each line. Raises InvalidInput."""
+        """Let the jobs of a policy run again. Gives those to ring for, one for each line. Raises InvalidInputError."""
         self._set_paused(model, paused=False)
         with reading(self._engine) as session:
-            lines = [next_in_line(session, pair, Rules()) for pair in pairs_in_line(session) if pair.model == model]
+            lines = [next_waiting_job(session, pair, Rules()) for pair in waiting_pairs(session) if pair.model == model]
             return [job_id for job_id in lines if job_id]
 
     def page(self, silent_seconds: float) -> Sequence[QueueInfo]:
@@ -67,10 +67,12 @@ class QueueQueries(Queries):
 
     def _set_paused(self, model: str, *, paused: bool) -> None:
         with writing(self._engine) as session:
-            asked_for = exists().where(Job.model == model, or_(in_line(Job), Job.status.in_(RUNNING)))
+            asked_for = exists().where(Job.model == model, or_(is_waiting(Job), Job.status.in_(RUNNING)))
             known = select(1).where(or_(asked_for, *(exists().where(t.model == model) for t in (Queue, Worker))))
             if session.execute(known).first() is None:
-                raise InvalidInput(f"There is no queue {model!r}: no worker serves that policy and no job asks for it.")
+                raise InvalidInputError(
+                    f"There is no queue {model!r}: no worker serves that policy and no job asks for it."
+                )
             session.execute(insert_if_new(session, Queue).values(model=model, paused_at=None))
             same = Queue.paused_at.is_(None) if paused else Queue.paused_at.is_not(None)
             session.execute(update(Queue).where(Queue.model == model, same).values(paused_at=now() if paused else None))

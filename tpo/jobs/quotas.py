@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from tpo.core.errors import QuotaExceeded
+from tpo.core.errors import QuotaExceededError
 from tpo.core.status import LIVE
-from tpo.db import now
+from tpo.db import id_at, now
 from tpo.jobs.tables import Job
 from tpo.tenants.tables import Tenant
 from tpo.tenants.tenants import Limits, ensure_tenant, limits_of_tenant
@@ -18,7 +18,7 @@ _IN_FLIGHT_RETRY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Room:
+class RateLimitStatus:
     """What a tenant may still ask for in this minute."""
 
     limit: int
@@ -27,8 +27,8 @@ class Room:
     """Seconds until there is more room than now."""
 
 
-def check_room(session: Session, tenant: str, limits: Limits) -> Room | None:
-    """What is left once one more job is made, in the transaction that makes it. Raises QuotaExceeded."""
+def check_quota(session: Session, tenant: str, limits: Limits) -> RateLimitStatus | None:
+    """What is left once one more job is made, in the transaction that makes it. Raises QuotaExceededError."""
     limits = limits_of_tenant(session, tenant, limits)
     if limits.in_flight is None and limits.per_minute is None:
         return None
@@ -37,7 +37,7 @@ def check_room(session: Session, tenant: str, limits: Limits) -> Room | None:
     session.execute(select(Tenant.id).where(Tenant.id == tenant).with_for_update())
     room = _room_of_minute(session, tenant, limits.per_minute) if limits.per_minute is not None else None
     if limits.in_flight is not None and _in_flight(session, tenant, limits.in_flight) >= limits.in_flight:
-        raise QuotaExceeded(
+        raise QuotaExceededError(
             f"{limits.in_flight} jobs may be in flight, and so many are: wait until one has ended.",
             "too_many_jobs_in_flight",
             _IN_FLIGHT_RETRY_SECONDS,
@@ -54,15 +54,15 @@ def _in_flight(session: Session, tenant: str, most: int) -> int:
     return session.execute(select(func.count()).select_from(flying.subquery())).scalar_one()
 
 
-def _room_of_minute(session: Session, tenant: str, limit: int) -> Room:
+def _room_of_minute(session: Session, tenant: str, limit: int) -> RateLimitStatus:
     moment = session.execute(select(now())).scalar_one()
     # Ids sort by the time of their making: the window is the end of an index.
-    since = f"job_{int((moment - _WINDOW_SECONDS) * 1000):012x}"
+    since = id_at("job_", moment - _WINDOW_SECONDS)
     lately = select(Job.created_at).where(Job.tenant == tenant, Job.id > since).order_by(Job.id).limit(limit).subquery()
     made, oldest = session.execute(select(func.count(), func.min(lately.c.created_at))).one()
     reset = max(0.0, (oldest if made else moment) + _WINDOW_SECONDS - moment)
     if made >= limit:
-        raise QuotaExceeded(
+        raise QuotaExceededError(
             f"{made} jobs were made within a minute, and {limit} are allowed.",
             "rate_limit_exceeded",
             reset,
@@ -70,7 +70,7 @@ def _room_of_minute(session: Session, tenant: str, limit: int) -> Room:
             0,
             reset,
         )
-    return Room(limit, limit - made - 1, reset)
+    return RateLimitStatus(limit, limit - made - 1, reset)
 
 
 def free_slots(session: Session, tenant: str, limits: Limits) -> int | None:

@@ -1,11 +1,13 @@
 """A job's record: its `State` as rows, and the rows as a `State`."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
-from tpo.core.loop import Standing
+from tpo.core.loop import Position, Step
+from tpo.core.ports import Score
 from tpo.core.prompts import PromptSet
 from tpo.core.state import Call, Candidate, Iteration, Message, Note, Params, RewardPart, State
 from tpo.jobs.tables import CallRow, CandidateRow, IterationRow, Job
@@ -38,7 +40,7 @@ def read_state(session: Session, job: Job) -> State:
                 number=i.number,
                 chosen=i.chosen,
                 rejected=i.rejected,
-                loss=None if i.loss is None else Note(text=i.loss, attempt=i.loss_attempt),
+                critique=None if i.critique is None else Note(text=i.critique, attempt=i.critique_attempt),
                 gradient=None if i.gradient is None else Note(text=i.gradient, attempt=i.gradient_attempt),
             )
             for i in rows(IterationRow, IterationRow.number)
@@ -58,49 +60,63 @@ def read_state(session: Session, job: Job) -> State:
     )
 
 
-def write_difference(session: Session, job_id: str, before: State, after: State) -> None:
-    """Insert what is new and update what changed; a step changes its own rows alone."""
-    key = {"job_id": job_id}
-    new_calls = after.calls[len(before.calls) :]
-    new_candidates = after.candidates[len(before.candidates) :]
-    pairs = zip(before.candidates, after.candidates, strict=False)
-    scored = [
-        new.model_dump(include={"iteration", "sample", "reward", "unusable"}) | _parts(new)
-        for old, new in pairs
-        if old != new
-    ]
-    written = [i for i in after.iterations if i not in before.iterations]
-    new_iterations = [i for i in written if i.number > len(before.iterations)]
-    changed = [i for i in written if i.number <= len(before.iterations)]
+def save_step(session: Session, job_id: str, step: Step) -> None:
+    """Write what one model call added or changed: its call, and its candidates, their rewards, or its note."""
+    before, after, request = step.before, step.after, step.request
+    _insert(session, CallRow, job_id, [after.calls[-1].model_dump()])
+    if isinstance(request, Score):
+        scored = [new for old, new in zip(before.candidates, after.candidates, strict=True) if new is not old]
+        _update(session, CandidateRow, job_id, [_reward_columns(candidate) for candidate in scored])
+    elif len(after.candidates) > len(before.candidates):
+        _insert(session, CandidateRow, job_id, map(_candidate_columns, after.candidates[len(before.candidates) :]))
+    else:
+        write = _insert if len(after.iterations) > len(before.iterations) else _update
+        write(session, IterationRow, job_id, [_iteration_columns(after.iteration(request.iteration))])
+
+
+def save_record(session: Session, job_id: str, state: State) -> None:
+    """Write all that a new job starts from, where that is another job's record."""
+    _insert(session, CallRow, job_id, [call.model_dump() for call in state.calls])
+    _insert(session, CandidateRow, job_id, map(_candidate_columns, state.candidates))
+    _insert(session, IterationRow, job_id, map(_iteration_columns, state.iterations))
+
+
+def _insert(session: Session, table: Any, job_id: str, rows: Iterable[dict[str, Any]]) -> None:
     # Lists of rows, not values in the statement: SQLAlchemy compiles such a statement once.
-    for statement, rows in (
-        (insert(CallRow), [call.model_dump() for call in new_calls]),
-        (insert(CandidateRow), [candidate.model_dump() | _parts(candidate) for candidate in new_candidates]),
-        (update(CandidateRow), scored),
-        (insert(IterationRow), [_iteration_values(i) for i in new_iterations]),
-        (update(IterationRow), [_iteration_values(i) for i in changed]),
-    ):
-        if rows:
-            session.execute(statement, [{**key, **row} for row in rows])
+    if rows := [{"job_id": job_id, **row} for row in rows]:
+        session.execute(insert(table), rows)
+
+
+def _update(session: Session, table: Any, job_id: str, rows: Iterable[dict[str, Any]]) -> None:
+    if rows := [{"job_id": job_id, **row} for row in rows]:
+        session.execute(update(table), rows)
+
+
+def _candidate_columns(candidate: Candidate) -> dict[str, Any]:
+    return candidate.model_dump() | _parts(candidate)
+
+
+def _reward_columns(candidate: Candidate) -> dict[str, Any]:
+    return candidate.model_dump(include={"iteration", "sample", "reward", "unusable"}) | _parts(candidate)
 
 
 def _parts(candidate: Candidate) -> dict[str, Any]:
     return {"parts": [part.model_dump() for part in candidate.parts] or None}
 
 
-def _iteration_values(iteration: Iteration) -> dict[str, Any]:
-    values = iteration.model_dump(exclude={"loss", "gradient"})
-    for name, note in (("loss", iteration.loss), ("gradient", iteration.gradient)):
+def _iteration_columns(iteration: Iteration) -> dict[str, Any]:
+    values = iteration.model_dump(exclude={"critique", "gradient"})
+    for name, note in (("critique", iteration.critique), ("gradient", iteration.gradient)):
         values |= {name: note and note.text, f"{name}_attempt": note.attempt if note else 0}
     return values
 
 
-def fresh(state: State) -> State:
+def without_progress(state: State) -> State:
     """The same optimization before its first step."""
     return state.model_copy(update={"candidates": (), "iterations": (), "calls": ()})
 
 
-def progress_of(state: State, where: Standing) -> dict[str, Any]:
+def progress_columns(state: State, where: Position) -> dict[str, Any]:
     """Where a state stands, as its job's row tells it."""
     best, usage = state.best, state.usage
     return {
@@ -112,5 +128,5 @@ def progress_of(state: State, where: Standing) -> dict[str, Any]:
         "input_tokens": usage.input_tokens,
         "output_tokens": usage.output_tokens,
         "reward_tokens": usage.reward_tokens,
-        "call_seconds": usage.gpu_seconds,
+        "model_seconds": usage.model_seconds,
     }

@@ -7,15 +7,15 @@ from sqlalchemy import Select, bindparam, exists, select, union_all
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
-from tpo.core.errors import ExternalIdTaken, JobNotFound, StoreUnavailable
+from tpo.core.errors import ExternalIdTakenError, JobNotFoundError, StoreUnavailableError
 from tpo.core.state import State
 from tpo.core.status import Status
-from tpo.db import Queries, asking, reading, write
+from tpo.db import Queries, reading, single_query, write
 from tpo.jobs.insertion import ATTRIBUTES, JOBS, JobOptions, insert_jobs
-from tpo.jobs.quotas import Room, check_room, free_slots
+from tpo.jobs.quotas import RateLimitStatus, check_quota, free_slots
 from tpo.jobs.records import read_state
 from tpo.jobs.tables import EventRow, Job, MetadataRow
-from tpo.tenants.idempotency import RACES, Once, remember, said_before
+from tpo.tenants.idempotency import MAX_CONFLICT_RETRIES, IdempotencyRequest, find_existing, record_key
 from tpo.tenants.tenants import Limits
 
 # Statements that every request needs are built once: building one costs more than running it.
@@ -29,7 +29,7 @@ class Submitted(NamedTuple):
 
     job: Job
     new: bool
-    room: Room | None
+    room: RateLimitStatus | None
     """How much more the tenant may ask for now; None where nothing limits it, or nothing was made."""
 
 
@@ -40,39 +40,39 @@ class JobRequests(Queries):
         self,
         state: State,
         *,
-        once: Once | None = None,
+        once: IdempotencyRequest | None = None,
         limits: Limits | None = None,
         **of_job: Unpack[JobOptions],
     ) -> Submitted:
         """Commit a new job, its first event and what names the request; or give the job that the request made before.
 
-        Raises SameKeyOtherBody, ExternalIdTaken and QuotaExceeded; then nothing was written.
+        Raises IdempotencyConflictError, ExternalIdTakenError and QuotaExceededError; then nothing was written.
         """
         external_id = of_job.get("external_id")
 
         def make(session: Session) -> Submitted:
             if known := self._known(session, once, external_id):
                 return Submitted(known, new=False, room=None)
-            room = check_room(session, self.tenant, limits) if limits else None
+            room = check_quota(session, self.tenant, limits) if limits else None
             [job] = insert_jobs(session, self.tenant, [(state, once, of_job)])
             return Submitted(job, new=True, room=room)
 
-        for _ in range(RACES):
+        for _ in range(MAX_CONFLICT_RETRIES):
             try:
                 return write(self._engine, make)
             except IntegrityError:
                 # Another process made the same job a moment ago: the next round finds it.
                 if once is None and external_id is None:
                     raise
-        raise StoreUnavailable()
+        raise StoreUnavailableError()
 
     def get(self, job_id: str) -> Job:
-        """One job. Raises JobNotFound."""
-        with asking(self._engine) as connection:
+        """One job. Raises JobNotFoundError."""
+        with single_query(self._engine) as connection:
             # One query whether it is not there or not theirs: nobody learns which by its time.
             job = connection.execute(_OWN, {"job_id": job_id, "tenant": self.tenant}).one_or_none()
             if job is None:
-                raise JobNotFound(f"There is no job {job_id!r}.")
+                raise JobNotFoundError(f"There is no job {job_id!r}.")
             return cast("Job", job)
 
     def page(
@@ -102,11 +102,11 @@ class JobRequests(Queries):
         else:
             ids = first_of(select(Job.id).where(Job.tenant == self.tenant), Job.id)
         query = select(*_AS_JOB).where(Job.id.in_(ids)).order_by(Job.id if order == "asc" else Job.id.desc())
-        with asking(self._engine) as connection:
+        with single_query(self._engine) as connection:
             return cast("Sequence[Job]", connection.execute(query).all())
 
     def state(self, job_id: str) -> State:
-        """All that is recorded of one job's optimization. Raises JobNotFound."""
+        """All that is recorded of one job's optimization. Raises JobNotFoundError."""
         with reading(self._engine) as session:
             return read_state(session, self._own(session, job_id))
 
@@ -125,9 +125,9 @@ class JobRequests(Queries):
         with reading(self._engine) as session:
             return free_slots(session, self.tenant, limits)
 
-    def _known(self, session: Session, once: Once | None, external_id: str | None) -> Job | None:
-        """The job that this request has made before. Raises SameKeyOtherBody, ExternalIdTaken."""
-        if said := said_before(session, self.tenant, once):
+    def _known(self, session: Session, once: IdempotencyRequest | None, external_id: str | None) -> Job | None:
+        """The job that this request has made before. Raises IdempotencyConflictError, ExternalIdTakenError."""
+        if said := find_existing(session, self.tenant, once):
             return session.get_one(Job, said.job_id)
         if external_id is None:
             return None
@@ -135,8 +135,8 @@ class JobRequests(Queries):
         job = session.scalars(query).one_or_none()
         if job is not None:
             if once is None or job.fingerprint != once.fingerprint:
-                raise ExternalIdTaken()
-            remember(session, self.tenant, once, job_id=job.id)
+                raise ExternalIdTakenError()
+            record_key(session, self.tenant, once, job_id=job.id)
         return job
 
     def _own(self, session: Session, job_id: str, *, lock: bool = False) -> Job:
@@ -144,7 +144,7 @@ class JobRequests(Queries):
         query = select(Job).where(Job.id == job_id, Job.tenant == self.tenant)
         job = session.scalars(query.with_for_update() if lock else query).one_or_none()
         if job is None:
-            raise JobNotFound(f"There is no job {job_id!r}.")
+            raise JobNotFoundError(f"There is no job {job_id!r}.")
         return job
 
 

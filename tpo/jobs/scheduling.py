@@ -22,7 +22,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Head:
+class QueueHead:
     """The jobs of one tenant that wait at one priority in one queue, by the oldest of them."""
 
     job_id: str
@@ -43,32 +43,32 @@ class Head:
         return max(self.since, self.served or 0.0)
 
 
-def next_turn(heads: Sequence[Head], running: Mapping[str, int], now: float, rules: Rules) -> Head | None:
+def pick_next(heads: Sequence[QueueHead], running: Mapping[str, int], now: float, rules: Rules) -> QueueHead | None:
     """Whose turn it is; `running` tells how many jobs each tenant has running in this queue."""
     if not heads:
         return None
     highest = max(head.priority for head in heads)
 
-    def is_high(head: Head) -> bool:
+    def is_high(head: QueueHead) -> bool:
         return head.priority + (now - head.waits_from) // rules.priority_seconds >= highest
 
-    def key(head: Head) -> tuple[int, float, float, str]:
+    def key(head: QueueHead) -> tuple[int, float, float, str]:
         return running.get(head.tenant, 0), head.tenant_served, head.waits_from, head.job_id
 
     # The head of the highest priority is there whatever the clock says, so that there is always one.
     return min((head for head in heads if head.priority == highest or is_high(head)), key=key)
 
 
-def with_room(heads: Sequence[Head], running: Mapping[str, int], rules: Rules) -> list[Head]:
+def with_capacity(heads: Sequence[QueueHead], running: Mapping[str, int], rules: Rules) -> list[QueueHead]:
     """The heads of tenants that may have one more running job; `running` is over all queues."""
 
-    def room(head: Head) -> bool:
+    def room(head: QueueHead) -> bool:
         most = limit_of(head, rules)
         return most is None or running.get(head.tenant, 0) < most
 
     return [head for head in heads if room(head)]
 
 
-def limit_of(head: Head, rules: Rules) -> int | None:
+def limit_of(head: QueueHead, rules: Rules) -> int | None:
     """How many jobs of this tenant may run at once; None is no limit."""
     return rules.max_running if head.max_running is None else head.max_running

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from tpo.core import prompts
-from tpo.core.errors import InvalidInput, UnknownModel
+from tpo.core.errors import InvalidInputError, UnknownModelError
 from tpo.core.state import Message, Params, State
 from tpo.settings import Settings
 from tpo.wire import SaidText, StoredText, Wire
@@ -130,7 +130,7 @@ class Served(NamedTuple):
 def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Served]]) -> Served:
     """The policy and the reward model of a job; `workers` is asked where they are not this environment's own.
 
-    Raises UnknownModel where no worker could ever run it.
+    Raises UnknownModelError where no worker could ever run it.
     """
     own = Served(settings.policy, settings.reward_model)
     wanted = Served(body.model or own.model, body.parameters.reward_model or own.reward_model)
@@ -142,8 +142,8 @@ def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Serv
     beside = sorted(s.reward_model for s in known if s.model == wanted.model)
     if not beside:
         models = ", ".join(sorted({s.model for s in known}))
-        raise UnknownModel(f"No worker serves the policy {wanted.model!r}; there are: {models}.", "model")
-    raise UnknownModel(
+        raise UnknownModelError(f"No worker serves the policy {wanted.model!r}; there are: {models}.", "model")
+    raise UnknownModelError(
         f"No worker serves the reward model {wanted.reward_model!r} beside the policy {wanted.model!r}; there are: "
         f"{', '.join(beside)}.",
         "parameters.reward_model",
@@ -151,23 +151,23 @@ def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Serv
 
 
 def to_state(body: Submit, model: str, settings: Settings) -> State:
-    """The optimization before its first step. Raises InvalidInput."""
+    """The optimization before its first step. Raises InvalidInputError."""
     for name, most in (("sample_size", settings.max_sample_size), ("max_iterations", settings.max_iterations)):
         if getattr(body.parameters, name) > most:
-            raise InvalidInput(f"parameters.{name}: this server allows at most {most}.", f"parameters.{name}")
+            raise InvalidInputError(f"parameters.{name}: this server allows at most {most}.", f"parameters.{name}")
     messages = (
         (Message(role="user", content=body.input),)
         if isinstance(body.input, str)
         else tuple(Message(role=m.role, content=m.content) for m in body.input)
     )
     if (length := sum(len(m.content) for m in messages)) > settings.max_input_characters:
-        raise InvalidInput(
+        raise InvalidInputError(
             f"input: has {length} characters; this server allows at most {settings.max_input_characters}.", "input"
         )
     try:
         prompt_set = prompts.load(body.parameters.prompt_set or settings.prompt_set_of(model))
-    except InvalidInput as error:
-        raise InvalidInput(f"parameters.prompt_set: {error}", "parameters.prompt_set") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(f"parameters.prompt_set: {error}", "parameters.prompt_set") from error
     said = body.parameters.model_dump(include=set(Params.model_fields))
     unsaid = {name: v for name, v in settings.stopping.items() if name not in body.parameters.model_fields_set}
     params = Params.model_validate({**said, **unsaid})

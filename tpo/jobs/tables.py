@@ -73,13 +73,13 @@ class Job(Base):
     """A queued job with this is not in line: the sweeper puts it back there when the time has come."""
 
     attempt: Mapped[int] = mapped_column(default=0)
-    attempts_in_vain: Mapped[int] = mapped_column(default=0)
+    consecutive_failures: Mapped[int] = mapped_column(default=0)
     """Attempts since the last recorded step; those count against `max_attempts`."""
     max_attempts: Mapped[int]
     fence: Mapped[int] = mapped_column(default=0)
     lease_owner: Mapped[str | None]
     lease_until: Mapped[float | None]
-    rung_at: Mapped[float]
+    queued_at: Mapped[float]
     """When the job last came into line, and workers were rung for."""
 
     iteration: Mapped[int] = mapped_column(default=0)
@@ -91,7 +91,7 @@ class Job(Base):
     input_tokens: Mapped[int] = mapped_column(default=0)
     output_tokens: Mapped[int] = mapped_column(default=0)
     reward_tokens: Mapped[int] = mapped_column(default=0)
-    call_seconds: Mapped[float] = mapped_column(default=0.0)
+    model_seconds: Mapped[float] = mapped_column(default=0.0)
     """What its model calls took so far, waiting inside the back end included."""
     last_event: Mapped[int] = mapped_column(default=0)
 
@@ -130,8 +130,8 @@ class IterationRow(_OfJob, Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     chosen: Mapped[str]
     rejected: Mapped[str | None]
-    loss: Mapped[str | None]
-    loss_attempt: Mapped[int] = mapped_column(default=0)
+    critique: Mapped[str | None]
+    critique_attempt: Mapped[int] = mapped_column(default=0)
     gradient: Mapped[str | None]
     gradient_attempt: Mapped[int] = mapped_column(default=0)
 
@@ -184,7 +184,7 @@ class Worker(Base):
     id: Mapped[str] = mapped_column(String(128), primary_key=True)
     model: Mapped[str]
     reward_model: Mapped[str]
-    slots: Mapped[int]
+    concurrency: Mapped[int]
     started_at: Mapped[float]
     seen_at: Mapped[float]
 
@@ -198,13 +198,13 @@ class Queue(Base):
     paused_at: Mapped[float | None]
 
 
-class Turn(Base):
+class LastClaim(Base):
     """When a tenant last had a turn at one priority, with one pair of models."""
 
-    __tablename__ = "turns"
+    __tablename__ = "last_claims"
 
     model: Mapped[str] = mapped_column(primary_key=True)
     reward_model: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str] = mapped_column(String(64), primary_key=True)
     priority: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    served_at: Mapped[float]
+    claimed_at: Mapped[float]

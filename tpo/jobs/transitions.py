@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 from tpo.core.status import TERMINAL, Status
 from tpo.db import now
 from tpo.jobs.events import Event
+from tpo.jobs.outcomes import Outcome, final_event
 from tpo.jobs.tables import EventRow, Job
 from tpo.webhooks.outbox import enqueue_webhooks
 
@@ -15,7 +16,7 @@ NO_LEASE = {"lease_owner": None, "lease_until": None}
 CANCELLED = {"status": "cancelled", "completed_at": now(), "phase": None, "pause_requested_at": None, **NO_LEASE}
 
 
-def of(job_id: str, *statuses: Status) -> ColumnElement[bool]:
+def job_in_status(job_id: str, *statuses: Status) -> ColumnElement[bool]:
     """The job, in one of these states."""
     return and_(Job.id == job_id, Job.status.in_(statuses))
 
@@ -34,7 +35,13 @@ def transition(session: Session, which: ColumnElement[bool], values: dict[str, A
     return True
 
 
-def put_back(
+def end_job(session: Session, which: ColumnElement[bool], outcome: Outcome) -> bool:
+    """End the one job that matches; False if none does."""
+    ended = {"completed_at": now(), "phase": None, "pause_requested_at": None, **NO_LEASE}
+    return transition(session, which, {**vars(outcome), **ended}, final_event(outcome))
+
+
+def requeue(
     session: Session,
     which: ColumnElement[bool],
     values: dict[str, Any],

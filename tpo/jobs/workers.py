@@ -11,9 +11,9 @@ from tpo.jobs.tables import Worker
 class WorkerQueries(Queries):
     """The part of the store that knows the workers. They serve every tenant."""
 
-    def register(self, worker: str, *, model: str, reward_model: str, slots: int) -> None:
+    def register(self, worker: str, *, model: str, reward_model: str, concurrency: int) -> None:
         """Tell that a worker is ready and what it serves; said again, that it is still there."""
-        values = {"model": model, "reward_model": reward_model, "slots": slots, "seen_at": now()}
+        values = {"model": model, "reward_model": reward_model, "concurrency": concurrency, "seen_at": now()}
         with writing(self._engine) as session:
             known = session.execute(update(Worker).where(Worker.id == worker).values(values).returning(Worker.id))
             if known.first() is None:

@@ -9,7 +9,7 @@ from pydantic_core import from_json
 
 from tpo import validation_messages
 from tpo.batches.tables import BatchLine
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 from tpo.jobs.tables import Job
 from tpo.openai import views
 from tpo.openai.requests import ChatRequest, JobRequest, ResponseRequest
@@ -48,7 +48,7 @@ class Refused(NamedTuple):
     """A line that cannot be a job, and why."""
 
     custom_id: str | None
-    error: InvalidInput
+    error: InvalidInputError
 
 
 def split(parts: Iterable[bytes], longest: int) -> Iterator[RawLine]:
@@ -81,28 +81,28 @@ def is_blank(line: RawLine) -> bool:
 def read(line: RawLine, endpoint: str) -> Request | Refused:
     """What a line asks for."""
     if line.text is None:
-        return Refused(None, InvalidInput("The line is too long."))
+        return Refused(None, InvalidInputError("The line is too long."))
     try:
         found = from_json(line.text.removeprefix(_MARK), allow_inf_nan=False)
     except ValueError:
-        return Refused(None, InvalidInput("The line is not JSON in UTF-8, or it is nested too deeply."))
+        return Refused(None, InvalidInputError("The line is not JSON in UTF-8, or it is nested too deeply."))
     if not isinstance(found, dict):
-        return Refused(None, InvalidInput("The line must be a JSON object."))
+        return Refused(None, InvalidInputError("The line must be a JSON object."))
     custom_id = _custom_id(found)
     try:
         parsed = _Line.model_validate(found)
         if parsed.url != endpoint:
-            raise InvalidInput(f"url: must be the batch's endpoint, {endpoint}.", "url")
+            raise InvalidInputError(f"url: must be the batch's endpoint, {endpoint}.", "url")
         body = _REQUESTS[endpoint].model_validate(parsed.body)
     except ValidationError as error:
         return Refused(custom_id, validation_messages.invalid(error))
-    except InvalidInput as error:
+    except InvalidInputError as error:
         return Refused(custom_id, error)
     if body.stream:
-        return Refused(custom_id, InvalidInput("stream: is not for batches.", "stream"))
+        return Refused(custom_id, InvalidInputError("stream: is not for batches.", "stream"))
     if "external_id" in (body.tpo or {}):
         said = "tpo.external_id: is not for batches; custom_id names a line."
-        return Refused(custom_id, InvalidInput(said, "tpo.external_id"))
+        return Refused(custom_id, InvalidInputError(said, "tpo.external_id"))
     return Request(parsed.custom_id, body)
 
 

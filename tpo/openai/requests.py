@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, Tag, ValidationError, model_validator
 
 from tpo import validation_messages
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 from tpo.jobs.submission import BY_SHAPE, Submit
 from tpo.wire import SaidText, Wire
 
@@ -99,12 +99,12 @@ class JobRequest(Wire):
     service_tier: Literal["auto", "default"] | None = None
 
     def submission(self) -> Submit:
-        """The job that is asked for. Raises InvalidInput, by the names of this request."""
+        """The job that is asked for. Raises InvalidInputError, by the names of this request."""
         own = dict(self.tpo or {})
         beside = {name: own.pop(name) for name in _BESIDE if name in own}
         given = {name: value for name, value in self._sampling().items() if value is not None}
         for name in sorted(given.keys() & own.keys()):
-            raise InvalidInput(f"tpo.{name}: stands beside tpo too; send one of them.", f"tpo.{name}")
+            raise InvalidInputError(f"tpo.{name}: stands beside tpo too; send one of them.", f"tpo.{name}")
         said = self._said()
         wanted: dict[str, Any] = {
             "model": self.model,
@@ -118,7 +118,7 @@ class JobRequest(Wire):
         except ValidationError as error:
             raise validation_messages.invalid(error, self._renamed) from None
 
-    def as_sent(self, error: InvalidInput) -> InvalidInput:
+    def as_sent(self, error: InvalidInputError) -> InvalidInputError:
         """An error about the submission, told by the names of this request."""
         if not error.param:
             return error

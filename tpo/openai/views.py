@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tpo.core.errors import JobNotFound
+from tpo.core.errors import JobNotFoundError
 from tpo.core.status import TERMINAL, Status
 from tpo.jobs.tables import Job
 from tpo.wire import Wire
@@ -178,9 +178,9 @@ def response_id(job_id: str) -> str:
 
 
 def job_id_of(response: str) -> str:
-    """The job behind a response. Raises JobNotFound where it cannot be the id of one."""
+    """The job behind a response. Raises JobNotFoundError where it cannot be the id of one."""
     if not re.fullmatch("resp_[0-9a-f]{32}", response):
-        raise JobNotFound("There is no response with this id.")
+        raise JobNotFoundError("There is no response with this id.")
     return response.replace("resp_", "job_", 1)
 
 

@@ -8,11 +8,11 @@ from sqlalchemy import Double, Engine, Table, and_, bindparam, delete, insert, s
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from tpo.core.errors import SameKeyOtherBody, StoreUnavailable
+from tpo.core.errors import IdempotencyConflictError, StoreUnavailableError
 from tpo.db import Queries, now, write, writing
 from tpo.tenants.tables import IdempotencyKey
 
-RACES = 5
+MAX_CONFLICT_RETRIES = 5
 """Other processes that may be quicker with the same request, one after another."""
 
 _T = TypeVar("_T")
@@ -27,7 +27,7 @@ _REMEMBER = insert(cast("Table", IdempotencyKey.__table__)).values(created_at=no
 
 
 @dataclass(frozen=True)
-class Once:
+class IdempotencyRequest:
     """What names a request, so that said twice it is done once."""
 
     fingerprint: str
@@ -37,8 +37,8 @@ class Once:
     keep_seconds: float = 24 * 3600
 
 
-def said_before(session: Session, tenant: str, once: Once | None) -> IdempotencyKey | None:
-    """What the same request has made before. Raises SameKeyOtherBody."""
+def find_existing(session: Session, tenant: str, once: IdempotencyRequest | None) -> IdempotencyKey | None:
+    """What the same request has made before. Raises IdempotencyConflictError."""
     if once is None or once.key is None:
         return None
     named = {"tenant": tenant, "key": once.key}
@@ -51,25 +51,25 @@ def said_before(session: Session, tenant: str, once: Once | None) -> Idempotency
         session.expunge(said)
         return None
     if said.fingerprint != once.fingerprint:
-        raise SameKeyOtherBody()
+        raise IdempotencyConflictError()
     return said
 
 
-def remember(session: Session, tenant: str, once: Once | None, **made: str) -> None:
+def record_key(session: Session, tenant: str, once: IdempotencyRequest | None, **made: str) -> None:
     """Remember what a request makes: its `job_id`, `file_id` or `batch_id`."""
     if once is not None and once.key is not None:
         values: dict[str, Any] = {"tenant": tenant, "key": once.key, "fingerprint": once.fingerprint, **made}
         session.execute(_REMEMBER, values)
 
 
-def unless_said(engine: Engine, make: Callable[[Session], _T]) -> _T:
+def create_idempotently(engine: Engine, make: Callable[[Session], _T]) -> _T:
     """Make it in one transaction; where another process has said the same meanwhile, look again. Both see the first."""
-    for _ in range(RACES):
+    for _ in range(MAX_CONFLICT_RETRIES):
         try:
             return write(engine, make)
         except IntegrityError:
             continue  # the next round finds what the other has made
-    raise StoreUnavailable()
+    raise StoreUnavailableError()
 
 
 class IdempotencyQueries(Queries):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Select, insert, select, update
 
-from tpo.core.errors import InvalidInput, KeyNotFound
+from tpo.core.errors import InvalidInputError, KeyNotFoundError
 from tpo.db import Queries, now, reading, writing
 from tpo.tenants.tables import ApiKey
 from tpo.tenants.tenants import ensure_tenant
@@ -26,9 +26,9 @@ class KeyQueries(Queries):
     """The part of the store that knows who asks."""
 
     def create(self, name: str, tenant: str) -> NewKey:
-        """Make a key, and its tenant where that is new. Raises InvalidInput."""
+        """Make a key, and its tenant where that is new. Raises InvalidInputError."""
         if not 0 < len(name) <= 200 or "\x00" in name:
-            raise InvalidInput("A key's name has 1 to 200 characters.", "name")
+            raise InvalidInputError("A key's name has 1 to 200 characters.", "name")
         secret = f"tpo_{secrets.token_urlsafe(_KEY_BYTES)}"
         key_id = f"key_{secrets.token_hex(12)}"
         with writing(self._engine) as session:
@@ -43,13 +43,13 @@ class KeyQueries(Queries):
             return session.scalars(select(ApiKey).order_by(ApiKey.created_at, ApiKey.id)).all()
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Let a key open nothing any more; said again, it changes nothing. Raises KeyNotFound."""
+        """Let a key open nothing any more; said again, it changes nothing. Raises KeyNotFoundError."""
         with writing(self._engine) as session:
             which = (ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
             session.execute(update(ApiKey).where(*which).values(revoked_at=now()))
             key = session.get(ApiKey, key_id)
             if key is None:
-                raise KeyNotFound(f"There is no key {key_id!r}.")
+                raise KeyNotFoundError(f"There is no key {key_id!r}.")
             return key
 
     def tenant_of(self, secret: str) -> str | None:

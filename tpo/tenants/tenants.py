@@ -7,7 +7,7 @@ from typing import cast
 from sqlalchemy import Table, bindparam, select
 from sqlalchemy.orm import Session
 
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 from tpo.db import Queries, insert_if_new, now, writing
 from tpo.tenants.tables import Tenant
 
@@ -15,9 +15,9 @@ _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def ensure_tenant(session: Session, tenant: str) -> None:
-    """Make a tenant that is not there yet. Raises InvalidInput."""
+    """Make a tenant that is not there yet. Raises InvalidInputError."""
     if not _TENANT.fullmatch(tenant):
-        raise InvalidInput(f"A tenant is named by up to 64 of A-Za-z0-9._-; {tenant!r} is no such name.", "tenant")
+        raise InvalidInputError(f"A tenant is named by up to 64 of A-Za-z0-9._-; {tenant!r} is no such name.", "tenant")
     if session.get(Tenant, tenant) is None:
         session.execute(insert_if_new(session, Tenant).values(id=tenant, created_at=now()))  # another may be quicker
 

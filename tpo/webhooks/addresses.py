@@ -5,7 +5,7 @@ import re
 import socket
 from urllib.parse import urlsplit
 
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 
 _URL = re.compile(r"https?://[!-~]+", re.IGNORECASE)
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -27,19 +27,19 @@ def is_public(address: Address) -> bool:
 
 
 def check_url(url: str, *, allow_private: bool) -> None:
-    """Raise InvalidInput unless this is an address that events can be sent to, as far as can be told by looking at it.
+    """Raise InvalidInputError unless events can be sent to this address, as far as its text alone tells.
 
     What a name means is looked at when something is sent, each time: until then it may change.
     """
     if not _URL.fullmatch(url):
-        raise InvalidInput("url: must begin with https:// or http:// and hold printable ASCII alone.", "url")
+        raise InvalidInputError("url: must begin with https:// or http:// and hold printable ASCII alone.", "url")
     try:
         parts = urlsplit(url)
         host, _port = parts.hostname or "", parts.port
     except ValueError:
-        raise InvalidInput("url: is not a valid address.", "url") from None
+        raise InvalidInputError("url: is not a valid address.", "url") from None
     if not host or parts.username is not None or parts.password is not None or parts.fragment:
-        raise InvalidInput("url: must name a host, and hold neither user, password nor fragment.", "url")
+        raise InvalidInputError("url: must name a host, and hold neither user, password nor fragment.", "url")
     if allow_private:
         return
     try:
@@ -47,7 +47,7 @@ def check_url(url: str, *, allow_private: bool) -> None:
     except ValueError:
         private = host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost")
     if private:
-        raise InvalidInput("url: is no public address.", "url")
+        raise InvalidInputError("url: is no public address.", "url")
 
 
 def _written(host: str) -> Address:

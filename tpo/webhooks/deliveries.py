@@ -15,7 +15,7 @@ AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Parcel:
+class ClaimedDelivery:
     """A delivery that this process has claimed: what to send where, and what signs it."""
 
     delivery_id: str
@@ -43,13 +43,13 @@ class DeliveryQueries(Queries):
         with reading(self._engine) as session:
             return session.scalars(query).all()
 
-    def claim(self, delivery_id: str, seconds: float) -> Parcel | None:
+    def claim(self, delivery_id: str, seconds: float) -> ClaimedDelivery | None:
         """Take a delivery for so long; None where it is not due, or its webhook has enough under way."""
         with writing(self._engine) as session:
             webhook = _open_webhook(session, select(Delivery.webhook_id).where(Delivery.id == delivery_id))
             return _claim(session, webhook, delivery_id, seconds) if webhook else None
 
-    def claim_next(self, webhook_id: str, seconds: float) -> Parcel | None:
+    def claim_next(self, webhook_id: str, seconds: float) -> ClaimedDelivery | None:
         """Take the webhook's delivery that is due for longest."""
         query = select(Delivery.id).where(Delivery.webhook_id == webhook_id, _due())
         with writing(self._engine) as session:
@@ -57,20 +57,20 @@ class DeliveryQueries(Queries):
             found = session.scalars(query.order_by(Delivery.next_attempt_at).limit(1)).one_or_none()
             return _claim(session, webhook, found, seconds) if webhook and found else None
 
-    def record_success(self, parcel: Parcel) -> None:
+    def record_success(self, parcel: ClaimedDelivery) -> None:
         """It has arrived."""
         with writing(self._engine) as session:
             values = {"status": "delivered", "ended_at": now(), "last_error": None}
             session.execute(update(Delivery).where(_mine(parcel)).values(values))
 
-    def record_failure(self, parcel: Parcel, error: str, delay_seconds: float | None) -> None:
+    def record_failure(self, parcel: ClaimedDelivery, error: str, delay_seconds: float | None) -> None:
         """It has not arrived: try again after that delay, or give up where there is none."""
         again = {"status": "pending", "next_attempt_at": now() + (delay_seconds or 0.0)}
         values = {"status": "failed", "ended_at": now()} if delay_seconds is None else again
         with writing(self._engine) as session:
             session.execute(update(Delivery).where(_mine(parcel)).values({**values, "last_error": error}))
 
-    def record_gone(self, parcel: Parcel) -> None:
+    def record_gone(self, parcel: ClaimedDelivery) -> None:
         """The receiver wants no more: switch its webhook off, unless it has moved to another address meanwhile."""
         same = select(Webhook).where(Webhook.id == parcel.webhook_id, Webhook.url == parcel.url)
         with writing(self._engine) as session:
@@ -92,7 +92,7 @@ def _due() -> ColumnElement[bool]:
     return and_(Delivery.status.in_(("pending", "sending")), Delivery.next_attempt_at <= now())
 
 
-def _mine(parcel: Parcel) -> ColumnElement[bool]:
+def _mine(parcel: ClaimedDelivery) -> ColumnElement[bool]:
     """The delivery, unless another process has claimed it since, or it was dropped."""
     return and_(Delivery.id == parcel.delivery_id, Delivery.attempt == parcel.attempt, Delivery.status == "sending")
 
@@ -108,7 +108,7 @@ def _open_webhook(session: Session, which: Select[str]) -> Webhook | None:
     return session.scalars(query.with_for_update(key_share=True)).one_or_none()
 
 
-def _claim(session: Session, webhook: Webhook, delivery_id: str, seconds: float) -> Parcel | None:
+def _claim(session: Session, webhook: Webhook, delivery_id: str, seconds: float) -> ClaimedDelivery | None:
     full = _counted_sending().having(func.count() >= AT_ONCE)
     may = (Delivery.id == delivery_id, _due(), Delivery.webhook_id.not_in(full))
     values = {"status": "sending", "attempt": Delivery.attempt + 1, "next_attempt_at": now() + seconds}
@@ -119,7 +119,7 @@ def _claim(session: Session, webhook: Webhook, delivery_id: str, seconds: float)
     old = case((Webhook.old_secret_until > now(), Webhook.old_secret), else_=None)
     query = select(old, now() - row.created_at).where(Webhook.id == webhook.id)
     old_secret, age = session.execute(query).one()
-    return Parcel(
+    return ClaimedDelivery(
         delivery_id=row.id,
         webhook_id=webhook.id,
         url=webhook.url,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from tpo.core.errors import Conflict, WebhookNotFound
-from tpo.db import Queries, now, reading, writing
+from tpo.core.errors import ConflictError, WebhookNotFoundError
+from tpo.db import Queries, new_id, now, reading, writing
 from tpo.webhooks.outbox import insert_delivery
 from tpo.webhooks.tables import PING, Delivery, Webhook
 
@@ -30,14 +30,14 @@ class WebhookQueries(Queries):
     """The part of the store that keeps webhooks."""
 
     def create(self, url: str, events: Sequence[str]) -> NewSecret:
-        """Make a webhook. Raises Conflict where the tenant has too many."""
+        """Make a webhook. Raises ConflictError where the tenant has too many."""
         secret = _new_secret()
         with writing(self._engine) as session:
             count = select(func.count()).select_from(Webhook).where(Webhook.tenant == self.tenant)
             if session.execute(count).scalar_one() >= MAX_WEBHOOKS:
-                raise Conflict(f"There are {MAX_WEBHOOKS} webhooks already: delete one first.")
+                raise ConflictError(f"There are {MAX_WEBHOOKS} webhooks already: delete one first.")
             seconds = session.execute(select(now())).scalar_one()
-            webhook_id = f"wh_{int(seconds * 1000):012x}{secrets.token_hex(10)}"
+            webhook_id = new_id("wh_", seconds)
             session.execute(
                 insert(Webhook).values(
                     id=webhook_id,
@@ -52,7 +52,7 @@ class WebhookQueries(Queries):
             return NewSecret(session.get_one(Webhook, webhook_id), secret)
 
     def get(self, webhook_id: str) -> Webhook:
-        """One webhook. Raises WebhookNotFound."""
+        """One webhook. Raises WebhookNotFoundError."""
         with reading(self._engine) as session:
             return self._own_webhook(session, webhook_id)
 
@@ -78,7 +78,7 @@ class WebhookQueries(Queries):
             return webhook
 
     def rotate_secret(self, webhook_id: str, keep_old_seconds: float) -> NewSecret:
-        """Make a new secret; the one that it replaces signs too for a while. Raises WebhookNotFound."""
+        """Make a new secret; the one that it replaces signs too for a while. Raises WebhookNotFoundError."""
         secret = _new_secret()
         with writing(self._engine) as session:
             webhook = self._own_webhook(session, webhook_id, lock=True)
@@ -94,20 +94,20 @@ class WebhookQueries(Queries):
             return NewSecret(webhook, secret)
 
     def delete(self, webhook_id: str) -> None:
-        """Forget a webhook and its deliveries. Raises WebhookNotFound."""
+        """Forget a webhook and its deliveries. Raises WebhookNotFoundError."""
         with writing(self._engine) as session:
             self._own_webhook(session, webhook_id, lock=True)
             session.execute(delete(Webhook).where(Webhook.id == webhook_id))
 
     def ping(self, webhook_id: str) -> Delivery:
-        """Have a test event delivered. Raises WebhookNotFound, and Conflict where the webhook is off."""
+        """Have a test event delivered. Raises WebhookNotFoundError, and ConflictError where the webhook is off."""
         with writing(self._engine) as session:
             if not self._own_webhook(session, webhook_id, lock=True).enabled:
-                raise Conflict("The webhook is switched off: enable it first.")
+                raise ConflictError("The webhook is switched off: enable it first.")
             return session.get_one(Delivery, insert_delivery(session, webhook_id, PING, webhook_id))
 
     def deliveries_page(self, webhook_id: str, *, limit: int, after: str | None = None) -> Sequence[Delivery]:
-        """A page of a webhook's deliveries, the newest first. Raises WebhookNotFound."""
+        """A page of a webhook's deliveries, the newest first. Raises WebhookNotFoundError."""
         query = select(Delivery).where(Delivery.webhook_id == webhook_id)
         if after is not None:
             query = query.where(Delivery.id < after)
@@ -119,7 +119,7 @@ class WebhookQueries(Queries):
         query = select(Webhook).where(Webhook.id == webhook_id, Webhook.tenant == self.tenant)
         found = session.scalars(query.with_for_update() if lock else query).one_or_none()
         if found is None:
-            raise WebhookNotFound(f"There is no webhook {webhook_id!r}.")
+            raise WebhookNotFoundError(f"There is no webhook {webhook_id!r}.")
         return found
 
 

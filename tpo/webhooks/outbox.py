@@ -5,7 +5,7 @@ import secrets
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
-from tpo.db import now
+from tpo.db import new_id, now
 from tpo.webhooks.tables import Delivery, Webhook
 
 
@@ -22,7 +22,7 @@ def enqueue_webhooks(session: Session, tenant: str, happened: dict[str, str]) ->
 def insert_delivery(session: Session, webhook_id: str, kind: str, object_id: str) -> str:
     """Write down one event for one webhook. Gives the delivery's id, which sorts by time."""
     seconds = session.execute(select(now())).scalar_one()
-    delivery_id = f"whd_{int(seconds * 1000):012x}{secrets.token_hex(10)}"
+    delivery_id = new_id("whd_", seconds)
     session.execute(
         insert(Delivery).values(
             id=delivery_id,

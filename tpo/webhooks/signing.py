@@ -5,10 +5,10 @@ import hashlib
 import hmac
 import json
 
-from tpo.webhooks.deliveries import Parcel
+from tpo.webhooks.deliveries import ClaimedDelivery
 
 
-def payload(parcel: Parcel) -> bytes:
+def payload(parcel: ClaimedDelivery) -> bytes:
     """The body: thin, for texts are fetched with a key. The same at every attempt."""
     event = {
         "id": parcel.event_id,

@@ -1,4 +1,4 @@
-"""The Celery app and its settings: a broker that is only a doorbell, and threads."""
+"""The Celery app and its settings: a broker that is only a notifier, and threads."""
 
 import time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def make_app(settings: Settings, queue: str, **more: object) -> Celery:
         task_send_sent_event=True,
         worker_send_task_events=True,
         worker_pool="threads",
-        # A doorbell must not lie reserved in a busy worker while another one is idle.
+        # A notifier must not lie reserved in a busy worker while another one is idle.
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
         worker_enable_prefetch_count_reduction=False,

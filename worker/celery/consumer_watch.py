@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-from tpo.core.errors import QueueUnavailable
+from tpo.core.errors import BrokerUnavailableError
 from worker.drain import Drain
 from worker.model_watch import CHECKS_IN_A_ROW
 
@@ -27,7 +27,7 @@ class Consumer:
         self._heard_before = 0
         self._silent_looks = 0
 
-    def hears(self, task: Callable[..., None]) -> Callable[..., None]:
+    def track(self, task: Callable[..., None]) -> Callable[..., None]:
         """The same task, seen when it begins and when it ends."""
 
         @wraps(task)
@@ -44,7 +44,7 @@ class Consumer:
             self._heard_before = self._heard
         try:
             silent = quiet and self._waiting() > 0
-        except QueueUnavailable:
+        except BrokerUnavailableError:
             silent = False  # nobody hears anything from a broker that is away
         self._silent_looks = self._silent_looks + 1 if silent else 0
         return self._silent_looks >= CHECKS_IN_A_ROW

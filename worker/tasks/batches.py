@@ -6,16 +6,17 @@ Nothing is remembered between two steps: a message holds the batch's id, and whe
 from collections.abc import Iterator
 from functools import partial
 
-from tpo.batches.steps import Fault, NewLine, Work, why_stopped
+from tpo.batches.steps import LineError, NewLine, Work, why_stopped
 from tpo.batches.tables import Batch
-from tpo.broker import Doorbell
-from tpo.core.errors import InvalidInput, QueueUnavailable, StoreUnavailable, frames
+from tpo.broker import JobNotifier
+from tpo.core.errors import InvalidInputError
 from tpo.jobs.insertion import JobOptions
 from tpo.jobs.submission import Served, served, to_state
 from tpo.openai import batch_lines
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.tenants.tenants import Limits
+from worker.guard import guarded
 from worker.logs import log
 
 RING_SECONDS = 1.0
@@ -26,37 +27,25 @@ _UNREAD_LINES = 1000
 _CANCELS = 100
 
 
-class Batcher:
+class BatchAdvancer:
     """Takes the steps of batches."""
 
-    def __init__(self, settings: Settings, store: Store, doorbell: Doorbell) -> None:
+    def __init__(self, settings: Settings, store: Store, notifier: JobNotifier) -> None:
         self._settings = settings
         self._store = store
-        self._doorbell = doorbell
+        self._notifier = notifier
 
-    def ring(self) -> None:
+    def notify_due(self) -> None:
         """Ring for the batches that nobody advanced lately. What fails now, the next round does."""
-        try:
+        with guarded("batches not notified"):
             for batch_id in self._store.batch_steps.due(RING_SECONDS / 2):
-                self._doorbell.ring_batch(batch_id)
-        except StoreUnavailable as error:
-            log.warning("batches not looked for: %s", error)
-        except QueueUnavailable as error:
-            log.warning("batches not rung for: %s", error)
-        except Exception as error:
-            log.error("batches not looked for: %s", frames(error))
+                self._notifier.notify_batch(batch_id)
 
     def advance(self, batch_id: str) -> None:
         """Take the next step of a batch, and ring again where another one can follow at once."""
-        try:
+        with guarded(f"{batch_id} not advanced"):
             if self._step(batch_id):
-                self._doorbell.ring_batch(batch_id)
-        except StoreUnavailable as error:
-            log.warning("%s not advanced: %s", batch_id, error)
-        except QueueUnavailable as error:
-            log.warning("%s not rung for: %s", batch_id, error)
-        except Exception as error:
-            log.error("%s not advanced: %s", batch_id, frames(error))
+                self._notifier.notify_batch(batch_id)
 
     def _step(self, batch_id: str) -> bool:
         batch = self._store.batch_steps.unended(batch_id)
@@ -115,7 +104,7 @@ class Batcher:
         if made is None:
             return False
         for job in made:
-            self._doorbell.ring(job.job_id, job.model)
+            self._notifier.notify_job(job.job_id, job.model)
         return True
 
     def _room(self, work: Work) -> int:
@@ -126,7 +115,7 @@ class Batcher:
         return min(_LINES, settings.batch_jobs - work.in_flight, _LINES if free is None else free)
 
     def _read(
-        self, batch: Batch, number: int, line: batch_lines.RawLine, left: float, stopped: Fault | None
+        self, batch: Batch, number: int, line: batch_lines.RawLine, left: float, stopped: LineError | None
     ) -> NewLine:
         found = batch_lines.read(line, batch.endpoint)
         if isinstance(found, batch_lines.Refused):
@@ -138,7 +127,7 @@ class Batcher:
             body = found.body.submission()
             model, reward_model = served(body, settings, self._served)
             state = to_state(body, model, settings)
-        except InvalidInput as error:
+        except InvalidInputError as error:
             return NewLine(number, found.custom_id, _fault(found.body.as_sent(error)))
         options = JobOptions(
             model=model,
@@ -151,7 +140,9 @@ class Batcher:
         return NewLine(number, found.custom_id, (state, options))
 
     def _served(self) -> list[Served]:
-        return [Served(w.model, w.reward_model) for w in self._store.workers.live(2 * self._settings.lease_seconds)]
+        return [
+            Served(w.model, w.reward_model) for w in self._store.workers.live(self._settings.worker_timeout_seconds)
+        ]
 
     def _write(self, batch: Batch) -> bool:
         """Write the next results into the batch's files."""
@@ -171,5 +162,5 @@ class Batcher:
             yield number, line, end
 
 
-def _fault(error: InvalidInput) -> Fault:
-    return Fault(error.code, str(error), error.param)
+def _fault(error: InvalidInputError) -> LineError:
+    return LineError(error.code, str(error), error.param)

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tpo.core.errors import StoreUnavailable, frames
 from tpo.settings import Settings
 from tpo.store import Store
+from worker.guard import guarded
 from worker.logs import log
 
 PURGE_SECONDS = 60.0
@@ -17,7 +17,7 @@ _ROUND_SECONDS = 5.0
 """A round ends after so long, for the sweeper waits behind it; the next one goes on."""
 
 
-class Purger:
+class Cleaner:
     """Forgets in small batches, so that nobody waits long for the database. It never touches a job that lives."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
@@ -27,20 +27,16 @@ class Purger:
         self._store = store
 
     def purge(self) -> None:
-        """One round. What fails now, the next round does."""
-        try:
+        """Run one round. What fails now, the next round does."""
+        with guarded("nothing purged"):
             if self._retention is not None:
                 if jobs := _all_of(self._store.maintenance.purge, self._retention):
-                    log.info("%d jobs forgotten: their retention is over", jobs)
+                    log.info("%d jobs purged: their retention is over", jobs)
                 _all_of(self._store.batches.purge, self._retention)
             _all_of(self._store.files.purge, self._retention)
             _all_of(self._store.idempotency_keys.purge, self._idempotency)
             _all_of(self._store.deliveries.purge, _DELIVERIES_SECONDS)
-            _all_of(self._store.maintenance.purge_turns, _DAY)
-        except StoreUnavailable as error:
-            log.warning("nothing forgotten: %s", error)
-        except Exception as error:
-            log.error("nothing forgotten: %s", frames(error))
+            _all_of(self._store.maintenance.purge_last_claims, _DAY)
 
 
 def _all_of(purge: Callable[[_Age], int], seconds: _Age) -> int:

@@ -4,18 +4,20 @@ A message rings for one delivery. The thread that takes it goes on with what els
 a fast receiver is not held to the pace of the bell; a slow one holds a few slots and never the sweeper.
 """
 
-import random
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import tpo
-from tpo.broker import Doorbell
-from tpo.core.errors import QueueUnavailable, StoreUnavailable, frames
+from tpo.backoff import backoff_seconds
+from tpo.broker import JobNotifier
 from tpo.settings import Settings
 from tpo.store import Store
-from tpo.webhooks.deliveries import Parcel
+from tpo.webhooks.deliveries import ClaimedDelivery
 from tpo.webhooks.http import NotSent, post, trusted
 from tpo.webhooks.signing import payload, signed
+from worker.guard import guarded
 from worker.logs import log
 
 RING_SECONDS = 1.0
@@ -29,28 +31,22 @@ _OK = range(200, 300)
 _GONE = 410
 
 
-class Courier:
+class WebhookSender:
     """Delivers what is due."""
 
-    def __init__(self, settings: Settings, store: Store, doorbell: Doorbell) -> None:
+    def __init__(self, settings: Settings, store: Store, notifier: JobNotifier) -> None:
         self._settings = settings
         self._store = store
-        self._doorbell = doorbell
+        self._notifier = notifier
         self._tls = trusted(settings.webhook_ca_file)
         self._slots = threading.BoundedSemaphore(settings.webhook_slots)
         self._claim_seconds = 3 * settings.webhook_timeout_seconds + 30  # the resolver has a time-out of its own
 
-    def ring(self) -> None:
+    def notify_due(self) -> None:
         """Ring for deliveries that are due. What fails now, the next round does."""
-        try:
+        with guarded("deliveries not notified"):
             for delivery_id in self._store.deliveries.due(_RINGS):
-                self._doorbell.ring_delivery(delivery_id)
-        except StoreUnavailable as error:
-            log.warning("deliveries not looked for: %s", error)
-        except QueueUnavailable as error:
-            log.warning("deliveries not rung for: %s", error)
-        except Exception as error:
-            log.error("deliveries not looked for: %s", frames(error))
+                self._notifier.notify_delivery(delivery_id)
 
     def deliver(self, delivery_id: str) -> None:
         """Deliver on a thread; where none is free, it is rung for again."""
@@ -60,20 +56,14 @@ class Courier:
 
     def _run(self, delivery_id: str) -> None:
         end = time.monotonic() + _ROW_SECONDS
-        try:
+        with _released(self._slots), guarded(f"{delivery_id} not delivered now"):
             parcel = self._store.deliveries.claim(delivery_id, self._claim_seconds)
             while parcel is not None:
                 self._carry(parcel)
                 more = time.monotonic() < end
                 parcel = self._store.deliveries.claim_next(parcel.webhook_id, self._claim_seconds) if more else None
-        except StoreUnavailable as error:
-            log.warning("%s is sent again later: %s", delivery_id, error)
-        except Exception as error:
-            log.error("%s not delivered: %s", delivery_id, frames(error))
-        finally:
-            self._slots.release()
 
-    def _carry(self, parcel: Parcel) -> None:
+    def _carry(self, parcel: ClaimedDelivery) -> None:
         error = self._send(parcel)
         if error is None:
             self._store.deliveries.record_success(parcel)
@@ -86,7 +76,7 @@ class Courier:
             log.info("%s not delivered to %s (%s), %s", parcel.delivery_id, parcel.webhook_id, error, told)
             self._store.deliveries.record_failure(parcel, error, delay)
 
-    def _send(self, parcel: Parcel) -> str | None:
+    def _send(self, parcel: ClaimedDelivery) -> str | None:
         """Send it once. What went wrong, as a code."""
         body = payload(parcel)
         headers = {
@@ -108,9 +98,18 @@ class Courier:
             return str(error)
         return None if status in _OK else f"http_{status}"
 
-    def _pause(self, parcel: Parcel) -> float | None:
+    def _pause(self, parcel: ClaimedDelivery) -> float | None:
         """Longer each time, and never the same for two; None where the event is too old to be tried again."""
         settings = self._settings
-        pause = min(settings.webhook_retry_seconds * 4.0 ** min(parcel.attempt - 1, 20), _LONGEST_PAUSE)
-        pause *= random.uniform(0.8, 1.2)  # noqa: S311 - a spread, no secret
+        first = settings.webhook_retry_seconds
+        pause = backoff_seconds(parcel.attempt - 1, first=first, factor=4, longest=_LONGEST_PAUSE)
         return None if parcel.age + pause > settings.webhook_retry_hours * 3600 else pause
+
+
+@contextmanager
+def _released(slots: threading.Semaphore) -> Iterator[None]:
+    """Give a slot back after the body, however it ends."""
+    try:
+        yield
+    finally:
+        slots.release()

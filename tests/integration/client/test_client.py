@@ -19,18 +19,18 @@ from tests.integration.test_api_process import Api, started_api
 from tests.support.cutting import Cutter, cutter
 from tpo.client import (
     TERMINAL,
-    AuthenticationFailed,
+    APIConnectionError,
+    AuthenticationError,
+    BadRequestError,
     Client,
     ClientError,
-    Conflict,
-    InvalidRequest,
+    ConflictError,
+    InternalServerError,
     Job,
-    JobUnsuccessful,
-    NotThere,
-    RateLimited,
-    ServerFailed,
-    Unreachable,
-    WaitedTooLong,
+    JobFailedError,
+    NotFoundError,
+    RateLimitError,
+    WaitTimeoutError,
 )
 
 KEY = "a-key-that-is-long-enough"
@@ -43,7 +43,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> I
     folder = tmp_path_factory.mktemp("client")
     (folder / "tpo.db").write_bytes(sqlite_template.read_bytes())
     with running_system(f"sqlite:///{folder}/tpo.db", folder) as system, started_api(system) as api:
-        system.worker(scripted_latency=0.02, slots=8)
+        system.worker(scripted_latency=0.02, concurrency=8)
         yield system, api
 
 
@@ -117,7 +117,7 @@ def test_a_key_of_ones_own_holds_over_calls_and_clients(system: System, client: 
         made = list(pool.map(lambda _: client.submit("Hello", idempotency_key="one", **SMALL)["id"], range(20)))
     assert len(set(made)) == 1
     assert jobs_in(system) == before + 1
-    with pytest.raises(InvalidRequest) as refused:
+    with pytest.raises(BadRequestError) as refused:
         client.submit("Other", idempotency_key="one", **SMALL)
     assert refused.value.code == "idempotency_key_reused"
     assert client.submit("Hello", **SMALL)["id"] != client.submit("Hello", **SMALL)["id"]
@@ -137,32 +137,32 @@ def test_what_fails_for_a_moment_is_tried_again_when_the_server_says(system: Sys
 def test_what_goes_on_failing_is_an_error_of_its_kind(proxy: Cutter) -> None:
     proxy.refusals = 1
     with Client(proxy.url, retries=0) as client:
-        with pytest.raises(ServerFailed) as failed:
+        with pytest.raises(InternalServerError) as failed:
             client.get("job_1")
         assert (failed.value.status, failed.value.retry_after) == (503, 1.0)
         proxy.refusals = 1
         proxy.refusal = b"HTTP/1.1 429 Too Many\r\nconnection: close\r\nretry-after: 9999\r\ncontent-length: 0\r\n\r\n"
-        with pytest.raises(RateLimited):
+        with pytest.raises(RateLimitError):
             client.get("job_1")
     proxy.refusals = 1
-    with Client(proxy.url) as patient, pytest.raises(RateLimited):
+    with Client(proxy.url) as patient, pytest.raises(RateLimitError):
         patient.get("job_1")  # nobody waits for hours
 
 
 def test_errors_are_typed(client: Client) -> None:
     unknown = "job_" + "0" * 32
     for ask in (client.get, client.wait, client.cancel, client.iterations, lambda i: list(client.events(i))):
-        with pytest.raises(NotThere) as missing:
+        with pytest.raises(NotFoundError) as missing:
             ask(unknown)
         assert (missing.value.status, missing.value.code) == (404, "job_not_found")
         assert missing.value.request_id
-    with pytest.raises(InvalidRequest, match=r"parameters\.sample_size") as invalid:
+    with pytest.raises(BadRequestError, match=r"parameters\.sample_size") as invalid:
         client.submit("x", parameters={"sample_size": 0})
     assert invalid.value.param == "parameters.sample_size"
     client.submit("x", external_id="mine", **SMALL)
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         client.submit("y", external_id="mine", **SMALL)
-    with Client(f"http://127.0.0.1:{free_port()}", retries=1) as nobody, pytest.raises(Unreachable):
+    with Client(f"http://127.0.0.1:{free_port()}", retries=1) as nobody, pytest.raises(APIConnectionError):
         nobody.get(unknown)
     with pytest.raises(ClientError, match="not an address"), Client("nonsense") as nonsense:
         nonsense.get(unknown)
@@ -174,12 +174,12 @@ def test_what_no_json_holds_is_an_error_that_names_the_field(client: Client) -> 
         ({"input": "x", "parameters": {"temperature": float("nan")}}, "parameters.temperature"),
         ({"input": "x", "deadline_seconds": float("inf")}, "deadline_seconds"),
     ):
-        with pytest.raises(InvalidRequest) as invalid:
+        with pytest.raises(BadRequestError) as invalid:
             client.submit(job)
         assert invalid.value.param == field
     whole = client.submit("a pair \U0001f600, ü, 漢字", **SMALL)
     assert whole["input"] == "a pair \U0001f600, ü, 漢字"
-    with pytest.raises(NotThere):
+    with pytest.raises(NotFoundError):
         client.get("job_\udcff")
     with pytest.raises(ClientError, match="cannot be sent"):
         client.submit("x", idempotency_key="ü")
@@ -196,7 +196,7 @@ def test_a_key_that_no_header_carries_is_said_without_it(key: str) -> None:
 
 def test_a_key(system: System) -> None:
     with started_api(system, api_key=KEY) as api:
-        with Client(api.url, "another-key-that-is-wrong") as stranger, pytest.raises(AuthenticationFailed):
+        with Client(api.url, "another-key-that-is-wrong") as stranger, pytest.raises(AuthenticationError):
             next(stranger.list())
         with Client(api.url, KEY) as known:
             assert known.get(known.submit("x", **SMALL)["id"])["status"] in {"queued", "in_progress", "completed"}
@@ -205,7 +205,7 @@ def test_a_key(system: System) -> None:
 def test_waiting_ends_when_the_time_is_up(client: Client) -> None:
     job = client.submit("x", model=None, parameters={"sample_size": 2, "max_iterations": 50})
     client.pause(job)  # it does not end meanwhile, however slow this machine is
-    with pytest.raises(WaitedTooLong):
+    with pytest.raises(WaitTimeoutError):
         client.wait(job, timeout=0.3)
     assert client.cancel(job)["status"] in {"cancelling", "cancelled"}
     assert client.wait(job)["status"] == "cancelled"
@@ -220,7 +220,7 @@ def test_a_job_is_held_and_let_go(client: Client) -> None:
     assert client.resume(job["id"])["status"] in ("queued", "in_progress")
     client.cancel(job)
     assert client.wait(job)["status"] == "cancelled"
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         client.resume(job)
 
 
@@ -239,20 +239,20 @@ def test_a_job_goes_on_in_another(system: System, client: Client, proxy: Cutter)
         client.extend(short, 1, idempotency_key="mine")["id"] == client.extend(short, 1, idempotency_key="mine")["id"]
     )
     client.wait_all([again, longer])
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(BadRequestError):
         client.extend(short, 0)
 
 
 def test_a_job_is_deleted_once(client: Client, proxy: Cutter) -> None:
     job = client.submit("x", parameters={"sample_size": 2, "max_iterations": 50})
-    with pytest.raises(Conflict):
+    with pytest.raises(ConflictError):
         client.delete(job)
     client.cancel(job)
     client.wait(job)
     proxy.lost = 1
     with Client(proxy.url) as cut:
         cut.delete(job)  # the first answer was lost, and the second says that there is no such job
-    with pytest.raises(NotThere):
+    with pytest.raises(NotFoundError):
         client.delete(job)
 
 
@@ -287,7 +287,7 @@ def test_a_batch_is_drawn_as_it_runs_and_gives_results_in_order(client: Client) 
     assert [r.index for r in (first, *rest)] == list(range(12))
     for result in (first, *rest):
         if result.index in (5, 7):
-            assert isinstance(result.error, InvalidRequest)
+            assert isinstance(result.error, BadRequestError)
             assert result.job is None
         else:
             assert result.error is None
@@ -301,7 +301,7 @@ def test_what_cannot_be_sent_disturbs_no_other_row(client: Client) -> None:
     rows.insert(3, {"input": "d", "metadata": {"key": object()}})
     results = list(client.batch(rows, in_flight=2, **SMALL))
     assert [r.output is not None for r in results] == [True, False, False, False, False, False, True]
-    refused = [ClientError, ClientError, ClientError, InvalidRequest, InvalidRequest]
+    refused = [ClientError, ClientError, ClientError, BadRequestError, BadRequestError]
     assert [type(r.error) for r in results[1:-1]] == refused
     assert "no NoneType" in str(results[1].error)
 
@@ -342,7 +342,7 @@ def test_a_batch_as_it_comes(client: Client) -> None:
     assert results[-1].index == 0
     late = {"input": "x", "deadline_seconds": 3, "parameters": {"max_iterations": 50}}
     (ended,) = client.batch([late])
-    assert isinstance(ended.error, JobUnsuccessful)
+    assert isinstance(ended.error, JobFailedError)
     assert ended.error.job["status"] in TERMINAL - {"completed"}
     assert ended.job == ended.error.job
 

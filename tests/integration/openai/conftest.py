@@ -47,7 +47,7 @@ def shared_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def server(shared_system: System) -> Iterator[Server]:
     """An API and a worker that answers within some tenths of a second."""
-    shared_system.worker(scripted_latency=0.02, slots=8)
+    shared_system.worker(scripted_latency=0.02, concurrency=8)
     with serving(shared_system, wait_seconds=30) as server:
         yield server
 

@@ -24,7 +24,7 @@ ONE_CALL = {"sample_size": 1, "max_iterations": 0}
 @pytest.fixture(scope="module")
 def batch_server(shared_system: System) -> Iterator[Server]:
     """An API, a worker and maintenance."""
-    shared_system.worker(scripted_latency=0, slots=8)
+    shared_system.worker(scripted_latency=0, concurrency=8)
     shared_system.maintenance(max_batch_lines=1000, batch_jobs=50)
     with serving(shared_system) as server:
         yield server
@@ -242,7 +242,7 @@ class TestEnds:
     def test_cancel_keeps_what_is_finished(self, system: System) -> None:
         with serving(system) as server, server.client() as client:
             system.maintenance(batch_jobs=8)
-            system.worker(scripted_latency=0.3, slots=4)
+            system.worker(scripted_latency=0.3, concurrency=4)
             text = "\n".join(line(f"r{i}") for i in range(40))
             batch = start(client, text)
             eventually(lambda: _completed(client, batch) >= 4, why="some requests are done")
@@ -275,7 +275,7 @@ class TestEnds:
     def test_one_whose_time_is_over_keeps_what_is_finished(self, system: System) -> None:
         with serving(system) as server, server.client() as client:
             system.maintenance(batch_jobs=4)
-            system.worker(scripted_latency=0.3, slots=2)
+            system.worker(scripted_latency=0.3, concurrency=2)
             batch = start(client, "\n".join(line(f"r{i}") for i in range(200)), window="5s")
             expired = end(client, batch)
             assert expired.status == "expired"
@@ -309,7 +309,7 @@ class TestEnds:
 
     def test_maintenance_that_is_killed_again_and_again_makes_every_job_once(self, system: System) -> None:
         with serving(system) as server, server.client() as client:
-            system.worker(scripted_latency=0, slots=8)
+            system.worker(scripted_latency=0, concurrency=8)
             batch = start(client, "\n".join(line(f"r{i}") for i in range(150)))
             killed = 0
             while client.batches.retrieve(batch.id).status not in ENDED:

@@ -91,7 +91,7 @@ def test_503_and_the_client_s_own_retries_outlast_it(tmp_path_factory: pytest.Te
 
 
 def test_models(idle: Server, idle_client: openai.OpenAI) -> None:
-    idle.system.store.workers.register("w1", model="scripted", reward_model="scripted", slots=1)
+    idle.system.store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
     [model] = list(idle_client.models.list())
     assert (model.id, model.object, model.owned_by) == ("scripted", "model", "tpo")
     assert isinstance(model.created, int)

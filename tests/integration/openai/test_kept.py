@@ -20,7 +20,7 @@ HOUR: Final = 3600
 @pytest.fixture(scope="module")
 def batch_server(shared_system: System) -> Iterator[Server]:
     """An API, a worker and maintenance."""
-    shared_system.worker(scripted_latency=0, slots=8)
+    shared_system.worker(scripted_latency=0, concurrency=8)
     shared_system.maintenance()
     with serving(shared_system) as server:
         yield server

@@ -20,7 +20,7 @@ from testing.processes import System
 from testing.waiting import eventually
 from tests.contract.test_backends import ask, go_on, rate
 from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
-from tpo.core.errors import ContextTooLong, Interrupted
+from tpo.core.errors import CallInterruptedError, ContextTooLongError
 from tpo.core.ports import Score
 from tpo.settings import Settings
 
@@ -90,7 +90,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Vllm]
             server.kill()
 
 
-@pytest.fixture(params=["together", "apart"])
+@pytest.fixture(params=["batched", "separate"])
 def policy(request: pytest.FixtureRequest, vllm: tuple[Vllm, Vllm]) -> Iterator[LoadedPolicy]:
     url = f"{vllm[0].root}/v1"
     policy = load_policy("openai:policy", Settings(openai_url=url, openai_samples=request.param))
@@ -153,11 +153,11 @@ def test_a_stop_string_inside_of_tokens_and_a_limit(policy: LoadedPolicy) -> Non
 
 def test_what_does_not_fit_the_window(policy: LoadedPolicy) -> None:
     assert len(policy.generate(ask(MESSAGES[0], max_tokens=8192), go_on).texts) == 3
-    with pytest.raises(ContextTooLong, match="the policy holds 512 with its answer"):
+    with pytest.raises(ContextTooLongError, match="the policy holds 512 with its answer"):
         policy.generate(ask("word " * 800, max_tokens=8192), go_on)
 
 
-@pytest.mark.parametrize("samples", ["together", "apart"])
+@pytest.mark.parametrize("samples", ["batched", "separate"])
 def test_a_cancelled_call_stops_the_server_from_writing(vllm: tuple[Vllm, Vllm], samples: str) -> None:
     server = vllm[0]
     settings = Settings(openai_url=f"{server.root}/v1", openai_samples=samples, openai_extra_body={"ignore_eos": True})
@@ -166,9 +166,9 @@ def test_a_cancelled_call_stops_the_server_from_writing(vllm: tuple[Vllm, Vllm],
 
     def interrupt() -> None:
         if server.metric("generation_tokens_total") > before:
-            raise Interrupted("cancelled")
+            raise CallInterruptedError("cancelled")
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(CallInterruptedError):
         policy.generate(ask(MESSAGES[0], seeds=tuple(range(64)), max_tokens=450), interrupt)
     policy.close()
     eventually(lambda: server.metric("num_requests_running") == 0, why="an idle server")
@@ -208,7 +208,7 @@ def test_a_response_beyond_the_window_is_read_about_as_far(
     assert 0.9 * shares[1] < shares[0] <= shares[1]
 
 
-@pytest.mark.parametrize("samples", ["together", "apart"])
+@pytest.mark.parametrize("samples", ["batched", "separate"])
 def test_a_whole_job(
     sqlite_system: System, vllm: tuple[Vllm, Vllm], local: tuple[LoadedPolicy, LoadedRewardModel], samples: str
 ) -> None:

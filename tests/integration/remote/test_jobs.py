@@ -146,11 +146,11 @@ def test_the_shipped_models_behind_http_from_submission_to_the_parts_of_each_rew
             "TPO_POLICY": f"openai:{MODEL}",
             "TPO_OPENAI_URL": server.url,
             "TPO_OPENAI_API_KEY": key,
-            "TPO_OPENAI_SAMPLES": "apart",
+            "TPO_OPENAI_SAMPLES": "separate",
             "TPO_PROMPT_SET": "tiny",
             "TPO_REWARD_MODEL": "quality",
             "TPO_REWARD_FILE": str(file),
-            "TPO_SERVER_KEYS": f'{{"reward": "{key}"}}',
+            "TPO_SERVER_API_KEYS": f'{{"reward": "{key}"}}',
         }
         port = free_port()
         system.start("-m", "api", port=port).wait_for("Listening on")
@@ -181,10 +181,10 @@ def test_the_shipped_models_behind_http_from_submission_to_the_parts_of_each_rew
             policy=f"openai:{MODEL}",
             openai_url=server.url,
             openai_api_key=key,
-            openai_samples="apart",
+            openai_samples="separate",
             reward_model="quality",
             reward_file=file,
-            server_keys={"reward": key},
+            server_api_keys={"reward": key},
         )
         # Scores in one batch and alone differ in their last bits; nothing else does.
         for candidate, again in zip(state.candidates, undisturbed(state, settings).candidates, strict=True):

@@ -13,7 +13,14 @@ from tests.support.model_server import MODEL, ModelServer
 from tpo.backends import load_policy
 from tpo.backends.remote.policy import OpenAIPolicy
 from tpo.backends.remote.server import Limits, Server
-from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, Interrupted, ModelRefused, PromptRefused
+from tpo.core.errors import (
+    BackendUnavailableError,
+    BadReplyError,
+    CallInterruptedError,
+    ContextTooLongError,
+    ModelRefusedError,
+    PromptRefusedError,
+)
 from tpo.settings import Settings
 
 QUOTA = {"type": "insufficient_quota", "code": "insufficient_quota"}
@@ -85,7 +92,7 @@ def test_a_server_that_leaves_the_stop_string_in_the_text(server: ModelServer, p
 
 def test_a_server_that_gives_no_choice_is_a_bad_reply(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control(*[{"choices": 0}] * 9)
-    with pytest.raises(BadReply, match="without any response"):
+    with pytest.raises(BadReplyError, match="without any response"):
         policy.generate(ask(), go_on)
 
 
@@ -115,7 +122,9 @@ def test_what_may_pass_is_tried_again_and_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("fault", "error"), [({"status": 502}, BackendUnavailable), ({"raw": "no JSON"}, BadReply)], ids=["502", "no JSON"]
+    ("fault", "error"),
+    [({"status": 502}, BackendUnavailableError), ({"raw": "no JSON"}, BadReplyError)],
+    ids=["502", "no JSON"],
 )
 def test_after_so_many_tries_it_is_given_up(
     server: ModelServer, policy: OpenAIPolicy, fault: dict[str, Any], error: type[Exception]
@@ -133,7 +142,7 @@ def test_a_pause_that_is_asked_for_is_kept(server: ModelServer, policy: OpenAIPo
 
 def test_a_pause_beyond_the_call_ends_it_at_once(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control({"status": 429, "headers": {"retry-after": "3600"}})
-    with pytest.raises(BackendUnavailable, match=r"429.*no further try fits"):
+    with pytest.raises(BackendUnavailableError, match=r"429.*no further try fits"):
         policy.generate(ask(), go_on)
     assert len(server.seen()) == 1
 
@@ -141,11 +150,11 @@ def test_a_pause_beyond_the_call_ends_it_at_once(server: ModelServer, policy: Op
 @pytest.mark.parametrize(
     ("status", "error", "says"),
     [
-        (400, PromptRefused, r"refused the sample call \(400\): no"),
-        (401, BackendUnavailable, "refused the key .*TPO_OPENAI_API_KEY"),
-        (404, BackendUnavailable, "knows no such model"),
-        (422, PromptRefused, "422"),
-        (302, BackendUnavailable, "sends elsewhere: TPO_OPENAI_URL"),
+        (400, PromptRefusedError, r"refused the sample call \(400\): no"),
+        (401, BackendUnavailableError, "refused the key .*TPO_OPENAI_API_KEY"),
+        (404, BackendUnavailableError, "knows no such model"),
+        (422, PromptRefusedError, "422"),
+        (302, BackendUnavailableError, "sends elsewhere: TPO_OPENAI_URL"),
     ],
 )
 def test_what_is_refused_for_good_is_not_tried_again(
@@ -159,7 +168,7 @@ def test_what_is_refused_for_good_is_not_tried_again(
 
 def test_a_used_up_quota_is_not_tried_again(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control({"status": 429, "body": {"error": {"message": "pay", **QUOTA}}})
-    with pytest.raises(BackendUnavailable, match="quota is used up"):
+    with pytest.raises(BackendUnavailableError, match="quota is used up"):
         policy.generate(ask(), go_on)
     assert len(server.seen()) == 1
 
@@ -175,7 +184,7 @@ def test_a_try_that_hangs_is_ended_and_another_one_made(server: ModelServer) -> 
 def test_a_whole_call_has_a_limit(server: ModelServer) -> None:
     server.control({"hangs": True})
     policy = made(server, Limits(read=60, call=0.3, tries=3))
-    with pytest.raises(BackendUnavailable, match=r"did not answer in time; 0\.3 s are over"):
+    with pytest.raises(BackendUnavailableError, match=r"did not answer in time; 0\.3 s are over"):
         policy.generate(ask(), go_on)
     policy.close()
 
@@ -186,14 +195,14 @@ def test_a_cancelled_call_leaves_the_server_at_once(server: ModelServer, policy:
 
     def interrupt() -> None:
         if cancelled.is_set():
-            raise Interrupted("cancelled")
+            raise CallInterruptedError("cancelled")
 
     raised: list[BaseException] = []
 
     def generate() -> None:
         try:
             policy.generate(ask(), interrupt)
-        except Interrupted as error:
+        except CallInterruptedError as error:
             raised.append(error)
 
     thread = threading.Thread(target=generate)
@@ -214,7 +223,7 @@ def test_what_waits_ends_when_the_back_end_is_closed(server: ModelServer) -> Non
     def generate() -> None:
         try:
             policy.generate(ask(), go_on)
-        except BackendUnavailable as error:
+        except BackendUnavailableError as error:
             raised.append(error)
 
     thread = threading.Thread(target=generate)
@@ -223,7 +232,7 @@ def test_what_waits_ends_when_the_back_end_is_closed(server: ModelServer) -> Non
     policy.close()
     thread.join(HANG_SECONDS)
     assert len(raised) == 1
-    with pytest.raises(BackendUnavailable, match="closed"):
+    with pytest.raises(BackendUnavailableError, match="closed"):
         policy.generate(ask(), go_on)
 
 
@@ -245,7 +254,7 @@ def test_how_an_answer_ended(server: ModelServer, policy: OpenAIPolicy, said: st
 
 def test_an_answer_that_the_server_broke_off_is_none(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control(finish_reason="abort")
-    with pytest.raises(BadReply):
+    with pytest.raises(BadReplyError):
         policy.generate(ask(), go_on)
 
 
@@ -276,7 +285,7 @@ def test_a_prompt_that_a_server_calls_too_long_by_itself_is_not_sent_again(
     server: ModelServer, policy: OpenAIPolicy
 ) -> None:
     server.control(window=10, lowers=True)
-    with pytest.raises(ContextTooLong, match=r"has more tokens than fit; the policy holds 10 with its answer"):
+    with pytest.raises(ContextTooLongError, match=r"has more tokens than fit; the policy holds 10 with its answer"):
         policy.generate(ask("word " * 20, max_tokens=8), go_on)
     assert len(server.seen()) == 1
 
@@ -284,12 +293,12 @@ def test_a_prompt_that_a_server_calls_too_long_by_itself_is_not_sent_again(
 @pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "no numbers"])
 def test_a_prompt_beyond_the_context(server: ModelServer, policy: OpenAIPolicy, numbers: bool) -> None:
     server.control(window=10, says_no_numbers=not numbers)
-    with pytest.raises(ContextTooLong, match=r"The prompt of the sample call has .*Shorten the conversation"):
+    with pytest.raises(ContextTooLongError, match=r"The prompt of the sample call has .*Shorten the conversation"):
         policy.generate(ask("word " * 20), go_on)
 
 
 def test_text_that_is_no_unicode_is_refused_here(server: ModelServer, policy: OpenAIPolicy) -> None:
-    with pytest.raises(PromptRefused, match="half a surrogate"):
+    with pytest.raises(PromptRefusedError, match="half a surrogate"):
         policy.generate(ask("\ud800"), go_on)
     assert server.seen() == []
 
@@ -337,7 +346,7 @@ def test_the_key_is_sent_and_told_to_nobody(
 )
 def test_a_start_says_what_is_wrong(server: ModelServer, model: str, changes: dict[str, Any], says: str) -> None:
     settings = Settings(**{"openai_url": server.url, "remote_start_seconds": 0.3, **changes})
-    with pytest.raises(ModelRefused, match=says):
+    with pytest.raises(ModelRefusedError, match=says):
         load_policy(f"openai:{model}", settings)
 
 
@@ -350,7 +359,7 @@ def test_a_server_that_lists_no_models_is_taken_at_its_word(server: ModelServer)
 
 def test_more_is_added_to_each_request_and_the_limit_has_the_name_that_is_set(server: ModelServer) -> None:
     extra = {"top_k": 20, "chat_template_kwargs": {"enable_thinking": False}, "min_p": 0.1}
-    policy = made(server, openai_extra_body=extra, openai_limit_name="max_completion_tokens")
+    policy = made(server, openai_extra_body=extra, openai_max_tokens_field="max_completion_tokens")
     texts(policy)
     policy.close()
     (seen,) = server.seen()

@@ -13,9 +13,9 @@ from tests.support.tiny_models import BOS, END, TURN, make_tokenizer
 from tpo.backends import LoadedRewardModel, load_reward_model
 from tpo.backends.remote import reward as remote
 from tpo.backends.remote.apis import VllmClassify
-from tpo.backends.remote.reward import BOUNDED_IN_A_ROW, PROBES, RemoteRewardModel
+from tpo.backends.remote.reward import IN_UNIT_INTERVAL_IN_A_ROW, PROBES, RemoteRewardModel
 from tpo.backends.remote.server import Server
-from tpo.core.errors import BackendUnavailable, ContextTooLong, ModelRefused
+from tpo.core.errors import BackendUnavailableError, ContextTooLongError, ModelRefusedError
 from tpo.settings import Settings
 
 KINDS = ["vllm", "vllm-pooling", "sglang"]
@@ -83,9 +83,9 @@ def test_sglang_gets_the_templates_own_tokens_with_one_bos(server: ModelServer, 
 @pytest.mark.parametrize("kind", ["vllm", "vllm-pooling"])
 def test_a_server_that_applies_a_sigmoid_all_the_same_is_refused(server: ModelServer, kind: str) -> None:
     server.control(sigmoid="always")
-    with pytest.raises(ModelRefused, match=r"sigmoid, .*use_activation.*TPO_REWARD_BOUNDED=true"):
+    with pytest.raises(ModelRefusedError, match=r"sigmoid, .*use_activation.*TPO_REWARD_IN_UNIT_INTERVAL=true"):
         load(server, kind)
-    reward = load(server, kind, reward_bounded=True)
+    reward = load(server, kind, reward_in_unit_interval=True)
     assert 0 < reward.score(rate("Draft 3: so."), go_on).values[0] < 1
     reward.close()
 
@@ -93,17 +93,17 @@ def test_a_server_that_applies_a_sigmoid_all_the_same_is_refused(server: ModelSe
 def test_a_server_that_turns_to_a_sigmoid_later_ends_the_worker(server: ModelServer, quick: RemoteRewardModel) -> None:
     responses = [f"Draft {i}: so." for i in range(32)]
     server.control(sigmoid="always")
-    for _ in range(BOUNDED_IN_A_ROW // len(responses) - 1):
+    for _ in range(IN_UNIT_INTERVAL_IN_A_ROW // len(responses) - 1):
         quick.score(rate(*responses), go_on)
         assert quick.healthy
-    with pytest.raises(BackendUnavailable, match="sigmoid"):
+    with pytest.raises(BackendUnavailableError, match="sigmoid"):
         quick.score(rate(*responses), go_on)
     assert not quick.healthy
 
 
 def test_a_model_with_several_labels_is_refused(server: ModelServer) -> None:
     server.control(labels=2)
-    with pytest.raises(ModelRefused, match=r"gives 2 numbers for a response.*one label"):
+    with pytest.raises(ModelRefusedError, match=r"gives 2 numbers for a response.*one label"):
         load(server)
 
 
@@ -117,7 +117,7 @@ def test_a_model_with_several_labels_is_refused(server: ModelServer) -> None:
 )
 def test_what_does_not_score_is_refused_at_the_start(server: ModelServer, fault: dict[str, Any], says: str) -> None:
     server.control(*[fault] * 3 * len(PROBES))
-    with pytest.raises(ModelRefused, match=says):
+    with pytest.raises(ModelRefusedError, match=says):
         load(server)
 
 
@@ -159,7 +159,7 @@ def test_as_much_is_scored_as_fits_where_a_server_does_not_say_how_much_was_sent
 
 def test_a_window_that_the_server_lists_is_kept_for_tokens(server: ModelServer, tokenizer: str) -> None:
     server.control(lists_window=200)
-    reward = load(server, "sglang", reward_tokenizer=tokenizer, reward_bounded=True)
+    reward = load(server, "sglang", reward_tokenizer=tokenizer, reward_in_unit_interval=True)
     server.control()
     rewards = reward.score(rate("x" * 500), go_on)
     assert rewards.parts[0][1].value is not None
@@ -170,17 +170,17 @@ def test_a_window_that_the_server_lists_is_kept_for_tokens(server: ModelServer, 
 
 def test_a_conversation_that_leaves_no_room_is_an_error(server: ModelServer, quick: RemoteRewardModel) -> None:
     server.control(window=2)
-    with pytest.raises(ContextTooLong, match=r"no room for a response .*\(2 tokens\)"):
+    with pytest.raises(ContextTooLongError, match=r"no room for a response .*\(2 tokens\)"):
         quick.score(rate("word " * 60), go_on)
 
 
 def test_no_address_and_no_tokenizer_are_said(server: ModelServer, tmp_path: Path) -> None:
-    with pytest.raises(ModelRefused, match="TPO_REWARD_URL"):
+    with pytest.raises(ModelRefusedError, match="TPO_REWARD_URL"):
         load_reward_model(f"vllm:{MODEL}", Settings())
-    with pytest.raises(ModelRefused, match="TPO_REWARD_TOKENIZER"):
+    with pytest.raises(ModelRefusedError, match="TPO_REWARD_TOKENIZER"):
         load(server, "sglang", reward_tokenizer=str(tmp_path))
 
 
 def test_the_probes_are_different_enough() -> None:
     assert len(set(PROBES)) == len(PROBES) >= 6
-    assert remote.BOUNDED_IN_A_ROW >= 64
+    assert remote.IN_UNIT_INTERVAL_IN_A_ROW >= 64

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from tpo.backends.local.kv_allocator import Piece, cut
-from tpo.backends.local.scheduler import Chunk, Row
+from tpo.backends.local.scheduler import ActiveSequence, PrefillChunk
 
 NAME = "tpo"
 
@@ -80,7 +80,7 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
-class Store:
+class KVCache:
     """Keys and values of every layer, [kv heads, slots, size]."""
 
     def __init__(self, shapes: dict[int, tuple[int, int, int]], slots: int, dtype: torch.dtype, device: torch.device):
@@ -101,7 +101,7 @@ class Store:
 class PrefillStep:
     """Parts of several prompts in one row of tokens."""
 
-    def __init__(self, store: Store, chunks: Sequence[Chunk], device: torch.device) -> None:
+    def __init__(self, store: KVCache, chunks: Sequence[PrefillChunk], device: torch.device) -> None:
         self._store = store
         self._chunks = chunks
         runs = [_runs(chunk.reading.chain, chunk.begin, chunk.end) for chunk in chunks]
@@ -126,7 +126,7 @@ class PrefillStep:
 class DecodeStep:
     """One token for each row; the way that needs torch alone."""
 
-    def __init__(self, store: Store, rows: Sequence[Row], device: torch.device) -> None:
+    def __init__(self, store: KVCache, rows: Sequence[ActiveSequence], device: torch.device) -> None:
         self._store = store
         self._rows = rows
         self._calls: dict[int | None, list[list[_Call]]] = {}
@@ -192,7 +192,7 @@ class _Call:
         )
 
 
-def _calls(rows: Sequence[Row], window: int | None) -> list[list[_Call]]:
+def _calls(rows: Sequence[ActiveSequence], window: int | None) -> list[list[_Call]]:
     """What the rows look at: the prompts that neighbours share once, then each row's own tokens.
 
     Levels are disjoint parts of a row's tokens; a level is of shared parts alone or of own ones, by rows.
@@ -221,7 +221,7 @@ def _put(levels: list[list[_Call]], calls: list[_Call]) -> None:
         level.append(call)
 
 
-def _own_calls(rows: Sequence[Row], first: int, last: int, window: int | None) -> list[_Call]:
+def _own_calls(rows: Sequence[ActiveSequence], first: int, last: int, window: int | None) -> list[_Call]:
     row = rows[first]
     begin = max(0, _window_start(row, window) - (row.position + 1 - len(row.tokens)))
     calls: list[_Call] = []
@@ -234,15 +234,15 @@ def _own_calls(rows: Sequence[Row], first: int, last: int, window: int | None) -
     return calls
 
 
-def _window_start(row: Row, window: int | None) -> int:
+def _window_start(row: ActiveSequence, window: int | None) -> int:
     return max(0, row.position - window + 1) if window else 0
 
 
-def _alike(a: Row, b: Row, window: int | None) -> bool:
+def _alike(a: ActiveSequence, b: ActiveSequence, window: int | None) -> bool:
     return a.prefix is b.prefix and (not window or a.position == b.position)
 
 
-def _in_step(rows: Sequence[Row], first: int, last: int) -> int:
+def _in_step(rows: Sequence[ActiveSequence], first: int, last: int) -> int:
     """Up to where the rows' own segments stand at equal distances and hold equally much."""
     a, end = rows[first], first + 1
     distances: list[int] = []

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tpo.backends.local import kernels
-from tpo.backends.local.attention import Head, Store
+from tpo.backends.local.attention import Head, KVCache
 from tpo.backends.local.runner import Batch, Runner
-from tpo.backends.local.scheduler import Row
+from tpo.backends.local.scheduler import ActiveSequence
 from tpo.backends.local.tables import Numbers, Tables, work
 
 _log = logging.getLogger(__name__)
@@ -52,9 +52,9 @@ class CudaRunner(Runner):
         self._logits: Tensor | None = None
         """What every graph writes last: logits of its own for each of them would add up to gigabytes."""
         self._record = on_gpu
-        self._planned: list[Row] | None = None
+        self._planned: list[ActiveSequence] | None = None
 
-    def _decode_logits(self, batch: Batch, rows: list[Row]) -> Tensor:
+    def _decode_logits(self, batch: Batch, rows: list[ActiveSequence]) -> Tensor:
         self._prepare(rows)
         n = len(rows)
         size = batch_size(n)
@@ -73,7 +73,7 @@ class CudaRunner(Runner):
         self._tables.forget()
         self._planned = None
 
-    def _prepare(self, rows: list[Row]) -> None:
+    def _prepare(self, rows: list[ActiveSequence]) -> None:
         """Bring tables and items up to date where rows joined, left or grew."""
         writes = self._tables.update(rows)
         if writes is None and rows is self._planned:
@@ -134,7 +134,7 @@ class CudaRunner(Runner):
 class _KernelStep:
     """One token for each row, by the kernels."""
 
-    def __init__(self, store: Store, slots: Tensor, buffers: kernels.Buffers, programs: int) -> None:
+    def __init__(self, store: KVCache, slots: Tensor, buffers: kernels.Buffers, programs: int) -> None:
         self._store = store
         self._slots = slots
         self._buffers = buffers

@@ -12,9 +12,9 @@ import torch
 from tpo.backends.futures import fail
 from tpo.backends.local.requests import Answer, Ticket, Timings, TokenRequest
 from tpo.backends.local.runner import Runner
-from tpo.backends.local.scheduler import Chunk, Limits, Scheduler
-from tpo.backends.local.watchdog import Pulse
-from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, PromptRefused, TPOError
+from tpo.backends.local.scheduler import Limits, PrefillChunk, Scheduler
+from tpo.backends.local.watchdog import Watchdog
+from tpo.core.errors import BackendUnavailableError, BadReplyError, ContextTooLongError, PromptRefusedError, TPOError
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class StepEngine:
         self._arrived: list[Ticket] = []
         self._count = 0
         self._ended: str | None = None
-        self._pulse = Pulse()
+        self._pulse = Watchdog()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -59,17 +59,20 @@ class StepEngine:
         return arena.size - arena.free
 
     def submit(self, request: TokenRequest) -> "Future[Answer]":
-        """An answer to come. Raises BackendUnavailable when the loop has ended, ContextTooLong, PromptRefused."""
+        """Queue a request and return the answer to come.
+
+        Raises BackendUnavailableError when the loop has ended, ContextTooLongError, PromptRefusedError.
+        """
         if not request.prompt or not 0 <= min(request.prompt) <= max(request.prompt) < self._runner.vocabulary:
-            raise PromptRefused("A prompt needs tokens that the policy knows, and at least one.")
+            raise PromptRefusedError("A prompt needs tokens that the policy knows, and at least one.")
         if len(request.prompt) + request.max_tokens > self.capacity + 1:
-            raise ContextTooLong(
+            raise ContextTooLongError(
                 f"A prompt of {len(request.prompt)} tokens and an answer of {request.max_tokens} are more than the "
                 f"engine's memory holds, which is {self.capacity}. Raise TPO_CACHE_GIB, or lower max_tokens."
             )
         with self._changed:
             if self._ended:
-                raise BackendUnavailable(self._ended)
+                raise BackendUnavailableError(self._ended)
             self._count += 1
             ticket = Ticket(request, self._count, Timings(time.monotonic()), list(range(len(request.seeds))))
             self._arrived.append(ticket)
@@ -91,14 +94,14 @@ class StepEngine:
             self._end(f"The engine's loop has died and this process must be started anew: {error!r}")
         finally:
             for ticket in self._scheduler.clear():
-                fail(ticket.future, BackendUnavailable(self._ended))
+                fail(ticket.future, BackendUnavailableError(self._ended))
             self._runner.forget()
 
     def _end(self, why: str) -> None:
         with self._changed:
             self._ended = self._ended or why
             for ticket in self._arrived:
-                fail(ticket.future, BackendUnavailable(self._ended))
+                fail(ticket.future, BackendUnavailableError(self._ended))
             self._arrived = []
             self._changed.notify()
 
@@ -123,7 +126,7 @@ class StepEngine:
                 tokens = self._timed("decode", lambda: self._runner.decode(plan.rows))
                 for row, token in zip(plan.rows, tokens, strict=True):
                     if token < 0:
-                        fail(row.ticket.future, BadReply(_NO_NUMBERS))
+                        fail(row.ticket.future, BadReplyError(_NO_NUMBERS))
                 self.steps += 1
                 self._timed("schedule", lambda: scheduler.advance(plan.rows, tokens))
         except Exception as error:
@@ -131,7 +134,7 @@ class StepEngine:
                 raise
             self._make_room(error)
 
-    def _read(self, chunks: Sequence[Chunk]) -> None:
+    def _read(self, chunks: Sequence[PrefillChunk]) -> None:
         """Read parts of prompts. Where that breaks, one by one: whoever breaks alone fails alone."""
         try:
             logits = self._runner.prefill(chunks)
@@ -142,14 +145,14 @@ class StepEngine:
                 for chunk in chunks:
                     self._read([chunk])
             else:
-                fail(chunks[0].reading.ticket.future, BackendUnavailable(f"The policy failed: {error!r}"))
+                fail(chunks[0].reading.ticket.future, BackendUnavailableError(f"The policy failed: {error!r}"))
             return
         self._scheduler.read(chunks)
         for chunk, row in zip([c for c in chunks if c.last], logits, strict=True):
             reading = chunk.reading
             first = self._runner.first_tokens(row, reading.ticket.request, reading.samples)
             if min(first) < 0:
-                fail(reading.ticket.future, BadReply(_NO_NUMBERS))
+                fail(reading.ticket.future, BadReplyError(_NO_NUMBERS))
             self._scheduler.join(reading, first)
 
     def _make_room(self, error: Exception) -> None:
@@ -157,7 +160,7 @@ class StepEngine:
         _log.warning("out of memory in a step: the youngest samples are put back")
         self._runner.forget()
         working = len(self._scheduler.rows) + len(self._scheduler.readings)
-        if not all(self._scheduler.put_back_youngest() for _ in range(max(1, working // 4))):
+        if not all(self._scheduler.preempt_youngest() for _ in range(max(1, working // 4))):
             for ticket in (*(r.ticket for r in self._scheduler.rows), *(r.ticket for r in self._scheduler.readings)):
                 fail(ticket.future, out_of_memory(error))
 
@@ -181,7 +184,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: Exception) -> TPOError:
     """What a job is told when even a request alone did not fit."""
-    return BackendUnavailable(
+    return BackendUnavailableError(
         "The policy ran out of memory with one sample alone. Lower TPO_CACHE_GIB, TPO_PREFILL_TOKENS or the request's "
         f"max_tokens. {error}"
     )

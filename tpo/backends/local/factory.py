@@ -10,10 +10,10 @@ import torch
 from tpo.backends.local.engine import StepEngine, is_out_of_memory
 from tpo.backends.local.kv_allocator import Piece, Segment
 from tpo.backends.local.requests import Ticket, Timings, TokenRequest
-from tpo.backends.local.runner import INSTEAD, Runner, adopt, compare, plain_logits
+from tpo.backends.local.runner import INSTEAD, Runner, compare, install_attention, plain_logits
 from tpo.backends.local.sampling import Sampler
-from tpo.backends.local.scheduler import Chunk, Limits, Reading, Row
-from tpo.core.errors import ModelRefused
+from tpo.backends.local.scheduler import ActiveSequence, Limits, PrefillChunk, PrefillRequest
+from tpo.core.errors import ModelRefusedError
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class EngineOptions:
 def build_engine(
     model: Any, stop_tokens: frozenset[int], context: int, options: EngineOptions | None = None, name: str = "The model"
 ) -> StepEngine:
-    """An engine for a causal language model of transformers. Raises ModelRefused for one that it cannot serve.
+    """An engine for a causal language model of transformers. Raises ModelRefusedError for one that it cannot serve.
 
     From here on the model's own `generate` no longer works: its attention is the engine's.
     """
@@ -44,14 +44,14 @@ def build_engine(
             return _built(model, stop_tokens, context, options or EngineOptions(), name)
     except Exception as error:
         model.set_attn_implementation(before)
-        if isinstance(error, ModelRefused):
+        if isinstance(error, ModelRefusedError):
             raise
         if is_out_of_memory(error):
-            raise ModelRefused(
+            raise ModelRefusedError(
                 f"{name} ran out of memory when its engine was tried out. Lower TPO_BATCH_ROWS, TPO_PREFILL_TOKENS or "
                 f"TPO_CACHE_GIB, or take a smaller model. {error}"
             ) from error
-        raise ModelRefused(f"{name} cannot be served by the engine: {error!r}. {INSTEAD}") from error
+        raise ModelRefusedError(f"{name} cannot be served by the engine: {error!r}. {INSTEAD}") from error
 
 
 def _built(model: Any, stop_tokens: frozenset[int], context: int, options: EngineOptions, name: str) -> StepEngine:
@@ -59,12 +59,12 @@ def _built(model: Any, stop_tokens: frozenset[int], context: int, options: Engin
     chunk = options.prefill_tokens or (4096 if on_gpu else 512)
     probe = [(7 * i + 3) % model.get_input_embeddings().weight.shape[0] for i in range(48)]
     expected = plain_logits(model, torch.tensor(probe, device=model.device))
-    shapes = adopt(model, name)
+    shapes = install_attention(model, name)
     _try(Runner(model, shapes, 64), probe, expected, name)
     each = sum(heads * (k + v) for heads, k, v in shapes.values()) * model.dtype.itemsize
     slots = min(_memory(model, shapes, options, context, chunk) // each, options.rows * context)
     if slots < len(probe) + 16:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"{name} leaves no memory for keys and values, which take {each} bytes a token. Raise TPO_CACHE_GIB where "
             "it is set, or take a smaller model or a GPU with more memory."
         )
@@ -100,7 +100,7 @@ def _memory(model: Any, shapes: Any, options: EngineOptions, context: int, chunk
     runner = Runner(model, shapes, chunk)
     segment = Segment(1, chunk, chunk)
     ticket = Ticket(TokenRequest((0,) * chunk, (0,), 0.7, 0.95, 1), 0, Timings(0.0))
-    runner.prefill([Chunk(Reading(ticket, [0], (Piece(segment, chunk),), 0), 0, chunk)])
+    runner.prefill([PrefillChunk(PrefillRequest(ticket, [0], (Piece(segment, chunk),), 0), 0, chunk)])
     logits = torch.zeros(options.rows, runner.vocabulary, device=model.device)
     Sampler([0] * options.rows, [0.7] * options.rows, [0.95] * options.rows, model.device)(
         logits, torch.zeros(options.rows, dtype=torch.long, device=model.device)
@@ -116,10 +116,10 @@ def _try(runner: Runner, probe: list[int], expected: Any, name: str) -> None:
     """A prompt in two parts, then token after token: the same logits as the model's own."""
     read = len(probe) - 6
     ticket = Ticket(TokenRequest(tuple(probe[:read]), (0, 0), 0.0, 1.0, 8), 0, Timings(time.monotonic()))
-    reading = Reading(ticket, [0, 1], (Piece(Segment(2, read, read), read),), 0)
-    runner.prefill([Chunk(reading, 0, 29)])
-    found = [runner.prefill([Chunk(reading, 29, read)])]
-    rows = [Row(ticket, i, reading.chain, [], [Segment(read + 2 + 8 * i, 8)]) for i in range(2)]
+    reading = PrefillRequest(ticket, [0, 1], (Piece(Segment(2, read, read), read),), 0)
+    runner.prefill([PrefillChunk(reading, 0, 29)])
+    found = [runner.prefill([PrefillChunk(reading, 29, read)])]
+    rows = [ActiveSequence(ticket, i, reading.chain, [], [Segment(read + 2 + 8 * i, 8)]) for i in range(2)]
     for token in probe[read:]:
         for row in rows:
             row.tokens.append(token)

@@ -18,7 +18,7 @@ from tpo.backends.futures import fail, succeed
 from tpo.backends.local.engine import is_out_of_memory
 from tpo.backends.local.requests import Answer, Completion, Ticket, Timings, TokenRequest
 from tpo.backends.local.sampling import Sampler
-from tpo.core.errors import BackendUnavailable
+from tpo.core.errors import BackendUnavailableError
 
 _log = logging.getLogger(__name__)
 
@@ -41,9 +41,9 @@ class GenerateEngine:
         return self._ended is None and self._thread.is_alive()
 
     def submit(self, request: TokenRequest) -> "Future[Answer]":
-        """An answer to come. Raises BackendUnavailable when the engine was closed."""
+        """An answer to come. Raises BackendUnavailableError when the engine was closed."""
         if self._ended:
-            raise BackendUnavailable(self._ended)
+            raise BackendUnavailableError(self._ended)
         ticket = Ticket(request, 0, Timings(time.monotonic()))
         self._waiting.put(ticket)
         return ticket.future
@@ -55,7 +55,7 @@ class GenerateEngine:
         self._thread.join()
         while not self._waiting.empty():
             if ticket := self._waiting.get():
-                fail(ticket.future, BackendUnavailable(self._ended))
+                fail(ticket.future, BackendUnavailableError(self._ended))
 
     def _run(self) -> None:
         while ticket := self._waiting.get():
@@ -67,10 +67,10 @@ class GenerateEngine:
                 if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
                     self._ended = f"The device has failed and this process must be started anew: {error!r}"
                     _log.critical("the policy's device has failed", exc_info=error)
-                fail(ticket.future, BackendUnavailable(f"The policy failed: {error!r}"))
+                fail(ticket.future, BackendUnavailableError(f"The policy failed: {error!r}"))
                 continue
             if self._ended:
-                fail(ticket.future, BackendUnavailable(self._ended))
+                fail(ticket.future, BackendUnavailableError(self._ended))
             succeed(ticket.future, answer)
 
     def _answer(self, ticket: Ticket) -> Answer:
@@ -90,8 +90,8 @@ class GenerateEngine:
                 max_new_tokens=request.max_tokens,
                 eos_token_id=sorted(self._stop) or None,
                 pad_token_id=min(self._stop, default=0),
-                logits_processor=LogitsProcessorList([_Race(sampler, length)]),
-                stopping_criteria=StoppingCriteriaList([_Until(lambda: ticket.gone or self._ended is not None)]),
+                logits_processor=LogitsProcessorList([_GumbelSampler(sampler, length)]),
+                stopping_criteria=StoppingCriteriaList([_StopTokens(lambda: ticket.gone or self._ended is not None)]),
             )
         ticket.timings.finished = time.monotonic()
         return Answer(tuple(self._completion(row[length:].tolist()) for row in out), ticket.timings)
@@ -101,7 +101,7 @@ class GenerateEngine:
         return Completion(tuple(tokens[:end]), "stop" if end else "length")
 
 
-class _Race(LogitsProcessor):
+class _GumbelSampler(LogitsProcessor):
     """Leaves only the token that the engine's own sampler draws."""
 
     def __init__(self, sampler: Sampler, prompt: int) -> None:
@@ -114,7 +114,7 @@ class _Race(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
-class _Until(StoppingCriteria):
+class _StopTokens(StoppingCriteria):
     """Ends the whole batch between two tokens."""
 
     def __init__(self, over: Any) -> None:

@@ -46,7 +46,7 @@ def cut(chain: Sequence[Piece], length: int) -> Chain:
     return tuple(pieces)
 
 
-class Arena:
+class KVCacheAllocator:
     """Slots 1 to `size`; slot 0 is nobody's and may be written by anyone."""
 
     def __init__(self, size: int) -> None:

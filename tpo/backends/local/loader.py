@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tpo.backends.chat import Chat
 from tpo.backends.model_source import Role
-from tpo.core.errors import ModelRefused
+from tpo.core.errors import ModelRefusedError
 from tpo.core.state import Message
 from tpo.settings import Settings
 
@@ -49,27 +49,27 @@ class Model:
 
 
 def load_policy_model(spec: str, settings: Settings) -> Model:
-    """A causal language model with a chat template. Raises ModelRefused."""
+    """A causal language model with a chat template. Raises ModelRefusedError."""
     _prepare(settings)
     device = _device(settings)
     config = _config(spec, "policy")
     if _classifies(config):
         # With tied embeddings nothing of a policy is missing in its file: it would load, and write nonsense.
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"{spec} is not a policy: its config names {', '.join(config.architectures)}. Name a causal language "
             "model, and this one as the reward model."
         )
     text_config = config.get_text_config()
     odd = set(getattr(text_config, "layer_types", None) or ()) - _LAYER_KINDS
     if odd:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"The policy {spec} has layers of kind {', '.join(sorted(odd))}, which this back end does not keep between "
             "tokens. Serve it with vLLM or SGLang, or take a model with plain or sliding-window attention."
         )
     dtype = _policy_dtype(settings, device)
     network, missing = _weights(AutoModelForCausalLM, spec, "policy", config, dtype, device)
     if missing:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"{spec} is not a whole policy: its file has no {', '.join(sorted(missing)[:3])}, which would be random "
             "numbers. Download it again, or name a causal language model."
         )
@@ -86,24 +86,24 @@ def load_policy_model(spec: str, settings: Settings) -> Model:
 
 
 def load_reward_network(spec: str, settings: Settings) -> Model:
-    """A sequence classifier with one label and a chat template. Raises ModelRefused."""
+    """A sequence classifier with one label and a chat template. Raises ModelRefusedError."""
     _prepare(settings)
     device = _device(settings)
     config = _config(spec, "reward model")
     labels = config.get_text_config().num_labels
     if not _classifies(config):
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"{spec} is not a reward model: its config names {', '.join(config.architectures or ['no architecture'])}. "
             "A reward model here is a …ForSequenceClassification with one label, such as Skywork-Reward-V2."
         )
     if labels != 1:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"The reward model {spec} has {labels} labels. One is needed: it is read as the score, without a sigmoid."
         )
     dtype = getattr(torch, settings.reward_dtype)
     network, missing = _weights(AutoModelForSequenceClassification, spec, "reward model", config, dtype, device)
     if missing:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"{spec} is not a whole reward model: its file has no {', '.join(sorted(missing)[:3])}, which would be "
             "random numbers. A language model given as a reward model looks like this, and so does a head that needs "
             "its own code."
@@ -133,7 +133,7 @@ def _device(settings: Settings) -> torch.device:
     if settings.device == "auto":
         return torch.device(next(name for name, there in have.items() if there))
     if not have[settings.device]:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"TPO_DEVICE={settings.device}, and torch {torch.__version__} sees no such device here. Set "
             "TPO_DEVICE=auto, or install torch in the build that fits the hardware."
         )
@@ -178,7 +178,7 @@ def _weights(
         )
         return network.to(device).eval().requires_grad_(False), info["missing_keys"]
     except torch.OutOfMemoryError as error:
-        raise ModelRefused(f"The {role} {spec} does not fit the memory of {device}: {error}") from error
+        raise ModelRefusedError(f"The {role} {spec} does not fit the memory of {device}: {error}") from error
     except _UNREADABLE as error:
         raise _refusal(spec, role, error) from error
 
@@ -190,19 +190,19 @@ def _tokenizer(spec: str, role: Role) -> Any:
         raise _refusal(spec, role, error) from error
 
 
-def _refusal(spec: str, role: Role, error: Exception) -> ModelRefused:
+def _refusal(spec: str, role: Role, error: Exception) -> ModelRefusedError:
     text = str(error)
     if "custom code" in text or "trust_remote_code" in text:
-        return ModelRefused(
+        return ModelRefusedError(
             f"The {role} {spec} needs code from its own repository, which is never run here. Take a model of an "
             "architecture that transformers has, or serve it elsewhere."
         )
     if isinstance(error, OSError) and not Path(spec).expanduser().is_dir():
-        return ModelRefused(
+        return ModelRefusedError(
             f"The {role} {spec} cannot be had from the Hugging Face Hub. Is the name right, is there a network "
             f"(HF_HUB_OFFLINE is honoured), does it need HF_TOKEN, does it have safetensors? {text}"
         )
-    return ModelRefused(f"The {role} {spec} cannot be loaded: {text}")
+    return ModelRefusedError(f"The {role} {spec} cannot be loaded: {text}")
 
 
 def _context(config: Any, tokenizer: Any) -> int:
@@ -226,4 +226,4 @@ def _try_out(model: Model, role: Role) -> None:
         with torch.inference_mode():
             model.network(input_ids=torch.tensor([usable], device=model.network.device))
     except Exception as error:
-        raise ModelRefused(f"The {role} {model.name} was loaded and cannot run: {error!r}") from error
+        raise ModelRefusedError(f"The {role} {model.name} was loaded and cannot run: {error!r}") from error

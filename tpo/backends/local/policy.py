@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from tpo.backends.chat import without_thinking
 from tpo.backends.futures import result_of
 from tpo.backends.local.factory import EngineOptions, build_engine
 from tpo.backends.local.generate_fallback import GenerateEngine
 from tpo.backends.local.loader import Model, load_policy_model
 from tpo.backends.local.requests import Completion, Engine, TokenRequest
-from tpo.core.errors import ContextTooLong, ModelRefused, PromptRefused
+from tpo.backends.reasoning import split_reasoning
+from tpo.core.errors import ContextTooLongError, ModelRefusedError, PromptRefusedError
 from tpo.core.ports import Generate, Generation, Interrupt, Text, cut_at
 from tpo.settings import Settings
 
@@ -32,7 +32,7 @@ class LocalPolicy:
 
     @classmethod
     def load(cls, spec: str, settings: Settings) -> Self:
-        """Load the weights, start the engine and try it out. Raises ModelRefused."""
+        """Load the weights, start the engine and try it out. Raises ModelRefusedError."""
         model = load_policy_model(spec, settings)
         return cls(model, _engine(model, settings))
 
@@ -42,7 +42,9 @@ class LocalPolicy:
         return self._engine.healthy
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
-        """Sample responses. Raises ContextTooLong, PromptRefused, BadReply, BackendUnavailable, and what interrupts.
+        """Sample responses.
+
+        Raises ContextTooLongError, PromptRefusedError, BadReplyError, BackendUnavailableError, CallInterruptedError.
 
         In float32 the same seed gives the same text, alone and in company; in less, nearly always.
         """
@@ -78,13 +80,13 @@ class LocalPolicy:
         prompt = self._model.chat.encode(request.messages, for_reply=True)
         context = self._context
         if len(prompt) >= context:
-            raise ContextTooLong(
+            raise ContextTooLongError(
                 f"The prompt of the {request.kind} call has {len(prompt)} tokens; the policy holds {context} with its "
                 f"answer, so at most {context - 1} fit. Shorten the conversation, or lower max_tokens so that the "
                 "responses which the critic reads are shorter."
             )
         if max(prompt) >= self._model.vocabulary:
-            raise PromptRefused(
+            raise PromptRefusedError(
                 f"The tokenizer gave token {max(prompt)}, and the policy knows only {self._model.vocabulary}."
             )
         return prompt
@@ -97,14 +99,14 @@ class LocalPolicy:
         def ended(tokens: Sequence[int]) -> bool:
             if not any(s in chat.decode(tokens[-longest:]) for s in stop):
                 return False
-            answer = without_thinking(chat.decode(tokens), opened=opened)
+            answer = split_reasoning(chat.decode(tokens), opened=opened)[0]
             return cut_at(answer, stop) != answer
 
         return ended
 
     def _text(self, completion: Completion, stop: tuple[str, ...], *, opened: bool) -> Text:
         reply = self._model.chat.decode(completion.tokens)
-        answer = without_thinking(reply, opened=opened)
+        answer = split_reasoning(reply, opened=opened)[0]
         text = cut_at(answer, stop)
         tokens = len(completion.tokens) if answer == reply else self._model.chat.count(text)
         return Text(text=text, finish_reason=completion.finish_reason if text == answer else "stop", tokens=tokens)
@@ -114,7 +116,7 @@ def _engine(model: Model, settings: Settings) -> Engine:
     options = EngineOptions(settings.batch_rows, settings.cache_gib, settings.prefill_tokens)
     try:
         return build_engine(model.network, model.stop_tokens, model.context, options, f"The policy {model.name}")
-    except ModelRefused as error:
+    except ModelRefusedError as error:
         if not settings.engine_fallback:
             raise
         _log.warning("%s Requests are answered one at a time, by generate.", error)

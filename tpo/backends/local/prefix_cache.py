@@ -7,17 +7,17 @@ When memory is needed, what was used longest ago goes first.
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from tpo.backends.local.kv_allocator import Arena, Chain, cut
+from tpo.backends.local.kv_allocator import Chain, KVCacheAllocator, cut
 
 _BLOCK = 16
 
 Tokens = tuple[int, ...]
 
 
-class Prefixes:
+class PrefixCache:
     """Kept sequences; each holds its segments in the arena."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: KVCacheAllocator) -> None:
         self._arena = arena
         self._kept: OrderedDict[Tokens, Chain] = OrderedDict()
         self._by_block: dict[int, Tokens] = {}

@@ -43,7 +43,7 @@ class Timings:
     finished: float | None = None
     reused_tokens: int = 0
     """Prompt tokens whose keys and values an earlier request had left."""
-    put_back: int = 0
+    preempted: int = 0
     """Samples that had to begin again because memory ran out."""
 
 
@@ -92,5 +92,5 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop; requests that wait raise BackendUnavailable."""
+        """Stop; requests that wait raise BackendUnavailableError."""
         ...

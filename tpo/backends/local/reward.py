@@ -11,7 +11,7 @@ from typing import Self
 from tpo.backends.futures import result_of
 from tpo.backends.local.loader import Model, load_reward_network
 from tpo.backends.local.reward_engine import RewardEngine
-from tpo.core.errors import ContextTooLong, PromptRefused
+from tpo.core.errors import ContextTooLongError, PromptRefusedError
 from tpo.core.ports import Interrupt, Rewards, Score
 from tpo.core.state import Message, RewardPart
 from tpo.settings import Settings
@@ -26,7 +26,7 @@ class LocalRewardModel:
 
     @classmethod
     def load(cls, spec: str, settings: Settings) -> Self:
-        """Load the weights and start the thread. Raises ModelRefused."""
+        """Load the weights and start the thread. Raises ModelRefusedError."""
         return cls(load_reward_network(spec, settings))
 
     @property
@@ -35,7 +35,9 @@ class LocalRewardModel:
         return self._engine.healthy
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
-        """Score responses. Raises ContextTooLong, PromptRefused, BackendUnavailable, and what interrupts.
+        """Score responses.
+
+        Raises ContextTooLongError, PromptRefusedError, BackendUnavailableError, and what `interrupt` raises.
 
         Only a conversation that leaves no room for any response is too long.
         """
@@ -73,7 +75,7 @@ class LocalRewardModel:
         turns = (*request.messages, Message(role="assistant", content=response))
         tokens = self._model.chat.encode(turns, for_reply=False)
         if max(tokens) >= self._model.vocabulary:
-            raise PromptRefused(
+            raise PromptRefusedError(
                 f"The tokenizer gave token {max(tokens)}, and the reward model knows only {self._model.vocabulary}."
             )
         return tokens
@@ -86,7 +88,7 @@ class LocalRewardModel:
         bare = self._conversation(request, "")
         closing = _common(tokens[::-1], bare[::-1])
         if len(bare) >= window:
-            raise ContextTooLong(
+            raise ContextTooLongError(
                 f"A conversation without any response has {len(bare)} tokens; the reward model reads at most {window}. "
                 "Shorten the conversation, or take a reward model that reads more."
             )

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tpo.backends.futures import fail, succeed
 from tpo.backends.local.engine import is_out_of_memory
-from tpo.backends.local.watchdog import Pulse
-from tpo.core.errors import BackendUnavailable
+from tpo.backends.local.watchdog import Watchdog
+from tpo.core.errors import BackendUnavailableError
 
 BATCH_TOKENS = 8192
 """Padding counted; a longer conversation is scored alone."""
@@ -60,7 +60,7 @@ class RewardEngine:
         self._changed = threading.Condition()
         self._waiting: deque[_Ticket] = deque()
         self._ended: str | None = None
-        self._pulse = Pulse()
+        self._pulse = Watchdog()
         self._thread = threading.Thread(target=self._run, name="reward", daemon=True)
         self._thread.start()
 
@@ -70,14 +70,14 @@ class RewardEngine:
         return self._ended is None and not self._pulse.stuck
 
     def submit(self, conversations: list[list[int]]) -> "Future[Scores]":
-        """Raw logits to come, one for each conversation. Raises BackendUnavailable when the thread has ended."""
+        """Raw logits to come, one for each conversation. Raises BackendUnavailableError when the thread has ended."""
         ticket = _Ticket(conversations, next(self._count))
         if not conversations:
             succeed(ticket.future, ())
             return ticket.future
         with self._changed:
             if self._ended:
-                raise BackendUnavailable(self._ended)
+                raise BackendUnavailableError(self._ended)
             self._waiting.append(ticket)
             self._changed.notify()
         return ticket.future
@@ -101,7 +101,7 @@ class RewardEngine:
             self._end(f"The reward model's loop has died and this process must be started anew: {error!r}")
         finally:
             for ticket, _ in (*batch, *items):
-                fail(ticket.future, BackendUnavailable(self._ended))
+                fail(ticket.future, BackendUnavailableError(self._ended))
 
     def _collect(self, items: list[Item]) -> bool:
         """Put all that arrived among the items, shortest first; False when the loop has to end."""
@@ -143,7 +143,7 @@ class RewardEngine:
         with self._changed:
             self._ended = self._ended or why
             while self._waiting:
-                fail(self._waiting.popleft().future, BackendUnavailable(self._ended))
+                fail(self._waiting.popleft().future, BackendUnavailableError(self._ended))
             self._changed.notify()
 
     def _answer(self, batch: list[Item]) -> None:
@@ -161,7 +161,7 @@ class RewardEngine:
                     self._answer(half)
                 return
             what = "ran out of memory" if is_out_of_memory(error) else f"failed: {error!r}"
-            fail(batch[0][0].future, BackendUnavailable(f"The reward model {what}."))
+            fail(batch[0][0].future, BackendUnavailableError(f"The reward model {what}."))
             return
         for (ticket, i), score in zip(batch, scores, strict=True):
             ticket.scores[i] = score

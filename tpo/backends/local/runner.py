@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpo.backends.local.attention import NAME, DecodeStep, Head, PrefillStep, Step, Store, using
+from tpo.backends.local.attention import NAME, DecodeStep, Head, KVCache, PrefillStep, Step, using
 from tpo.backends.local.requests import TokenRequest
 from tpo.backends.local.sampling import Sampler
-from tpo.backends.local.scheduler import Chunk, Row
-from tpo.core.errors import ModelRefused
+from tpo.backends.local.scheduler import ActiveSequence, PrefillChunk
+from tpo.core.errors import ModelRefusedError
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 class Batch:
     """The rows' tensors, valid until a row joins or leaves."""
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[ActiveSequence], device: torch.device) -> None:
         requests = [row.ticket.request for row in rows]
         self.last = torch.tensor([row.tokens[-1] for row in rows], device=device)
         self.steps = torch.tensor([len(row.tokens) for row in rows], device=device)
@@ -51,11 +51,11 @@ class Runner:
         self.dtype: torch.dtype = model.dtype
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._model = model
-        self._store = Store(shapes, slots, model.dtype, self.device)
-        self._rows: list[Row] = []
+        self._store = KVCache(shapes, slots, model.dtype, self.device)
+        self._rows: list[ActiveSequence] = []
         self._batch: Batch | None = None
 
-    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+    def prefill(self, chunks: Sequence[PrefillChunk]) -> Tensor:
         """Read parts of prompts. Logits [prompts that end here, vocabulary]."""
         tokens = [token for chunk in chunks for token in chunk.reading.prompt[chunk.begin : chunk.end]]
         ends, at = [], 0
@@ -77,7 +77,7 @@ class Runner:
         rows = logits.expand(n, -1)
         return _checked(rows, sample(rows, steps)).tolist()
 
-    def decode(self, rows: list[Row]) -> list[int]:
+    def decode(self, rows: list[ActiveSequence]) -> list[int]:
         """One token for each row; -1 where the logits are no numbers."""
         if self._batch is None or rows is not self._rows:
             self._rows, self._batch = rows, Batch(rows, self.device)
@@ -91,7 +91,7 @@ class Runner:
         batch.advance(tokens)
         return tokens.tolist()
 
-    def logits_of(self, rows: list[Row]) -> Tensor:
+    def logits_of(self, rows: list[ActiveSequence]) -> Tensor:
         """The logits [rows, vocabulary] of a step, without a token drawn."""
         self._batch = None
         return self._decode_logits(Batch(rows, self.device), rows)
@@ -106,7 +106,7 @@ class Runner:
         """Logits [kept tokens, vocabulary]."""
         return run_model(self._model, tokens, positions, step, keep)
 
-    def _decode_logits(self, batch: Batch, rows: list[Row]) -> Tensor:
+    def _decode_logits(self, batch: Batch, rows: list[ActiveSequence]) -> Tensor:
         return self.forward(batch.last, batch.positions, DecodeStep(self._store, rows, self.device))
 
 
@@ -133,10 +133,10 @@ class _Recorder:
         return q.new_zeros(q.shape[1], q.shape[0], v.shape[2])
 
 
-def adopt(model: Any, name: str) -> dict[int, tuple[int, int, int]]:
+def install_attention(model: Any, name: str) -> dict[int, tuple[int, int, int]]:
     """Put the arena's attention into a model. Gives (kv heads, key size, value size) of each layer.
 
-    Raises ModelRefused where the model does not let its attention be replaced, or wants more of it than there is.
+    Raises ModelRefusedError where the model does not let its attention be replaced, or wants more of it than there is.
     """
     recorder = _Recorder()
     tokens = torch.arange(2, device=model.device)
@@ -145,10 +145,10 @@ def adopt(model: Any, name: str) -> dict[int, tuple[int, int, int]]:
         with torch.inference_mode():
             run_model(model, tokens, tokens, recorder)
     except Exception as error:
-        raise ModelRefused(f"{name} cannot be served by the engine: {error or repr(error)}. {INSTEAD}") from error
+        raise ModelRefusedError(f"{name} cannot be served by the engine: {error or repr(error)}. {INSTEAD}") from error
     layers = model.config.get_text_config().num_hidden_layers
     if recorder.calls != layers or len(recorder.shapes) != layers:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"{name} cannot be served by the engine: of its {layers} layers, {recorder.calls} let their attention be "
             f"replaced. {INSTEAD}"
         )
@@ -168,11 +168,11 @@ def plain_logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def compare(name: str, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
-    """Raises ModelRefused where the engine's logits are not the model's."""
+    """Raises ModelRefusedError where the engine's logits are not the model's."""
     spread = expected.std().clamp(min=1e-6)
     distance = float((expected - found).abs().mean() / spread)
     if not distance < (0.01 if dtype == torch.float32 else 0.2):
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"{name} cannot be served by the engine: its logits differ from the model's own by {distance:.2g} of their "
             f"spread. {INSTEAD}"
         )

@@ -12,8 +12,8 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from tpo.backends.futures import succeed
-from tpo.backends.local.kv_allocator import Arena, Chain, Piece, Segment, chain_length
-from tpo.backends.local.prefix_cache import Prefixes
+from tpo.backends.local.kv_allocator import Chain, KVCacheAllocator, Piece, Segment, chain_length
+from tpo.backends.local.prefix_cache import PrefixCache
 from tpo.backends.local.requests import Answer, Completion, Ticket
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Limits:
 
 
 @dataclass(eq=False)
-class Reading:
+class PrefillRequest:
     """A prompt that is being read, for some samples of its request."""
 
     ticket: Ticket
@@ -54,10 +54,10 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class PrefillChunk:
     """The part of a prompt that a step reads."""
 
-    reading: Reading
+    reading: PrefillRequest
     begin: int
     end: int
 
@@ -68,7 +68,7 @@ class Chunk:
 
 
 @dataclass(eq=False)
-class Row:
+class ActiveSequence:
     """One sample being written. What it wrote last is not in the cache yet."""
 
     ticket: Ticket
@@ -95,8 +95,8 @@ class Row:
 class Plan:
     """One step: the prompts that are read, and the rows that write a token each."""
 
-    chunks: tuple[Chunk, ...]
-    rows: list[Row]
+    chunks: tuple[PrefillChunk, ...]
+    rows: list[ActiveSequence]
 
 
 class Scheduler:
@@ -104,11 +104,11 @@ class Scheduler:
 
     def __init__(self, limits: Limits, stop_tokens: frozenset[int]) -> None:
         self.limits = limits
-        self.arena = Arena(limits.tokens)
-        self.prefixes = Prefixes(self.arena)
+        self.arena = KVCacheAllocator(limits.tokens)
+        self.prefixes = PrefixCache(self.arena)
         self.waiting: list[Ticket] = []
-        self.readings: list[Reading] = []
-        self.rows: list[Row] = []
+        self.readings: list[PrefillRequest] = []
+        self.rows: list[ActiveSequence] = []
         self._stop = stop_tokens
         self._short_of_memory = False
 
@@ -129,20 +129,21 @@ class Scheduler:
         self._admit()
         return Plan(self._chunks(), self.rows)
 
-    def read(self, chunks: Iterable[Chunk]) -> None:
+    def read(self, chunks: Iterable[PrefillChunk]) -> None:
         """These parts of prompts are in the cache now."""
         for chunk in chunks:
             chunk.reading.position = chunk.end
             chunk.reading.waited = 0
 
-    def join(self, reading: Reading, first: list[int]) -> None:
+    def join(self, reading: PrefillRequest, first: list[int]) -> None:
         """A prompt has been read; each of its samples has its first token."""
         self.readings.remove(reading)
         ticket = reading.ticket
         ticket.timings.first_token = ticket.timings.first_token or monotonic()
         self.prefixes.keep(reading.prompt, reading.chain)
         rows = [
-            Row(ticket, sample, reading.chain, [token]) for sample, token in zip(reading.samples, first, strict=True)
+            ActiveSequence(ticket, sample, reading.chain, [token])
+            for sample, token in zip(reading.samples, first, strict=True)
         ]
         for row in rows:
             self.arena.hold(row.prefix)
@@ -150,17 +151,17 @@ class Scheduler:
         self.rows = [*self.rows, *rows]
         self._finish(rows)
 
-    def advance(self, rows: list[Row], tokens: list[int]) -> None:
+    def advance(self, rows: list[ActiveSequence], tokens: list[int]) -> None:
         """Each row has written a token."""
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
         self._finish(rows)
 
-    def put_back_youngest(self) -> bool:
+    def preempt_youngest(self) -> bool:
         """Make room by what arrived last; False when there is at most one sample or prompt in the step."""
         if len(self.rows) + len(self.readings) < 2:
             return False
-        self._put_back(self._youngest())
+        self._preempt(self._youngest())
         return True
 
     def clear(self) -> list[Ticket]:
@@ -169,8 +170,8 @@ class Scheduler:
         self.waiting, self.readings, self.rows = [], [], []
         return [t for t in dict.fromkeys(tickets) if not t.gone]
 
-    def _youngest(self) -> "Row | Reading":
-        working: list[Row | Reading] = [*self.rows, *self.readings]
+    def _youngest(self) -> "ActiveSequence | PrefillRequest":
+        working: list[ActiveSequence | PrefillRequest] = [*self.rows, *self.readings]
         return max(working, key=_seniority)
 
     def _drop_the_gone(self) -> None:
@@ -182,7 +183,7 @@ class Scheduler:
             self._short_of_memory = False
         self._remove([row for row in self.rows if row.ticket.gone])
 
-    def _remove(self, leaving: list[Row]) -> None:
+    def _remove(self, leaving: list[ActiveSequence]) -> None:
         if not leaving:
             return
         for row in leaving:
@@ -192,12 +193,12 @@ class Scheduler:
         self.rows = [row for row in self.rows if id(row) not in gone]
         self._short_of_memory = False
 
-    def _finish(self, rows: Iterable[Row]) -> None:
+    def _finish(self, rows: Iterable[ActiveSequence]) -> None:
         """Hand in what is whole; the last sample of a request answers it. The next plan drops what has failed."""
         leaving = [row for row in rows if not row.ticket.gone and self._hand_in(row)]
         self._remove(leaving)
 
-    def _hand_in(self, row: Row) -> bool:
+    def _hand_in(self, row: ActiveSequence) -> bool:
         request, done = row.ticket.request, row.ticket.done
         reason: FinishReason
         if row.tokens[-1] in self._stop or (request.ended and request.ended(row.tokens)):
@@ -214,7 +215,7 @@ class Scheduler:
             succeed(row.ticket.future, Answer(tuple(done[i] for i in range(len(done))), row.ticket.timings))
         return True
 
-    def _keep(self, row: Row) -> None:
+    def _keep(self, row: ActiveSequence) -> None:
         """A single answer is often the beginning of the next call's prompt."""
         if not row.own or not row.own[-1].used:
             return
@@ -222,10 +223,10 @@ class Scheduler:
         chain = (*row.prefix, *(Piece(segment, segment.used) for segment in row.own))
         self.prefixes.keep((*row.ticket.request.prompt, *row.tokens)[: chain_length(chain)], chain)
 
-    def _put_back(self, victim: Row | Reading) -> None:
+    def _preempt(self, victim: ActiveSequence | PrefillRequest) -> None:
         ticket = victim.ticket
-        ticket.timings.put_back += 1
-        if isinstance(victim, Row):
+        ticket.timings.preempted += 1
+        if isinstance(victim, ActiveSequence):
             ticket.todo.append(victim.sample)
             self._remove([victim])
         else:
@@ -248,13 +249,13 @@ class Scheduler:
         full = [row for row in self.rows if sum(s.capacity for s in row.own) < len(row.tokens)]
         for row in self._grow_together(full):
             while row in self.rows and not self._grow(row):
-                self._put_back(self._youngest())
+                self._preempt(self._youngest())
         for row in self.rows:
             row.own[-1].used = len(row.tokens) - sum(s.capacity for s in row.own[:-1])
 
-    def _grow_together(self, rows: list[Row]) -> list[Row]:
+    def _grow_together(self, rows: list[ActiveSequence]) -> list[ActiveSequence]:
         """Samples of one request that go in step get neighbouring segments; gives the rows that got none, in order."""
-        groups: dict[tuple[int, int], list[Row]] = {}
+        groups: dict[tuple[int, int], list[ActiveSequence]] = {}
         for row in rows:
             groups.setdefault((id(row.ticket), len(row.tokens)), []).append(row)
         rest = []
@@ -267,7 +268,7 @@ class Scheduler:
             rest += [] if segments else group
         return sorted(rest, key=_seniority)
 
-    def _grow(self, row: Row) -> bool:
+    def _grow(self, row: ActiveSequence) -> bool:
         size = min(_next_size(row), max(self.arena.free, 1))
         if not self._make_room(size):
             return False
@@ -314,10 +315,10 @@ class Scheduler:
             self.waiting.remove(ticket)
         ticket.timings.started = ticket.timings.started or monotonic()
         ticket.timings.reused_tokens = chain_length(known)
-        self.readings.append(Reading(ticket, samples, chain, chain_length(known)))
+        self.readings.append(PrefillRequest(ticket, samples, chain, chain_length(known)))
         return True
 
-    def _chunks(self) -> tuple[Chunk, ...]:
+    def _chunks(self) -> tuple[PrefillChunk, ...]:
         """Parts of prompts under the limit of a step; where patience is allowed, nothing until it is worth it."""
         left = sum(len(r.prompt) - r.position for r in self.readings)
         for reading in self.readings:
@@ -331,7 +332,7 @@ class Scheduler:
                 break
             end = min(len(reading.prompt), reading.position + room)
             room -= end - reading.position
-            chunks.append(Chunk(reading, reading.position, end))
+            chunks.append(PrefillChunk(reading, reading.position, end))
         return tuple(chunks)
 
 
@@ -339,11 +340,11 @@ def _rank(ticket: Ticket) -> tuple[bool, int]:
     return not ticket.request.under_way, ticket.number
 
 
-def _seniority(item: Row | Reading) -> tuple[bool, int, int]:
-    sample = item.sample if isinstance(item, Row) else item.samples[-1]
+def _seniority(item: ActiveSequence | PrefillRequest) -> tuple[bool, int, int]:
+    sample = item.sample if isinstance(item, ActiveSequence) else item.samples[-1]
     return (*_rank(item.ticket), sample)
 
 
-def _next_size(row: Row) -> int:
+def _next_size(row: ActiveSequence) -> int:
     have = sum(segment.capacity for segment in row.own)
     return max(1, min(row.ticket.request.max_tokens - have, max(have, FIRST_SLOTS)))

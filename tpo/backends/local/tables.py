@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tpo.backends.local.kv_allocator import chain_length
-from tpo.backends.local.scheduler import Row
+from tpo.backends.local.scheduler import ActiveSequence
 
 PARTS = 16
 """Partial outputs that a row may have; they are merged afterwards."""
@@ -43,9 +43,9 @@ class Tables:
         self.spare = rows
         """The table of nobody: all its entries are slot 0."""
         self._free = list(range(rows))
-        self._known: dict[int, tuple[Row, int]] = {}
+        self._known: dict[int, tuple[ActiveSequence, int]] = {}
 
-    def update(self, rows: Sequence[Row]) -> Writes | None:
+    def update(self, rows: Sequence[ActiveSequence]) -> Writes | None:
         """Give new rows a table, take those of rows that left; what is to be written, None if nothing changed."""
         here = {id(row) for row in rows}
         left = [number for number, (row, _) in self._known.items() if id(row) not in here]
@@ -76,7 +76,7 @@ class Tables:
         self._known.clear()
 
 
-def work(rows: Sequence[Row], rows_an_item: int, aim: int, most: int) -> Work:
+def work(rows: Sequence[ActiveSequence], rows_an_item: int, aim: int, most: int) -> Work:
     """Items for rows in this order: about `aim` of them where there is enough to do, never more than `most`.
 
     They reach to the end of what the rows have reserved; the kernel stops where the tokens do.
@@ -95,7 +95,7 @@ def work(rows: Sequence[Row], rows_an_item: int, aim: int, most: int) -> Work:
 
 
 def _cut(
-    rows: Sequence[Row], groups: Sequence[tuple[int, int]], rows_an_item: int, size: int
+    rows: Sequence[ActiveSequence], groups: Sequence[tuple[int, int]], rows_an_item: int, size: int
 ) -> tuple[list[tuple[int, ...]], list[int]]:
     items: list[tuple[int, ...]] = []
     parts = []
@@ -113,17 +113,17 @@ def _cut(
     return items, parts
 
 
-def _groups(rows: Sequence[Row]) -> list[tuple[int, int]]:
+def _groups(rows: Sequence[ActiveSequence]) -> list[tuple[int, int]]:
     """Neighbours with one prompt, as (first, last)."""
     edges = [i for i in range(1, len(rows)) if rows[i].prefix is not rows[i - 1].prefix]
     return list(zip([0, *edges], [*edges, len(rows)], strict=True))
 
 
-def _capacity(row: Row) -> int:
+def _capacity(row: ActiveSequence) -> int:
     return chain_length(row.prefix) + sum(segment.capacity for segment in row.own)
 
 
-def _slots(row: Row, first_segment: int, *, with_prefix: bool) -> Numbers:
+def _slots(row: ActiveSequence, first_segment: int, *, with_prefix: bool) -> Numbers:
     runs = [(p.segment.start, p.length) for p in row.prefix] if with_prefix else []
     runs += [(s.start, s.capacity) for s in row.own[first_segment:]]
     return np.concatenate([np.arange(start, start + length) for start, length in runs])

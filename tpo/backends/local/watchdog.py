@@ -6,7 +6,7 @@ STUCK_SECONDS = 600.0
 """One pass through a model that takes longer will never end."""
 
 
-class Pulse:
+class Watchdog:
     """Tells a loop that works from one that is stuck: told when a pass begins, and when there is nothing to do."""
 
     _since: float | None = None

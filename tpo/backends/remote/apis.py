@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tpo.backends.remote.server import Malformed
-from tpo.core.errors import ModelRefused
+from tpo.core.errors import ModelRefusedError
 from tpo.core.state import Message
 
 _LABELS = "gives {} numbers for a response. A reward model here has one label, whose raw score is the reward."
@@ -27,7 +27,7 @@ class ScoringApi(Protocol):
         ...
 
     def read(self, answer: Any) -> Scored:
-        """The score in the answer. Raises Malformed, ModelRefused."""
+        """The score in the answer. Raises Malformed, ModelRefusedError."""
         ...
 
 
@@ -41,7 +41,7 @@ class VllmClassify:
         return {"model": model, "messages": [m.model_dump() for m in turns], "use_activation": False}
 
     def read(self, answer: Any) -> Scored:
-        """The score in the answer. Raises Malformed, ModelRefused."""
+        """The score in the answer. Raises Malformed, ModelRefusedError."""
         try:
             return Scored(_one(answer["data"][0]["probs"]), _count(answer["usage"]["prompt_tokens"]))
         except (TypeError, KeyError, IndexError, ValueError):
@@ -61,7 +61,7 @@ class VllmPooling(VllmClassify):
         return {**super().body(model, turns), "task": self._task, "encoding_format": "float"}
 
     def read(self, answer: Any) -> Scored:
-        """The score in the answer. Raises Malformed, ModelRefused."""
+        """The score in the answer. Raises Malformed, ModelRefusedError."""
         try:
             data = answer["data"][0]["data"]
             numbers = data[-1] if isinstance(data[-1], list) else data
@@ -83,7 +83,7 @@ class SglangClassify:
         return {"model": model, "input_ids": self._chat.encode(turns, for_reply=False)}
 
     def read(self, answer: Any) -> Scored:
-        """The score in the answer. Raises Malformed, ModelRefused."""
+        """The score in the answer. Raises Malformed, ModelRefusedError."""
         try:
             found = answer[0] if isinstance(answer, list) else answer
             return Scored(_one(found["embedding"]), _count(found.get("meta_info", {}).get("prompt_tokens", 0)))
@@ -92,10 +92,10 @@ class SglangClassify:
 
 
 def _one(numbers: Any) -> float:
-    """The single raw score. Raises ModelRefused where there are several."""
+    """The single raw score. Raises ModelRefusedError where there are several."""
     values = [float(number) for number in numbers]
     if len(values) != 1:
-        raise ModelRefused(f"The reward model's server {_LABELS.format(len(values))}")
+        raise ModelRefusedError(f"The reward model's server {_LABELS.format(len(values))}")
     return values[0]
 
 
@@ -110,13 +110,13 @@ def load_chat(name: str) -> Any:
 
         from tpo.backends.chat import Chat
     except ImportError as error:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"sglang: needs transformers for the tokenizer ({error}): pip install transformers"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        raise ModelRefused(
+        raise ModelRefusedError(
             f"sglang: takes finished tokens, and the tokenizer {name} cannot be loaded here: {error} "
             "TPO_REWARD_TOKENIZER names a folder or a name on the Hugging Face Hub."
         ) from error

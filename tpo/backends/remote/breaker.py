@@ -8,7 +8,7 @@ FAILURES = 8
 """So many failures in a row, over all jobs, and the circuit is open."""
 
 
-class ServerFailed(Exception):
+class ServerDownError(Exception):
     """The server could not be reached, or failed: another try may help, and tells whether it is back."""
 
 
@@ -34,11 +34,11 @@ class Breaker:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Wait until a request may go. `ServerFailed` out of the body counts against the server; all else does not."""
+        """Wait until a request may go. Only a `ServerDownError` raised in the body counts against the server."""
         asks = await self._wait()
         try:
             yield
-        except ServerFailed:
+        except ServerDownError:
             self._failed(asks)
             raise
         except Exception:  # a refusal is an answer, too; one that was cancelled says nothing

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from tpo.backends.remote.server import Limits, Malformed, Refused, Server
-from tpo.core.errors import BackendUnavailable, BadReply, ModelRefused
+from tpo.core.errors import BackendUnavailableError, BadReplyError, ModelRefusedError
 from tpo.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -39,31 +39,31 @@ def secret(key: SecretStr | None) -> str | None:
 def connect(server: Server, model: str, seconds: float, *, setting: str, path: str = "models") -> int | None:
     """Wait until the server answers, and see that it has the model. Gives the model's window, where it is told.
 
-    A server that lists no models is taken at its word. Raises ModelRefused.
+    A server that lists no models is taken at its word. Raises ModelRefusedError.
     """
     end = time.monotonic() + seconds
     patience = min(seconds, _FIRST_SECONDS)
     while True:
         try:
             listed = server.call(server.get(path, _models, patience), lambda: None)
-        except BackendUnavailable as error:
+        except BackendUnavailableError as error:
             patience = end - time.monotonic()
             if patience < _LAST_SECONDS:
-                raise ModelRefused(f"{error} It was waited for {seconds:g} s; is its address right?") from error
+                raise ModelRefusedError(f"{error} It was waited for {seconds:g} s; is its address right?") from error
             _log.warning("the server of %s at %s cannot be used yet; it is waited for", model, server.url)
         except Refused as refused:
             if refused.status in _WRONG_KEY:
-                raise ModelRefused(
+                raise ModelRefusedError(
                     f"The server of {model} at {server.url} refused the key ({refused.status}): set {setting}."
                 ) from refused
             return None
-        except BadReply:
+        except BadReplyError:
             return None
         else:
             break
     if model not in listed:
         names = ", ".join(list(listed)[:_SHOWN_MODELS]) or "none"
-        raise ModelRefused(f"The server at {server.url} has no model {model}. It has: {names}.")
+        raise ModelRefusedError(f"The server at {server.url} has no model {model}. It has: {names}.")
     return listed[model]
 
 

@@ -11,7 +11,13 @@ from tpo.backends.remote.connection import connect, limits_of, secret
 from tpo.backends.remote.context import refuses_n, too_long
 from tpo.backends.remote.reply import Reply, estimated, read_completion
 from tpo.backends.remote.server import Refused, Server, all_of
-from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused, PromptRefused
+from tpo.core.errors import (
+    BackendUnavailableError,
+    BadReplyError,
+    ContextTooLongError,
+    ModelRefusedError,
+    PromptRefusedError,
+)
 from tpo.core.ports import Generate, Generation, Interrupt, Text, cut_at
 from tpo.settings import Settings
 
@@ -35,16 +41,16 @@ class OpenAIPolicy:
     def __init__(self, model: str, server: Server, settings: Settings) -> None:
         self._model = model
         self._server = server
-        self._apart = settings.openai_samples == "apart"
+        self._apart = settings.openai_samples == "separate"
         self._warned = False
-        self._limit_name = settings.openai_limit_name
+        self._limit_name = settings.openai_max_tokens_field
         self._extra = settings.openai_extra_body
 
     @classmethod
     def load(cls, model: str, settings: Settings) -> Self:
-        """Wait until the server answers, and see that it has the model. Raises ModelRefused."""
+        """Wait until the server answers, and see that it has the model. Raises ModelRefusedError."""
         if settings.openai_url is None:
-            raise ModelRefused(
+            raise ModelRefusedError(
                 f"The policy openai:{model} needs TPO_OPENAI_URL, the address of its server: http://host:8000/v1"
             )
         server = Server(settings.openai_url, secret(settings.openai_api_key), limits_of(settings))
@@ -56,14 +62,16 @@ class OpenAIPolicy:
         return cls(model, server, settings)
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
-        """Sample responses. Raises ContextTooLong, PromptRefused, BadReply, BackendUnavailable, and what interrupts.
+        """Sample responses.
+
+        Raises ContextTooLongError, PromptRefusedError, BadReplyError, BackendUnavailableError, CallInterruptedError.
 
         An interrupt closes the connection, so that the server stops writing.
         """
         started = time.perf_counter()
         interrupt()
         if any(_LONE_SURROGATE.search(m.content) for m in request.messages):
-            raise PromptRefused("A message holds half a surrogate pair, which is no Unicode text.")
+            raise PromptRefusedError("A message holds half a surrogate pair, which is no Unicode text.")
         replies = self._server.call(self._sample(request), interrupt)
         texts = tuple(_before(request.stop, text) for reply in replies for text in reply.texts)
         if request.temperature == 0:
@@ -91,7 +99,7 @@ class OpenAIPolicy:
             if len(reply.texts) < request.n and not self._warned:
                 self._warned = True
                 _log.warning(
-                    "the policy's server gives fewer choices than n; TPO_OPENAI_SAMPLES=apart is faster with it"
+                    "the policy's server gives fewer choices than n; TPO_OPENAI_SAMPLES=separate is faster with it"
                 )
         missing = request.seeds[sum(len(reply.texts) for reply in got) :]
         return got + await all_of(lambda seed: self._one(request, seed), missing)
@@ -102,7 +110,7 @@ class OpenAIPolicy:
             reply = await self._ask(request, seed, 1)
             if reply.texts:
                 return reply
-        raise BadReply(f"The policy's server answered {_ASKED_AGAIN} times without any response.")
+        raise BadReplyError(f"The policy's server answered {_ASKED_AGAIN} times without any response.")
 
     async def _ask(self, request: Generate, seed: int, n: int) -> Reply:
         """At most n texts of one request, none where the server takes no such n.
@@ -122,15 +130,15 @@ class OpenAIPolicy:
     def _room(self, request: Generate, refused: Refused, limit: int) -> int:
         """A lower limit that may fit. Raises what the refusal means where none does."""
         if refused.status in _WRONG_KEY:
-            raise BackendUnavailable(
+            raise BackendUnavailableError(
                 f"The policy's server refused the key ({refused.status}): set TPO_OPENAI_API_KEY."
             ) from refused
         if refused.status < 400 or refused.status in _NOT_NOW:
             why = _NOT_NOW.get(refused.status, "sends elsewhere: TPO_OPENAI_URL has to name that address itself")
-            raise BackendUnavailable(f"The policy's server {why} ({refused.status}).") from refused
+            raise BackendUnavailableError(f"The policy's server {why} ({refused.status}).") from refused
         length = too_long(refused)
         if length is None:
-            raise PromptRefused(
+            raise PromptRefusedError(
                 f"The policy's server refused the {request.kind} call ({refused.status}): {refused.said[:_SHOWN]}"
             ) from refused
         if length.window is not None:
@@ -143,7 +151,7 @@ class OpenAIPolicy:
             return limit // 2
         has = "more tokens than fit" if length.sent is None else f"{length.sent} tokens"
         holds = "its window" if length.window is None else f"{length.window} with its answer"
-        raise ContextTooLong(
+        raise ContextTooLongError(
             f"The prompt of the {request.kind} call has {has}; the policy holds {holds}. Shorten the conversation, or "
             "lower max_tokens so that the responses which the critic reads are shorter."
         ) from refused

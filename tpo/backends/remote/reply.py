@@ -7,11 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from tpo.backends.reasoning import split_reasoning
 from tpo.backends.remote.server import Malformed
 from tpo.core.ports import Text
 from tpo.core.state import FinishReason
-
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 _CHARACTERS_A_TOKEN = 4
 """For servers that count nothing."""
@@ -82,21 +81,6 @@ def estimated(characters: int) -> int:
     return math.ceil(characters / _CHARACTERS_A_TOKEN)
 
 
-def without_thinking(content: str) -> tuple[str, str]:
-    """A reply's answer, and its reasoning where that stands in it between `<think>` and `</think>`.
-
-    A chat template may have opened the reasoning, so that the reply holds its end alone. Reasoning that never ends
-    leaves no answer.
-    """
-    if content.lstrip().startswith(THINK_OPEN):
-        reasoning, end, answer = content.rpartition(THINK_CLOSE)
-        return (answer.lstrip(), reasoning) if end else ("", content)
-    reasoning, end, answer = content.partition(THINK_CLOSE)
-    if end and THINK_OPEN not in reasoning:
-        return answer.lstrip(), reasoning
-    return content, ""
-
-
 def _parts(message: _Message) -> tuple[str, str]:
     content = message.content or ""
     if not isinstance(content, str):
@@ -104,7 +88,7 @@ def _parts(message: _Message) -> tuple[str, str]:
     apart = message.reasoning_content or message.reasoning
     if apart:
         return content.lstrip(), apart
-    return without_thinking(content)
+    return split_reasoning(content)
 
 
 def _finish_reason(said: str | None) -> FinishReason:

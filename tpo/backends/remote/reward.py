@@ -14,7 +14,13 @@ from tpo.backends.remote.apis import Scored, ScoringApi, SglangClassify, VllmCla
 from tpo.backends.remote.connection import connect, limits_of, secret
 from tpo.backends.remote.context import TooLong, too_long
 from tpo.backends.remote.server import Refused, Server, all_of
-from tpo.core.errors import BackendUnavailable, BadReply, ContextTooLong, ModelRefused, PromptRefused
+from tpo.core.errors import (
+    BackendUnavailableError,
+    BadReplyError,
+    ContextTooLongError,
+    ModelRefusedError,
+    PromptRefusedError,
+)
 from tpo.core.ports import Interrupt, Rewards, Score
 from tpo.core.state import Message, RewardPart
 from tpo.settings import Settings
@@ -29,13 +35,13 @@ PROBES = (
 )
 """Scored once at the start: raw scores of such different responses do not all lie between 0 and 1."""
 
-BOUNDED_IN_A_ROW = 256
+IN_UNIT_INTERVAL_IN_A_ROW = 256
 """So many scores in [0, 1] with none outside: the server has been started anew, with a sigmoid."""
 
 _SIGMOID = (
     "gives scores between 0 and 1 alone: it applies a sigmoid, under which the best responses are all equal. Update "
     "it to a version that honours use_activation: false, or start vLLM with "
-    "--pooler-config '{\"use_activation\": false}'. If its raw scores do lie there: TPO_REWARD_BOUNDED=true."
+    "--pooler-config '{\"use_activation\": false}'. If its raw scores do lie there: TPO_REWARD_IN_UNIT_INTERVAL=true."
 )
 _MARGIN = 0.97
 _MOST_CUTS = 24
@@ -63,10 +69,10 @@ class RemoteRewardModel:
 
     @classmethod
     def load(cls, spec: str, settings: Settings) -> Self:
-        """Wait until the server answers, and see that its scores are raw. Raises ModelRefused."""
+        """Wait until the server answers, and see that its scores are raw. Raises ModelRefusedError."""
         kind_name, _, model = spec.partition(":")
         if settings.reward_url is None:
-            raise ModelRefused(
+            raise ModelRefusedError(
                 f"The reward model {spec} needs TPO_REWARD_URL, the address of its server: http://host:8000"
             )
         kind: ScoringApi
@@ -81,7 +87,7 @@ class RemoteRewardModel:
         try:
             seconds = settings.remote_start_seconds
             window = connect(server, model, seconds, setting="its API key", path="v1/models")
-            reward = cls(model, server, kind, bounded=settings.reward_bounded, window=window)
+            reward = cls(model, server, kind, bounded=settings.reward_in_unit_interval, window=window)
             reward.probe()
         except BaseException:
             server.close()
@@ -89,23 +95,25 @@ class RemoteRewardModel:
         return reward
 
     def probe(self) -> None:
-        """Score a few very different responses. Raises ModelRefused for a server that applies a sigmoid."""
+        """Score a few very different responses. Raises ModelRefusedError for a server that applies a sigmoid."""
         turns = [(Message(role="user", content=q), Message(role="assistant", content=a)) for q, a in PROBES]
         try:
             work = all_of(self._ask, turns)
             values = [scored.value for scored in self._server.call(work, lambda: None)]
         except Refused as refused:
-            raise ModelRefused(
+            raise ModelRefusedError(
                 f"The reward model {self._model} does not score over /{self._kind.path} ({refused.status}): "
                 f"{refused.said[:_SHOWN]}"
             ) from refused
-        except (BackendUnavailable, BadReply) as error:
-            raise ModelRefused(f"The reward model {self._model} does not score: {error}") from error
+        except (BackendUnavailableError, BadReplyError) as error:
+            raise ModelRefusedError(f"The reward model {self._model} does not score: {error}") from error
         if not self._bounded and all(0 <= value <= 1 for value in values):
-            raise ModelRefused(f"The server of the reward model {self._model} {_SIGMOID}")
+            raise ModelRefusedError(f"The server of the reward model {self._model} {_SIGMOID}")
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
-        """Score responses. Raises ContextTooLong, PromptRefused, BadReply, BackendUnavailable, and what interrupts.
+        """Score responses.
+
+        Raises ContextTooLongError, PromptRefusedError, BadReplyError, BackendUnavailableError, CallInterruptedError.
 
         A response that the model's window has no room for is scored by its first part; its parts then say how much.
         """
@@ -114,9 +122,9 @@ class RemoteRewardModel:
         work = all_of(lambda response: self._fitted(request.messages, response), request.responses)
         try:
             scored = self._server.call(work, interrupt)
-        except ModelRefused as error:
+        except ModelRefusedError as error:
             self.healthy = False
-            raise BackendUnavailable(str(error)) from error
+            raise BackendUnavailableError(str(error)) from error
         self._watch([one.value for one, _ in scored])
         cut = any(share < 1 for _, share in scored)
         return Rewards(
@@ -154,7 +162,7 @@ class RemoteRewardModel:
                         scored = await self._ask((*messages, Message(role="assistant", content=longer)))
                         kept = longer
                 return scored, len(kept) / len(response) if response else 1.0
-        raise ContextTooLong(
+        raise ContextTooLongError(
             f"The conversation has no room for a response in the window of the reward model"
             f"{f' ({length.window} tokens)' if length.window else ''}. Shorten it, or take a model that reads more."
         )
@@ -162,10 +170,12 @@ class RemoteRewardModel:
     def _length(self, refused: Refused) -> TooLong:
         """How much too long it was. Raises what else the refusal means."""
         if refused.status < 400 or refused.status in (401, 403, 404, 429):
-            raise BackendUnavailable(f"The reward model's server refuses to score ({refused.status}).") from refused
+            raise BackendUnavailableError(
+                f"The reward model's server refuses to score ({refused.status})."
+            ) from refused
         length = too_long(refused)
         if length is None:
-            raise PromptRefused(
+            raise PromptRefusedError(
                 f"The reward model's server refused a conversation ({refused.status}): {refused.said[:_SHOWN]}"
             ) from refused
         return length._replace(window=length.window or self._window)
@@ -186,10 +196,10 @@ class RemoteRewardModel:
         with self._lock:
             outside = any(not 0 <= value <= 1 for value in values)
             self._in_bounds = 0 if outside else self._in_bounds + len(values)
-            turned = self._in_bounds >= BOUNDED_IN_A_ROW
+            turned = self._in_bounds >= IN_UNIT_INTERVAL_IN_A_ROW
         if turned:
             self.healthy = False
-            raise BackendUnavailable(f"The server of the reward model {self._model} {_SIGMOID}")
+            raise BackendUnavailableError(f"The server of the reward model {self._model} {_SIGMOID}")
 
 
 def _room(length: TooLong, characters: int) -> int:

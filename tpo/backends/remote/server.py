@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from tpo.backends.futures import result_of
-from tpo.backends.remote.breaker import Breaker, ServerFailed
-from tpo.core.errors import BackendUnavailable, BadReply
+from tpo.backends.remote.breaker import Breaker, ServerDownError
+from tpo.backoff import backoff_seconds
+from tpo.core.errors import BackendUnavailableError, BadReplyError
 from tpo.core.ports import Interrupt
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Limits:
     longest_pause: float = 20.0
 
 
-class _Again(ServerFailed):
+class _Again(ServerDownError):
     def __init__(self, why: str, *, reached: bool = True, malformed: bool = False) -> None:
         super().__init__(why)
         self.reached = reached
@@ -101,15 +102,15 @@ class Server:
         with self._closing:
             if self._closed:
                 work.close()
-                raise BackendUnavailable(_CLOSED)
+                raise BackendUnavailableError(_CLOSED)
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return result_of(future, interrupt)
         except CancelledError:
-            raise BackendUnavailable(_CLOSED) from None
+            raise BackendUnavailableError(_CLOSED) from None
 
     def close(self) -> None:
-        """Close the connections; what waits ends with BackendUnavailable."""
+        """Close the connections; what waits ends with BackendUnavailableError."""
         with self._closing:
             if self._closed:
                 return
@@ -127,14 +128,14 @@ class Server:
         """What `read` makes of the answer; it raises Malformed for one that is none.
 
         Tries again, with growing pauses and jitter, what may pass: no connection, an answer cut short, 429 (when it
-        says so), 5xx. Raises Refused, BadReply, BackendUnavailable.
+        says so), 5xx. Raises Refused, BadReplyError, BackendUnavailableError.
         """
         return await self._insist("POST", path, body, read, self._limits.call)
 
     async def _insist(self, method: str, path: str, body: dict[str, Any] | None, read: Read[T], seconds: float) -> T:
         why = "has answered nobody lately" if self._breaker.is_open else "did not answer in time"
         end = time.monotonic() + seconds
-        pause, tries = self._limits.pause, 0
+        pauses, tries = 0, 0
         try:
             async with asyncio.timeout(seconds):
                 while True:
@@ -149,7 +150,9 @@ class Server:
                         if tries >= self._limits.tries:
                             raise self._given_up(why, malformed=error.malformed) from error
                     if wait is None:
-                        wait, pause = pause * random.uniform(0.5, 1), min(2 * pause, self._limits.longest_pause)  # noqa: S311 - jitter
+                        limits = self._limits
+                        wait = backoff_seconds(pauses, first=limits.pause, longest=limits.longest_pause)
+                        pauses += 1
                     else:
                         wait *= random.uniform(1, 1.1)  # noqa: S311 - jitter
                     if time.monotonic() + wait > end:
@@ -159,9 +162,9 @@ class Server:
         except TimeoutError as error:
             raise self._given_up(f"{why}; {seconds:g} s are over", malformed=False) from error
 
-    def _given_up(self, why: str, *, malformed: bool) -> BackendUnavailable | BadReply:
+    def _given_up(self, why: str, *, malformed: bool) -> BackendUnavailableError | BadReplyError:
         told = f"The server of the model at {self.url} {why}."
-        return BadReply(told) if malformed else BackendUnavailable(told)
+        return BadReplyError(told) if malformed else BackendUnavailableError(told)
 
     async def _once(self, method: str, path: str, body: dict[str, Any] | None, read: Read[T]) -> T:
         try:

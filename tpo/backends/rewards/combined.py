@@ -20,7 +20,7 @@ from tpo.backends.rewards.config import (
     read,
 )
 from tpo.backends.rewards.judge import Judge
-from tpo.core.errors import BadReply, ModelRefused
+from tpo.core.errors import BadReplyError, ModelRefusedError
 from tpo.core.ports import Interrupt, Policy, RewardModel, Rewards, Score
 from tpo.core.state import RewardPart
 from tpo.settings import Settings
@@ -72,7 +72,7 @@ class CombinedReward:
         return all(getattr(one, "healthy", True) for one in self._owned)
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
-        """Score responses by each part in turn. Raises what the parts raise, and BadReply where scores are missing."""
+        """Score responses by each part in turn. Raises BadReplyError and what the parts raise."""
         started = time.perf_counter()
         columns: list[list[tuple[RewardPart, ...]]] = []
         read_tokens = 0
@@ -80,7 +80,7 @@ class CombinedReward:
             interrupt()
             rewards = model.score(request, interrupt)
             if len(rewards.values) != len(request.responses):
-                raise BadReply(
+                raise BadReplyError(
                     f"The reward part {name} was given {len(request.responses)} responses and gave "
                     f"{len(rewards.values)} scores."
                 )
@@ -110,7 +110,7 @@ class CombinedReward:
 def load_combined(
     file: Path, settings: Settings, load_reward: LoadReward, load_policy: LoadPolicy, policy: Policy | None
 ) -> CombinedReward:
-    """The reward that a file describes, with all models in it loaded. Raises ModelRefused."""
+    """The reward that a file describes, with all models in it loaded. Raises ModelRefusedError."""
     parts: list[tuple[str, float, RewardModel]] = []
     owned: list[object] = []
     described = read(file).part
@@ -148,14 +148,14 @@ def _made(
                     "reward_api_key": _key(part, settings),
                     "reward_task": part.task,
                     "reward_tokenizer": part.tokenizer,
-                    "reward_bounded": part.bounded,
+                    "reward_in_unit_interval": part.bounded,
                 }
             )
             model = load_reward(part.model, here)
             return (model if (part.offset, part.scale) == (0, 1) else Rescaled(model, part.offset, part.scale)), [model]
         case JudgePart(policy="policy"):
             if policy is None:
-                raise ModelRefused(f'The judge {part.name} wants policy = "{OWN_POLICY}", and there is none here.')
+                raise ModelRefusedError(f'The judge {part.name} wants policy = "{OWN_POLICY}", and there is none here.')
             return Judge(part, policy), []
         case JudgePart():
             here = settings.model_copy(
@@ -163,7 +163,7 @@ def _made(
                     "openai_url": part.url,
                     "openai_api_key": _key(part, settings),
                     "openai_samples": "together",
-                    "openai_limit_name": part.limit_name,
+                    "openai_max_tokens_field": part.limit_name,
                     "openai_extra_body": part.extra_body,
                 }
             )
@@ -175,9 +175,11 @@ def _key(part: Part, settings: Settings) -> SecretStr | None:
     name = part.key if isinstance(part, ModelPart | JudgePart) else None
     if name is None:
         return None
-    if name not in settings.server_keys:
-        raise ModelRefused(f"The reward part {part.name} wants the key {name}, which TPO_SERVER_KEYS does not hold.")
-    return settings.server_keys[name]
+    if name not in settings.server_api_keys:
+        raise ModelRefusedError(
+            f"The reward part {part.name} wants the key {name}, which TPO_SERVER_API_KEYS does not hold."
+        )
+    return settings.server_api_keys[name]
 
 
 def _notes(name: str, parts: Sequence[RewardPart]) -> list[RewardPart]:

@@ -8,7 +8,7 @@ import jsonschema_rs
 import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tpo.core.errors import ModelRefused
+from tpo.core.errors import ModelRefusedError
 from tpo.settings import REMOTE_REWARDS, check_extra_body, check_server_url
 from tpo.validation_messages import invalid
 
@@ -56,7 +56,7 @@ class ModelPart(_Part):
     kind: Literal["model"]
     model: str = Field(min_length=1, description="what TPO_REWARD_MODEL may be")
     url: Url = None
-    key: str | None = Field(None, description="a name in TPO_SERVER_KEYS")
+    key: str | None = Field(None, description="a name in TPO_SERVER_API_KEYS")
     task: Literal["classify", "token_classify"] = "classify"
     tokenizer: str | None = None
     bounded: bool = False
@@ -76,7 +76,7 @@ class JudgePart(_Part):
     kind: Literal["judge"]
     policy: str = Field(OWN_POLICY, min_length=1, description="what TPO_POLICY may be, or policy: the worker's own")
     url: Url = None
-    key: str | None = Field(None, description="a name in TPO_SERVER_KEYS")
+    key: str | None = Field(None, description="a name in TPO_SERVER_API_KEYS")
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     extra_body: Annotated[dict[str, Any], AfterValidator(check_extra_body)] = {}
     mode: Literal["rubric", "pairwise"] = "rubric"
@@ -158,14 +158,14 @@ class RewardFile(BaseModel):
 
 
 def read(file: Path) -> RewardFile:
-    """What a reward file says. Raises ModelRefused, which names the field."""
+    """What a reward file says. Raises ModelRefusedError, which names the field."""
     try:
         said = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelRefused(f"TPO_REWARD_FILE: {file} cannot be read: {error.strerror}") from error
+        raise ModelRefusedError(f"TPO_REWARD_FILE: {file} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or not TOML
-        raise ModelRefused(f"TPO_REWARD_FILE: {file} is no TOML: {error}") from error
+        raise ModelRefusedError(f"TPO_REWARD_FILE: {file} is no TOML: {error}") from error
     try:
         return RewardFile.model_validate(said)
     except ValidationError as error:
-        raise ModelRefused(f"TPO_REWARD_FILE: {file}: {invalid(error)}") from error
+        raise ModelRefusedError(f"TPO_REWARD_FILE: {file}: {invalid(error)}") from error

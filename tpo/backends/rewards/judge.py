@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from tpo.backends.rewards.config import JudgePart
-from tpo.core.errors import ContextTooLong
-from tpo.core.loop import derived_seed, query_text
+from tpo.core.errors import ContextTooLongError
 from tpo.core.ports import Generate, Interrupt, Policy, Rewards, Score, Text
+from tpo.core.requests import derived_seed, query_text
 from tpo.core.state import Message
 
 _TRIES = 2
@@ -184,7 +184,7 @@ def _each(value: Callable[[str, Interrupt], float], request: Score, interrupt: I
     """The value of each response, all asked for at once: one engine or one server batches them.
 
     A response that the judge's context has no room for is NaN; where that is so of all, it is the conversation that is
-    too long: raises ContextTooLong.
+    too long: raises ContextTooLongError.
     """
     failed = threading.Event()
 
@@ -193,10 +193,10 @@ def _each(value: Callable[[str, Interrupt], float], request: Score, interrupt: I
         if failed.is_set():
             raise _Failed
 
-    def one(response: str) -> float | ContextTooLong:
+    def one(response: str) -> float | ContextTooLongError:
         try:
             return value(response, go_on)
-        except ContextTooLong as error:
+        except ContextTooLongError as error:
             return error
 
     with ThreadPoolExecutor(min(len(request.responses), _AT_ONCE), "judge") as threads:
@@ -207,10 +207,10 @@ def _each(value: Callable[[str, Interrupt], float], request: Score, interrupt: I
             failed.set()
             raise errors[0]
     values = [future.result() for future in futures]
-    too_long = [value for value in values if isinstance(value, ContextTooLong)]
+    too_long = [value for value in values if isinstance(value, ContextTooLongError)]
     if len(too_long) == len(values):
         raise too_long[0]
-    return tuple(math.nan if isinstance(value, ContextTooLong) else value for value in values)
+    return tuple(math.nan if isinstance(value, ContextTooLongError) else value for value in values)
 
 
 def _filled(template: str, **texts: str) -> str:

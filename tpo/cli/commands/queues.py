@@ -23,7 +23,7 @@ def list_queues(as_json: AsJson = False) -> None:
     """List all queues: how many jobs wait and run, and since when a queue is paused."""
     settings = read_settings()
     with open_store() as store:
-        found = store.queues.page(2 * settings.lease_seconds)
+        found = store.queues.page(settings.worker_timeout_seconds)
     if as_json:
         print_json([asdict(queue) for queue in found])
         return
@@ -48,16 +48,16 @@ def pause(model: Model, as_json: AsJson = False) -> None:
 @queues.command("resume")
 def resume(model: Model, as_json: AsJson = False) -> None:
     """Let its jobs run again."""
-    from tpo.broker import Doorbell
-    from tpo.core.errors import QueueUnavailable
+    from tpo.broker import JobNotifier
+    from tpo.core.errors import BrokerUnavailableError
 
     with open_store() as store:
         waiting = store.queues.resume(model)
-    doorbell = Doorbell(read_settings().broker_url.get_secret_value())
+    notifier = JobNotifier(read_settings().broker_url.get_secret_value())
     # Where the broker is away, the sweeper rings in its turn.
-    with contextlib.closing(doorbell), contextlib.suppress(QueueUnavailable):
+    with contextlib.closing(notifier), contextlib.suppress(BrokerUnavailableError):
         for job_id in waiting:
-            doorbell.ring(job_id, model)
+            notifier.notify_job(job_id, model)
     _say(model, "resumed", as_json)
 
 

@@ -29,12 +29,12 @@ def run(
     from tpo.cli.environment import read_settings
     from tpo.cli.local_run import optimize
     from tpo.cli.ui.record import WHY, Record, print_outcome
-    from tpo.core.loop import standing
+    from tpo.core.loop import locate
     from tpo.core.state import Budget
 
     settings = read_settings(**given(policy=model, reward_model=reward_model, prompt_set=prompt_set))
     state, interrupted = optimize(settings, options.messages_of(text, system), parameters, messages())
-    stopped = standing(state).stopped
+    stopped = locate(state).stopped
     if as_json:
         best = state.best
         cut = "interrupted" if interrupted else stopped if stopped in get_args(Budget) else None
@@ -53,7 +53,9 @@ def run(
     elif state.candidates:
         print_outcome(console(), Record.of_state(state))
     if stopped:
-        messages().print(f"Ended in iteration {standing(state).iteration}: {WHY[stopped]}.")
+        messages().print(f"Ended in iteration {locate(state).iteration}: {WHY[stopped]}.")
     if interrupted:
-        messages().print("Interrupted." if state.best is None else "Interrupted: this is the best so far.")
+        messages().print(
+            "CallInterruptedError." if state.best is None else "CallInterruptedError: this is the best so far."
+        )
         raise typer.Exit(INTERRUPTED)

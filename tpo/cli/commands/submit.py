@@ -37,7 +37,7 @@ def submit(
 ) -> None:
     """Hand jobs to a server. Prints their ids, or, with --wait, their answers."""
     from tpo.cli.connection import connected
-    from tpo.cli.ui.progress import Board
+    from tpo.cli.ui.progress import JobTable
 
     parameters |= given(reward_model=reward_model, prompt_set=prompt_set)
     defaults = given(model=model, priority=priority, parameters=parameters or None, deadline_seconds=deadline)
@@ -54,7 +54,7 @@ def submit(
         if not wait:
             return
         try:
-            with Board(messages()) as board:
+            with JobTable(messages()) as board:
                 ended = server.wait_all(jobs, progress=board.show)
         except KeyboardInterrupt:
             messages().print("The server goes on with them; `tpo jobs` lists them.")
@@ -93,6 +93,6 @@ def _print_answer(job: "Job", *, with_id: bool) -> None:
     if job["output"] is not None:
         console().print(job["output"], markup=False)
     if job["status"] != "completed":
-        from tpo.client import JobUnsuccessful
+        from tpo.client import JobFailedError
 
-        messages().print(str(JobUnsuccessful(job)), markup=False)
+        messages().print(str(JobFailedError(job)), markup=False)

@@ -12,11 +12,11 @@ from typing import Any, Self
 
 import httpx
 
-from tpo.broker import Doorbell
+from tpo.broker import JobNotifier
 from tpo.cli.stack.supervisor import ChildLost, Service, Stopped, Supervisor
 from tpo.cli.stack.valkey import valkey_command
 from tpo.cli.ui.output import FAILED, INTERRUPTED, USAGE, Failure, messages, print_json
-from tpo.core.errors import QueueUnavailable
+from tpo.core.errors import BrokerUnavailableError
 from tpo.db.schema import upgrade
 from tpo.settings import Settings
 
@@ -211,10 +211,10 @@ def _refuse_taken_ports(stack: Stack) -> None:
 
 
 def _refuse_absent_broker(stack: Stack) -> None:
-    with closing(Doorbell(stack.broker_url)) as doorbell:
+    with closing(JobNotifier(stack.broker_url)) as notifier:
         try:
-            doorbell.ping()
-        except QueueUnavailable as error:
+            notifier.ping()
+        except BrokerUnavailableError as error:
             raise Failure(f"{error} Is TPO_BROKER_URL right, and does the server run?") from None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperGroup
 
-from tpo.core.errors import InvalidInput, TPOError
+from tpo.core.errors import InvalidInputError, TPOError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except Failure as error:
             _end(str(error), error.exit_code)
-        except InvalidInput as error:
+        except InvalidInputError as error:
             _end(f"{error.param}: {error}" if error.param else str(error), USAGE)
         except TPOError as error:
             _end(str(error), FAILED)

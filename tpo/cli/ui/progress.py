@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 STYLES = {"completed": "green", "failed": "red", "expired": "red", "incomplete": "yellow", "cancelled": "yellow"}
 
 
-class Board:
+class JobTable:
     """Jobs as the API tells of them."""
 
     def __init__(self, console: "Console") -> None:

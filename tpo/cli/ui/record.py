@@ -67,14 +67,14 @@ class Record:
             if (iteration := said.get(number)) is None:
                 steps.append(Step(number, answers))
                 continue
-            loss, gradient = iteration.loss, iteration.gradient
+            critique, gradient = iteration.critique, iteration.gradient
             steps.append(
                 Step(
                     number,
                     answers,
                     iteration.chosen,
                     iteration.rejected,
-                    loss.text if loss else None,
+                    critique.text if critique else None,
                     gradient.text if gradient else None,
                 )
             )
@@ -92,8 +92,8 @@ class Record:
                     tuple(a for a in answers if numbers[a.id] == i["number"]),
                     i["chosen"] and i["chosen"]["id"],
                     i["rejected"] and i["rejected"]["id"],
-                    i["textual_loss"],
-                    i["textual_gradient"],
+                    i["critique"],
+                    i["gradient"],
                 )
                 for i in iterations
             )

@@ -1,6 +1,6 @@
 """Prompt sets: what the policy is asked in its roles as critic, gradient writer and optimizer.
 
-A set is a TOML file of templates (`string.Template`: `$query`, `$chosen`, `$rejected`, `$loss`, `$gradient`,
+A set is a TOML file of templates (`string.Template`: `$query`, `$chosen`, `$rejected`, `$critique`, `$gradient`,
 `$answer_open`, `$answer_close`; `$$` is a dollar). `style` says how they are sent: `conversation` sends one growing
 conversation, so that a server can reuse the key/value cache of all that came before; `separate` sends each alone.
 """
@@ -14,10 +14,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tpo.core.errors import InvalidInput
+from tpo.core.errors import InvalidInputError
 
-Step = Literal["loss", "gradient", "update"]
-STEPS: tuple[Step, ...] = ("loss", "gradient", "update")
+Step = Literal["critique", "gradient", "update"]
+STEPS: tuple[Step, ...] = ("critique", "gradient", "update")
 
 
 class Templates(BaseModel):
@@ -25,7 +25,7 @@ class Templates(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
-    loss: str = Field(min_length=1)
+    critique: str = Field(min_length=1)
     gradient: str = Field(min_length=1)
     update: str = Field(min_length=1)
 
@@ -39,8 +39,8 @@ class Templates(BaseModel):
 
 _ALWAYS = frozenset({"query", "chosen", "answer_open", "answer_close"})
 _KNOWN: dict[Step, frozenset[str]] = {
-    "loss": _ALWAYS,
-    "gradient": _ALWAYS | {"loss"},
+    "critique": _ALWAYS,
+    "gradient": _ALWAYS | {"critique"},
     "update": _ALWAYS | set(STEPS[:2]),
 }
 """What exists when a step is asked for; `tpo` knows the rejected response as well."""
@@ -81,7 +81,9 @@ class PromptSet(BaseModel):
         return self
 
     def render(self, step: Step, texts: Mapping[str, str]) -> list[tuple[Literal["user", "assistant"], str]]:
-        """The turns that ask for `step`. `texts` holds query, chosen, and what exists of rejected, loss and gradient.
+        """Render the turns that ask for `step`.
+
+        `texts` holds query and chosen, and those that exist of rejected, critique and gradient.
 
         Texts are put in by one pass, so that a dollar sign or a placeholder inside a text stays as it is.
         """
@@ -127,9 +129,9 @@ def names() -> list[str]:
 
 @cache
 def load(name: str) -> PromptSet:
-    """The shipped set of that name. Raises InvalidInput."""
+    """The shipped set of that name. Raises InvalidInputError."""
     if name not in names():
-        raise InvalidInput(f"unknown prompt set {name!r}; there are {', '.join(names())}", "prompt_set")
+        raise InvalidInputError(f"unknown prompt set {name!r}; there are {', '.join(names())}", "prompt_set")
     return PromptSet.model_validate(tomllib.loads(_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")))
 
 
