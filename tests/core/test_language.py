@@ -1,0 +1,82 @@
+"""The language of code and documents: standard terms, and no word of the private dialect that this project began with."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("tpo", "api", "worker", "migrations", "demo", "bench", "testing", "tests")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+
+FORBIDDEN = re.compile(
+    r"\b(doorbells?|bells?|rung|anew|for ever|in vain|whose turn|said|told|tells? of|unsaid|beside|courier|parcel)\b",
+    re.IGNORECASE,
+)
+"""Words of the dialect. The glossary of terms to use instead is in CONTRIBUTING.md."""
+
+ALLOWED = {
+    # A map from old names to new ones.
+    "docs/adr/0001-names.md": None,
+    "tests/core/test_language.py": None,
+    # Texts that the demo's models were trained on, and what reads them.
+    "demo/grammar.py": None,
+    "demo/unseen.py": None,
+    "demo/faults.py": None,
+}
+"""Files in which some of them are legitimate; None is all of them."""
+
+RELATIVE_CLAUSE = re.compile(r"(What|Whether|Who|Whose|How|Why|Where|Which|When|Those|That)\b")
+
+
+def dialect(file: Path) -> list[str]:
+    """Return the forbidden words of a file, each with its line."""
+    name = str(file.relative_to(ROOT))
+    allowed = ALLOWED.get(name, frozenset())
+    if allowed is None:
+        return []
+    return [
+        f"{name}:{number}: {found[0]}"
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        for found in FORBIDDEN.finditer(line)
+        if found[0].lower() not in allowed
+    ]
+
+
+def docstrings(file: Path) -> Iterator[tuple[int, str]]:
+    """Iterate over the docstrings of a file's modules, classes and functions."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if text := ast.get_docstring(node):
+                yield getattr(node, "lineno", 1), text
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_code_has_no_dialect(package: str) -> None:
+    assert [each for file in CODE if file.is_relative_to(ROOT / package) for each in dialect(file)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_document_has_no_dialect(document: Path) -> None:
+    assert dialect(document) == []
+
+
+@pytest.mark.parametrize("package", ("tpo", "api", "worker", "testing"))
+def test_docstrings_are_sentences(package: str) -> None:
+    clauses = [
+        f"{file.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for file in CODE
+        if file.is_relative_to(ROOT / package)
+        for line, text in docstrings(file)
+        if RELATIVE_CLAUSE.match(text)
+    ]
+    assert clauses == []
+
+
+def test_forbidden_words_are_found() -> None:
+    assert FORBIDDEN.findall("Ring the doorbell anew, as was said; whose turn is it?") == [
+        *("doorbell", "anew", "said", "whose turn"),
+    ]
