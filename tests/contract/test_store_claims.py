@@ -46,7 +46,7 @@ def all_turns(store: Store, rules: Rules | None = None) -> list[str]:
     return found
 
 
-def test_a_claim_by_turn_is_a_claim(store: Store) -> None:
+def test_claim_next_takes_lease(store: Store) -> None:
     job_id = create(store, priority=7)
     claimed = store.leases.claim("worker-1", 30, **SERVES)
     assert claimed
@@ -59,13 +59,13 @@ def test_a_claim_by_turn_is_a_claim(store: Store) -> None:
     assert store.leases.claim("worker-2", 30, **SERVES) is None
 
 
-def test_promise_11_the_highest_priority_goes_first_then_the_oldest(store: Store) -> None:
+def test_claim_prefers_priority_then_age(store: Store) -> None:
     low, high, lowest = (create(store, priority=p) for p in (-1, 100, -100))
     first, second = in_order(2, store)
     assert all_turns(store) == [high, first, second, low, lowest]
 
 
-def test_promise_11_tenants_have_turns_in_turn(engine: Engine, store: Store) -> None:
+def test_claim_alternates_between_tenants(engine: Engine, store: Store) -> None:
     a, b, c = of_tenant(store, "a", 6), of_tenant(store, "b", 3), of_tenant(store, "c", 1)
     for job_id in (order := all_turns(store)):
         assert (
@@ -75,7 +75,7 @@ def test_promise_11_tenants_have_turns_in_turn(engine: Engine, store: Store) -> 
     assert order == [a[0], b[0], c[0], a[1], b[1], a[2], b[2], *a[3:]]
 
 
-def test_promise_11_of_many_jobs_that_ended_a_tenant_has_had_its_turn(store: Store) -> None:
+def test_claim_alternates_after_jobs_end(store: Store) -> None:
     first, *rest = of_tenant(store, "a", 3)
     other = of_tenant(store, "b", 2)
     order = []
@@ -85,7 +85,7 @@ def test_promise_11_of_many_jobs_that_ended_a_tenant_has_had_its_turn(store: Sto
     assert order == [first, other[0], rest[0], other[1], rest[1]]
 
 
-def test_promise_11_a_tenant_does_not_gain_by_a_priority_for_each_job(engine: Engine, store: Store) -> None:
+def test_claim_gives_no_advantage_to_many_priorities(engine: Engine, store: Store) -> None:
     many = [of_tenant(store, "many", 1, -priority)[0] for priority in range(5)]
     for ago, job_id in enumerate(reversed(many)):
         put(engine, job_id, queued_at=store.for_tenant("many").jobs.get(job_id).queued_at - ago)
@@ -97,21 +97,21 @@ def test_promise_11_a_tenant_does_not_gain_by_a_priority_for_each_job(engine: En
     assert order == [job_id for pair in zip(many, one, strict=True) for job_id in pair]
 
 
-def test_promise_11_a_long_wait_outweighs_a_priority(engine: Engine, store: Store) -> None:
+def test_claim_lets_long_wait_outweigh_priority(engine: Engine, store: Store) -> None:
     high, low, lower = of_tenant(store, "a", 3, 5), of_tenant(store, "b", 2, 2), of_tenant(store, "b", 1, 1)
     for job_id in (*low, *lower):
         put(engine, job_id, queued_at=store.for_tenant("b").jobs.get(job_id).queued_at - 200)
     assert all_turns(store) == [low[0], *high, lower[0], low[1]], "one turn, and the wait is anew"
 
 
-def test_jobs_of_other_models_are_another_line(engine: Engine, store: Store) -> None:
+def test_claim_ignores_queues_of_other_models(engine: Engine, store: Store) -> None:
     mine, others = create(store), [create(store, priority=9) for _ in range(2)]
     put(engine, others[0], model="other")
     put(engine, others[1], reward_model="other")
     assert all_turns(store) == [mine]
 
 
-def test_what_is_not_in_line_keeps_nobody_from_their_turn(engine: Engine, store: Store) -> None:
+def test_claim_skips_ineligible_queue_heads(engine: Engine, store: Store) -> None:
     waits, late, tried, paused, *ready = in_order(6, store)
     put(engine, waits, next_attempt_at=1e12)
     put(engine, late, deadline_at=1.0)
@@ -120,14 +120,14 @@ def test_what_is_not_in_line_keeps_nobody_from_their_turn(engine: Engine, store:
     assert all_turns(store) == ready
 
 
-def test_a_job_that_was_handed_back_has_its_old_place(store: Store) -> None:
+def test_released_job_keeps_queue_position(store: Store) -> None:
     first, second = in_order(2, store)
     lease, _ = claim(store, first)
     store.leases.release(lease)
     assert all_turns(store) == [first, second]
 
 
-def test_a_job_that_cannot_be_read_is_put_aside(engine: Engine, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_claim_skips_unreadable_job(engine: Engine, store: Store, caplog: pytest.LogCaptureFixture) -> None:
     strange, *others = in_order(3, store)
     put(engine, strange, prompts={"of": "another version"})
     claimed = [store.leases.claim("worker-1", 30, **SERVES) for _ in range(3)]
@@ -138,7 +138,7 @@ def test_a_job_that_cannot_be_read_is_put_aside(engine: Engine, store: Store, ca
     assert strange in caplog.text
 
 
-def test_a_limit_of_running_jobs(store: Store) -> None:
+def test_claim_respects_running_limits(store: Store) -> None:
     a, b = of_tenant(store, "a", 4, 50), of_tenant(store, "b", 4)
     store.tenants.set_limits("b", Limits(running=3))
     rules = Rules(max_running=2)
@@ -155,7 +155,7 @@ def test_a_limit_of_running_jobs(store: Store) -> None:
     assert all_turns(store, rules) == [a[3]]
 
 
-def test_promise_11_claims_at_once_give_each_job_once_and_keep_the_limit(engine: Engine, store: Store) -> None:
+def test_concurrent_claims_are_unique_and_respect_limit(engine: Engine, store: Store) -> None:
     for tenant in "ab":
         create_many(engine, of_tenant(store, tenant)[0], 29)
     rules = Rules(max_running=4)
@@ -191,7 +191,7 @@ def test_promise_11_claims_at_once_give_each_job_once_and_keep_the_limit(engine:
     assert store.queues.next_waiting("policy", "reward", rules) is None
 
 
-def test_promise_11_claims_at_once_share_the_slots_among_tenants(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_claims_share_slots_among_tenants(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 60_000)  # none of these is frozen, however busy the machine
     for tenant in "ab":
         of_tenant(store, tenant, 8)
@@ -208,7 +208,7 @@ def test_promise_11_claims_at_once_share_the_slots_among_tenants(store: Store, m
     assert [len([j for j in store.for_tenant(tenant).jobs.page(limit=9) if j.id in taken]) for tenant in "ab"] == [4, 4]
 
 
-def test_promise_12_a_paused_queue_gives_no_job_and_tells_those_that_run(engine: Engine, store: Store) -> None:
+def test_paused_queue_blocks_claims_and_flags_running_jobs(engine: Engine, store: Store) -> None:
     running, waiting, other = in_order(3, store)
     put(engine, other, model="other")
     lease, state = claim(store, running)
@@ -230,7 +230,7 @@ def test_promise_12_a_paused_queue_gives_no_job_and_tells_those_that_run(engine:
     assert not store.leases.check("worker-1", [running])[running][1].queue_paused
 
 
-def test_queues_and_what_stands_in_them(engine: Engine, store: Store) -> None:
+def test_queue_page_counts_jobs_and_workers(engine: Engine, store: Store) -> None:
     assert store.queues.page(60) == []
     for pause in (store.queues.pause, store.queues.resume):
         with pytest.raises(InvalidInputError, match="no queue 'policy'"):
@@ -249,7 +249,7 @@ def test_queues_and_what_stands_in_them(engine: Engine, store: Store) -> None:
     assert found["served"].paused_at is not None
 
 
-def test_turns_long_ago_are_forgotten(engine: Engine, store: Store) -> None:
+def test_purge_last_claims_removes_old_claims(engine: Engine, store: Store) -> None:
     create(store)
     claim_next(store)
     with writing(engine) as session:
@@ -258,7 +258,7 @@ def test_turns_long_ago_are_forgotten(engine: Engine, store: Store) -> None:
     assert rows(engine)["last_claims"] == []
 
 
-def test_what_a_claim_asks_is_found_by_an_index_of_those_that_wait(engine: Engine, store: Store) -> None:
+def test_claim_queries_use_queue_indexes(engine: Engine, store: Store) -> None:
     """Its cost is that of the tenants and priorities in line, whatever else the table holds."""
     create_many(engine, create(store), 2000)
     create_many(engine, of_tenant(store, "b", 1, 3)[0], 2000, priority=3)
@@ -296,7 +296,7 @@ def test_what_a_claim_asks_is_found_by_an_index_of_those_that_wait(engine: Engin
             assert "Seq Scan on jobs" not in plan, plan
 
 
-def test_a_claim_names_another_job_that_waits(store: Store) -> None:
+def test_claim_names_another_waiting_job(store: Store) -> None:
     first, second = in_order(2, store)
     third = create(store.for_tenant("b"), priority=-5)
     told = []
@@ -305,7 +305,7 @@ def test_a_claim_names_another_job_that_waits(store: Store) -> None:
     assert told == [(first, third), (second, third), (third, None)]
 
 
-def test_a_worker_frozen_in_its_claim_holds_up_nobody(
+def test_frozen_claim_does_not_block_others(
     engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if engine.dialect.name == "sqlite":

@@ -45,7 +45,7 @@ def at_once(*actions: Callable[[], object]) -> list[object]:
         return list(threads.map(act, actions))
 
 
-def test_of_eight_that_race_one_claims(store: Store) -> None:
+def test_claim_race_has_one_winner(store: Store) -> None:
     for _ in range(5):
         job_id = create(store)
         claims = at_once(*[partial(claim_one, store, job_id, f"worker-{w}", 30, **SERVES) for w in range(8)])
@@ -54,7 +54,7 @@ def test_of_eight_that_race_one_claims(store: Store) -> None:
         assert event_types(store, job_id) == ["job.queued", "job.started", "job.phase"]
 
 
-def test_cancel_against_finish_gives_one_end(store: Store) -> None:
+def test_cancel_racing_finish_ends_job_once(store: Store) -> None:
     for _ in range(20):
         lease, state = claim(store, create(store))
         at_once(
@@ -69,7 +69,7 @@ def test_cancel_against_finish_gives_one_end(store: Store) -> None:
         assert job.output == ("the answer" if job.status == "completed" else None)
 
 
-def test_no_cancel_is_lost_beside_a_release(store: Store) -> None:
+def test_cancel_racing_release_is_not_lost(store: Store) -> None:
     for round_number in range(20):
         lease, _ = claim(store, create(store), seconds=-1)
         sweep = partial(store.maintenance.sweep, renotify_seconds=60, forget_worker_seconds=60)
@@ -82,7 +82,7 @@ def test_no_cancel_is_lost_beside_a_release(store: Store) -> None:
         assert event_types(store, lease.job_id)[-1] == "job.cancelled"
 
 
-def test_sweeps_beside_each_other_and_beside_work(store: Store) -> None:
+def test_concurrent_sweeps_and_renewals_are_consistent(store: Store) -> None:
     jobs = [create(store) for _ in range(12)]
     for job_id in jobs:
         claim(store, job_id, seconds=-1)
@@ -102,7 +102,7 @@ def test_sweeps_beside_each_other_and_beside_work(store: Store) -> None:
         assert event_types(store, job_id).count("job.retrying") == (job_id in queued)
 
 
-def test_events_have_no_gap_when_many_write(store: Store) -> None:
+def test_events_have_no_gap_with_many_writers(store: Store) -> None:
     leases = [claim(store, create(store, new_state(sample_size=1, max_iterations=2))) for _ in range(4)]
     actions: list[Callable[[], object]] = [partial(drive, store, *held) for held in leases]
     actions += [partial(store.jobs.cancel, lease.job_id) for lease, _ in leases[:2]]
@@ -115,7 +115,7 @@ def test_events_have_no_gap_when_many_write(store: Store) -> None:
 
 
 @pytest.mark.parametrize("status", ["completed", "failed"])
-def test_an_end_whose_answer_was_lost_is_told_as_it_stands(store: Store, status: Status) -> None:
+def test_finish_is_idempotent_after_lost_acknowledgement(store: Store, status: Status) -> None:
     lease, _ = claim(store, create(store))
     assert store.leases.finish(lease, Outcome(status)) == status
     before = event_types(store, lease.job_id)
@@ -123,7 +123,7 @@ def test_an_end_whose_answer_was_lost_is_told_as_it_stands(store: Store, status:
     assert event_types(store, lease.job_id) == before
 
 
-def test_a_release_whose_answer_was_lost_is_told_as_it_stands(store: Store) -> None:
+def test_release_is_idempotent_after_lost_acknowledgement(store: Store) -> None:
     lease, _ = claim(store, create(store))
     assert store.leases.release(lease) == "queued"
     before = event_types(store, lease.job_id)
@@ -136,7 +136,7 @@ def test_a_release_whose_answer_was_lost_is_told_as_it_stands(store: Store) -> N
             refused()
 
 
-def test_a_job_that_no_version_can_read_ends_after_its_attempts(engine: Engine, store: Store) -> None:
+def test_unreadable_job_fails_after_its_attempts(engine: Engine, store: Store) -> None:
     job_id = create(store, max_attempts=2)
     put(engine, job_id, params={"mode": "of the future"})
     assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None
@@ -151,7 +151,7 @@ def test_a_job_that_no_version_can_read_ends_after_its_attempts(engine: Engine, 
     assert event_types(store, job_id) == ["job.queued", "job.retrying", "job.failed"]
 
 
-def test_a_process_whose_clock_is_wrong_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_process_clock_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     early, right, late = -600.0, 0.0, 600.0
     seconds, nanoseconds = time.time, time.time_ns
 
@@ -174,7 +174,7 @@ def test_a_process_whose_clock_is_wrong_changes_nothing(store: Store, monkeypatc
     assert [store.jobs.get(job_id).status for job_id in ids] == ["in_progress"] * 3
 
 
-def test_what_waits_for_sqlite_is_committed_together_and_fails_alone(tmp_path: Path) -> None:
+def test_group_commit_batches_writes_and_isolates_failures(tmp_path: Path) -> None:
     upgrade(url := f"sqlite:///{tmp_path}/tpo.db")
     engine = connect(url)
     store = Store(engine)
@@ -199,7 +199,7 @@ def test_what_waits_for_sqlite_is_committed_together_and_fails_alone(tmp_path: P
     engine.dispose()
 
 
-def test_nobody_is_told_of_what_the_commit_did_not_keep(sqlite: Engine) -> None:
+def test_group_commit_failure_fails_every_write(sqlite: Engine) -> None:
     store = Store(sqlite)
 
     def fail(_connection: object) -> None:
@@ -220,7 +220,7 @@ def test_nobody_is_told_of_what_the_commit_did_not_keep(sqlite: Engine) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
+def test_unreachable_database_raises_store_unavailable(kind: str, tmp_path: Path) -> None:
     # A folder cannot be opened as a file, not even by root.
     url = f"sqlite:///{tmp_path}" if kind == "sqlite" else f"postgresql+psycopg://me@127.0.0.1:{free_port()}/tpo"
     engine = connect(url)
@@ -246,7 +246,7 @@ def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
         ("sqlite:///{folder}/file/sub/tpo.db", "the folder .*/file/sub cannot be made: Not a directory"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_refused_before_anything_is_connected(url: str, says: str, tmp_path: Path) -> None:
+def test_connect_refuses_unusable_url(url: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DatabaseRefusedError, match=f"^TPO_DATABASE_URL: {says}") as refused:
         connect(url.format(folder=tmp_path))
@@ -271,7 +271,7 @@ def postgres(postgres_admin_url: str, postgres_template: str) -> Iterator[Engine
         engine.dispose()
 
 
-def test_postgresql_connections_that_die_in_the_pool_are_replaced(postgres: Engine) -> None:
+def test_postgresql_replaces_dead_pooled_connections(postgres: Engine) -> None:
     store = Store(postgres)
     lease, state = claim(store, create(store))
     kill_backends(postgres)
@@ -281,7 +281,7 @@ def test_postgresql_connections_that_die_in_the_pool_are_replaced(postgres: Engi
     assert store.jobs.state(lease.job_id) == after
 
 
-def test_a_postgresql_connection_that_dies_in_a_transaction_writes_nothing(postgres: Engine) -> None:
+def test_postgresql_connection_lost_in_transaction_rolls_back(postgres: Engine) -> None:
     store = Store(postgres)
     job_id = create(store)
     before = rows(postgres)
@@ -298,7 +298,7 @@ def test_a_postgresql_connection_that_dies_in_a_transaction_writes_nothing(postg
         assert rows(postgres) == before
 
 
-def test_a_postgresql_connection_that_dies_while_it_waits_for_its_turn_is_told(
+def test_postgresql_connection_lost_in_waiting_claim_raises(
     postgres: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(postgres)
@@ -317,7 +317,7 @@ def test_a_postgresql_connection_that_dies_while_it_waits_for_its_turn_is_told(
     assert store.leases.claim("worker-1", 30, **SERVES)
 
 
-def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> None:
+def test_sweep_skips_locked_rows(postgres: Engine) -> None:
     store = Store(postgres)
     locked, lost = (claim(store, create(store), seconds=-1)[0].job_id for _ in range(2))
     with writing(postgres) as session:
@@ -329,7 +329,7 @@ def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> No
 
 
 @pytest.mark.processes
-def test_a_postgresql_that_becomes_a_standby_is_waited_for_until_it_is_promoted() -> None:
+def test_postgresql_standby_is_unavailable_until_promoted() -> None:
     with postgres_server() as server:
         upgrade(server.url)
         engine = connect(server.url)
@@ -352,7 +352,7 @@ def test_a_postgresql_that_becomes_a_standby_is_waited_for_until_it_is_promoted(
         engine.dispose()
 
 
-def test_what_postgresql_lacks_is_said(postgres: Engine) -> None:
+def test_postgresql_errors_name_the_cause(postgres: Engine) -> None:
     url = postgres.url
     role = f"role_{secrets.token_hex(4)}"
     with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as admin:
@@ -371,7 +371,7 @@ def test_what_postgresql_lacks_is_said(postgres: Engine) -> None:
         engine.dispose()
 
 
-def test_a_database_that_cannot_hold_every_text_is_refused(postgres_admin_url: str) -> None:
+def test_postgresql_without_utf8_is_refused(postgres_admin_url: str) -> None:
     name = f"test_{secrets.token_hex(6)}"
     url = make_url(postgres_admin_url).set(drivername="postgresql+psycopg", database=name)
     with psycopg.connect(postgres_admin_url, autocommit=True) as admin:
@@ -383,7 +383,7 @@ def test_a_database_that_cannot_hold_every_text_is_refused(postgres_admin_url: s
             admin.execute(f"DROP DATABASE {name}")
 
 
-def test_what_the_url_asks_of_postgresql_is_kept_beside_our_limits(postgres: Engine) -> None:
+def test_postgresql_url_options_are_merged_with_limits(postgres: Engine) -> None:
     engine = connect(
         postgres.url.update_query_dict({"options": "-c search_path=elsewhere"}).render_as_string(hide_password=False)
     )
@@ -400,7 +400,7 @@ def test_what_the_url_asks_of_postgresql_is_kept_beside_our_limits(postgres: Eng
         ("query_only = 1", "The database can only be read"),
     ],
 )
-def test_what_sqlite_lacks_is_said_and_passes(sqlite: Engine, pragma: str, says: str) -> None:
+def test_sqlite_errors_name_the_cause_and_recover(sqlite: Engine, pragma: str, says: str) -> None:
     store = Store(sqlite)
     made = create(store)
     sqlite.dispose()
@@ -436,7 +436,7 @@ def test_sqlite_writers_lose_no_update(sqlite: Engine) -> None:
     assert Store(sqlite).jobs.get(job_id).input_tokens == 100
 
 
-def test_sqlite_readers_do_not_wait_for_a_writer(sqlite: Engine) -> None:
+def test_sqlite_readers_do_not_wait_for_writer(sqlite: Engine) -> None:
     store = Store(sqlite)
     job_id = create(store)
     impatient = connect(str(make_url(sqlite.url)))
@@ -451,7 +451,7 @@ def test_sqlite_readers_do_not_wait_for_a_writer(sqlite: Engine) -> None:
     impatient.dispose()
 
 
-def test_a_reader_sees_one_moment(engine: Engine, store: Store) -> None:
+def test_reader_sees_one_snapshot(engine: Engine, store: Store) -> None:
     lease, state = claim(store, create(store))
     with reading(engine) as session:
         seen = session.scalars(select(Job.phase).where(Job.id == lease.job_id)).one()
@@ -460,7 +460,7 @@ def test_a_reader_sees_one_moment(engine: Engine, store: Store) -> None:
     assert store.jobs.get(lease.job_id).phase == "scoring"
 
 
-def test_work_whose_rows_are_refused_at_its_end_is_told_so_and_nobody_else(engine: Engine) -> None:
+def test_group_commit_isolates_flush_failure(engine: Engine) -> None:
     """What an ORM session holds back until its commit fails there, after the work itself has returned."""
 
     def add(session: Session, name: str) -> str:

@@ -45,7 +45,7 @@ def ids(engine: Engine) -> tuple[set[str], set[str], set[str]]:
         return set(session.scalars(files)), set(session.scalars(parts)), set(session.scalars(batches))
 
 
-def test_a_purge_forgets_files_and_batches_whose_time_is_over(engine: Engine, store: Store) -> None:
+def test_cleaner_removes_expired_files_and_batches(engine: Engine, store: Store) -> None:
     old_input, young, read_now, expired = (upload(store) for _ in range(4))
     old = ended_batch(engine, store, old_input)
     working = new_batch(store, read_now)
@@ -69,7 +69,7 @@ def test_a_purge_forgets_files_and_batches_whose_time_is_over(engine: Engine, st
     assert rows(engine) == before
 
 
-def test_a_batch_is_forgotten_by_its_owner_alone(engine: Engine, store: Store) -> None:
+def test_batch_is_deleted_by_owner_only(engine: Engine, store: Store) -> None:
     batch = ended_batch(engine, store, upload(store))
     with pytest.raises(BatchNotFoundError):
         store.for_tenant("acme").batches.delete(batch.id)

@@ -29,7 +29,7 @@ def submit(
     )
 
 
-def test_the_same_key_and_body_give_the_first_job(engine: Engine, store: Store) -> None:
+def test_same_key_and_body_return_first_job(engine: Engine, store: Store) -> None:
     first = submit(store, IdempotencyRequest("body", "key"))
     before = rows(engine)
     again = submit(store, IdempotencyRequest("body", "key"))
@@ -41,7 +41,7 @@ def test_the_same_key_and_body_give_the_first_job(engine: Engine, store: Store) 
     assert submit(store, IdempotencyRequest("body", "another key")).new
 
 
-def test_a_key_is_forgotten_in_time_and_with_its_job(engine: Engine, store: Store) -> None:
+def test_idempotency_key_expires_or_goes_with_its_job(engine: Engine, store: Store) -> None:
     first = submit(store, IdempotencyRequest("body", "key"))
     execute(engine, "UPDATE idempotency_keys SET created_at = created_at - 100")
     assert not submit(store, IdempotencyRequest("body", "key", keep_seconds=200)).new
@@ -53,7 +53,7 @@ def test_a_key_is_forgotten_in_time_and_with_its_job(engine: Engine, store: Stor
     assert store.jobs.get(first.job.id)
 
 
-def test_an_external_id_names_one_job_of_a_tenant(engine: Engine, store: Store) -> None:
+def test_external_id_is_unique_per_tenant(engine: Engine, store: Store) -> None:
     first = submit(store, IdempotencyRequest("body"), external_id="mine")
     before = rows(engine)
     assert submit(store, IdempotencyRequest("body"), external_id="mine").job.id == first.job.id
@@ -65,7 +65,7 @@ def test_an_external_id_names_one_job_of_a_tenant(engine: Engine, store: Store) 
     assert [submit(store, IdempotencyRequest("body")).new for _ in range(2)] == [True, True]
 
 
-def test_equal_requests_at_once_make_one_job(store: Store) -> None:
+def test_concurrent_equal_requests_create_one_job(store: Store) -> None:
     with ThreadPoolExecutor(16) as threads:
         by_key = list(threads.map(lambda _i: submit(store, IdempotencyRequest("body", "key")), range(48)))
         by_name = list(threads.map(lambda _i: submit(store, IdempotencyRequest("body"), external_id="mine"), range(48)))
@@ -80,7 +80,7 @@ def end(store: Store, job_id: str) -> None:
     store.leases.finish(held, Outcome("failed", error_code="x", error_message="x"))
 
 
-def test_jobs_in_flight_are_counted_for_each_tenant(engine: Engine, store: Store) -> None:
+def test_in_flight_limit_counts_per_tenant(engine: Engine, store: Store) -> None:
     limits = Limits(in_flight=2)
     first = submit(store, limits=limits).job
     claim(store, submit(store, IdempotencyRequest("body", "key"), limits).job.id)
@@ -97,7 +97,7 @@ def test_jobs_in_flight_are_counted_for_each_tenant(engine: Engine, store: Store
     assert submit(store, limits=limits).new
 
 
-def test_jobs_a_minute_are_counted(engine: Engine, store: Store) -> None:
+def test_rate_limit_counts_jobs_per_minute(engine: Engine, store: Store) -> None:
     limits = Limits(per_minute=3)
     rooms = [submit(store, limits=limits).room for _ in range(3)]
     assert [(room.limit, room.remaining) for room in rooms if room] == [(3, 2), (3, 1), (3, 0)]
@@ -116,7 +116,7 @@ def test_jobs_a_minute_are_counted(engine: Engine, store: Store) -> None:
     assert submit(store, limits=limits).new
 
 
-def test_a_tenant_can_have_limits_of_its_own(store: Store) -> None:
+def test_tenant_limits_override_defaults(store: Store) -> None:
     store.tenants.set_limits("acme", Limits(in_flight=1))
     acme = store.for_tenant("acme")
     for defaults in (Limits(), Limits(in_flight=100)):
@@ -128,7 +128,7 @@ def test_a_tenant_can_have_limits_of_its_own(store: Store) -> None:
     assert [submit(acme, limits=Limits()).new for _ in range(3)] == [True] * 3
 
 
-def test_the_last_place_is_given_once(store: Store) -> None:
+def test_concurrent_submits_respect_in_flight_limit(store: Store) -> None:
     def ask(_i: int) -> bool:
         try:
             return submit(store, limits=Limits(in_flight=5)).new
@@ -139,7 +139,7 @@ def test_the_last_place_is_given_once(store: Store) -> None:
         assert sum(threads.map(ask, range(24))) == 5
 
 
-def test_a_purge_forgets_what_ended_long_ago_and_nothing_that_lives(engine: Engine, store: Store) -> None:
+def test_purge_removes_old_ended_jobs_only(engine: Engine, store: Store) -> None:
     old, fresh, live, running, held, unwanted = (create(store) for _ in range(6))
     for job_id in (old, fresh):
         end(store, job_id)
@@ -163,7 +163,7 @@ def test_a_purge_forgets_what_ended_long_ago_and_nothing_that_lives(engine: Engi
     assert statuses[1:] == ["queued", "in_progress", "paused", "cancelling"]
 
 
-def test_the_purger_goes_on_until_nothing_is_left(engine: Engine, store: Store) -> None:
+def test_cleaner_purges_until_nothing_is_left(engine: Engine, store: Store) -> None:
     fill(engine, 300)
     Cleaner(Settings(retention_days=1e-9, idempotency_hours=1e-9), store).purge()
     assert {job.status for job in store.jobs.page(limit=300)} == {"queued"}

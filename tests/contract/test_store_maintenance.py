@@ -23,7 +23,7 @@ def sweep(store: Store, renotify_seconds: float = 60) -> list[str]:
     return [bell.job_id for bell in bells]
 
 
-def test_a_sweep_with_nothing_to_do_changes_nothing(engine: Engine, store: Store) -> None:
+def test_idle_sweep_changes_nothing(engine: Engine, store: Store) -> None:
     create(store)
     claim(store, create(store))
     store.workers.register("worker-1", concurrency=1, **SERVES)
@@ -32,7 +32,7 @@ def test_a_sweep_with_nothing_to_do_changes_nothing(engine: Engine, store: Store
     assert rows(engine) == before
 
 
-def test_a_lost_lease_brings_the_job_back_and_rings(store: Store) -> None:
+def test_sweep_requeues_and_notifies_lost_lease(store: Store) -> None:
     lease, state = claim(store, create(store), seconds=500)
     store.leases.checkpoint(lease, made := make_step(state))
     after = made.after
@@ -47,7 +47,7 @@ def test_a_lost_lease_brings_the_job_back_and_rings(store: Store) -> None:
     assert (again.attempt, again.fence, resumed) == (2, 2, after)
 
 
-def test_a_job_that_loses_every_worker_fails(store: Store) -> None:
+def test_sweep_fails_job_after_last_lost_worker(store: Store) -> None:
     job_id = create(store, max_attempts=2)
     for attempt in (1, 2):
         assert claim(store, job_id, seconds=-1)[0].attempt == attempt
@@ -59,7 +59,7 @@ def test_a_job_that_loses_every_worker_fails(store: Store) -> None:
     assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
 
 
-def test_a_poison_job_does_not_take_those_beside_it_down(store: Store) -> None:
+def test_poison_job_does_not_fail_other_jobs(store: Store) -> None:
     poison, *innocent = [create(store, max_attempts=2) for _ in range(3)]
     for _ in range(2):
         for job_id in innocent:
@@ -72,7 +72,7 @@ def test_a_poison_job_does_not_take_those_beside_it_down(store: Store) -> None:
     assert [len(store.jobs.state(job_id).calls) for job_id in innocent] == [2, 2]
 
 
-def test_jobs_that_were_lost_together_twice_come_back_apart(store: Store) -> None:
+def test_sweep_spreads_retries_of_jobs_lost_together(store: Store) -> None:
     job_ids = [create(store, max_attempts=5) for _ in range(3)]
     for _ in range(2):
         for job_id in job_ids:
@@ -82,7 +82,7 @@ def test_jobs_that_were_lost_together_twice_come_back_apart(store: Store) -> Non
     assert len(due) == 3
 
 
-def test_a_late_job_that_cannot_be_read_keeps_nobody_from_their_turn(store: Store, engine: Engine) -> None:
+def test_sweep_expires_unreadable_job_without_blocking_others(store: Store, engine: Engine) -> None:
     late, waiting = create(store, deadline_seconds=-1), create(store)
     put(engine, late, prompts={"of": "another version"})
     put(engine, waiting, queued_at=0)
@@ -90,7 +90,7 @@ def test_a_late_job_that_cannot_be_read_keeps_nobody_from_their_turn(store: Stor
     assert store.jobs.get(late).status == "expired"
 
 
-def test_a_job_that_was_being_cancelled_when_its_worker_was_lost(store: Store) -> None:
+def test_sweep_cancels_lost_job_being_cancelled(store: Store) -> None:
     lease, _ = claim(store, create(store), seconds=-1)
     store.jobs.cancel(lease.job_id)
     assert sweep(store) == []
@@ -98,7 +98,7 @@ def test_a_job_that_was_being_cancelled_when_its_worker_was_lost(store: Store) -
     assert event_types(store, lease.job_id)[-1] == "job.cancelled"
 
 
-def test_a_queued_job_past_its_deadline(engine: Engine, store: Store) -> None:
+def test_sweep_ends_queued_job_past_deadline(engine: Engine, store: Store) -> None:
     nothing = create(store, deadline_seconds=-1)
     begun = create(store, deadline_seconds=600)
     lease, state = claim(store, begun)
@@ -118,7 +118,7 @@ def test_a_queued_job_past_its_deadline(engine: Engine, store: Store) -> None:
     assert store.jobs.get(in_time).status == "queued"
 
 
-def test_a_pause_between_attempts_ends_in_the_line(engine: Engine, store: Store) -> None:
+def test_sweep_requeues_job_after_back_off(engine: Engine, store: Store) -> None:
     waits, due = (create(store) for _ in range(2))
     for job_id in (waits, due):
         store.leases.release(claim(store, job_id)[0], delay_seconds=600)
@@ -130,14 +130,14 @@ def test_a_pause_between_attempts_ends_in_the_line(engine: Engine, store: Store)
     assert claim(store, due)[0].attempt == 2
 
 
-def test_a_lost_job_past_its_deadline_ends_in_the_same_sweep(engine: Engine, store: Store) -> None:
+def test_sweep_expires_lost_job_past_deadline(engine: Engine, store: Store) -> None:
     lease, _ = claim(store, create(store), seconds=-1)
     put(engine, lease.job_id, deadline_at=1.0)
     assert sweep(store) == []
     assert store.jobs.get(lease.job_id).status == "expired"
 
 
-def test_doorbells_that_were_lost_are_rung_again(store: Store) -> None:
+def test_sweep_repeats_lost_notifications(store: Store) -> None:
     jobs = sorted(create(store) for _ in range(3))
     claim(store, jobs[0])
     assert sweep(store) == []
@@ -145,7 +145,7 @@ def test_doorbells_that_were_lost_are_rung_again(store: Store) -> None:
     assert sweep(store) == []
 
 
-def test_each_line_has_its_bell_whoever_else_waits(engine: Engine, store: Store) -> None:
+def test_sweep_notifies_each_queue(engine: Engine, store: Store) -> None:
     jobs = sorted(create(store) for _ in range(6))
     for job_id in jobs[:4]:
         put(engine, job_id, model="nobody serves it")
@@ -156,7 +156,7 @@ def test_each_line_has_its_bell_whoever_else_waits(engine: Engine, store: Store)
     assert heard == {(jobs[0], "nobody serves it"), (jobs[4], "policy"), (jobs[5], "policy")}
 
 
-def test_workers_that_are_silent_are_forgotten(store: Store) -> None:
+def test_sweep_removes_silent_workers(store: Store) -> None:
     store.workers.register("worker-1", concurrency=1, **SERVES)
     store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
     assert len(store.workers.live(60)) == 1
@@ -223,7 +223,7 @@ class Life:
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(DONE, st.sampled_from([0, 0, 0, 1, 2])), max_size=25))
-def test_whatever_happens(store: Store, happens: list[tuple[tuple[str, Any], int]]) -> None:
+def test_job_invariants_hold_for_any_sequence(store: Store, happens: list[tuple[tuple[str, Any], int]]) -> None:
     life = Life(store, new_state(sample_size=1, max_iterations=1))
     before = store.jobs.get(life.job_id)
     recorded = store.jobs.state(life.job_id)

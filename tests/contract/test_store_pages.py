@@ -44,7 +44,7 @@ def jobs(store: Store) -> list[Job]:
 @pytest.mark.parametrize("order", ["asc", "desc"])
 @pytest.mark.parametrize("statuses", [[], ["completed"], ["queued", "failed", "queued"], ["paused"], [*STATUSES]])
 @pytest.mark.parametrize("metadata", METADATA)
-def test_any_filter(
+def test_page_matches_filtered_list(
     store: Store, jobs: list[Job], order: Literal["asc", "desc"], statuses: list[Status], metadata: dict[str, str]
 ) -> None:
     ordered = jobs if order == "asc" else jobs[::-1]

@@ -205,7 +205,7 @@ def _filled(url: str, jobs: int) -> Iterator[tuple[Engine, Filled]]:
 
 
 @pytest.mark.parametrize("name", [*READS, *WRITES])
-def test_nothing_scans_a_table(sizes: Sizes, name: str) -> None:
+def test_operations_scan_no_table(sizes: Sizes, name: str) -> None:
     for engine, filled in sizes:
         with recorded(engine) as statements:
             (READS | WRITES)[name](Store(engine), filled)
@@ -214,7 +214,7 @@ def test_nothing_scans_a_table(sizes: Sizes, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READS)
-def test_a_read_reads_no_more_where_there_is_more(sizes: Sizes, name: str) -> None:
+def test_read_cost_does_not_grow_with_table(sizes: Sizes, name: str) -> None:
     work = []
     for engine, filled in sizes:
         READS[name](Store(engine), filled)
@@ -232,7 +232,7 @@ def test_a_read_reads_no_more_where_there_is_more(sizes: Sizes, name: str) -> No
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_write_takes_no_more_steps_where_there_is_more(sqlite_sizes: Sizes, name: str) -> None:
+def test_write_cost_does_not_grow_with_table(sqlite_sizes: Sizes, name: str) -> None:
     work = []
     for engine, filled in sqlite_sizes:
         with counted_steps(engine) as steps:
@@ -242,7 +242,7 @@ def test_a_write_takes_no_more_steps_where_there_is_more(sqlite_sizes: Sizes, na
     assert 0 < large <= 1.2 * small
 
 
-def test_what_refers_to_a_row_is_found_by_an_index(sizes: Sizes) -> None:
+def test_foreign_keys_are_indexed(sizes: Sizes) -> None:
     """Or deleting the row would scan for it."""
     found = inspect(sizes[0][0])
     for table in Base.metadata.sorted_tables:

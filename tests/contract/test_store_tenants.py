@@ -13,7 +13,7 @@ from tpo.core.errors import InvalidInputError, JobNotFoundError, KeyNotFoundErro
 from tpo.store import Store
 
 
-def test_a_key_opens_its_tenant_and_stands_nowhere(engine: Engine, store: Store) -> None:
+def test_key_identifies_tenant_and_is_not_stored(engine: Engine, store: Store) -> None:
     assert not store.keys.any_exists()
     row, secret = store.keys.create("laptop", "acme")
     assert (row.tenant, row.name, row.revoked_at) == ("acme", "laptop", None)
@@ -25,7 +25,7 @@ def test_a_key_opens_its_tenant_and_stands_nowhere(engine: Engine, store: Store)
     assert secret[4:] not in str(rows(engine))
 
 
-def test_a_revoked_key_opens_nothing_and_does_not_open_the_server(engine: Engine, store: Store) -> None:
+def test_revoked_key_is_rejected_and_server_stays_protected(engine: Engine, store: Store) -> None:
     first, second = store.keys.create("one", "acme"), store.keys.create("two", "acme")
     # Keys of one millisecond have an order of their own.
     execute(engine, "UPDATE api_keys SET created_at = created_at - 1 WHERE id = :id", id=first.row.id)
@@ -44,12 +44,12 @@ def test_a_revoked_key_opens_nothing_and_does_not_open_the_server(engine: Engine
 
 
 @pytest.mark.parametrize("tenant", ["", "a b", "x" * 65, "-x", "a\x00", "ä", "a\n"])
-def test_a_tenant_has_a_plain_name(store: Store, tenant: str) -> None:
+def test_key_creation_refuses_invalid_tenant_name(store: Store, tenant: str) -> None:
     with pytest.raises(InvalidInputError):
         store.keys.create("k", tenant)
 
 
-def test_a_stranger_s_job_is_not_there(engine: Engine, store: Store) -> None:
+def test_other_tenants_job_is_not_found(engine: Engine, store: Store) -> None:
     acme, other = store.for_tenant("acme"), store.for_tenant("other")
     job_id = create(acme, new_state(sample_size=1, max_iterations=1))
     drive(acme, *claim(store, create(acme)))
@@ -66,7 +66,7 @@ def test_a_stranger_s_job_is_not_there(engine: Engine, store: Store) -> None:
     assert acme.jobs.get(job_id).tenant == "acme"
 
 
-def test_workers_work_for_every_tenant(store: Store) -> None:
+def test_workers_serve_every_tenant(store: Store) -> None:
     for tenant in ("acme", "other"):
         assert claim(store, create(store.for_tenant(tenant)))
     create(store.for_tenant("acme"))
@@ -74,7 +74,7 @@ def test_workers_work_for_every_tenant(store: Store) -> None:
     assert len(bells) == 1
 
 
-def test_a_list_is_read_off_an_index(engine: Engine) -> None:
+def test_job_list_uses_tenant_index(engine: Engine) -> None:
     plans = {
         "sqlite": ("EXPLAIN QUERY PLAN ", "jobs_by_tenant"),
         "postgresql": ("EXPLAIN ", "jobs_by_tenant"),
@@ -93,7 +93,7 @@ def test_a_list_is_read_off_an_index(engine: Engine) -> None:
     assert "TEMP B-TREE" not in plan
 
 
-def test_the_database_does_the_same_for_a_stranger_s_job_as_for_none(engine: Engine, store: Store) -> None:
+def test_other_tenants_job_costs_same_queries_as_unknown_job(engine: Engine, store: Store) -> None:
     job_id = create(store.for_tenant("acme"))
     asked: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda _c, _r, statement, *_: asked.append(statement))
@@ -117,7 +117,7 @@ def test_the_database_does_the_same_for_a_stranger_s_job_as_for_none(engine: Eng
         assert statements(ask, job_id) == statements(ask, "job_" + "0" * 32) != []
 
 
-def test_so_it_does_for_files_batches_and_webhooks(engine: Engine, store: Store) -> None:
+def test_other_tenants_resources_cost_same_queries_as_unknown(engine: Engine, store: Store) -> None:
     theirs = store.for_tenant("acme")
     file_id = theirs.files.begin("a", "batch")
     theirs.files.complete(file_id)
@@ -151,7 +151,7 @@ def test_so_it_does_for_files_batches_and_webhooks(engine: Engine, store: Store)
         assert statements(ask, real) == statements(ask, real[:-4] + "0000") != []
 
 
-def test_many_make_keys_of_a_new_tenant_at_once(store: Store) -> None:
+def test_concurrent_key_creation_for_new_tenant(store: Store) -> None:
     made = at_once(*[partial(store.keys.create, f"key {i}", "acme") for i in range(8)])
     assert len({new.secret for new in made}) == 8  # type: ignore[attr-defined]
     assert {key.tenant for key in store.keys.page()} == {"acme"}

@@ -29,7 +29,7 @@ def refused(text: bytes | None) -> Refused:
     st.lists(st.integers(1, 7), min_size=1),
     st.booleans(),
 )
-def test_lines_do_not_depend_on_the_parts(texts: list[bytes], sizes: list[int], ended: bool) -> None:
+def test_split_does_not_depend_on_chunk_boundaries(texts: list[bytes], sizes: list[int], ended: bool) -> None:
     data = b"\n".join(texts) + (b"\n" if ended else b"")
     parts: list[bytes] = []
     at = 0
@@ -45,19 +45,19 @@ def test_lines_do_not_depend_on_the_parts(texts: list[bytes], sizes: list[int], 
     assert sum(f.size for f in found) == len(data)
 
 
-def test_a_line_without_end_is_not_kept() -> None:
+def test_split_drops_text_of_overlong_line() -> None:
     found = list(split((b"x" * 1000 for _ in range(1000)), longest=5000))
     assert found == [RawLine(None, 1_000_000)]
     assert refused(None).custom_id is None
 
 
 @pytest.mark.parametrize("text", [b"", b" ", b"\r", b"\xef\xbb\xbf", b"\t\r"])
-def test_blank(text: bytes) -> None:
+def test_is_blank_accepts_whitespace_and_bom(text: bytes) -> None:
     assert is_blank(RawLine(text, 1))
 
 
 @pytest.mark.parametrize("text", [line(), line() + b"\r", b"\xef\xbb\xbf" + line(), b"  " + line()])
-def test_reads(text: bytes) -> None:
+def test_read_accepts_valid_line(text: bytes) -> None:
     found = read(RawLine(text, 0), RESPONSES)
     assert isinstance(found, Request)
     assert found.custom_id == "a"
@@ -87,11 +87,11 @@ def test_reads(text: bytes) -> None:
         (line(body={"input": "\ud800"}), None, None),
     ],
 )
-def test_refuses(text: bytes, custom_id: str | None, param: str | None) -> None:
+def test_read_refuses_invalid_line(text: bytes, custom_id: str | None, param: str | None) -> None:
     found = refused(text)
     assert (found.custom_id, found.error.param) == (custom_id, param)
 
 
 @pytest.mark.parametrize("text", [b"[]", b'"x"', b"5", b"null", b"true"])
-def test_what_is_no_object_is_told_in_the_words_of_its_writer(text: bytes) -> None:
+def test_read_refuses_line_that_is_not_an_object(text: bytes) -> None:
     assert str(refused(text).error) == "The line must be a JSON object."

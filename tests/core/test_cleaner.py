@@ -45,7 +45,7 @@ def asked(batches: int = 0, **settings: Any) -> list[tuple[str, float | None]]:
     return sorted(store.asked)
 
 
-def test_each_kind_has_its_own_time() -> None:
+def test_cleaner_uses_retention_of_each_kind() -> None:
     always = [
         ("deliveries.purge", 7 * DAY),
         ("idempotency_keys.purge", 3 * 3600.0),
@@ -56,12 +56,12 @@ def test_each_kind_has_its_own_time() -> None:
     assert asked(idempotency_hours=3, retention_days=2) == sorted([*always, *kept])
 
 
-def test_a_round_goes_on_until_nothing_is_left() -> None:
+def test_cleaner_repeats_until_nothing_is_left() -> None:
     assert asked(2, retention_days=2) == sorted(3 * asked(retention_days=2))
 
 
 @pytest.mark.parametrize("error", [StoreUnavailableError(), ValueError("a text of a user")])
-def test_a_round_that_fails_says_so_and_leaves_it_to_the_next(
+def test_cleaner_logs_failure_without_raising(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Failing(Recording):

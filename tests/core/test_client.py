@@ -44,7 +44,7 @@ def closed(reason: str) -> dict[str, Any]:
     return {"type": "stream.closed", "reason": reason}
 
 
-def test_a_stream_that_ends_early_goes_on_although_the_job_has_ended_meanwhile() -> None:
+def test_events_resume_stream_closed_early_after_job_ended() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         if not request.url.path.endswith("/events"):
             return httpx.Response(200, json={"status": "completed"})
@@ -56,7 +56,7 @@ def test_a_stream_that_ends_early_goes_on_although_the_job_has_ended_meanwhile()
     assert [e["sequence_number"] for e in Made(answer, retries=1).events("job_1")] == list(range(1, 10))
 
 
-def test_a_stream_after_the_last_event_has_nothing_and_one_of_a_deleted_job_is_an_error() -> None:
+def test_events_end_after_last_and_raise_for_deleted_job() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         return stream() if request.url.path.endswith("/events") else httpx.Response(200, json={"status": "failed"})
 
@@ -78,7 +78,7 @@ def test_a_stream_after_the_last_event_has_nothing_and_one_of_a_deleted_job_is_a
         (429, {"retry-after": "121"}, 1),
     ],
 )
-def test_what_is_tried_again_and_when(status: int, headers: dict[str, str], asked: int, pauses: list[float]) -> None:
+def test_client_retries_by_status_and_headers(status: int, headers: dict[str, str], asked: int, pauses: list[float]) -> None:
     client = Made(lambda _: httpx.Response(status, headers=headers, json={"detail": "no"}), retries=2)
     with pytest.raises(APIError, match="no"):
         client.get("job_1")
@@ -87,7 +87,7 @@ def test_what_is_tried_again_and_when(status: int, headers: dict[str, str], aske
     assert all(pause > float(headers.get("retry-after", 0)) for pause in pauses)
 
 
-def test_what_is_gone_at_a_second_try_was_deleted_by_the_first() -> None:
+def test_delete_treats_not_found_on_retry_as_success() -> None:
     answers = iter([httpx.Response(503), httpx.Response(404)])
     Made(lambda _: next(answers)).delete("job_1")
     with pytest.raises(NotFoundError):
@@ -96,7 +96,7 @@ def test_what_is_gone_at_a_second_try_was_deleted_by_the_first() -> None:
         Made(lambda _: httpx.Response(500), retries=0).delete("job_1")
 
 
-def test_fields_stand_where_the_body_has_none_and_a_key_is_the_same_at_each_try() -> None:
+def test_submit_merges_fields_and_reuses_idempotency_key() -> None:
     answers = iter([httpx.Response(500), httpx.Response(202, json={"id": "job_1"})])
     client = Made(lambda _: next(answers))
     client.submit({"input": "Why?", "priority": 5}, priority=1, external_id="mine")
@@ -105,7 +105,7 @@ def test_fields_stand_where_the_body_has_none_and_a_key_is_the_same_at_each_try(
     assert first.headers["idempotency-key"] == second.headers["idempotency-key"]
 
 
-def test_a_list_ends_at_its_limit_over_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_stops_at_limit_across_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         begin = int(request.url.params.get("after", 0))
         data = [{"id": str(begin + i + 1)} for i in range(int(request.url.params["limit"]))]

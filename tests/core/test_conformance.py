@@ -30,14 +30,14 @@ def replies(recorded: dict[str, Any], request: Generate, sample: int) -> Text:
     return said(reply[sample % request.n] if request.kind == "update" else reply)
 
 
-def test_there_are_runs() -> None:
+def test_recorded_runs_exist() -> None:
     assert len(RUNS) >= 1
     assert "TPO_TRAJECTORIES" in os.environ or len(RUNS) == 60
 
 
 @pytest.mark.parametrize("prompt_set", names())
 @pytest.mark.parametrize("number", range(len(RUNS)))
-def test_the_same_choices(number: int, prompt_set: str) -> None:
+def test_run_makes_recorded_choices(number: int, prompt_set: str) -> None:
     recorded = RUNS[number]
     prompts = load(prompt_set).model_copy(update={"answer_tags": THEIR_TAGS})
     state = new_state(

@@ -24,7 +24,7 @@ def source() -> random.Random:
     return random.Random(7)
 
 
-def test_checker_agrees_with_the_generator(source: random.Random) -> None:
+def test_checker_agrees_with_generator(source: random.Random) -> None:
     for _ in range(500):
         facts = grammar.make_facts(source)
         reply = grammar.make_reply(source, facts, share=source.random())
@@ -35,7 +35,7 @@ def test_checker_agrees_with_the_generator(source: random.Random) -> None:
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_every_single_fault_lowers_the_value(kind: str, source: random.Random) -> None:
+def test_check_lowers_value_for_each_fault(kind: str, source: random.Random) -> None:
     seen = 0
     while seen < 100:
         facts = grammar.make_facts(source)
@@ -45,7 +45,7 @@ def test_every_single_fault_lowers_the_value(kind: str, source: random.Random) -
             assert grammar.check(damaged.text, facts).value < grammar.check(reply.text, facts).value, damaged.text
 
 
-def test_a_wrong_fact_is_named(source: random.Random) -> None:
+def test_check_names_wrong_fact(source: random.Random) -> None:
     facts = grammar.make_facts(source)
     other = next(name for name in grammar.NAMES if name != facts.name)
     found = grammar.check(f"Dear {other}, The box was too weak.", facts)
@@ -53,14 +53,14 @@ def test_a_wrong_fact_is_named(source: random.Random) -> None:
     assert found.met == {"reason", grammar.POLITE}
 
 
-def test_text_that_fits_no_template_is_unknown_and_does_not_hide_its_neighbours(source: random.Random) -> None:
+def test_check_reports_unknown_sentence_and_reads_the_others(source: random.Random) -> None:
     found = grammar.check("The box was too weak. Blorb the zif. It takes two days.", grammar.make_facts(source))
     assert found.unknown == ("Blorb the zif.",)
     assert found.met == {"reason", "time", grammar.POLITE}
     assert grammar.invented_words("Blorb the box.") == ["Blorb"]
 
 
-def test_applying_a_critique_brings_in_what_it_names_and_nothing_else(source: random.Random) -> None:
+def test_apply_adds_only_suggested_parts(source: random.Random) -> None:
     for _ in range(300):
         facts = grammar.make_facts(source)
         chosen, rejected = make_pair(source, facts)
@@ -72,7 +72,7 @@ def test_applying_a_critique_brings_in_what_it_names_and_nothing_else(source: ra
         assert kept == [part for part in improved.parts if part in chosen.parts]
 
 
-def test_critiques_and_suggestions_read_back_as_they_were_meant(source: random.Random) -> None:
+def test_judge_reads_back_critiques_and_suggestions(source: random.Random) -> None:
     for _ in range(300):
         facts = grammar.make_facts(source)
         chosen, rejected = make_pair(source, facts)
@@ -84,7 +84,7 @@ def test_critiques_and_suggestions_read_back_as_they_were_meant(source: random.R
         assert judge.read_suggestions(suggestions, facts) == list(critique.suggested)
 
 
-def test_a_false_claim_is_found_out(source: random.Random) -> None:
+def test_judge_detects_false_claim(source: random.Random) -> None:
     facts = grammar.make_facts(source)
     (claim,) = judge.read_critique("The chosen reply lacks a reason.", facts)
     assert not claim.holds("The box was too weak.", None, facts)
@@ -92,14 +92,14 @@ def test_a_false_claim_is_found_out(source: random.Random) -> None:
     assert strange.kind is None
 
 
-def test_held_out_messages_never_appear_in_training(source: random.Random) -> None:
+def test_training_excludes_held_out_messages(source: random.Random) -> None:
     held_out = {(facts.name, facts.item) for facts in experiment.held_out_facts(300)}
     seen = {(facts.name, facts.item) for facts in (grammar.make_facts(source) for _ in range(5000))}
     assert not held_out & seen
     assert all(grammar.is_held_out(name, item) for name, item in held_out)
 
 
-def test_the_unseen_set_shares_no_fact_and_no_wording_with_training(source: random.Random) -> None:
+def test_unseen_set_shares_no_fact_or_wording_with_training(source: random.Random) -> None:
     examples = [make_example(source) for _ in range(3000)]
     seen = {word.lower() for example in examples for word in re.findall(r"\w+", f"{example.prompt} {example.answer}")}
     seen |= {word.lower() for word in (*grammar.NAMES, *grammar.ITEMS, *grammar.PROBLEMS, *grammar.ASKS)}
@@ -116,7 +116,7 @@ def _phrases(template: str) -> list[tuple[str, ...]]:
     return list(zip(words, words[1:], words[2:], strict=False))
 
 
-def test_the_checker_knows_the_unseen_facts_and_tells_them_from_others(source: random.Random) -> None:
+def test_checker_recognises_unseen_facts(source: random.Random) -> None:
     for facts, other in zip(experiment.unseen_facts(100), experiment.held_out_facts(100), strict=True):
         reply = grammar.make_reply(source, facts, share=0.8)
         assert set(grammar.QUALITIES) - grammar.check(reply.text, facts).met == set(reply.missing)
@@ -125,14 +125,14 @@ def test_the_checker_knows_the_unseen_facts_and_tells_them_from_others(source: r
         assert grammar.check(f"Dear {facts.name},", other).wrong == ("name",)
 
 
-def test_the_demo_messages_are_held_out_and_of_the_grammar() -> None:
+def test_demo_messages_are_held_out() -> None:
     for message in json.loads((FOLDER / "prompts.json").read_text(encoding="utf-8")):
         words = set(message.replace(".", " ").replace(",", " ").replace("?", " ").split())
         (name,), (item,) = words.intersection(grammar.NAMES), words.intersection(grammar.ITEMS)
         assert grammar.is_held_out(name, item)
 
 
-def test_training_prompts_are_what_the_product_sends() -> None:
+def test_training_prompts_match_product_prompts() -> None:
     texts = {"query": "Q", "chosen": "C", "rejected": "R", "critique": "L", "gradient": "G"}
     shipped = load("tiny")
     for step in ("critique", "gradient", "update"):
@@ -140,7 +140,7 @@ def test_training_prompts_are_what_the_product_sends() -> None:
     assert prompt("critique", query="$chosen", chosen="C").endswith("<query> $chosen\n<chosen> C")
 
 
-def test_every_role_can_be_made(source: random.Random) -> None:
+def test_make_example_supports_every_role(source: random.Random) -> None:
     for role in SHARES:
         example = make_example(source, role)
         assert example.role == role
@@ -152,7 +152,7 @@ def says(text: str) -> Generation:
     return Generation(texts=(Text(text=text, finish_reason="stop", tokens=1),), input_tokens=1, seconds=0.0)
 
 
-def test_the_controls_change_gradients_and_touch_nothing_else() -> None:
+def test_controls_change_only_gradients() -> None:
     state = State(input=(Message(role="user", content="Q"),), params=Params(), prompts=load("tiny"))
     request = pending(state)
     assert isinstance(request, Generate)
@@ -167,12 +167,12 @@ def test_the_controls_change_gradients_and_touch_nothing_else() -> None:
         assert [reply.texts[0].text for reply in changed if isinstance(reply, Generation)] == expected
 
 
-def test_no_suggestion_is_a_text_of_training(source: random.Random) -> None:
+def test_training_includes_updates_without_suggestion(source: random.Random) -> None:
     updates = [make_example(source, "update").prompt for _ in range(500)]
     assert any(prompt.endswith(grammar.NO_CHANGE) for prompt in updates)
 
 
-def test_a_transcript_tells_the_run_and_counts_what_is_false_in_it(source: random.Random) -> None:
+def test_transcript_shows_run_and_counts_false_claims(source: random.Random) -> None:
     (facts,) = experiment.held_out_facts(1)
     state = experiment.start(experiment.TPO, facts, seed=0)
     chosen = grammar.make_reply(source, facts, share=1.0, rude=0.0).text
@@ -199,7 +199,7 @@ def test_a_transcript_tells_the_run_and_counts_what_is_false_in_it(source: rando
     ]
 
 
-def test_labels_do_not_depend_on_the_place_in_a_group(source: random.Random) -> None:
+def test_reward_labels_do_not_depend_on_group_position(source: random.Random) -> None:
     groups = [reward_training.make_group(source, reward_training.LATE_FAULT_WEIGHTS) for _ in range(1500)]
     means = [
         fmean(grammar.check(group.texts[place], group.facts).value for group in groups)
@@ -208,7 +208,7 @@ def test_labels_do_not_depend_on_the_place_in_a_group(source: random.Random) -> 
     assert max(means) - min(means) < 0.4
 
 
-def test_the_reward_falls_over_wrong_facts_and_over_what_is_said_again(source: random.Random) -> None:
+def test_reward_marks_fall_at_wrong_facts_and_repetitions(source: random.Random) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(MODELS / "reward")
     facts = grammar.make_facts(source)
     other = next(item for item in grammar.ITEMS if item != facts.item)

@@ -30,14 +30,14 @@ def make_run(query: int, tokens: tuple[int, ...] = ()) -> Run:
     return Run(query, 0, facts, state.model_copy(update={"candidates": candidates}))
 
 
-def test_seeds_are_averaged_before_the_error_is_taken() -> None:
+def test_by_query_averages_seeds_before_error() -> None:
     runs = [make_run(query) for _ in range(3) for query in range(4)]
     values = iter((1.0, 2.0, 3.0, 4.0) * 3)
     found = judge.estimate(measures.by_query(runs, lambda run: next(values)))
     assert found == Estimate(2.5, stdev((1, 2, 3, 4)) / 2)
 
 
-def test_a_share_has_its_error_over_queries_whose_flags_stand_or_fall_together() -> None:
+def test_share_takes_error_over_queries() -> None:
     together = judge.share([[True] * 4, [True] * 4, [False] * 4, [False] * 4])
     assert together == judge.estimate([1, 1, 0, 0])
     assert judge.share([[True, False] * 2] * 4) == Estimate(0.5, 0.0)
@@ -45,7 +45,7 @@ def test_a_share_has_its_error_over_queries_whose_flags_stand_or_fall_together()
     assert isnan(judge.share([[], []]).mean)
 
 
-def test_equal_tokens_are_at_least_as_many_or_none() -> None:
+def test_samples_for_rounds_up_to_equal_tokens() -> None:
     runs = [make_run(0, (10, 20) * (experiment.BEST_OF // 2))]
     assert measures.samples_for(10, runs) == 1
     assert measures.samples_for(11, runs) == 2
@@ -55,7 +55,7 @@ def test_equal_tokens_are_at_least_as_many_or_none() -> None:
         measures.samples_for(every + 1, runs)
 
 
-def test_text_of_a_critique_that_claims_nothing_is_false() -> None:
+def test_critique_without_claim_does_not_hold() -> None:
     (facts,) = experiment.held_out_facts(1)
     claims = judge.read_critique("Greet Omar. The chosen reply lacks a reason. Say", facts)
     assert [claim.holds("There is no charge.", None, facts) for claim in claims] == [True, False]
@@ -95,7 +95,7 @@ def all_good() -> Results:
     )
 
 
-def test_every_bar_holds_where_it_is_just_met() -> None:
+def test_bars_hold_when_just_met() -> None:
     assert all(bar.holds for bar in report.bars(all_good()))
 
 
@@ -128,12 +128,12 @@ def with_final(results: Results, **figures: Any) -> Results:
     return replace(results, outcomes={TPO: replace(results.outcomes[TPO], **figures)})
 
 
-def test_every_bar_can_fail() -> None:
+def test_bars_each_have_a_failing_case() -> None:
     assert len(report.bars(all_good())) == len(WORSE)
 
 
 @pytest.mark.parametrize("name", WORSE)
-def test_a_bar_fails_where_it_is_just_missed(name: str) -> None:
+def test_bar_fails_when_just_missed(name: str) -> None:
     (failed,) = [bar for bar in report.bars(WORSE[name](all_good())) if not bar.holds]
     assert failed.name.startswith(name)
 
@@ -145,7 +145,7 @@ def rows(document: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", ["README.md", "demo/models/policy/README.md", "demo/models/reward/README.md"])
-def test_figures_shown_elsewhere_are_those_of_the_results(name: str) -> None:
+def test_documented_figures_match_results(name: str) -> None:
     """A shorter table shows the first columns, and may leave out the errors of some."""
     measured = rows(FOLDER / "RESULTS.md")
     shown = rows(FOLDER.parent / name)

@@ -41,7 +41,7 @@ def shown(default: Any) -> str:
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
-def test_every_setting_is_documented_with_its_default() -> None:
+def test_settings_are_documented_with_defaults() -> None:
     table = re.findall(
         r"^\| `(TPO_.*?)` \| (.*?) \| (.*) \|$", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE
     )
@@ -138,21 +138,21 @@ def all_of(command: Any) -> Iterator[Any]:
         yield from all_of(each)
 
 
-def test_every_command_knows_json() -> None:
+def test_commands_support_json() -> None:
     found = [command for command in all_of(typer.main.get_command(app)) if not hasattr(command, "commands")]
     assert len(found) > 20
     for command in found:
         assert any("--json" in parameter.opts for parameter in command.params), command.name
 
 
-def test_no_help_hides_a_word_in_brackets() -> None:
+def test_help_contains_no_brackets() -> None:
     """They are read as a style, and not shown."""
     for command in all_of(typer.main.get_command(app)):
         for text in (command.help, *(getattr(parameter, "help", None) for parameter in command.params)):
             assert "[" not in (text or ""), text
 
 
-def test_every_guarantee_names_tests_that_exist() -> None:
+def test_guarantees_name_existing_tests() -> None:
     table, _, _ = (ROOT / "docs" / "guarantees.md").read_text().partition("\n## ")
     rows = re.findall(r"^\| \*\*.*", table, re.MULTILINE)
     assert rows

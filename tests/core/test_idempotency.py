@@ -13,7 +13,7 @@ def fingerprint(path: str, said: Any) -> str:
     return once(Request({**scope, "headers": [(b"idempotency-key", b"key")]}), Settings(), said).fingerprint
 
 
-def test_the_order_of_fields_says_nothing_and_the_path_does() -> None:
+def test_fingerprint_ignores_field_order_but_not_path() -> None:
     said = {"input": "Why?", "parameters": {"seed": 1, "sample_size": 2}}
     same = {"parameters": {"sample_size": 2, "seed": 1}, "input": "Why?"}
     assert fingerprint("/v1/jobs", said) == fingerprint("/v1/jobs", same)

@@ -25,7 +25,7 @@ PLANTED = {
 
 
 @pytest.mark.processes
-def test_every_forbidden_import_is_found(tmp_path: Path) -> None:
+def test_import_contracts_find_forbidden_imports(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__", "models", "data")

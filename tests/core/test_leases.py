@@ -25,7 +25,7 @@ def held_for(seconds: float, drain: Drain | None = None) -> Held:
     return Held(Lease("job_1", "worker", 1, 1, 1, 3, seconds), drain or Drain())
 
 
-def test_a_lease_that_nobody_could_renew_is_taken_as_lost() -> None:
+def test_unrenewed_lease_is_treated_as_lost() -> None:
     held = held_for(0.01)
     time.sleep(0.02)
     with pytest.raises(CallInterruptedError, match="lease_lost"):
@@ -37,7 +37,7 @@ def test_a_lease_that_nobody_could_renew_is_taken_as_lost() -> None:
     held.interrupt()
 
 
-def test_a_checkpoint_renews_the_lease_from_before_it_was_written(bench: Bench) -> None:
+def test_checkpoint_renews_lease_from_before_write(bench: Bench) -> None:
     called: dict[str, float] = {}
     renewed: dict[str, float] = {}
     written: dict[str, float] = {}
@@ -54,7 +54,7 @@ def test_a_checkpoint_renews_the_lease_from_before_it_was_written(bench: Bench) 
     assert called["critique"] < renewed["gradient"] < written["critique"]
 
 
-def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
+def test_cancel_precedes_deadline_precedes_pause() -> None:
     held = held_for(30)
     for flags, reason in (
         (Flags(cancel_requested=True, past_deadline=True, pause_requested=True), "cancelled"),
@@ -65,7 +65,7 @@ def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
             held.interrupt()
 
 
-def test_late_answer_of_older_query_does_not_revoke_pause() -> None:
+def test_older_query_result_does_not_revoke_pause() -> None:
     held = held_for(30)
     asked_before_pause = time.monotonic()
     held.update(PAUSE, time.monotonic())
@@ -76,7 +76,7 @@ def test_late_answer_of_older_query_does_not_revoke_pause() -> None:
     held.interrupt()
 
 
-def test_late_answer_of_older_query_does_not_revoke_pause_of_queue() -> None:
+def test_older_query_result_does_not_revoke_queue_pause() -> None:
     held = held_for(30)
     asked_before_pause = time.monotonic()
     held.update(dataclasses.replace(GO_ON, queue_paused=True), time.monotonic())
@@ -87,7 +87,7 @@ def test_late_answer_of_older_query_does_not_revoke_pause_of_queue() -> None:
     held.between_calls()
 
 
-def test_a_lease_of_another_worker_stays_lost() -> None:
+def test_lost_lease_stays_lost() -> None:
     held = held_for(30)
     held.update(None, time.monotonic())
     held.update(GO_ON, time.monotonic())
@@ -95,7 +95,7 @@ def test_a_lease_of_another_worker_stays_lost() -> None:
         held.interrupt()
 
 
-def test_a_job_that_this_worker_has_claimed_anew_is_lost_to_its_first_thread(bench: Bench) -> None:
+def test_job_reclaimed_by_same_worker_is_lost_to_first_thread(bench: Bench) -> None:
     job_id = bench.create()
 
     def claim() -> Lease:
@@ -112,7 +112,7 @@ def test_a_job_that_this_worker_has_claimed_anew_is_lost_to_its_first_thread(ben
         new.interrupt()
 
 
-def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
+def test_keeper_survives_errors_and_applies_flags(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claimed = claim_one(bench.store, job_id := bench.create(), "worker", 30, model="scripted", reward_model="scripted")
@@ -148,7 +148,7 @@ def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
             leases.stop()
 
 
-def test_who_waits_for_the_last_job_is_told_when_it_ends(bench: Bench) -> None:
+def test_wait_until_idle_returns_after_last_job(bench: Bench) -> None:
     waiting = threading.Thread(target=bench.leases.wait_until_idle, args=(3600,), daemon=True)
     with bench.leases.holding(Lease("job_1", "worker", 1, 1, 1, 3, 30)):
         waiting.start()
@@ -164,7 +164,7 @@ def interrupted_within(held: Held, seconds: float) -> None:
         time.sleep(0.01)
 
 
-def test_a_lease_is_renewed_each_third_of_its_time_and_looked_at_in_between(
+def test_lease_is_renewed_each_third_and_checked_in_between(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease = Lease("job_1", "worker", 1, 1, 1, 3, 30)

@@ -44,7 +44,7 @@ def updates(answer: Callable[[int], Text]) -> FakePolicy:
 # The order of things
 
 
-def test_a_run_in_its_order() -> None:
+def test_run_makes_calls_in_order() -> None:
     last = finish(new_state(sample_size=3, max_iterations=2))
     one = [("critique", 1), ("gradient", 1), ("update", 3), ("score", 3)]
     assert kinds(last) == [("sample", 0, 3), ("score", 0, 3)] + [(k, i, n) for i in (1, 2) for k, n in one]
@@ -62,7 +62,7 @@ def test_depth_zero_is_best_of_n() -> None:
     assert kinds(zero) == [("sample", 0, 4), ("score", 0, 4)]
 
 
-def test_sampling_settings_of_each_call() -> None:
+def test_calls_use_their_sampling_settings() -> None:
     policy = FakePolicy()
     params = Params(
         max_iterations=1,
@@ -88,7 +88,7 @@ def test_sampling_settings_of_each_call() -> None:
     )
 
 
-def test_chosen_and_rejected_come_from_the_whole_pool() -> None:
+def test_chosen_and_rejected_come_from_whole_pool() -> None:
     texts = {(0, 0): "middle", (0, 1): "low", (1, 0): "high", (1, 1): "lowest", (2, 0): "x", (2, 1): "y"}
     policy = FakePolicy(
         lambda r, s: (
@@ -103,7 +103,7 @@ def test_chosen_and_rejected_come_from_the_whole_pool() -> None:
     assert last.best.text == "high"
 
 
-def test_of_equals_the_first_wins() -> None:
+def test_first_of_equal_rewards_wins() -> None:
     last = finish(new_state(sample_size=3), reward=FakeReward(lambda _: 1.5))
     assert [(i.chosen, i.rejected) for i in last.iterations] == [("0-0", "0-0"), ("0-0", "0-0")]
     assert last.best is last.candidates[0]
@@ -121,7 +121,7 @@ def test_revision_sees_no_rejected_response() -> None:
 # The input
 
 
-def test_samples_get_the_conversation_unchanged() -> None:
+def test_sample_receives_conversation_unchanged() -> None:
     turns = [("system", "Be brief."), ("user", "Hello {x} $query"), ("assistant", "Hi!"), ("user", "And now?")]
     messages = tuple(Message(role=r, content=c) for r, c in turns)
     policy, reward = FakePolicy(), FakeReward()
@@ -136,7 +136,7 @@ def test_samples_get_the_conversation_unchanged() -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_texts_with_template_signs_reach_the_critic_as_they_are(name: str) -> None:
+def test_template_signs_reach_critic_unchanged(name: str) -> None:
     awkward = "costs $5, $query, ${critique} {0} <SEP> %s"
     policy = FakePolicy(lambda r, s: said(f"{awkward} {s}" if r.kind == "sample" else f"{r.kind} {awkward}"))
     finish(new_state(f"why {awkward}", load(name), sample_size=2, max_iterations=1), policy)
@@ -147,7 +147,7 @@ def test_texts_with_template_signs_reach_the_critic_as_they_are(name: str) -> No
     assert f"gradient {awkward}" in "".join(m.content for m in update.messages)
 
 
-def test_a_long_response_is_cut_for_the_critic_and_whole_in_the_pool() -> None:
+def test_long_candidate_is_cut_only_for_critic() -> None:
     long = "".join(f"word{i} " for i in range(4 * SHOWN_TOKENS)).strip()
     policy = FakePolicy(lambda r, s: said(long, tokens=4 * SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
     last = finish(new_state(sample_size=1, max_iterations=1), policy)
@@ -157,7 +157,7 @@ def test_a_long_response_is_cut_for_the_critic_and_whole_in_the_pool() -> None:
     assert last.candidates[0].text == long
 
 
-def test_a_response_of_just_the_length_is_shown_whole_and_once() -> None:
+def test_candidate_at_length_limit_is_shown_whole() -> None:
     text = "Just as long as it may be."
     policy = FakePolicy(lambda r, s: said(text, tokens=SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
     finish(new_state(sample_size=1, max_iterations=1), policy)
@@ -168,14 +168,14 @@ def test_a_response_of_just_the_length_is_shown_whole_and_once() -> None:
 # Replies that are no answers
 
 
-def test_one_sample_is_enough() -> None:
+def test_run_works_with_one_sample() -> None:
     last = finish(new_state(sample_size=1))
     assert len(last.candidates) == 3
     assert last.iterations[0].rejected == "0-0"
     assert last.best is not None
 
 
-def test_first_samples_that_are_all_unusable_are_asked_for_once_more() -> None:
+def test_unusable_first_samples_are_requested_again() -> None:
     policy = FakePolicy(lambda r, s: said("") if r.kind == "sample" and s < 3 else plain(r, s))
     last = finish(new_state(sample_size=3, max_iterations=0), policy)
     assert kinds(last) == [("sample", 0, 3), ("sample", 0, 3), ("score", 0, 3)]
@@ -183,7 +183,7 @@ def test_first_samples_that_are_all_unusable_are_asked_for_once_more() -> None:
     assert len({s for r in policy.asked for s in r.seeds}) == 6
 
 
-def test_without_any_usable_first_sample_the_job_fails_and_the_record_says_why() -> None:
+def test_no_usable_first_sample_fails_with_reasons() -> None:
     saved: list[State] = []
     cut = FakePolicy(lambda r, s: said("cut o", "length" if s % 2 else "stop"))
     nan = FakeReward(lambda _: math.nan)
@@ -195,7 +195,7 @@ def test_without_any_usable_first_sample_the_job_fails_and_the_record_says_why()
     assert position._replace(failure=None) == Position(0, None, complete=1)
 
 
-def test_an_update_without_a_usable_sample_is_asked_for_once_more_and_then_left() -> None:
+def test_unusable_update_is_retried_once_then_skipped() -> None:
     policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
     last = finish(new_state(sample_size=2), policy)
     expected = [("critique", 1, 1), ("gradient", 1, 1), ("update", 1, 2), ("update", 1, 2), ("critique", 2, 1)]
@@ -207,7 +207,7 @@ def test_an_update_without_a_usable_sample_is_asked_for_once_more_and_then_left(
     assert not set(first) & set(second)
 
 
-def test_the_second_round_of_an_update_counts() -> None:
+def test_second_update_attempt_counts() -> None:
     last = finish(
         new_state(sample_size=2, max_iterations=1), updates(lambda s: said(tagged("ok") if s == 3 else "no tags"))
     )
@@ -234,7 +234,7 @@ def test_the_second_round_of_an_update_counts() -> None:
         (tagged("a <SEP> b"), "stop", "a <SEP> b", None),
     ],
 )
-def test_what_an_update_says(reply: str, finish_reason: Any, text: str | None, unusable: str | None) -> None:
+def test_update_answer_is_extracted(reply: str, finish_reason: Any, text: str | None, unusable: str | None) -> None:
     last = finish(
         new_state(sample_size=2, max_iterations=1),
         updates(lambda s: said(reply if s == 0 else tagged("x"), finish_reason)),
@@ -244,7 +244,7 @@ def test_what_an_update_says(reply: str, finish_reason: Any, text: str | None, u
     assert (first.reward is None) == (unusable is not None)
 
 
-def test_a_first_sample_that_was_cut_off_is_no_candidate() -> None:
+def test_cut_off_first_sample_is_unusable() -> None:
     policy = FakePolicy(lambda r, s: said("cut o", "length") if s == 0 else said(f" whole {s}\n"))
     reward = FakeReward()
     last = finish(new_state(sample_size=3, max_iterations=0), policy, reward)
@@ -256,12 +256,12 @@ def test_a_first_sample_that_was_cut_off_is_no_candidate() -> None:
     assert reward.asked[0].responses == ("whole 1", "whole 2")
 
 
-def test_tags_in_a_first_sample_are_part_of_it() -> None:
+def test_first_sample_keeps_its_tags() -> None:
     last = finish(new_state(sample_size=1, max_iterations=0), FakePolicy(lambda _r, _s: said(tagged("inside"))))
     assert last.candidates[0].text == tagged("inside")
 
 
-def test_the_parts_of_a_reward_stay_with_its_candidate() -> None:
+def test_candidate_keeps_reward_parts() -> None:
     def parts(text: str) -> tuple[RewardPart, ...]:
         return (RewardPart(name="a", value=float(len(text)), weight=2.0), RewardPart(name="b", value=math.nan))
 
@@ -274,7 +274,7 @@ def test_the_parts_of_a_reward_stay_with_its_candidate() -> None:
     assert State.model_validate_json(last.model_dump_json()) == last
 
 
-def test_a_state_that_was_written_before_rewards_had_parts_is_read() -> None:
+def test_state_without_reward_parts_is_read() -> None:
     last = finish(new_state(sample_size=2, max_iterations=1))
     old = last.model_dump(mode="json")
     for candidate in old["candidates"]:
@@ -282,7 +282,7 @@ def test_a_state_that_was_written_before_rewards_had_parts_is_read() -> None:
     assert State.model_validate(old) == last
 
 
-def test_parts_of_some_responses_alone_are_no_reply() -> None:
+def test_parts_for_only_some_responses_are_refused() -> None:
     state = step(new_state(sample_size=2))
     part = RewardPart(name="a", value=1.0)
     request = pending(state)
@@ -292,7 +292,7 @@ def test_parts_of_some_responses_alone_are_no_reply() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_reward_that_is_not_finite_never_wins(value: float) -> None:
+def test_non_finite_reward_never_wins(value: float) -> None:
     policy = FakePolicy(lambda r, s: said(f"{s} of {r.kind}" if r.kind == "sample" else tagged(f"{s} again")))
     last = finish(new_state(sample_size=3), policy, by_name({"0": value, "1": 1.0, "2": 2.0}))
     assert [c.unusable for c in last.of_iteration(0)] == ["reward_not_finite", None, None]
@@ -304,7 +304,7 @@ def test_a_reward_that_is_not_finite_never_wins(value: float) -> None:
 
 @pytest.mark.parametrize("kind", ["critique", "gradient"])
 @pytest.mark.parametrize("cuts", [1, 2])
-def test_a_note_cut_off_at_its_limit_is_asked_for_once_more(kind: str, cuts: int) -> None:
+def test_cut_off_note_is_requested_again(kind: str, cuts: int) -> None:
     def answer(request: Generate, sample: int) -> Text:
         if request.kind == kind and sample < cuts:
             return said(f"cut {sample}", "length")
@@ -317,7 +317,7 @@ def test_a_note_cut_off_at_its_limit_is_asked_for_once_more(kind: str, cuts: int
     assert list(last.of_iteration(1))
 
 
-def test_reasoning_is_paid_for_and_does_not_shorten_what_the_critic_sees() -> None:
+def test_reasoning_tokens_count_as_output_only() -> None:
     state = new_state(sample_size=1, max_iterations=1)
     reply = Generation(texts=(said("Short. " * 50, tokens=100),), input_tokens=1, seconds=0, reasoning_tokens=8000)
     for each in (reply, Rewards(values=(1.0,), input_tokens=1, seconds=0)):
@@ -332,7 +332,7 @@ def test_reasoning_is_paid_for_and_does_not_shorten_what_the_critic_sees() -> No
 
 @pytest.mark.parametrize("blanks", [1, 2])
 @pytest.mark.parametrize("kind", ["critique", "gradient"])
-def test_a_blank_note_is_asked_for_once_more_and_then_the_iteration_is_left(kind: str, blanks: int) -> None:
+def test_blank_note_is_retried_once_then_iteration_skipped(kind: str, blanks: int) -> None:
     policy = FakePolicy(lambda r, s: said(" \n") if r.kind == kind and r.iteration == 1 and s < blanks else plain(r, s))
     last = finish(new_state(sample_size=2), policy)
     asked = [r for r in policy.asked if r.kind == kind and r.iteration == 1]
@@ -342,14 +342,14 @@ def test_a_blank_note_is_asked_for_once_more_and_then_the_iteration_is_left(kind
     assert len(list(last.of_iteration(2))) == 2
 
 
-def test_what_no_database_holds_is_replaced() -> None:
+def test_unstorable_characters_are_replaced() -> None:
     policy = FakePolicy(lambda r, s: said("nul \x00 half \ud83d" if r.kind == "sample" else tagged("\x00")))
     last = finish(new_state(sample_size=1, max_iterations=1), policy)
     assert last.candidates[0].text == "nul \ufffd half ?"
     json.loads(last.model_dump_json())
 
 
-def test_replies_that_answer_another_request_are_refused() -> None:
+def test_mismatched_reply_is_refused() -> None:
     state = new_state(sample_size=2)
     request = pending(state)
     assert request
@@ -369,7 +369,7 @@ def test_replies_that_answer_another_request_are_refused() -> None:
         apply(sampled, request, Generation(texts=(text, text), input_tokens=0, seconds=0))
 
 
-def test_prompt_is_rendered_once_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_is_rendered_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered: list[str] = []
     located: list[State] = []
     render, find = PromptSet.render, loop.locate
@@ -393,7 +393,7 @@ def test_prompt_is_rendered_once_for_each_call(monkeypatch: pytest.MonkeyPatch) 
 # Seeds, and going on
 
 
-def test_seeds_come_from_the_job_and_the_place_alone() -> None:
+def test_derived_seed_depends_on_job_and_position_only() -> None:
     # The value itself: jobs that were begun by an earlier version must go on with the same seeds.
     assert derived_seed(0, 0, "sample", 0) == 984332543912391782
     assert derived_seed(7, 1, "critique", 0) == derived_seed(7, 1, "critique", 0)
@@ -401,7 +401,7 @@ def test_seeds_come_from_the_job_and_the_place_alone() -> None:
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 8), st.integers(0, 4))
 @settings(max_examples=30)
-def test_no_two_samples_of_a_run_share_a_seed(seed: int, n: int, depth: int) -> None:
+def test_seeds_are_unique_within_a_run(seed: int, n: int, depth: int) -> None:
     policy = FakePolicy(lambda r, s: said("") if s < r.n and r.kind == "update" else plain(r, s))
     finish(new_state(sample_size=n, max_iterations=depth, seed=seed), policy)
     seeds = [s for r in policy.asked for s in r.seeds]
@@ -466,7 +466,7 @@ def within_a_budget(last: State) -> None:
     st.sampled_from(names()),
     RULES,
 )
-def test_from_any_checkpoint_a_run_goes_on_to_the_same_end(
+def test_run_resumes_identically_from_any_checkpoint(
     replies: list[str],
     rewards: list[float],
     mode: str,
@@ -506,7 +506,7 @@ def test_from_any_checkpoint_a_run_goes_on_to_the_same_end(
         assert last.best == next(c for c in last.pool if c.reward == max(c.reward or 0 for c in last.pool))
 
 
-def test_usage_is_the_sum_of_the_calls() -> None:
+def test_usage_is_sum_of_calls() -> None:
     last = finish(new_state(sample_size=2, max_iterations=1))
     assert last.usage.output_tokens == sum(c.tokens for c in last.candidates) + sum(
         c.output_tokens for c in last.calls if c.kind in ("critique", "gradient")
@@ -517,7 +517,7 @@ def test_usage_is_the_sum_of_the_calls() -> None:
     assert last.mean_reward(0) == pytest.approx(sum(scored) / 2)
 
 
-def test_asking_what_is_next_changes_nothing() -> None:
+def test_pending_changes_nothing() -> None:
     state = step(new_state(sample_size=2))
     assert pending(state) == pending(state)
     assert isinstance(pending(state), Score)

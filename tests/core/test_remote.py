@@ -101,11 +101,11 @@ from tpo.core.ports import Score
         ("top_p must be in (0, 1], got 0.", "BadRequestError", None),
     ],
 )
-def test_what_does_not_fit(said: str, code: str, means: TooLong | None) -> None:
+def test_too_long_reads_server_messages(said: str, code: str, means: TooLong | None) -> None:
     assert too_long(Refused(400, said, code)) == means
 
 
-def test_another_status_is_no_matter_of_length() -> None:
+def test_too_long_ignores_other_statuses() -> None:
     assert too_long(Refused(401, "maximum context length is 5", "")) is None
 
 
@@ -122,11 +122,11 @@ def test_another_status_is_no_matter_of_length() -> None:
         ({"retry-after": "1e"}, None),
     ],
 )
-def test_a_pause_that_is_asked_for(headers: dict[str, str], seconds: float | None) -> None:
+def test_retry_after_reads_headers(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after(httpx.Headers(headers)) == seconds
 
 
-def test_a_pause_until_a_date() -> None:
+def test_retry_after_reads_date() -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     assert retry_after(httpx.Headers({"retry-after": date})) == pytest.approx(90, abs=30)
 
@@ -142,7 +142,7 @@ def test_a_pause_until_a_date() -> None:
         ("", "", ""),
     ],
 )
-def test_thinking_within_the_text(content: str, answer: str, reasoning: str) -> None:
+def test_split_reasoning_separates_thinking(content: str, answer: str, reasoning: str) -> None:
     assert split_reasoning(content) == (answer, reasoning)
 
 
@@ -151,7 +151,7 @@ def completion(*contents: str | None, usage: Any = None, **message: Any) -> dict
     return {"choices": choices, "usage": usage}
 
 
-def test_tokens_add_up_to_what_the_server_counted() -> None:
+def test_completion_tokens_add_up_to_server_count() -> None:
     usage = {"prompt_tokens": 5, "completion_tokens": 17, "completion_tokens_details": {"reasoning_tokens": 6}}
     reply = read_completion(completion("a" * 10, "b" * 33, "", usage=usage, reasoning_content="why " * 9))
     assert sum(t.tokens for t in reply.texts) == 11
@@ -162,20 +162,20 @@ def test_tokens_add_up_to_what_the_server_counted() -> None:
 
 
 @pytest.mark.parametrize(("reasoned", "left"), [(2990, 10), (3001, 0), (0, 3000)])
-def test_reasoning_that_is_counted_and_not_sent_is_no_part_of_the_answer(reasoned: int, left: int) -> None:
+def test_completion_excludes_hidden_reasoning_tokens(reasoned: int, left: int) -> None:
     details = {"reasoning_tokens": reasoned}
     usage = {"prompt_tokens": 5, "completion_tokens": 3000, "completion_tokens_details": details}
     reply = read_completion(completion("a" * 40, "", usage=usage))
     assert ([t.tokens for t in reply.texts], reply.reasoning_tokens) == ([left, 0], 3000 - left)
 
 
-def test_what_a_server_broke_off_has_no_share_in_its_count() -> None:
+def test_completion_ignores_aborted_choice_in_token_count() -> None:
     answer = completion("a" * 40, "b" * 400, usage={"prompt_tokens": 5, "completion_tokens": 110})
     answer["choices"][1]["finish_reason"] = "abort"
     assert [t.tokens for t in read_completion(answer).texts] == [10]
 
 
-def test_answers_in_parts_and_answers_without_text() -> None:
+def test_completion_joins_parts_and_accepts_empty_content() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     reply = read_completion({"choices": [{"message": {"content": parts}}, {"message": {"content": None}}]})
     assert [(t.text, t.finish_reason) for t in reply.texts] == [("one two", "stop"), ("", "stop")]
@@ -183,12 +183,12 @@ def test_answers_in_parts_and_answers_without_text() -> None:
 
 
 @pytest.mark.parametrize("answer", [None, [], {}, {"choices": [{}]}, {"choices": [{"message": {"content": 5}}]}])
-def test_what_is_no_completion(answer: Any) -> None:
+def test_read_completion_refuses_malformed_body(answer: Any) -> None:
     with pytest.raises(Malformed, match="not with a chat completion"):
         read_completion(answer)
 
 
-def test_an_open_circuit_lets_one_through_at_a_time_until_one_succeeds() -> None:
+def test_open_breaker_admits_one_request_at_a_time() -> None:
     async def run() -> tuple[int, int]:
         breaker = Breaker(0.01, 0.02)
         up = asyncio.Event()
@@ -238,7 +238,7 @@ async def all_fail(breaker: Breaker, requests: int) -> None:
     assert all(isinstance(error, ServerDownError) for error in failed)
 
 
-def test_the_pause_grows_by_who_asks_alone_and_begins_anew_with_the_next_outage() -> None:
+def test_breaker_pause_grows_per_probe_and_resets() -> None:
     async def run() -> None:
         breaker = Breaker(0.01, 64.0)
         await all_fail(breaker, 3 * FAILURES)
@@ -261,7 +261,7 @@ async def pass_through(breaker: Breaker, begun: asyncio.Event, end: asyncio.Even
 
 
 @pytest.mark.parametrize("was_open", [True, False], ids=["who asked has failed", "a request of before succeeds"])
-def test_who_waits_has_its_turn_as_soon_as(was_open: bool) -> None:
+def test_breaker_admits_waiting_request_as_soon_as(was_open: bool) -> None:
     async def run() -> None:
         breaker = Breaker(0.01 if was_open else 3600.0, 3600.0)
         begun, end, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -283,7 +283,7 @@ def test_who_waits_has_its_turn_as_soon_as(was_open: bool) -> None:
     asyncio.run(run())
 
 
-def test_a_refusal_closes_the_circuit_and_a_cancelled_request_says_nothing() -> None:
+def test_breaker_closes_on_refusal_but_not_on_cancellation() -> None:
     async def run() -> None:
         breaker = Breaker(0.0, 0.0)
         for _ in range(FAILURES):
@@ -310,7 +310,7 @@ class Refusing:
         raise ModelRefusedError("The reward model's server gives 2 numbers for a response.")
 
 
-def test_one_score_outside_begins_the_watch_for_a_sigmoid_anew() -> None:
+def test_sigmoid_watch_restarts_after_score_outside_range() -> None:
     server: Any = Refusing()
     reward = RemoteRewardModel("m", server, VllmClassify(), bounded=False)
     for _ in range(3):
@@ -323,7 +323,7 @@ def test_one_score_outside_begins_the_watch_for_a_sigmoid_anew() -> None:
     assert (reward.healthy, bounded.healthy) == (False, True)
 
 
-def test_a_reward_model_that_has_become_another_one_ends_the_worker() -> None:
+def test_changed_reward_model_becomes_unhealthy() -> None:
     server: Any = Refusing()
     reward = RemoteRewardModel("m", server, VllmClassify(), bounded=False)
     with pytest.raises(BackendUnavailableError, match="gives 2 numbers"):

@@ -71,7 +71,7 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path, CONFTEST, test_it=TESTS)
 
 
-def test_flaky_tests_are_named_and_do_not_fail_the_run(project: Project) -> None:
+def test_rerun_reports_flaky_tests_without_failing_the_run(project: Project) -> None:
     code, lines = project.run_tests("good flaky flaky_teardown", "--rerun-failed", "-n", "2")
     assert code == 0
     assert " 4 passed, 3 rerun in " in lines[-1]
@@ -81,7 +81,7 @@ def test_flaky_tests_are_named_and_do_not_fail_the_run(project: Project) -> None
     assert any("def test_flaky(value):" in line for line in lines), "the traceback of the first failure is shown"
 
 
-def test_what_fails_again_fails_the_run(project: Project) -> None:
+def test_rerun_fails_when_test_fails_again(project: Project) -> None:
     code, lines = project.run_tests("good bad flaky_teardown", "--rerun-failed")
     assert code == 1
     assert " 1 failed, 2 passed, 1 rerun in " in lines[-1]
@@ -89,7 +89,7 @@ def test_what_fails_again_fails_the_run(project: Project) -> None:
     assert project.runs("bad") == 2
 
 
-def test_more_than_three_failures_are_not_run_again(project: Project) -> None:
+def test_rerun_is_skipped_after_too_many_failures(project: Project) -> None:
     code, lines = project.run_tests("good many", "--rerun-failed")
     assert code == 1
     assert " 4 failed, 1 passed in " in lines[-1]
@@ -97,7 +97,7 @@ def test_more_than_three_failures_are_not_run_again(project: Project) -> None:
     assert [project.runs(f"many-{number}") for number in range(4)] == [1] * 4
 
 
-def test_nothing_is_run_again_after_a_crash(project: Project) -> None:
+def test_rerun_is_skipped_after_a_crash(project: Project) -> None:
     code, lines = project.run_tests("good crash", "--rerun-failed", "-n", "2")
     assert code == 1
     assert " 1 failed, 1 passed in " in lines[-1]
@@ -105,7 +105,7 @@ def test_nothing_is_run_again_after_a_crash(project: Project) -> None:
     assert project.runs("crash") == 1
 
 
-def test_nothing_is_run_again_unless_asked(project: Project) -> None:
+def test_rerun_is_off_by_default(project: Project) -> None:
     code, lines = project.run_tests("flaky_teardown")
     assert code == 1
     assert " 1 passed, 1 error in " in lines[-1]

@@ -57,13 +57,13 @@ class Marks:
         return Generation(texts=texts, input_tokens=10, seconds=0.1, reasoning_tokens=5)
 
 
-def test_length(tmp_path: Path) -> None:
+def test_length_part_scores_by_words_or_characters(tmp_path: Path) -> None:
     part = 'kind = "length"\nmost = 4\nleast = 2'
     assert values(tmp_path, part, "a b c d", "a b", "a", "", "a b c d e f", "w " * 8) == [0, 0, -0.5, -1, -0.5, -1]
     assert values(tmp_path, 'kind = "length"\nunit = "characters"\nmost = 4', "abcd", "abcdef") == [0, -0.5]
 
 
-def test_regex(tmp_path: Path) -> None:
+def test_regex_part_scores_presence_or_absence(tmp_path: Path) -> None:
     assert values(
         tmp_path,
         r"""kind = "regex"
@@ -74,13 +74,13 @@ pattern = '(?i)\bplease\b'""",
     assert values(tmp_path, "kind = 'regex'\npattern = 'as an AI'\nabsent = true", "Yes.", "as an AI I") == [1, 0]
 
 
-def test_a_pattern_that_backtracks_for_ever_costs_one_response(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regex_timeout_affects_one_response(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifiers, "LONGEST_SEARCH_SECONDS", 0.2)
     found, stopped = values(tmp_path, "kind = 'regex'\npattern = '(a|aa)+$'", "aaa", "a" * 100 + "b")
     assert (found, math.isnan(stopped)) == (1, True)
 
 
-def test_json(tmp_path: Path) -> None:
+def test_json_part_scores_by_schema(tmp_path: Path) -> None:
     part = 'kind = "json"\nschema = {type = "object", required = ["answer"]}'
     fenced = '```json\n{"answer": 1}\n```'
     responses = ('{"answer": 1}', fenced, '{"other": 1}', "[1]", "no", "", '{"answer": 1} and more', "[" * 100_000)
@@ -110,7 +110,7 @@ weight = 0.0
 """
 
 
-def test_a_reward_is_the_sum_of_its_parts_which_each_response_keeps(tmp_path: Path) -> None:
+def test_combined_reward_is_weighted_sum_of_parts(tmp_path: Path) -> None:
     responses = ("Draft 4: one two", "short")
     raw = load_reward_model("scripted", Settings()).score(rate(*responses), go_on).values
     rewards = load(tmp_path, SEVERAL).score(rate(*responses), go_on)
@@ -139,7 +139,7 @@ def combined(*parts: tuple[float, RewardModel]) -> CombinedReward:
     return CombinedReward([(f"p{i}", weight, model) for i, (weight, model) in enumerate(parts)])
 
 
-def test_a_part_that_is_no_number_makes_none_of_the_sum_but_one_of_weight_0_does_not() -> None:
+def test_zero_weight_part_ignores_nan() -> None:
     scores = Fixed(1.0, math.nan, math.inf)
     assert [math.isfinite(v) for v in combined((1, scores), (1, Fixed(0, 0, 0))).score(rate(*"abc"), go_on).values] == [
         True,
@@ -149,12 +149,12 @@ def test_a_part_that_is_no_number_makes_none_of_the_sum_but_one_of_weight_0_does
     assert combined((0, scores), (2, Fixed(1, 2, 3))).score(rate(*"abc"), go_on).values == (2, 4, 6)
 
 
-def test_a_part_that_gives_too_few_scores_is_named() -> None:
+def test_combined_reward_names_part_with_too_few_scores() -> None:
     with pytest.raises(BadReplyError, match="part p1 was given 2 responses and gave 1"):
         combined((1, Fixed(1, 2)), (1, Fixed(1))).score(rate("a", "b"), go_on)
 
 
-def test_what_interrupts_is_noticed_before_each_part() -> None:
+def test_combined_reward_checks_interrupt_before_each_part() -> None:
     class Cancels(Fixed):
         def score(self, _request: Score, _interrupt: Interrupt) -> Rewards:
             cancelled.append(True)
@@ -170,13 +170,13 @@ def test_what_interrupts_is_noticed_before_each_part() -> None:
     assert len(cancelled) == 1
 
 
-def test_what_a_part_notes_stands_under_its_name() -> None:
+def test_combined_reward_prefixes_nested_parts() -> None:
     notes = (RewardPart(name="reward", value=5.0), RewardPart(name="share_read", value=0.5, weight=0))
     (parts,) = combined((2, Fixed(5, parts=(notes,)))).score(rate("a"), go_on).parts
     assert [(p.name, p.value, p.weight) for p in parts] == [("p0", 5, 2), ("p0.share_read", 0.5, 0)]
 
 
-def test_it_is_as_healthy_as_what_it_owns_and_closes_that() -> None:
+def test_combined_reward_health_and_close_follow_owned_models() -> None:
     owned = Fixed(1)
     reward = CombinedReward([("a", 1, owned)], [owned])
     assert reward.healthy
@@ -189,7 +189,7 @@ def test_it_is_as_healthy_as_what_it_owns_and_closes_that() -> None:
 RUBRIC = '[[part]]\nname = "judge"\nkind = "judge"\nrubric = "Is it {true}?"\n'
 
 
-def test_a_judge_marks_each_response(tmp_path: Path) -> None:
+def test_judge_scores_each_response(tmp_path: Path) -> None:
     judge = Marks(
         lambda request, _: f"No <score>9</score>. <score>{3 if 'bad one' in request.messages[0].content else 8}</score>"
     )
@@ -203,7 +203,7 @@ def test_a_judge_marks_each_response(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["no score at all", "<score>11</score>", "<score>x</score>", ""])
-def test_a_judgement_without_a_score_is_asked_for_once_more(tmp_path: Path, first: str) -> None:
+def test_judge_retries_judgement_without_score(tmp_path: Path, first: str) -> None:
     judge = Marks(lambda request, _: "<score>7</score>" if request.temperature > 0 else first)
     assert load(tmp_path, RUBRIC, judge).score(rate("a"), go_on).values == (7,)
     assert len({request.seeds for request in judge.asked}) == 2
@@ -213,7 +213,7 @@ def test_a_judgement_without_a_score_is_asked_for_once_more(tmp_path: Path, firs
     assert len(never.asked) == 2
 
 
-def test_several_judgements_are_averaged_and_missing_ones_asked_for(tmp_path: Path) -> None:
+def test_judge_averages_samples_and_replaces_missing(tmp_path: Path) -> None:
     marks = iter(["<score>4</score>", "none", "<score>6</score>", "<score>8</score>"])
     judge = Marks(lambda _request, _: next(marks))
     reward = load(tmp_path, f"{RUBRIC}samples = 3\ntemperature = 0.7\n", judge)
@@ -222,7 +222,7 @@ def test_several_judgements_are_averaged_and_missing_ones_asked_for(tmp_path: Pa
     assert len({seed for request in judge.asked for seed in request.seeds}) == 4
 
 
-def test_a_pairwise_judge_compares_with_its_own_answer_in_both_orders(tmp_path: Path) -> None:
+def test_pairwise_judge_compares_in_both_orders(tmp_path: Path) -> None:
     def say(request: Generate, _sample: int) -> str:
         text = request.messages[-1].content
         if "[Response A]" not in text:
@@ -241,7 +241,7 @@ def test_a_pairwise_judge_compares_with_its_own_answer_in_both_orders(tmp_path: 
     assert len(judge.asked) == 1 + 2 * 3
 
 
-def test_a_judge_keeps_its_last_answers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairwise_judge_caches_most_recent_answers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "_KEPT", 2)
     marks = Marks(lambda request, _: "<score>0</score>")
     reward = load(tmp_path, f'{RUBRIC}mode = "pairwise"\n', marks)
@@ -252,7 +252,7 @@ def test_a_judge_keeps_its_last_answers_alone(tmp_path: Path, monkeypatch: pytes
     assert [text for text in asked if len(text) == 1] == ["a", "b", "c", "b"]
 
 
-def test_a_response_too_long_for_the_judge_is_left_out_while_others_fit(tmp_path: Path) -> None:
+def test_judge_skips_overlong_response_while_others_fit(tmp_path: Path) -> None:
     def say(request: Generate, _sample: int) -> str:
         if "long" in request.messages[0].content:
             raise ContextTooLongError
@@ -265,7 +265,7 @@ def test_a_response_too_long_for_the_judge_is_left_out_while_others_fit(tmp_path
         reward.score(rate("long", "longer"), go_on)
 
 
-def test_one_judgement_that_fails_ends_the_others(tmp_path: Path) -> None:
+def test_failed_judgement_stops_the_others(tmp_path: Path) -> None:
     waits = threading.Event()
 
     class Judge(Marks):
@@ -281,7 +281,7 @@ def test_one_judgement_that_fails_ends_the_others(tmp_path: Path) -> None:
         load(tmp_path, RUBRIC, Judge(None)).score(rate("the first", "the second"), go_on)
 
 
-def test_what_stops_the_judge_stops_the_score(tmp_path: Path) -> None:
+def test_judge_error_fails_the_score(tmp_path: Path) -> None:
     def fail(_request: Generate, _sample: int) -> str:
         raise BackendUnavailableError("away")
 
@@ -315,7 +315,7 @@ def test_what_stops_the_judge_stops_the_score(tmp_path: Path) -> None:
         ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = '/no/such/folder'", "There is no folder"),
     ],
 )
-def test_a_wrong_file_is_told_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
+def test_reward_file_errors_name_the_cause(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ModelRefusedError, match=says):
         load(tmp_path, text)
 
@@ -341,7 +341,7 @@ extra_body = {top_k = 20}
 """
 
 
-def test_a_part_is_loaded_with_what_its_file_says_and_nothing_of_the_workers_own(tmp_path: Path) -> None:
+def test_reward_part_uses_only_settings_of_its_file(tmp_path: Path) -> None:
     own = Settings(
         openai_url="http://own/v1",
         openai_api_key="of the policy's own server",
@@ -388,7 +388,7 @@ def test_a_part_is_loaded_with_what_its_file_says_and_nothing_of_the_workers_own
     assert not loaded
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_reward_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match=r"none\.toml cannot be read"):
         load_reward_model("q", Settings(reward_model="q", reward_file=tmp_path / "none.toml"))
 
@@ -399,7 +399,7 @@ def documented(language: str) -> list[str]:
     return [block.removeprefix(language).lstrip("\n") for block in blocks if block.startswith(f"{language}\n")]
 
 
-def test_the_documented_plugin_is_found_once_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_plugin_loads_once_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = documented("python")
     assert len(code.splitlines()) <= 20
     (tmp_path / "kindness.py").write_text(code)
@@ -422,7 +422,7 @@ def test_the_documented_plugin_is_found_once_it_is_installed(tmp_path: Path, mon
     sys.modules.pop("kindness")
 
 
-def test_the_documented_files_are_files(tmp_path: Path) -> None:
+def test_documented_reward_files_are_valid(tmp_path: Path) -> None:
     from tpo.backends.rewards.config import read
 
     files = [block for block in documented("toml") if "[[part]]" in block]

@@ -84,7 +84,7 @@ SLOTS = st.integers(1, 5)
 
 @settings(max_examples=300)
 @given(JOBS, SLOTS)
-def test_promise_11_nothing_is_left_or_given_two_turns(jobs: list[Wanted], slots: int) -> None:
+def test_scheduling_claims_each_job_exactly_once(jobs: list[Wanted], slots: int) -> None:
     turns = simulate(jobs, slots)
     assert Counter(turn.job for turn in turns) == Counter(jobs)
     assert max(turn.running.total() for turn in turns) < slots
@@ -92,7 +92,7 @@ def test_promise_11_nothing_is_left_or_given_two_turns(jobs: list[Wanted], slots
 
 @settings(max_examples=300)
 @given(JOBS, SLOTS)
-def test_promise_11_a_lower_priority_goes_first_only_after_its_wait(jobs: list[Wanted], slots: int) -> None:
+def test_scheduling_lower_priority_needs_longer_wait(jobs: list[Wanted], slots: int) -> None:
     for turn in simulate(jobs, slots):
         above = max(job.priority for job in turn.waiting) - turn.job.priority
         assert turn.at - turn.job.arrives >= above * MINUTE
@@ -100,7 +100,7 @@ def test_promise_11_a_lower_priority_goes_first_only_after_its_wait(jobs: list[W
 
 @settings(max_examples=300)
 @given(JOBS, SLOTS)
-def test_promise_11_of_equal_priority_no_turn_goes_to_whom_has_more(jobs: list[Wanted], slots: int) -> None:
+def test_scheduling_prefers_tenant_with_fewest_running_jobs(jobs: list[Wanted], slots: int) -> None:
     equal = [Wanted(job.arrives, job.tenant, 0, job.seconds) for job in jobs]
     for turn in simulate(equal, slots):
         fewest = min(turn.running[job.tenant] for job in turn.waiting)
@@ -109,7 +109,7 @@ def test_promise_11_of_equal_priority_no_turn_goes_to_whom_has_more(jobs: list[W
 
 @settings(max_examples=200)
 @given(JOBS, SLOTS)
-def test_promise_11_of_one_tenant_and_priority_the_oldest_goes_first(jobs: list[Wanted], slots: int) -> None:
+def test_scheduling_is_fifo_per_tenant_and_priority(jobs: list[Wanted], slots: int) -> None:
     seen: dict[tuple[str, int], float] = {}
     for turn in simulate(jobs, slots):
         key = (turn.job.tenant, turn.job.priority)
@@ -121,7 +121,7 @@ def positions(turns: Sequence[Ran], tenant: str) -> list[int]:
     return [number for number, turn in enumerate(turns, 1) if turn.job.tenant == tenant]
 
 
-def test_promise_11_a_tenant_with_ten_jobs_waits_at_most_twice_as_long_beside_one_with_many() -> None:
+def test_scheduling_small_tenant_waits_at_most_twice_as_long() -> None:
     small = [Wanted(10.0, "small", seconds=5) for _ in range(10)]
     big = [Wanted(0.0, "big", seconds=5) for _ in range(1000)]
     for slots in (1, 4):
@@ -131,14 +131,14 @@ def test_promise_11_a_tenant_with_ten_jobs_waits_at_most_twice_as_long_beside_on
         assert all(b <= 2 * a for a, b in zip(alone, beside, strict=True)), (alone, beside)
 
 
-def test_promise_11_a_tenant_shares_with_the_tenants_that_wait_not_with_their_jobs() -> None:
+def test_scheduling_shares_by_waiting_tenants_not_jobs() -> None:
     jobs = [Wanted(0.0, tenant) for tenant, count in (("a", 300), ("b", 100), ("c", 60)) for _ in range(count)]
     turns = simulate(jobs)
     assert Counter(turn.job.tenant for turn in turns[:180]) == {"a": 60, "b": 60, "c": 60}
     assert Counter(turn.job.tenant for turn in turns[180:260]) == {"a": 40, "b": 40}
 
 
-def test_promise_11_long_jobs_do_not_take_the_slots_of_others() -> None:
+def test_scheduling_long_jobs_leave_slots_to_others() -> None:
     long = [Wanted(0.0, "long", seconds=10_000) for _ in range(50)]
     short = [Wanted(0.0, "short", seconds=1) for _ in range(500)]
     turns = simulate(long + short, slots=4)
@@ -146,7 +146,7 @@ def test_promise_11_long_jobs_do_not_take_the_slots_of_others() -> None:
     assert Counter(turn.job.tenant for turn in begun)["long"] == 2
 
 
-def test_promise_11_a_low_priority_has_its_turns_under_an_endless_flood_of_a_higher_one() -> None:
+def test_scheduling_low_priority_is_not_starved_by_flood() -> None:
     flood = [Wanted(float(second), "flood", 5, 1.0) for second in range(2000)]
     low = [Wanted(0.0, "low", 0, 1.0) for _ in range(3)]
     own = [Wanted(0.0, "flood", 3, 1.0) for _ in range(3)]
@@ -157,21 +157,21 @@ def test_promise_11_a_low_priority_has_its_turns_under_an_endless_flood_of_a_hig
         assert [round(at / pause) for at in times] == [1, 2, 3], times
 
 
-def test_promise_11_a_tenant_of_many_priorities_has_no_more_turns_than_one_of_a_single_one() -> None:
+def test_scheduling_many_priorities_gain_no_share() -> None:
     many = [Wanted(0.0, "many", priority) for priority in range(-9, 1) for _ in range(30)]
     one = [Wanted(0.0, "one", 0) for _ in range(30)]
     turns = simulate(many + one)
     assert positions(turns, "one")[-1] <= 60
 
 
-def test_a_limit_of_running_jobs_leaves_the_slots_to_others() -> None:
+def test_running_limit_leaves_slots_to_others() -> None:
     jobs = [Wanted(0.0, tenant, 50 * (tenant == "a"), 10) for tenant in "ab" for _ in range(20)]
     turns = simulate(jobs, slots=4, rules=Rules(max_running=3))
     assert {turn.running["a"] for turn in turns if turn.job.tenant == "a"} == {0, 1, 2}
     assert [turn.job.tenant for turn in turns[:4]] == ["a", "a", "a", "b"]
 
 
-def test_a_tenant_s_own_limit_comes_before_the_general_one() -> None:
+def test_tenant_limit_overrides_general_limit() -> None:
     heads = [
         QueueHead("1", "a", 0, 0.0, max_running=5),
         QueueHead("2", "b", 0, 0.0),

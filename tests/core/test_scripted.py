@@ -49,7 +49,7 @@ def a_job(prompt_set: str = "conversation", seed: int = 0, **params: Any) -> Sta
     return run(state, ScriptedPolicy(), ScriptedRewardModel(), lambda _: None, go_on)
 
 
-def test_texts_depend_on_kind_messages_and_seed_alone() -> None:
+def test_texts_depend_on_kind_messages_and_seed_only() -> None:
     same = ask(iteration=3, first_sample=9, temperature=0.2, top_p=0.5, max_tokens=99)
     assert texts(ask()) == texts(same)
     assert (
@@ -58,7 +58,7 @@ def test_texts_depend_on_kind_messages_and_seed_alone() -> None:
 
 
 @pytest.mark.processes
-def test_the_same_in_every_process() -> None:
+def test_texts_are_equal_in_every_process() -> None:
     code = "from tests.core.test_scripted import ask, texts; print(texts(ask())[0])"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
@@ -74,7 +74,7 @@ def test_the_same_in_every_process() -> None:
         ("The demo's prompts name no tags.", "improved"),
     ],
 )
-def test_updates_answer_between_the_tags_that_the_prompt_names(prompt: str, tags: str) -> None:
+def test_updates_answer_between_tags_of_prompt(prompt: str, tags: str) -> None:
     replies = texts(ask(prompt, kind="update", seeds=tuple(range(400))))
     tagged = [r for r in replies if r.startswith(f"<{tags}> ") and r.endswith(f" </{tags}>")]
     assert all("<" not in r for r in replies if r not in tagged)
@@ -83,7 +83,7 @@ def test_updates_answer_between_the_tags_that_the_prompt_names(prompt: str, tags
 
 @pytest.mark.parametrize("prompt_set", prompts.names())
 @pytest.mark.parametrize("mode", ["tpo", "revision"])
-def test_rewards_rise_with_every_shipped_prompt_set(prompt_set: str, mode: str) -> None:
+def test_rewards_rise_with_shipped_prompt_sets(prompt_set: str, mode: str) -> None:
     jobs = [a_job(prompt_set, seed, mode=mode, max_iterations=3) for seed in range(5)]
     means = [[state.mean_reward(i) or 0.0 for i in range(4)] for state in jobs]
     curve = [sum(column) / len(column) for column in zip(*means, strict=True)]
@@ -91,19 +91,19 @@ def test_rewards_rise_with_every_shipped_prompt_set(prompt_set: str, mode: str) 
     assert curve[3] > curve[0] + 1
 
 
-def test_some_samples_of_many_are_unusable_and_most_are_not() -> None:
+def test_few_of_many_samples_are_unusable() -> None:
     candidates = [c for seed in range(20) for c in a_job(seed=seed).candidates]
     unusable = [c.unusable for c in candidates if c.unusable]
     assert set(unusable) == {"no_answer_tags"}
     assert len(unusable) < len(candidates) / 10
 
 
-def test_a_text_that_is_too_long_is_cut_and_says_so() -> None:
+def test_overlong_text_is_cut_with_finish_reason_length() -> None:
     (text,) = ScriptedPolicy().generate(ask(max_tokens=4), go_on).texts
     assert (len(text.text.split()), text.tokens, text.finish_reason) == (4, 4, "length")
 
 
-def test_latency_is_kept_and_an_interrupt_ends_it() -> None:
+def test_latency_is_applied_and_interruptible() -> None:
     started = time.monotonic()
     ScriptedPolicy(latency=0.1).generate(ask(), go_on)
     assert time.monotonic() - started >= 0.1
@@ -121,7 +121,7 @@ def test_latency_is_kept_and_an_interrupt_ends_it() -> None:
     assert time.monotonic() - started < 60
 
 
-def test_the_log_has_a_line_for_each_call_that_was_started(tmp_path: Path) -> None:
+def test_log_has_one_line_per_started_call(tmp_path: Path) -> None:
     log = tmp_path / "calls"
 
     def stop() -> None:
@@ -140,7 +140,7 @@ def test_the_log_has_a_line_for_each_call_that_was_started(tmp_path: Path) -> No
     assert "secret" not in log.read_text()
 
 
-def test_any_text_has_a_score() -> None:
+def test_reward_scores_any_text() -> None:
     odd = ("", "no draft", "\ud800 lone", "Draft 999999", "Draft 3: x")
     values = ScriptedRewardModel().score(Score(iteration=0, messages=(), responses=odd), go_on).values
     assert [int(v) for v in values] == [0, 0, 0, 999999, 3]

@@ -26,7 +26,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     return []
 
 
-def test_a_child_that_always_dies_takes_everything_down(tmp_path: Path, told: Told) -> None:
+def test_supervisor_gives_up_on_child_that_keeps_dying(tmp_path: Path, told: Told) -> None:
     with Supervisor(tmp_path, lambda event, facts: told.append((event, facts))) as running:
         running.start(_service("print('no good'); raise SystemExit(3)"))
         with pytest.raises(ChildLost, match=r"child ended 6 times in a row, last with exit code 3: no good") as lost:
@@ -37,14 +37,14 @@ def test_a_child_that_always_dies_takes_everything_down(tmp_path: Path, told: To
     assert [event for event, _ in told].count("started") == 1 + MAX_RESTARTS
 
 
-def test_before_all_is_up_it_gives_up_sooner(tmp_path: Path, told: Told) -> None:
+def test_supervisor_gives_up_sooner_during_startup(tmp_path: Path, told: Told) -> None:
     with Supervisor(tmp_path, lambda event, facts: told.append((event, facts))) as running:
         running.start(_service("raise SystemExit(1)"))
         with pytest.raises(ChildLost, match="ended 2 times"):
             running.wait_until(lambda: False, 60, "nothing")
 
 
-def test_what_does_not_come_up_in_time_is_named(tmp_path: Path, told: Told) -> None:
+def test_supervisor_names_service_that_misses_startup_timeout(tmp_path: Path, told: Told) -> None:
     with Supervisor(tmp_path, lambda event, facts: told.append((event, facts))) as running:
         running.start(_service("import time; time.sleep(60)"))
         with pytest.raises(ChildLost, match="a worker did not come up within 0 s"):
@@ -53,7 +53,7 @@ def test_what_does_not_come_up_in_time_is_named(tmp_path: Path, told: Told) -> N
     assert told[-1][1]["how"] == "SIGTERM"
 
 
-def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, told: Told) -> None:
+def test_supervisor_kills_child_that_ignores_sigterm(tmp_path: Path, told: Told) -> None:
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     service = Service("child", (sys.executable, "-S", "-c", code), {}, stage=0, drain_seconds=0.2)
     with Supervisor(tmp_path, lambda event, facts: told.append((event, facts))) as running:
@@ -62,7 +62,7 @@ def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path, told: Told) -> N
     assert told[-1] == ("stopped", {"service": "child", "how": "SIGKILL"})
 
 
-def test_a_log_that_grew_large_is_put_aside(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supervisor_rotates_large_log(tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "_MAX_LOG_BYTES", 3)
     (tmp_path / "child.log").write_text("old lines")
     with Supervisor(tmp_path, lambda event, facts: told.append((event, facts))) as running:
@@ -71,7 +71,7 @@ def test_a_log_that_grew_large_is_put_aside(tmp_path: Path, told: Told, monkeypa
     assert (tmp_path / "child.log").read_text() == ""
 
 
-def test_signal_handlers_are_given_back(tmp_path: Path, told: Told) -> None:
+def test_supervisor_restores_signal_handlers(tmp_path: Path, told: Told) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
     with Supervisor(tmp_path, lambda event, facts: told.append((event, facts))):
         pass

@@ -17,21 +17,21 @@ def looks(consumer: Consumer, times: int = LOOKS, between: Callable[[], object] 
     return found
 
 
-def test_messages_wait_a_thread_is_free_and_none_comes() -> None:
+def test_consumer_is_silent_when_messages_wait_and_none_arrives() -> None:
     assert looks(Consumer(2, lambda: 1)) == [False] * (LOOKS - 1) + [True]
 
 
-def test_nothing_waits() -> None:
+def test_consumer_is_not_silent_when_queue_is_empty() -> None:
     assert not any(looks(Consumer(2, lambda: 0), 3 * LOOKS))
 
 
-def test_one_that_hears_now_and_then_is_not_silent() -> None:
+def test_consumer_is_not_silent_while_messages_arrive() -> None:
     consumer = Consumer(2, lambda: 1)
     task = consumer.track(lambda _job_id: None)
     assert not any(looks(consumer, 3 * LOOKS, lambda: task("job")))
 
 
-def test_one_whose_threads_are_all_busy_is_not_silent() -> None:
+def test_consumer_is_not_silent_while_all_threads_are_busy() -> None:
     consumer = Consumer(1, lambda: 1)
     seen: list[bool] = []
     consumer.track(lambda: seen.extend(looks(consumer, 3 * LOOKS)))()
@@ -39,7 +39,7 @@ def test_one_whose_threads_are_all_busy_is_not_silent() -> None:
     assert looks(consumer, LOOKS + 1)[-1]
 
 
-def test_a_broker_that_is_away_makes_nobody_silent() -> None:
+def test_consumer_is_not_silent_when_broker_is_unavailable() -> None:
     answers = [1] * (LOOKS - 1) + [None] + [1] * (LOOKS - 1)
 
     def waiting() -> int:
@@ -51,7 +51,7 @@ def test_a_broker_that_is_away_makes_nobody_silent() -> None:
     assert not any(looks(Consumer(1, waiting), len(answers)))
 
 
-def test_a_task_that_fails_is_over() -> None:
+def test_failed_task_frees_its_thread() -> None:
     consumer = Consumer(1, lambda: 1)
 
     def fails() -> None:
