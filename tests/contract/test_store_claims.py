@@ -305,9 +305,7 @@ def test_claim_names_another_waiting_job(store: Store) -> None:
     assert told == [(first, third), (second, third), (third, None)]
 
 
-def test_frozen_claim_does_not_block_others(
-    engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_claim_does_not_block_others(engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine.dialect.name == "sqlite":
         return  # there is one writer, whatever it does
     monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 50)

@@ -9,7 +9,7 @@ from sqlalchemy import Engine
 
 from testing.fakes import FakePolicy, FakeReward, go_on, make_step, new_state, step
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
-from tests.contract.test_store_faults import at_once
+from tests.support.concurrency import run_together
 from tpo.core.errors import JobNotFoundError, WrongStateError
 from tpo.core.run import run
 from tpo.core.state import State
@@ -124,7 +124,7 @@ def test_pause_and_resume_race_with_work(store: Store) -> None:
             partial(store.leases.release, lease),
         ]
         random.shuffle(actions)
-        at_once(*actions)
+        run_together(*actions)
         job = store.jobs.get(lease.job_id)
         assert job.status in ("queued", "paused")
         types = event_types(store, job.id)

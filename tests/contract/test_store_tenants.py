@@ -8,7 +8,7 @@ from sqlalchemy import Engine, event
 
 from testing.fakes import new_state
 from testing.jobs import claim, create, drive, execute, rows
-from tests.contract.test_store_faults import at_once
+from tests.support.concurrency import run_together
 from tpo.core.errors import InvalidInputError, JobNotFoundError, KeyNotFoundError, NotFoundError
 from tpo.store import Store
 
@@ -152,6 +152,6 @@ def test_other_tenants_resources_cost_same_queries_as_unknown(engine: Engine, st
 
 
 def test_concurrent_key_creation_for_new_tenant(store: Store) -> None:
-    made = at_once(*[partial(store.keys.create, f"key {i}", "acme") for i in range(8)])
+    made = run_together(*[partial(store.keys.create, f"key {i}", "acme") for i in range(8)])
     assert len({new.secret for new in made}) == 8  # type: ignore[attr-defined]
     assert {key.tenant for key in store.keys.page()} == {"acme"}

@@ -78,7 +78,9 @@ def test_events_end_after_last_and_raise_for_deleted_job() -> None:
         (429, {"retry-after": "121"}, 1),
     ],
 )
-def test_client_retries_by_status_and_headers(status: int, headers: dict[str, str], asked: int, pauses: list[float]) -> None:
+def test_client_retries_by_status_and_headers(
+    status: int, headers: dict[str, str], asked: int, pauses: list[float]
+) -> None:
     client = Made(lambda _: httpx.Response(status, headers=headers, json={"detail": "no"}), retries=2)
     with pytest.raises(APIError, match="no"):
         client.get("job_1")

@@ -112,9 +112,7 @@ def test_job_reclaimed_by_same_worker_is_lost_to_first_thread(bench: Bench) -> N
         new.interrupt()
 
 
-def test_keeper_survives_errors_and_applies_flags(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keeper_survives_errors_and_applies_flags(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     claimed = claim_one(bench.store, job_id := bench.create(), "worker", 30, model="scripted", reward_model="scripted")
     assert claimed
     troubles = [ValueError(SECRET), StoreUnavailableError()]
@@ -164,9 +162,7 @@ def interrupted_within(held: Held, seconds: float) -> None:
         time.sleep(0.01)
 
 
-def test_lease_is_renewed_each_third_and_checked_in_between(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lease_is_renewed_each_third_and_checked_in_between(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease("job_1", "worker", 1, 1, 1, 3, 30)
     owned = {lease.job_id: (lease.fence, Flags(cancel_requested=False, past_deadline=False))}
     clock = 0.0

@@ -47,9 +47,7 @@ WHOLE = "SrlgUrlgUr"
         ({"max_seconds": 60.0}, WHOLE, Position(2, None, 3)),
     ],
 )
-def test_budget_ends_run_before_next_policy_call(
-    budget: dict[str, Any], calls: str, where: Position
-) -> None:
+def test_budget_ends_run_before_next_policy_call(budget: dict[str, Any], calls: str, where: Position) -> None:
     last = finish(new_state(sample_size=2, max_iterations=2, **budget), 1.0, 2.0, 3.0)
     assert kinds(last) == calls
     assert locate(last) == where
