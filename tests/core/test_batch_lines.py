@@ -1,4 +1,4 @@
-"""The lines of a batch's input, as they are cut out of parts and read."""
+"""Input lines of a batch: splitting the chunks of a file into lines, and reading each line."""
 
 import json
 from typing import Any
@@ -13,12 +13,14 @@ RESPONSES = "/v1/responses"
 
 
 def line(**more: Any) -> bytes:
+    """Return a valid line, with more or other fields."""
     return json.dumps(
         {"custom_id": "a", "method": "POST", "url": RESPONSES, "body": {"input": "Hello"}, **more}
     ).encode()
 
 
 def refused(text: bytes | None) -> Refused:
+    """Read a line that must be refused."""
     found = read(RawLine(text, 0), RESPONSES)
     assert isinstance(found, Refused)
     return found
@@ -32,17 +34,17 @@ def refused(text: bytes | None) -> Refused:
 def test_split_does_not_depend_on_chunk_boundaries(texts: list[bytes], sizes: list[int], ended: bool) -> None:
     data = b"\n".join(texts) + (b"\n" if ended else b"")
     parts: list[bytes] = []
-    at = 0
-    while at < len(data):
+    offset = 0
+    while offset < len(data):
         size = sizes[len(parts) % len(sizes)]
-        parts.append(data[at : at + size])
-        at += size
+        parts.append(data[offset : offset + size])
+        offset += size
     expected = data.split(b"\n")
     if not expected[-1]:
         expected.pop()
     found = list(split(parts, longest=8))
-    assert [f.text for f in found] == [e if len(e) <= 8 else None for e in expected]
-    assert sum(f.size for f in found) == len(data)
+    assert [line.text for line in found] == [each if len(each) <= 8 else None for each in expected]
+    assert sum(line.size for line in found) == len(data)
 
 
 def test_split_drops_text_of_overlong_line() -> None:

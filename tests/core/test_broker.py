@@ -1,4 +1,4 @@
-"""The names of the queues."""
+"""Names of the queues of the broker."""
 
 from tpo.broker import queue_name
 

@@ -1,4 +1,4 @@
-"""The demo's world: the checker agrees with what makes the texts, and nothing held out is seen in training."""
+"""The demo grammar: the checker agrees with the generator, and training contains nothing that is held out."""
 
 import json
 import random
@@ -21,6 +21,7 @@ from tpo.core.state import Message, Params, State
 
 @pytest.fixture
 def source() -> random.Random:
+    """Return a random source with a fixed seed."""
     return random.Random(7)
 
 
@@ -111,7 +112,7 @@ def test_unseen_set_shares_no_fact_or_wording_with_training(source: random.Rando
 
 
 def _phrases(template: str) -> list[tuple[str, ...]]:
-    """Every three words of a template that stand side by side; a fact is a word."""
+    """Return all sequences of three words of a template; a fact counts as one word."""
     words = re.findall(r"\w+|{\w+}", template)
     return list(zip(words, words[1:], words[2:], strict=False))
 
@@ -148,7 +149,8 @@ def test_make_example_supports_every_role(source: random.Random) -> None:
         assert example.answer
 
 
-def says(text: str) -> Generation:
+def generation(text: str) -> Generation:
+    """Return a generation of one sample with this text."""
     return Generation(texts=(Text(text=text, finish_reason="stop", tokens=1),), input_tokens=1, seconds=0.0)
 
 
@@ -158,7 +160,7 @@ def test_controls_change_only_gradients() -> None:
     assert isinstance(request, Generate)
     gradient = request.model_copy(update={"kind": "gradient"})
     requests = [gradient, request, gradient, gradient]
-    replies = [says(text) for text in "abcd"]
+    replies = [generation(text) for text in "abcd"]
     for control, expected in (
         (experiment.exchange_gradients, ["d", "b", "a", "c"]),
         (experiment.silence_gradients, [grammar.NO_CHANGE, "b", grammar.NO_CHANGE, grammar.NO_CHANGE]),
@@ -181,18 +183,18 @@ def test_transcript_shows_run_and_counts_false_claims(source: random.Random) -> 
             values = tuple(float(-i) for i, _ in enumerate(request.responses))
             state = apply(state, request, Rewards(values=values, input_tokens=1, seconds=0.0))
         elif request.kind in ("critique", "gradient"):
-            state = apply(state, request, says("The chosen reply lacks a time. The rejected reply lacks a gift."))
+            state = apply(state, request, generation("The chosen reply lacks a time. The rejected reply lacks a gift."))
         else:
             texts = [chosen, *["There is no charge."] * (request.n - 1)]
             if request.kind == "update":
                 texts = [f"<improved> {text}</improved>" for text in texts]
-            reply = says("").model_copy(update={"texts": tuple(says(text).texts[0] for text in texts)})
+            reply = generation("").model_copy(update={"texts": tuple(generation(text).texts[0] for text in texts)})
             state = apply(state, request, reply)
     run = experiment.Run(0, 0, facts, state)
     assert transcripts.count(run) == transcripts.Count(claims=4, false_claims=2, wrong_facts=0, invented_words=0)
-    told = transcripts.transcript(1, run)
-    assert facts.query in told
-    assert f"**Final answer** 0-0 (0.00): {chosen}" in told
+    transcript = transcripts.transcript(1, run)
+    assert facts.query in transcript
+    assert f"**Final answer** 0-0 (0.00): {chosen}" in transcript
     record = json.loads(transcripts.log_line("held out", experiment.TPO, run))
     assert [step["critique"] for step in record["iterations"]] == [
         note.critique.text for note in state.iterations if note.critique
@@ -216,8 +218,8 @@ def test_reward_marks_fall_at_wrong_facts_and_repetitions(source: random.Random)
     row = reward_training.encode(tokenizer, facts, " ".join(texts))
     stated = [tokenizer.decode([row.tokens[mark.after]]).strip() for mark in row.facts]
     assert list(zip(stated, [mark.rises for mark in row.facts], strict=True)) == [(facts.name, True), (other, False)]
-    said = [tokenizer.decode(row.tokens[mark.before + 1 : mark.after + 1]).strip() for mark in row.sentences]
-    assert list(zip(said, [mark.rises for mark in row.sentences], strict=True)) == [
+    sentences = [tokenizer.decode(row.tokens[mark.before + 1 : mark.after + 1]).strip() for mark in row.sentences]
+    assert list(zip(sentences, [mark.rises for mark in row.sentences], strict=True)) == [
         (texts[0], True),
         (texts[2], True),
         (texts[3], False),

@@ -1,4 +1,4 @@
-"""The measures of the demo's models: errors over queries, equal tokens, and bars that can fail."""
+"""Measures of the demo models: errors over queries, equal tokens, and acceptance bars that can fail."""
 
 import re
 from collections.abc import Callable
@@ -21,6 +21,7 @@ GOOD, NONE = Estimate(1.0, 0.0), Estimate(0.0, 0.0)
 
 
 def make_run(query: int, tokens: tuple[int, ...] = ()) -> Run:
+    """Return a run whose candidates have these numbers of tokens."""
     (facts,) = experiment.held_out_facts(1)
     state = experiment.start(experiment.BEST_OF_N, facts, seed=0)
     candidates = tuple(
@@ -65,7 +66,7 @@ def test_critique_without_claim_does_not_hold() -> None:
 
 
 def all_good() -> Results:
-    """Results that are just good enough for every bar."""
+    """Return results that just meet every bar."""
     final = Outcome(12, 700.0, GOOD, GOOD, Estimate(0.029, 0.0), NONE, GOOD, 0)
     truth = Truth(
         critiques=360,
@@ -121,10 +122,12 @@ WORSE: dict[str, Callable[[Results], Results]] = {
 
 
 def with_truth(results: Results, **figures: Any) -> Results:
+    """Return the results with other figures on the truth of critiques."""
     return replace(results, truths={TPO: replace(results.truths[TPO], **figures)})
 
 
 def with_final(results: Results, **figures: Any) -> Results:
+    """Return the results with other figures on the final answers."""
     return replace(results, outcomes={TPO: replace(results.outcomes[TPO], **figures)})
 
 
@@ -139,14 +142,14 @@ def test_bar_fails_when_just_missed(name: str) -> None:
 
 
 def rows(document: Path) -> list[list[str]]:
-    """The rows of the tables of a document that hold a figure with its error, without bold type."""
+    """Return the table rows of a document that contain a figure with its error, without bold markup."""
     lines = document.read_text(encoding="utf-8").replace("**", "").splitlines()
     return [re.split(r" *\| *", line.strip("| ")) for line in lines if line.startswith("|") and " ± " in line]
 
 
 @pytest.mark.parametrize("name", ["README.md", "demo/models/policy/README.md", "demo/models/reward/README.md"])
 def test_documented_figures_match_results(name: str) -> None:
-    """A shorter table shows the first columns, and may leave out the errors of some."""
+    """Check that each row repeats the first columns of a measured row, with or without the errors."""
     measured = rows(FOLDER / "RESULTS.md")
     shown = rows(FOLDER.parent / name)
     assert shown

@@ -1,4 +1,4 @@
-"""Long tests are run first, and a run says how far it is."""
+"""Durations of tests: long tests run first, and a run reports its progress."""
 
 import re
 from pathlib import Path
@@ -31,6 +31,7 @@ def test_two():
 
 
 def items(*ids: str) -> list[Any]:
+    """Return fake test items with these ids."""
     return [SimpleNamespace(nodeid=each) for each in ids]
 
 

@@ -1,4 +1,4 @@
-"""A forked Python process is what a started one would be."""
+"""Forked Python processes behave like newly started ones."""
 
 import os
 import signal
@@ -19,6 +19,7 @@ PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "s
 
 
 def forked(*command: str, **more: Any) -> ForkedPython:
+    """Return a process that was forked, not started as a new interpreter."""
     process = ForkedPython(command, **{"env": {**os.environ, **more.pop("env", {})}, **PIPES, **more})
     assert process._forks
     return process

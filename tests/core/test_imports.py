@@ -1,4 +1,4 @@
-"""The import contracts of pyproject.toml hold for every folder, those of the tests too."""
+"""The import contracts of pyproject.toml apply to every folder, including the tests."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A test run sees nothing of the machine but what it started itself."""
+"""A test run uses nothing of the machine except what it started itself."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ HOLD_A_BLOCK = "from tests.support.isolation import PortBlock; print(PortBlock()
 
 
 def test_isolated_environment_drops_configuration() -> None:
-    somebody = {
+    inherited = {
         "TPO_API_KEY": "x",
         "TPO_BROKER_URL": "redis://elsewhere/0",
         "HTTP_PROXY": "http://127.0.0.1:9",
@@ -34,7 +34,7 @@ def test_isolated_environment_drops_configuration() -> None:
         "PATH": "/bin",
         "OPENBLAS_CORETYPE": "Haswell",
     }
-    isolated = isolated_environment(somebody, Path("/home/of/the/run"))
+    isolated = isolated_environment(inherited, Path("/home/of/the/run"))
     assert isolated == {
         "PATH": "/bin",
         "OPENBLAS_CORETYPE": "Haswell",
@@ -56,7 +56,7 @@ def test_current_run_is_isolated(tmp_path: Path) -> None:
 
 @pytest.fixture
 def other_process() -> Iterator["subprocess.Popen[str]"]:
-    """Another test process of the machine, which holds a block of ports."""
+    """Yield another test process of this machine, which holds a block of ports."""
     command = [sys.executable, "-c", HOLD_A_BLOCK]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]

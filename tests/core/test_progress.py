@@ -1,4 +1,4 @@
-"""The rows that people watch."""
+"""The table of jobs that the CLI shows."""
 
 import io
 from typing import Any

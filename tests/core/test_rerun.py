@@ -75,7 +75,7 @@ def test_rerun_reports_flaky_tests_without_failing_the_run(project: Project) -> 
     code, lines = project.run_tests("good flaky flaky_teardown", "--rerun-failed", "-n", "2")
     assert code == 0
     assert " 4 passed, 3 rerun in " in lines[-1]
-    flaky = {line.partition(" (a bug to find")[0] for line in lines if line.startswith("flaky: ")}
+    flaky = {line.partition(" (a bug in")[0] for line in lines if line.startswith("flaky: ")}
     names = ("test_flaky[a b]", "test_flaky[c::d]", "test_flaky_teardown")
     assert flaky == {f"flaky: test_it.py::{name}" for name in names}
     assert any("def test_flaky(value):" in line for line in lines), "the traceback of the first failure is shown"
@@ -93,7 +93,7 @@ def test_rerun_is_skipped_after_too_many_failures(project: Project) -> None:
     code, lines = project.run_tests("good many", "--rerun-failed")
     assert code == 1
     assert " 4 failed, 1 passed in " in lines[-1]
-    assert "Nothing is run again: 4 tests failed, over 3." in lines
+    assert "Nothing is rerun: 4 tests failed, more than 3." in lines
     assert [project.runs(f"many-{number}") for number in range(4)] == [1] * 4
 
 
@@ -101,7 +101,7 @@ def test_rerun_is_skipped_after_a_crash(project: Project) -> None:
     code, lines = project.run_tests("good crash", "--rerun-failed", "-n", "2")
     assert code == 1
     assert " 1 failed, 1 passed in " in lines[-1]
-    assert "Nothing is run again: a test process crashed." in lines
+    assert "Nothing is rerun: a test process crashed." in lines
     assert project.runs("crash") == 1
 
 

@@ -189,7 +189,7 @@ def test_unexpected_error_is_logged_without_texts(bench: Bench, caplog: pytest.L
 def test_database_outage_repeats_no_call(bench: Bench) -> None:
     asked = []
     bench.policy.before = lambda request, _interrupt: asked.append(request.kind)
-    bench.store.fails = {"checkpoint": 2, "answer of checkpoint": 1, "finish": 2}
+    bench.store.fails = {"checkpoint": 2, "acknowledgement of checkpoint": 1, "finish": 2}
     assert_exact(bench, bench.run(bench.create()))
     assert asked == ["sample", "critique", "gradient", "update"]
 
@@ -263,7 +263,7 @@ def test_drain_releases_job_after_running_call(bench: Bench) -> None:
     bench.policy.before = lambda request, _: bench.drain.begun.set() if request.kind == "critique" else None
     job = bench.run(job_id)
     assert (job.status, job.attempt) == ("queued", 0)
-    assert bench.bells.rung == [job_id]
+    assert bench.notifier.notified == [job_id]
     assert len(bench.store.jobs.state(job_id).calls) == 3
     bench.drain.begun.clear()
     bench.policy.before = lambda request, _: None
@@ -274,16 +274,16 @@ def test_wake_up_during_drain_is_passed_on(bench: Bench) -> None:
     bench.drain.begun.set()
     job = bench.run(bench.create())
     assert (job.status, job.fence) == ("queued", 0)
-    assert bench.bells.rung == [job.id]
-    bench.bells.broken = True
+    assert bench.notifier.notified == [job.id]
+    bench.notifier.broken = True
     assert bench.run(job.id).status == "queued"
 
 
 def test_rescuer_notifies_once_for_many_jobs(bench: Bench) -> None:
-    sweeper = Rescuer(bench.settings.model_copy(update={"renotify_seconds": 1e-6}), bench.store, bench.bells)
+    sweeper = Rescuer(bench.settings.model_copy(update={"renotify_seconds": 1e-6}), bench.store, bench.notifier)
     first, *_ = sorted(bench.create() for _ in range(3))
     sweeper.sweep()
-    assert bench.bells.rung == [first]
+    assert bench.notifier.notified == [first]
 
 
 def test_wake_up_is_passed_on_while_jobs_wait(bench: Bench) -> None:
@@ -293,16 +293,16 @@ def test_wake_up_is_passed_on_while_jobs_wait(bench: Bench) -> None:
         assert [bench.store.jobs.get(job_id).status for job_id in jobs] == ["completed"] * done + ["queued"] * (
             3 - done
         )
-    assert bench.bells.rung == [jobs[1], jobs[1], jobs[2], jobs[2]]
+    assert bench.notifier.notified == [jobs[1], jobs[1], jobs[2], jobs[2]]
     bench.runner.run_job(jobs[0])
-    assert bench.bells.rung == [jobs[1], jobs[1], jobs[2], jobs[2]], "a bell for nothing ends there"
+    assert bench.notifier.notified == [jobs[1], jobs[1], jobs[2], jobs[2]], "a bell for nothing ends there"
 
 
 def test_failed_wake_up_does_not_disturb_job(bench: Bench) -> None:
     first, second = sorted(bench.create() for _ in range(2))
     bench.store.fails = {"next": 1}
     assert_exact(bench, bench.run(first))
-    bench.bells.broken = True
+    bench.notifier.broken = True
     bench.create()
     assert_exact(bench, bench.run(second))
 
@@ -317,7 +317,7 @@ def test_rescuer_logs_failed_sweep_without_raising(
         raise error
 
     monkeypatch.setattr(bench.store.maintenance, "sweep", sweep)
-    Rescuer(bench.settings, bench.store, bench.bells).sweep()
+    Rescuer(bench.settings, bench.store, bench.notifier).sweep()
     assert caplog.records
     assert SECRET not in caplog.text
 
@@ -337,7 +337,7 @@ def test_paused_queue_stops_run_between_steps(bench: Bench) -> None:
     job = bench.run(job_id)
     assert (job.status, job.attempt, len(bench.store.jobs.state(job_id).calls)) == ("queued", 0, 3)
     assert bench.run(job_id).fence == job.fence
-    assert bench.bells.rung == []
+    assert bench.notifier.notified == []
     bench.policy.before = lambda _request, _interrupt: None
     bench.store.queues.resume("scripted")
     assert_exact(bench, bench.run(job_id))
@@ -360,7 +360,7 @@ def test_pause_interrupts_call_and_costs_no_attempt(bench: Bench, kind: str, cal
     bench.runner.run_job(job_id)
     job = bench.store.jobs.get(job_id)
     assert (job.status, job.attempt, len(bench.store.jobs.state(job_id).calls)) == ("paused", 0, calls)
-    assert bench.bells.rung == []
+    assert bench.notifier.notified == []
     bench.policy.before = lambda _request, _interrupt: None
     bench.reward.before = lambda _request, _interrupt: None
     bench.store.jobs.resume(job_id)
