@@ -63,7 +63,7 @@ def test_cleaner_repeats_until_nothing_is_left() -> None:
 
 @pytest.mark.parametrize("error", [StoreUnavailableError(), ValueError("a text of a user")])
 def test_cleaner_logs_failure_without_raising(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    class Failing(Recording):
+    class Failing(RecordingStore):
         def _purge(self, name: str, seconds: float | None) -> int:
             raise error
 
