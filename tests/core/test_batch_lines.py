@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpo.openai.batch_lines import RawLine, Refused, Request, is_blank, read, split
+from tpo.batches.lines import RawLine, RefusedLine, split_lines
+from tpo.openai.batch_lines import OpenAILines, RequestLine
 
 RESPONSES = "/v1/responses"
 
@@ -19,10 +20,10 @@ def line(**more: Any) -> bytes:
     ).encode()
 
 
-def refused(text: bytes | None) -> Refused:
-    """Read a line that must be refused."""
-    found = read(RawLine(text, 0), RESPONSES)
-    assert isinstance(found, Refused)
+def refused(text: bytes | None) -> RefusedLine:
+    """Parse a line that must be refused."""
+    found = OpenAILines().parse(RawLine(text, 0), RESPONSES)
+    assert isinstance(found, RefusedLine)
     return found
 
 
@@ -42,26 +43,26 @@ def test_split_does_not_depend_on_chunk_boundaries(texts: list[bytes], sizes: li
     expected = data.split(b"\n")
     if not expected[-1]:
         expected.pop()
-    found = list(split(parts, longest=8))
+    found = list(split_lines(parts, longest=8))
     assert [line.text for line in found] == [each if len(each) <= 8 else None for each in expected]
     assert sum(line.size for line in found) == len(data)
 
 
 def test_split_drops_text_of_overlong_line() -> None:
-    found = list(split((b"x" * 1000 for _ in range(1000)), longest=5000))
+    found = list(split_lines((b"x" * 1000 for _ in range(1000)), longest=5000))
     assert found == [RawLine(None, 1_000_000)]
     assert refused(None).custom_id is None
 
 
 @pytest.mark.parametrize("text", [b"", b" ", b"\r", b"\xef\xbb\xbf", b"\t\r"])
 def test_is_blank_accepts_whitespace_and_bom(text: bytes) -> None:
-    assert is_blank(RawLine(text, 1))
+    assert RawLine(text, 1).is_blank
 
 
 @pytest.mark.parametrize("text", [line(), line() + b"\r", b"\xef\xbb\xbf" + line(), b"  " + line()])
-def test_read_accepts_valid_line(text: bytes) -> None:
-    found = read(RawLine(text, 0), RESPONSES)
-    assert isinstance(found, Request)
+def test_parse_accepts_valid_line(text: bytes) -> None:
+    found = OpenAILines().parse(RawLine(text, 0), RESPONSES)
+    assert isinstance(found, RequestLine)
     assert found.custom_id == "a"
     assert found.body.submission().input == "Hello"
 
@@ -89,11 +90,11 @@ def test_read_accepts_valid_line(text: bytes) -> None:
         (line(body={"input": "\ud800"}), None, None),
     ],
 )
-def test_read_refuses_invalid_line(text: bytes, custom_id: str | None, param: str | None) -> None:
+def test_parse_refuses_invalid_line(text: bytes, custom_id: str | None, param: str | None) -> None:
     found = refused(text)
     assert (found.custom_id, found.error.param) == (custom_id, param)
 
 
 @pytest.mark.parametrize("text", [b"[]", b'"x"', b"5", b"null", b"true"])
-def test_read_refuses_line_that_is_not_an_object(text: bytes) -> None:
+def test_parse_refuses_line_that_is_not_an_object(text: bytes) -> None:
     assert str(refused(text).error) == "The line must be a JSON object."

@@ -6,8 +6,8 @@ from pathlib import Path
 from api.errors import CODES
 
 ROOT = Path(__file__).parents[2]
-JOB_ONLY = {"backend_unavailable", "queue_unavailable"}
-"""Codes that appear only in the record of a job, never in a response."""
+NOT_IN_RESPONSES = {"backend_unavailable", "queue_unavailable", "key_not_found"}
+"""Codes that appear only in the record of a job, or in errors that only commands raise."""
 
 
 def codes() -> set[str]:
@@ -19,7 +19,7 @@ def codes() -> set[str]:
     for file in (*(ROOT / "api").rglob("*.py"), ROOT / "tpo" / "jobs" / "quotas.py"):
         found |= _codes_of_calls(ast.parse(file.read_text()))
     found |= _codes_of_classes(ast.parse((ROOT / "tpo" / "core" / "errors.py").read_text()))
-    return found - JOB_ONLY
+    return found - NOT_IN_RESPONSES
 
 
 def _codes_of_calls(tree: ast.Module) -> set[str]:

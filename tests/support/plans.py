@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, event, inspect
 
-SMALL_TABLES = {"workers", "alembic_version", "queues", "turns"}
+SMALL_TABLES = {"workers", "alembic_version", "queues", "last_claims"}
 """Tables with one row for each live process, policy or queue; they may be read whole."""
 
 SMALL_INDEXES = {"jobs_running"}
