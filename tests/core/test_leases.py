@@ -1,4 +1,4 @@
-"""How leases are renewed, lost and looked at, in process, on SQLite."""
+"""How a worker renews, checks and loses leases, in process, on SQLite."""
 
 import dataclasses
 import threading
@@ -17,11 +17,12 @@ from tpo.jobs.leases import Flags, Lease
 from worker.drain import Drain
 from worker.leases import Held, Leases
 
-GO_ON = Flags(cancel_requested=False, past_deadline=False)
+CONTINUE = Flags(cancel_requested=False, past_deadline=False)
 PAUSE = Flags(cancel_requested=False, past_deadline=False, pause_requested=True)
 
 
 def held_for(seconds: float, drain: Drain | None = None) -> Held:
+    """Return a held lease of this duration."""
     return Held(Lease("job_1", "worker", 1, 1, 1, 3, seconds), drain or Drain())
 
 
@@ -31,9 +32,9 @@ def test_unrenewed_lease_is_treated_as_lost() -> None:
     with pytest.raises(CallInterruptedError, match="lease_lost"):
         held.interrupt()
     held = held_for(30)
-    held.update(GO_ON, time.monotonic() - 31, renewed=True)
-    held.interrupt()  # that renewal began before the job was claimed
-    held.update(GO_ON, time.monotonic(), renewed=True)
+    held.update(CONTINUE, time.monotonic() - 31, renewed=True)
+    held.interrupt()  # ignored: that renewal began before the job was claimed
+    held.update(CONTINUE, time.monotonic(), renewed=True)
     held.interrupt()
 
 
@@ -42,13 +43,13 @@ def test_checkpoint_renews_lease_from_before_write(bench: Bench) -> None:
     renewed: dict[str, float] = {}
     written: dict[str, float] = {}
 
-    def look(request: Generate, _interrupt: Interrupt) -> None:
+    def record_renewal(request: Generate, _interrupt: Interrupt) -> None:
         with bench.leases._lock:
             (held,) = bench.leases._held
         renewed[request.kind] = held._renewed
         called[request.kind] = time.monotonic()
 
-    bench.policy.before = look
+    bench.policy.before = record_renewal
     bench.store.watch = lambda after: written.update({after.calls[-1].kind: time.monotonic()})
     bench.run(bench.create())
     assert called["critique"] < renewed["gradient"] < written["critique"]
@@ -69,28 +70,28 @@ def test_older_query_result_does_not_revoke_pause() -> None:
     held = held_for(30)
     asked_before_pause = time.monotonic()
     held.update(PAUSE, time.monotonic())
-    held.update(GO_ON, asked_before_pause)
+    held.update(CONTINUE, asked_before_pause)
     with pytest.raises(CallInterruptedError, match="paused"):
         held.interrupt()
-    held.update(GO_ON, time.monotonic())  # a query that began later: the pause was taken back
+    held.update(CONTINUE, time.monotonic())  # a later query: the pause was withdrawn
     held.interrupt()
 
 
 def test_older_query_result_does_not_revoke_queue_pause() -> None:
     held = held_for(30)
     asked_before_pause = time.monotonic()
-    held.update(dataclasses.replace(GO_ON, queue_paused=True), time.monotonic())
-    held.update(GO_ON, asked_before_pause)
+    held.update(dataclasses.replace(CONTINUE, queue_paused=True), time.monotonic())
+    held.update(CONTINUE, asked_before_pause)
     with pytest.raises(CallInterruptedError, match="queue_paused"):
         held.between_calls()
-    held.update(GO_ON, time.monotonic())
+    held.update(CONTINUE, time.monotonic())
     held.between_calls()
 
 
 def test_lost_lease_stays_lost() -> None:
     held = held_for(30)
     held.update(None, time.monotonic())
-    held.update(GO_ON, time.monotonic())
+    held.update(CONTINUE, time.monotonic())
     with pytest.raises(CallInterruptedError, match="lease_lost"):
         held.interrupt()
 
@@ -115,28 +116,28 @@ def test_job_reclaimed_by_same_worker_is_lost_to_first_thread(bench: Bench) -> N
 def test_keeper_survives_errors_and_applies_flags(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     claimed = claim_one(bench.store, job_id := bench.create(), "worker", 30, model="scripted", reward_model="scripted")
     assert claimed
-    troubles = [ValueError(SECRET), StoreUnavailableError()]
-    leased: list[float] = []
-    renewed_often = threading.Event()
+    errors = [ValueError(SECRET), StoreUnavailableError()]
+    expiries: list[float] = []
+    renewed_thrice = threading.Event()
     renew = bench.store.leases.renew
 
-    def look_on(*args: Any) -> dict[str, tuple[int, Flags]]:
-        if troubles:
-            raise troubles.pop()
+    def renew_after_errors(*args: Any) -> dict[str, tuple[int, Flags]]:
+        if errors:
+            raise errors.pop()
         owned = renew(*args)
-        leased.append(bench.store.jobs.get(job_id).lease_until or 0)
-        if len(leased) == 3:
-            renewed_often.set()
+        expiries.append(bench.store.jobs.get(job_id).lease_until or 0)
+        if len(expiries) == 3:
+            renewed_thrice.set()
         return owned
 
-    monkeypatch.setattr(bench.store.leases, "renew", look_on)
+    monkeypatch.setattr(bench.store.leases, "renew", renew_after_errors)
     leases = Leases(bench.store, bench.drain, "worker", bench.settings.model_copy(update={"lease_seconds": 0.3}))
     with leases.holding(claimed[0]) as held:
         leases.start()
         try:
-            assert renewed_often.wait(HANG_SECONDS)
+            assert renewed_thrice.wait(HANG_SECONDS)
             held.interrupt()
-            seen = list(leased)
+            seen = list(expiries)
             assert seen == sorted(set(seen))
             assert [worker.id for worker in bench.store.workers.live(60)] == ["worker"]
             bench.store.jobs.cancel(job_id)
@@ -156,6 +157,7 @@ def test_wait_until_idle_returns_after_last_job(bench: Bench) -> None:
 
 
 def interrupted_within(held: Held, seconds: float) -> None:
+    """Wait until the lease raises its interrupt, at most these seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         held.interrupt()
@@ -166,26 +168,26 @@ def test_lease_is_renewed_each_third_and_checked_in_between(bench: Bench, monkey
     lease = Lease("job_1", "worker", 1, 1, 1, 3, 30)
     owned = {lease.job_id: (lease.fence, Flags(cancel_requested=False, past_deadline=False))}
     clock = 0.0
-    asked: list[tuple[str, float]] = []
+    queries: list[tuple[str, float]] = []
     leases = Leases(bench.store, bench.drain, "worker", bench.settings.model_copy(update={"lease_seconds": 30}))
 
-    def asks(what: str) -> Any:
-        def answer(*_: Any) -> dict[str, tuple[int, Flags]]:
-            asked.append((what, clock))
+    def recorder(query: str) -> Any:
+        def record(*_: Any) -> dict[str, tuple[int, Flags]]:
+            queries.append((query, clock))
             return owned
 
-        return answer
+        return record
 
-    def rest(seconds: float) -> None:
+    def sleep(seconds: float) -> None:
         nonlocal clock
         clock += seconds
         if clock > 25:
             leases.stop()
 
     monkeypatch.setattr("worker.leases.time", SimpleNamespace(monotonic=lambda: clock))
-    monkeypatch.setattr(leases._stopping, "wait", rest)
-    monkeypatch.setattr(bench.store.leases, "renew", asks("renew"))
-    monkeypatch.setattr(bench.store.leases, "check", asks("check"))
+    monkeypatch.setattr(leases._stopping, "wait", sleep)
+    monkeypatch.setattr(bench.store.leases, "renew", recorder("renew"))
+    monkeypatch.setattr(bench.store.leases, "check", recorder("check"))
     with leases.holding(lease):
         leases._keep()
-    assert asked == [("check" if second % 10 else "renew", second) for second in range(26)]
+    assert queries == [("check" if second % 10 else "renew", second) for second in range(26)]

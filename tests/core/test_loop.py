@@ -1,4 +1,4 @@
-"""The algorithm: each rule that it states, and that a run goes on from any checkpoint as if it had never stopped."""
+"""The algorithm: the order of calls, the inputs of each call, seeds, and resuming from any checkpoint."""
 
 import math
 import zlib
@@ -19,7 +19,7 @@ from tpo.core.requests import SHOWN_TOKENS, derived_seed, query_text
 from tpo.core.run import run
 from tpo.core.state import EarlyStop, Message, Params, State
 
-# The order of things
+# Order of calls
 
 
 def test_run_makes_calls_in_order() -> None:
@@ -54,9 +54,9 @@ def test_calls_use_their_sampling_settings() -> None:
     )
     finish(new_state().model_copy(update={"params": params}), policy)
     for request in policy.asked:
-        asked = (request.temperature, request.top_p, request.max_tokens)
-        assert asked == ((0.5, 0.6, 70) if request.kind in ("sample", "update") else (0.8, 0.9, 100))
-        # An answer in tags ends with its tag, and a critique may quote what ends a response.
+        used = (request.temperature, request.top_p, request.max_tokens)
+        assert used == ((0.5, 0.6, 70) if request.kind in ("sample", "update") else (0.8, 0.9, 100))
+        # An answer in tags ends with its closing tag, and a critique may quote the stop string.
         assert request.stop == (("END",) if request.kind == "sample" else ())
     assert (Params().temperature, Params().top_p, Params().critique_top_p, Params().max_tokens) == (
         0.7,
@@ -98,7 +98,7 @@ def test_revision_sees_no_rejected_response() -> None:
         assert last.worst.text not in "".join(m.content for m in request.messages)
 
 
-# The input
+# Inputs
 
 
 def test_sample_receives_conversation_unchanged() -> None:
@@ -108,7 +108,7 @@ def test_sample_receives_conversation_unchanged() -> None:
     state = new_state(sample_size=2, max_iterations=1).model_copy(update={"input": messages})
     finish(state, policy, reward)
     assert policy.asked[0].messages == messages
-    assert all(asked.messages == messages for asked in reward.asked)
+    assert all(request.messages == messages for request in reward.asked)
     shown = "[system]\nBe brief.\n\n[user]\nHello {x} $query\n\n[assistant]\nHi!\n\n[user]\nAnd now?"
     assert query_text(messages) == shown
     assert shown in policy.asked[1].messages[0].content
@@ -145,9 +145,6 @@ def test_candidate_at_length_limit_is_shown_whole() -> None:
     assert "[…]" not in policy.asked[1].messages[0].content
 
 
-# Replies that are no answers
-
-
 def test_run_works_with_one_sample() -> None:
     last = finish(new_state(sample_size=1))
     assert len(last.candidates) == 3
@@ -176,11 +173,11 @@ def test_prompt_is_rendered_once_per_call(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(located) == len(last.calls) + 1
 
 
-# Seeds, and going on
+# Seeds and resuming
 
 
 def test_derived_seed_depends_on_job_and_position_only() -> None:
-    # The value itself: jobs that were begun by an earlier version must go on with the same seeds.
+    # A literal value, because jobs of an earlier version must continue with the same seeds.
     assert derived_seed(0, 0, "sample", 0) == 984332543912391782
     assert derived_seed(7, 1, "critique", 0) == derived_seed(7, 1, "critique", 0)
 
@@ -194,8 +191,8 @@ def test_seeds_are_unique_within_a_run(seed: int, n: int, depth: int) -> None:
     assert len(seeds) == len(set(seeds)) == n + depth * (2 + 2 * n)
     assert all(0 <= s < 2**63 for s in seeds)
     for request in policy.asked:
-        places = range(request.first_sample, request.first_sample + request.n)
-        assert request.seeds == tuple(derived_seed(seed, request.iteration, request.kind, s) for s in places)
+        samples = range(request.first_sample, request.first_sample + request.n)
+        assert request.seeds == tuple(derived_seed(seed, request.iteration, request.kind, s) for s in samples)
 
 
 REPLIES = ["{}", "same", "", " ", "untagged {}", "cut {}", "{} \x00 🎉"]
@@ -214,31 +211,31 @@ RULES = st.fixed_dictionaries(
 
 
 def scripted(replies: list[str]) -> FakePolicy:
-    """A policy that picks its reply by the request's kind, place and seed."""
+    """Return a policy that picks its reply by the kind, position and seed of the request."""
 
-    def answer(request: Generate, sample: int) -> Text:
-        place = f"{request.kind} {request.iteration} {sample} {request.seeds[sample - request.first_sample]}"
-        reply = replies[zlib.crc32(place.encode()) % len(replies)]
-        text = reply.format(place)
+    def reply_to(request: Generate, sample: int) -> Text:
+        position = f"{request.kind} {request.iteration} {sample} {request.seeds[sample - request.first_sample]}"
+        reply = replies[zlib.crc32(position.encode()) % len(replies)]
+        text = reply.format(position)
         if request.kind == "update" and text.strip() and not reply.startswith("untagged"):
             text = tagged(text)
         return said(text, "length" if reply.startswith("cut") else "stop")
 
-    return FakePolicy(answer)
+    return FakePolicy(reply_to)
 
 
-def within_a_budget(last: State) -> None:
-    """No call of the policy was begun when a budget was used up."""
+def assert_within_budget(last: State) -> None:
+    """Assert that no call of the policy was started after a budget was used up."""
     before = last.model_copy(
         update={"calls": last.calls[: max(i for i, c in enumerate(last.calls) if c.kind != "score")]}
     )
     params, used = last.params, before.usage
-    for most, spent in (
+    for limit, spent in (
         (params.max_output_tokens, used.output_tokens),
         (params.max_total_tokens, used.total_tokens),
         (params.max_seconds, used.model_seconds),
     ):
-        assert most is None or spent < most
+        assert limit is None or spent < limit
 
 
 @settings(max_examples=150)
@@ -262,8 +259,8 @@ def test_run_resumes_identically_from_any_checkpoint(
     prompts: str,
     rules: dict[str, Any],
 ) -> None:
-    def go(state: State) -> tuple[list[State], str | None]:
-        """Every checkpoint, and the words of the failure where it ends in one."""
+    def resume(state: State) -> tuple[list[State], str | None]:
+        """Return every checkpoint, and the message of the failure if the run ends in one."""
         saved: list[State] = []
         reward = FakeReward(lambda text: rewards[zlib.crc32(text.encode()) % len(rewards)])
         try:
@@ -274,19 +271,19 @@ def test_run_resumes_identically_from_any_checkpoint(
         return saved, None
 
     state = new_state("Why? $x", load(prompts), mode=mode, sample_size=n, max_iterations=depth, seed=seed, **rules)
-    saved, failure = go(state)
+    saved, failure = resume(state)
     for done, checkpoint in enumerate([state, *saved]):
         back = State.model_validate_json(checkpoint.model_dump_json())
         assert back == checkpoint
-        assert go(back) == (saved[done:], failure)
+        assert resume(back) == (saved[done:], failure)
     last = saved[-1]
     assert (failure is None) == (last.best is not None)
-    # Everything twice at most: samples and scores, and in each iteration critique, gradient, update and scores.
+    # Each call happens at most twice: samples and scores, and critique, gradient, update and scores per iteration.
     assert len(last.calls) <= 4 + 8 * last.params.iterations
     assert [locate(s).stopped for s in saved[:-1]] == [None] * (len(saved) - 1)
     if not rules:
         assert locate(last).stopped is None
-    within_a_budget(last)
+    assert_within_budget(last)
     if last.best:
         assert all(math.isfinite(c.reward or 0) and not c.unusable for c in last.pool)
         assert last.best == next(c for c in last.pool if c.reward == max(c.reward or 0 for c in last.pool))

@@ -146,12 +146,12 @@ def test_non_finite_reward_never_wins(value: float) -> None:
 @pytest.mark.parametrize("kind", ["critique", "gradient"])
 @pytest.mark.parametrize("cuts", [1, 2])
 def test_cut_off_note_is_requested_again(kind: str, cuts: int) -> None:
-    def answer(request: Generate, sample: int) -> Text:
+    def reply(request: Generate, sample: int) -> Text:
         if request.kind == kind and sample < cuts:
             return said(f"cut {sample}", "length")
         return plain(request, sample)
 
-    last = finish(new_state(max_iterations=1), FakePolicy(answer))
+    last = finish(new_state(max_iterations=1), FakePolicy(reply))
     note = getattr(last.iterations[0], kind)
     assert note.attempt == 1
     assert (note.text == "cut 1") == (cuts == 2)
@@ -162,9 +162,9 @@ def test_reasoning_tokens_count_as_output_only() -> None:
     state = new_state(sample_size=1, max_iterations=1)
     reply = Generation(texts=(said("Short. " * 50, tokens=100),), input_tokens=1, seconds=0, reasoning_tokens=8000)
     for each in (reply, Rewards(values=(1.0,), input_tokens=1, seconds=0)):
-        asked = pending(state)
-        assert asked
-        state = apply(state, asked, each)
+        request = pending(state)
+        assert request
+        state = apply(state, request, each)
     assert state.usage.output_tokens == 8100
     request = pending(state)
     assert isinstance(request, Generate)
@@ -176,9 +176,9 @@ def test_reasoning_tokens_count_as_output_only() -> None:
 def test_blank_note_is_retried_once_then_iteration_skipped(kind: str, blanks: int) -> None:
     policy = FakePolicy(lambda r, s: said(" \n") if r.kind == kind and r.iteration == 1 and s < blanks else plain(r, s))
     last = finish(new_state(sample_size=2), policy)
-    asked = [r for r in policy.asked if r.kind == kind and r.iteration == 1]
-    assert [r.first_sample for r in asked] == [0, 1]
-    assert asked[0].seeds != asked[1].seeds
+    requests = [r for r in policy.asked if r.kind == kind and r.iteration == 1]
+    assert [r.first_sample for r in requests] == [0, 1]
+    assert requests[0].seeds != requests[1].seeds
     assert bool(list(last.of_iteration(1))) == (blanks == 1)
     assert len(list(last.of_iteration(2))) == 2
 

@@ -1,4 +1,4 @@
-"""What servers say, read: refusals for length, pauses, chat completions; and the circuit breaker by itself."""
+"""Responses of model servers: context-length refusals, retry pauses and chat completions; and the circuit breaker."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,7 @@ from tpo.core.ports import Score
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "means"),
+    ("message", "code", "expected"),
     [
         (
             (
@@ -101,8 +101,8 @@ from tpo.core.ports import Score
         ("top_p must be in (0, 1], got 0.", "BadRequestError", None),
     ],
 )
-def test_too_long_reads_server_messages(said: str, code: str, means: TooLong | None) -> None:
-    assert too_long(Refused(400, said, code)) == means
+def test_too_long_reads_server_messages(message: str, code: str, expected: TooLong | None) -> None:
+    assert too_long(Refused(400, message, code)) == expected
 
 
 def test_too_long_ignores_other_statuses() -> None:
@@ -147,6 +147,7 @@ def test_split_reasoning_separates_thinking(content: str, answer: str, reasoning
 
 
 def completion(*contents: str | None, usage: Any = None, **message: Any) -> dict[str, Any]:
+    """Return the body of a chat completion with one choice for each content."""
     choices = [{"message": {"content": c, **message}, "finish_reason": "stop"} for c in contents]
     return {"choices": choices, "usage": usage}
 
@@ -157,22 +158,22 @@ def test_completion_tokens_add_up_to_server_count() -> None:
     assert sum(t.tokens for t in reply.texts) == 11
     assert reply.reasoning_tokens == 6
     assert reply.texts[1].tokens > reply.texts[0].tokens > reply.texts[2].tokens == 0
-    alone = read_completion(completion("four", usage={"prompt_tokens": 5, "completion_tokens": 17}))
-    assert alone.texts[0].tokens == 17
+    single = read_completion(completion("four", usage={"prompt_tokens": 5, "completion_tokens": 17}))
+    assert single.texts[0].tokens == 17
 
 
-@pytest.mark.parametrize(("reasoned", "left"), [(2990, 10), (3001, 0), (0, 3000)])
-def test_completion_excludes_hidden_reasoning_tokens(reasoned: int, left: int) -> None:
-    details = {"reasoning_tokens": reasoned}
+@pytest.mark.parametrize(("reasoning", "answer"), [(2990, 10), (3001, 0), (0, 3000)])
+def test_completion_excludes_hidden_reasoning_tokens(reasoning: int, answer: int) -> None:
+    details = {"reasoning_tokens": reasoning}
     usage = {"prompt_tokens": 5, "completion_tokens": 3000, "completion_tokens_details": details}
     reply = read_completion(completion("a" * 40, "", usage=usage))
-    assert ([t.tokens for t in reply.texts], reply.reasoning_tokens) == ([left, 0], 3000 - left)
+    assert ([t.tokens for t in reply.texts], reply.reasoning_tokens) == ([answer, 0], 3000 - answer)
 
 
 def test_completion_ignores_aborted_choice_in_token_count() -> None:
-    answer = completion("a" * 40, "b" * 400, usage={"prompt_tokens": 5, "completion_tokens": 110})
-    answer["choices"][1]["finish_reason"] = "abort"
-    assert [t.tokens for t in read_completion(answer).texts] == [10]
+    body = completion("a" * 40, "b" * 400, usage={"prompt_tokens": 5, "completion_tokens": 110})
+    body["choices"][1]["finish_reason"] = "abort"
+    assert [t.tokens for t in read_completion(body).texts] == [10]
 
 
 def test_completion_joins_parts_and_accepts_empty_content() -> None:
@@ -182,24 +183,24 @@ def test_completion_joins_parts_and_accepts_empty_content() -> None:
     assert reply.input_tokens is None
 
 
-@pytest.mark.parametrize("answer", [None, [], {}, {"choices": [{}]}, {"choices": [{"message": {"content": 5}}]}])
-def test_read_completion_refuses_malformed_body(answer: Any) -> None:
+@pytest.mark.parametrize("body", [None, [], {}, {"choices": [{}]}, {"choices": [{"message": {"content": 5}}]}])
+def test_read_completion_refuses_malformed_body(body: Any) -> None:
     with pytest.raises(Malformed, match="not with a chat completion"):
-        read_completion(answer)
+        read_completion(body)
 
 
 def test_open_breaker_admits_one_request_at_a_time() -> None:
     async def run() -> tuple[int, int]:
         breaker = Breaker(0.01, 0.02)
         up = asyncio.Event()
-        inside, most, asked = 0, 0, 0
+        inside, most, requests = 0, 0, 0
 
-        async def request() -> None:
-            nonlocal inside, most, asked
+        async def send() -> None:
+            nonlocal inside, most, requests
             while True:
                 try:
                     async with breaker.turn():
-                        inside, asked = inside + 1, asked + 1
+                        inside, requests = inside + 1, requests + 1
                         most = max(most, inside if breaker.is_open else 0)
                         try:
                             await asyncio.sleep(0.001)
@@ -209,7 +210,7 @@ def test_open_breaker_admits_one_request_at_a_time() -> None:
                             inside -= 1
                         return
                 except ServerDownError:
-                    if asked > 5 * FAILURES:
+                    if requests > 5 * FAILURES:
                         up.set()
 
         async with asyncio.timeout(30):
@@ -218,22 +219,24 @@ def test_open_breaker_admits_one_request_at_a_time() -> None:
                     async with breaker.turn():
                         raise ServerDownError
             assert breaker.is_open
-            await asyncio.gather(*(request() for _ in range(20)))
+            await asyncio.gather(*(send() for _ in range(20)))
         assert not breaker.is_open
-        return most, asked
+        return most, requests
 
-    most, asked = asyncio.run(run())
+    most, requests = asyncio.run(run())
     assert most == 1
-    assert asked > 5 * FAILURES + 1
+    assert requests > 5 * FAILURES + 1
 
 
 async def one_fails(breaker: Breaker) -> None:
+    """Fail one request through the breaker."""
     async with breaker.turn():
-        await asyncio.sleep(0)  # where several fail at once, all are on their way before the first one has
+        await asyncio.sleep(0)  # with several requests, all are sent before the first one fails
         raise ServerDownError
 
 
 async def all_fail(breaker: Breaker, requests: int) -> None:
+    """Fail this number of concurrent requests."""
     failed = await asyncio.gather(*(one_fails(breaker) for _ in range(requests)), return_exceptions=True)
     assert all(isinstance(error, ServerDownError) for error in failed)
 
@@ -253,6 +256,7 @@ def test_breaker_pause_grows_per_probe_and_resets() -> None:
 
 
 async def pass_through(breaker: Breaker, begun: asyncio.Event, end: asyncio.Event, error: Exception | None) -> None:
+    """Hold a request through the breaker until `end`, then raise the error if there is one."""
     async with breaker.turn():
         begun.set()
         await end.wait()
@@ -260,7 +264,7 @@ async def pass_through(breaker: Breaker, begun: asyncio.Event, end: asyncio.Even
             raise error
 
 
-@pytest.mark.parametrize("was_open", [True, False], ids=["who asked has failed", "a request of before succeeds"])
+@pytest.mark.parametrize("was_open", [True, False], ids=["probe_fails", "earlier_request_succeeds"])
 def test_breaker_admits_waiting_request_as_soon_as(was_open: bool) -> None:
     async def run() -> None:
         breaker = Breaker(0.01 if was_open else 3600.0, 3600.0)
@@ -303,7 +307,7 @@ def test_breaker_closes_on_refusal_but_not_on_cancellation() -> None:
 
 
 class Refusing:
-    """A server whose model has become another one."""
+    """A server whose model has been replaced by another one."""
 
     def call(self, work: Any, _interrupt: Any) -> Any:
         work.close()

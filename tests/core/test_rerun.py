@@ -1,4 +1,4 @@
-"""Failed tests are run again once, alone, and the closing line speaks for both runs."""
+"""Reruns: failed tests are rerun once, separately, and the summary line covers both runs."""
 
 from pathlib import Path
 
@@ -55,10 +55,10 @@ def test_crash():
 
 
 class Project(PytestProject):
-    """The tests above."""
+    """A project with the tests above."""
 
     def run_tests(self, tests: str, *options: str) -> tuple[int, list[str]]:
-        """Run some of them."""
+        """Run some of its tests, by name without `test_`."""
         return self.run(*(f"test_it.py::test_{name}" for name in tests.split()), *options)
 
     def runs(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Rewards of several parts: what each part gives, what their sum is, and what a wrong file is told."""
+"""Combined rewards: the value of each kind of part, and their weighted sum."""
 
 import math
 from pathlib import Path
@@ -20,6 +20,7 @@ from tpo.settings import Settings
 
 
 def values(folder: Path, part: str, *responses: str) -> list[float]:
+    """Return the rewards of responses from a file with this one part."""
     return list(
         load_reward_file(folder, f'[[part]]\nname = "a"\n{part}').score(score_request(*responses), go_on).values
     )
@@ -71,7 +72,7 @@ most = 2
 weight = 0.5
 
 [[part]]
-name = "looked_at"
+name = "observed"
 kind = "regex"
 pattern = "Draft"
 weight = 0.0
@@ -83,7 +84,7 @@ def test_combined_reward_is_weighted_sum_of_parts(tmp_path: Path) -> None:
     raw = load_reward_model("scripted", Settings()).score(score_request(*responses), go_on).values
     rewards = load_reward_file(tmp_path, SEVERAL).score(score_request(*responses), go_on)
     for value, parts, model, length in zip(rewards.values, rewards.parts, raw, (-1.0, 0.0), strict=True):
-        assert [(p.name, p.weight) for p in parts] == [("quality", 3.0), ("short", 0.5), ("looked_at", 0.0)]
+        assert [(p.name, p.weight) for p in parts] == [("quality", 3.0), ("short", 0.5), ("observed", 0.0)]
         assert [p.value for p in parts[:2]] == [pytest.approx((model - 1) / 2), length]
         assert value == pytest.approx(sum((p.value or 0) * p.weight for p in parts))
     assert [parts[2].value for parts in rewards.parts] == [1, 0]
@@ -91,6 +92,7 @@ def test_combined_reward_is_weighted_sum_of_parts(tmp_path: Path) -> None:
 
 
 def combined(*parts: tuple[float, RewardModel]) -> CombinedReward:
+    """Return a combined reward of models with these weights."""
     return CombinedReward([(f"p{i}", weight, model) for i, (weight, model) in enumerate(parts)])
 
 

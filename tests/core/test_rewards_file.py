@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "part: is required"),
         ("part = [", "is no TOML"),
@@ -47,12 +47,12 @@ ROOT = Path(__file__).parents[2]
         ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = '/no/such/folder'", "There is no folder"),
     ],
 )
-def test_reward_file_errors_name_the_cause(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(ModelRefusedError, match=says):
+def test_reward_file_errors_name_the_cause(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ModelRefusedError, match=message):
         load_reward_file(tmp_path, text)
 
 
-ELSEWHERE = """
+REMOTE_PARTS = """
 [[part]]
 name = "quality"
 kind = "model"
@@ -91,9 +91,9 @@ def test_reward_part_uses_only_settings_of_its_file(tmp_path: Path) -> None:
 
     def load_policy(name: str, settings: Settings) -> Any:
         loaded[name] = settings
-        return FakeJudge(None)
+        return FakeJudge(lambda _request, _sample: "")
 
-    (file := tmp_path / "reward.toml").write_text(ELSEWHERE)
+    (file := tmp_path / "reward.toml").write_text(REMOTE_PARTS)
     load_combined(file, own, load_reward, load_policy, None)
     model, judge = loaded["vllm-pooling:m"], loaded["openai:j"]
     assert model.reward_api_key
@@ -114,7 +114,7 @@ def test_reward_part_uses_only_settings_of_its_file(tmp_path: Path) -> None:
         load_combined(file, own, load_reward, refuse, None)
     assert first.closed
     loaded.clear()
-    file.write_text(ELSEWHERE + 'key = "nobody"\n')
+    file.write_text(REMOTE_PARTS + 'key = "nobody"\n')
     with pytest.raises(ModelRefusedError, match="wants the key nobody"):
         load_combined(file, own, load_reward, load_policy, None)
     assert not loaded
@@ -126,7 +126,7 @@ def test_missing_reward_file_is_named(tmp_path: Path) -> None:
 
 
 def documented(language: str) -> list[str]:
-    """The code blocks of a language in the page on rewards."""
+    """Return the code blocks of a language in the page on rewards."""
     blocks = (ROOT / "docs" / "rewards.md").read_text().split("```")[1::2]
     return [block.removeprefix(language).lstrip("\n") for block in blocks if block.startswith(f"{language}\n")]
 

@@ -1,4 +1,4 @@
-"""Fast tests start no process and import no model, and the longest tests are run only when asked."""
+"""Selection: fast tests start no process and import no model, and the longest tests run only on request."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The environment: what is refused, and that no secret is told."""
+"""Settings: defaults, refused values, and secrets that are never shown."""
 
 import os
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_defaults_stay_on_this_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "says"),
+    ("variables", "message"),
     [
         ({"TPO_DATABASE_URL": "mysql://127.0.0.1/tpo"}, "TPO_DATABASE_URL must start with"),
         ({"TPO_DATABASE_URL": "postgresql://127.0.0.1/tpo"}, r"postgresql\+psycopg://"),
@@ -66,10 +66,10 @@ def test_defaults_stay_on_this_machine() -> None:
         ({"TPO_PROMPT_SET": "nope"}, "TPO_PROMPT_SET: no such prompt_set; there are conversation"),
     ],
 )
-def test_unsafe_values_are_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str) -> None:
+def test_unsafe_values_are_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(ValidationError, match=message):
         Settings()
 
 

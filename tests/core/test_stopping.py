@@ -1,4 +1,4 @@
-"""When a run ends before its last iteration, and that what was paid for is not thrown away."""
+"""Rules that end a run before its last iteration, which keep all results so far."""
 
 from typing import Any
 
@@ -13,54 +13,54 @@ from tpo.core.state import Decline, Params, State
 
 
 def finish(state: State, *means: float, policy: FakePolicy | None = None) -> State:
-    """The state at the end of a run in which each response of iteration i is worth means[i], the last for the rest."""
+    """Run to the end with reward means[i] for the samples of iteration i, and the last mean for later ones."""
 
-    def worth(text: str) -> float:
+    def reward(text: str) -> float:
         return means[min(int(text.split()[1].split("-")[0]), len(means) - 1)]
 
-    return run(state, policy or FakePolicy(), FakeReward(worth if means else float), lambda _: None, go_on)
+    return run(state, policy or FakePolicy(), FakeReward(reward if means else float), lambda _: None, go_on)
 
 
-def kinds(state: State) -> str:
-    """The calls by their first letters."""
+def call_letters(state: State) -> str:
+    """Return one letter for each call: S(ample), r (score), l (critique), g(radient), U(pdate)."""
     return "".join(
         {"sample": "S", "score": "r", "critique": "l", "gradient": "g", "update": "U"}[c.kind] for c in state.calls
     )
 
 
-WHOLE = "SrlgUrlgUr"
+ALL_CALLS = "SrlgUrlgUr"
 
 
 @pytest.mark.parametrize(
-    ("budget", "calls", "where"),
+    ("budget", "calls", "position"),
     [
-        # 2 samples of 5 tokens, notes of 5; each policy call takes 0.25 s, each score 0.125 s.
+        # 2 samples of 5 tokens each, notes of 5 tokens. A policy call takes 0.25 s and a score 0.125 s.
         ({"max_output_tokens": 1}, "Sr", Position(0, None, 1, "max_output_tokens")),
         ({"max_output_tokens": 10}, "Sr", Position(0, None, 1, "max_output_tokens")),
         ({"max_output_tokens": 11}, "Srl", Position(1, None, 1, "max_output_tokens")),
         ({"max_output_tokens": 20}, "Srlg", Position(1, None, 1, "max_output_tokens")),
         ({"max_output_tokens": 21}, "SrlgUr", Position(1, None, 2, "max_output_tokens")),
-        ({"max_output_tokens": 10_000}, WHOLE, Position(2, None, 3)),
+        ({"max_output_tokens": 10_000}, ALL_CALLS, Position(2, None, 3)),
         ({"max_total_tokens": 11}, "Sr", Position(0, None, 1, "max_total_tokens")),
         ({"max_seconds": 0.2}, "Sr", Position(0, None, 1, "max_seconds")),
         ({"max_seconds": 0.376}, "Srl", Position(1, None, 1, "max_seconds")),
-        ({"max_seconds": 60.0}, WHOLE, Position(2, None, 3)),
+        ({"max_seconds": 60.0}, ALL_CALLS, Position(2, None, 3)),
     ],
 )
-def test_budget_ends_run_before_next_policy_call(budget: dict[str, Any], calls: str, where: Position) -> None:
+def test_budget_ends_run_before_next_policy_call(budget: dict[str, Any], calls: str, position: Position) -> None:
     last = finish(new_state(sample_size=2, max_iterations=2, **budget), 1.0, 2.0, 3.0)
-    assert kinds(last) == calls
-    assert locate(last) == where
+    assert call_letters(last) == calls
+    assert locate(last) == position
     assert last.best is not None
-    assert all(c.reward is not None for c in last.candidates), "what was sampled is scored"
+    assert all(c.reward is not None for c in last.candidates), "all samples are scored"
 
 
 def test_prompts_count_in_total_token_budget_only() -> None:
     state = new_state("word " * 100, sample_size=1, max_iterations=3)
-    written = state.params.model_copy(update={"max_output_tokens": 100})
-    both = state.params.model_copy(update={"max_total_tokens": 100})
-    assert kinds(finish(state.model_copy(update={"params": both}), 1.0)) == "Sr"
-    assert len(kinds(finish(state.model_copy(update={"params": written}), 1.0))) > 6
+    output_only = state.params.model_copy(update={"max_output_tokens": 100})
+    total = state.params.model_copy(update={"max_total_tokens": 100})
+    assert call_letters(finish(state.model_copy(update={"params": total}), 1.0)) == "Sr"
+    assert len(call_letters(finish(state.model_copy(update={"params": output_only}), 1.0))) > 6
 
 
 def test_budget_without_usable_sample_fails_with_reason() -> None:
@@ -137,7 +137,7 @@ def test_extended_job_counts_own_iterations_only() -> None:
 
 def test_stop_rules_are_off_by_default() -> None:
     assert (Params().early_stop, Params().stop_on_decline) == (None, False)
-    assert kinds(finish(new_state(sample_size=2, max_iterations=2), 3.0, 2.0, 1.0)) == WHOLE
+    assert call_letters(finish(new_state(sample_size=2, max_iterations=2), 3.0, 2.0, 1.0)) == ALL_CALLS
 
 
 @pytest.mark.parametrize(

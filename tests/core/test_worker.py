@@ -1,4 +1,4 @@
-"""How a worker's thread ends each kind of run, in process, on SQLite."""
+"""How a worker thread handles each outcome of a run, in process, on SQLite."""
 
 import logging
 import time
@@ -26,6 +26,8 @@ from worker.tasks.rescuer import Rescuer
 
 
 def fail_on(kind: str, error: Exception) -> Callable[[Generate, Interrupt], None]:
+    """Return a hook that raises the error in calls of this kind."""
+
     def before(request: Generate, interrupt: Interrupt) -> None:
         if request.kind == kind:
             raise error
@@ -34,6 +36,7 @@ def fail_on(kind: str, error: Exception) -> Callable[[Generate, Interrupt], None
 
 
 def assert_exact(bench: Bench, job: Job) -> None:
+    """Assert that a job completed with the record of an uninterrupted run."""
     state = bench.store.jobs.state(job.id)
     assert job.status == "completed"
     assert timeless(state) == uninterrupted(state)
@@ -57,7 +60,7 @@ def test_unavailable_model_costs_attempt_but_no_step(bench: Bench) -> None:
     assert job.next_attempt_at - (job.started_at or 0) > 0.5
     assert bench.store.jobs.events(job_id)[-1].data["delay_seconds"] <= 1
     assert len(bench.store.jobs.state(job_id).calls) == 2
-    assert bench.run(job_id).attempt == 1, "not before its pause is over"
+    assert bench.run(job_id).attempt == 1, "it is not claimed before its back-off ends"
 
 
 def test_unavailable_model_fails_job_on_last_attempt(bench: Bench) -> None:
@@ -95,8 +98,8 @@ def test_back_off_doubles_per_failure_and_resets_after_step(bench: Bench) -> Non
         return float(bench.store.jobs.events(job_id)[-1].data["delay_seconds"])
 
     job_id = bench.create(max_attempts=9)
-    for longest in (2, 4, 8):
-        assert longest / 2 <= pause_after("sample") <= longest
+    for limit in (2, 4, 8):
+        assert limit / 2 <= pause_after("sample") <= limit
     assert pause_after("critique") <= 1
     assert 1 <= pause_after("critique") <= 2
     put(bench.store.engine, job_id, consecutive_failures=30, max_attempts=99)
@@ -121,24 +124,24 @@ def test_budget_ends_job_with_best_candidate(bench: Bench) -> None:
 
 def test_budget_holds_across_attempts(bench: Bench) -> None:
     straight = bench.run(bench.create(max_iterations=4, max_output_tokens=150, seed=3))
-    torn = bench.create(max_iterations=4, max_output_tokens=150, seed=3, max_attempts=50)
-    asked = 0
+    interrupted = bench.create(max_iterations=4, max_output_tokens=150, seed=3, max_attempts=50)
+    calls = 0
 
     def fail_each_second_time(request: Generate, interrupt: Interrupt) -> None:
-        nonlocal asked
-        asked += 1
-        if asked % 2:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
             raise BackendUnavailableError()
 
     bench.policy.before = fail_each_second_time
     for _ in range(50):
-        if bench.run(torn).status == "incomplete":
+        if bench.run(interrupted).status == "incomplete":
             break
-        bench.store.jobs.retry_now(torn)
-    job = bench.store.jobs.get(torn)
+        bench.store.jobs.retry_now(interrupted)
+    job = bench.store.jobs.get(interrupted)
     assert job.attempt > 3
     assert (job.status, job.output, job.output_tokens) == ("incomplete", straight.output, straight.output_tokens)
-    assert timeless(bench.store.jobs.state(torn)) == timeless(bench.store.jobs.state(straight.id))
+    assert timeless(bench.store.jobs.state(interrupted)) == timeless(bench.store.jobs.state(straight.id))
 
 
 def test_early_stopped_job_completes_with_reason(bench: Bench) -> None:
@@ -187,15 +190,15 @@ def test_unexpected_error_is_logged_without_texts(bench: Bench, caplog: pytest.L
 
 
 def test_database_outage_repeats_no_call(bench: Bench) -> None:
-    asked = []
-    bench.policy.before = lambda request, _interrupt: asked.append(request.kind)
+    calls = []
+    bench.policy.before = lambda request, _interrupt: calls.append(request.kind)
     bench.store.fails = {"checkpoint": 2, "acknowledgement of checkpoint": 1, "finish": 2}
     assert_exact(bench, bench.run(bench.create()))
-    assert asked == ["sample", "critique", "gradient", "update"]
+    assert calls == ["sample", "critique", "gradient", "update"]
 
 
 def test_drain_does_not_wait_for_unavailable_database(bench: Bench) -> None:
-    # Not before the call is over: a drain that was there first would hand the job back.
+    # The drain starts after the call: one that started earlier would release the job.
     bench.store.fails = {"checkpoint": 10**6}
     bench.store.on_failure = bench.drain.interrupting.set
     job = bench.run(bench.create())
@@ -228,11 +231,11 @@ def test_lost_lease_stops_job_without_writing(bench: Bench) -> None:
 def test_deadline_ends_job_with_best_candidate(bench: Bench, kind: str, status: str, calls: int) -> None:
     job_id = bench.create(deadline_seconds=600)
 
-    def let_it_pass(request: Generate, interrupt: Interrupt) -> None:
+    def pass_deadline(request: Generate, interrupt: Interrupt) -> None:
         if request.kind == kind:
             put(bench.store.engine, job_id, deadline_at=1.0)
 
-    bench.policy.before = let_it_pass
+    bench.policy.before = pass_deadline
     job = bench.run(job_id)
     state = bench.store.jobs.state(job_id)
     assert (job.status, len(state.calls)) == (status, calls)
@@ -289,13 +292,13 @@ def test_rescuer_notifies_once_for_many_jobs(bench: Bench) -> None:
 def test_wake_up_is_passed_on_while_jobs_wait(bench: Bench) -> None:
     jobs = sorted(bench.create() for _ in range(3))
     for done in range(1, 4):
-        bench.runner.run_job("job_of_another_bell")
+        bench.runner.run_job("job_of_another_wake_up")
         assert [bench.store.jobs.get(job_id).status for job_id in jobs] == ["completed"] * done + ["queued"] * (
             3 - done
         )
     assert bench.notifier.notified == [jobs[1], jobs[1], jobs[2], jobs[2]]
     bench.runner.run_job(jobs[0])
-    assert bench.notifier.notified == [jobs[1], jobs[1], jobs[2], jobs[2]], "a bell for nothing ends there"
+    assert bench.notifier.notified == [jobs[1], jobs[1], jobs[2], jobs[2]], "a wake-up without a job is not passed on"
 
 
 def test_failed_wake_up_does_not_disturb_job(bench: Bench) -> None:
@@ -354,7 +357,7 @@ def test_pause_interrupts_call_and_costs_no_attempt(bench: Bench, kind: str, cal
                 (held,) = bench.leases._held
             held.update(Flags(cancel_requested=False, past_deadline=False, pause_requested=True), time.monotonic())
             interrupt()
-            raise AssertionError("the call goes on")
+            raise AssertionError("the call was not interrupted")
 
     bench.policy.before = bench.reward.before = pause
     bench.runner.run_job(job_id)
