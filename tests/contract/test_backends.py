@@ -1,4 +1,4 @@
-"""What every policy and every reward model has to do, whoever is behind the port."""
+"""Conformance of every policy and every reward model to the ports."""
 
 import subprocess
 import sys
@@ -41,10 +41,11 @@ weight = 0.5
 
 
 def go_on() -> None:
-    """Nothing stops the job."""
+    """Do not interrupt the call."""
 
 
 def ask(text: str = "How do tides work?", **changes: Any) -> Generate:
+    """Return a request for samples, with changes."""
     values: dict[str, Any] = {
         "kind": "sample",
         "iteration": 0,
@@ -59,11 +60,13 @@ def ask(text: str = "How do tides work?", **changes: Any) -> Generate:
 
 
 def rate(*responses: str) -> Score:
+    """Return a request to score these texts."""
     return Score(iteration=0, messages=(Message(role="user", content="How do tides work?"),), responses=responses)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ModelServer]:
+    """Yield a fake model server."""
     with model_server() as server:
         yield server
 
@@ -72,6 +75,7 @@ def server() -> Iterator[ModelServer]:
 def policy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: ModelServer
 ) -> Iterator[LoadedPolicy]:
+    """Yield a policy of each back end."""
     spec, settings = "scripted", Settings(threads=1)
     if request.param == "local":
         spec = str(save_llama(tmp_path_factory.mktemp("policy")))
@@ -86,6 +90,7 @@ def policy(
 def reward(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: ModelServer
 ) -> Iterator[LoadedRewardModel]:
+    """Yield a reward model of each back end."""
     folder = tmp_path_factory.mktemp("reward")
     spec, settings = "scripted", Settings(threads=1)
     match request.param:
@@ -106,7 +111,7 @@ def reward(
 def test_policy_cuts_sample_before_stop_string(policy: LoadedPolicy) -> None:
     whole = policy.generate(ask(), go_on).texts
     middle = len(whole[0].text) // 2
-    stop = ("never said", whole[0].text[middle - 2 : middle + 2])
+    stop = ("never sampled", whole[0].text[middle - 2 : middle + 2])
     cut = policy.generate(ask(stop=stop), go_on).texts
     assert [t.text for t in cut] == [cut_at(t.text, stop) for t in whole]
     assert cut[0].text != whole[0].text
@@ -120,13 +125,13 @@ def test_policy_gives_one_text_per_seed(policy: LoadedPolicy) -> None:
 
 
 def test_policy_repeats_text_for_same_seed(policy: LoadedPolicy) -> None:
-    first, again = (policy.generate(ask(), go_on).texts for _ in range(2))
-    assert first == again
+    first, second = (policy.generate(ask(), go_on).texts for _ in range(2))
+    assert first == second
 
 
 def test_policy_text_depends_on_seed_not_on_batch(policy: LoadedPolicy) -> None:
-    together = policy.generate(ask(seeds=(5, 6, 7)), go_on).texts
-    assert together == tuple(policy.generate(ask(seeds=(seed,)), go_on).texts[0] for seed in (5, 6, 7))
+    batch = policy.generate(ask(seeds=(5, 6, 7)), go_on).texts
+    assert batch == tuple(policy.generate(ask(seeds=(seed,)), go_on).texts[0] for seed in (5, 6, 7))
 
 
 def test_policy_gives_different_texts_for_seeds(policy: LoadedPolicy) -> None:
@@ -172,17 +177,17 @@ def test_models_raise_interrupt_to_caller(policy: LoadedPolicy, reward: LoadedRe
 
 def test_policy_gives_same_texts_to_many_threads(policy: LoadedPolicy) -> None:
     requests = [ask(f"Question {i}", seeds=tuple(range(i, i + 1 + i % 3)), max_tokens=4 + i) for i in range(12)]
-    alone = [policy.generate(request, go_on).texts for request in requests]
-    together: dict[int, Any] = {}
+    separate = [policy.generate(request, go_on).texts for request in requests]
+    concurrent: dict[int, Any] = {}
     threads = [
-        threading.Thread(target=lambda i=i, r=r: together.update({i: policy.generate(r, go_on).texts}))
+        threading.Thread(target=lambda i=i, r=r: concurrent.update({i: policy.generate(r, go_on).texts}))
         for i, r in enumerate(requests)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(HANG_SECONDS)
-    assert [together[i] for i in range(len(requests))] == alone
+    assert [concurrent[i] for i in range(len(requests))] == separate
 
 
 def test_reward_gives_one_score_per_response(reward: LoadedRewardModel) -> None:
@@ -194,10 +199,10 @@ def test_reward_gives_one_score_per_response(reward: LoadedRewardModel) -> None:
 
 def test_reward_score_does_not_depend_on_batch(reward: LoadedRewardModel) -> None:
     responses = ("Short.", "A response that is somewhat longer than the others.", "Middling, it is.")
-    together = reward.score(rate(*responses), go_on).values
-    alone = [reward.score(rate(response), go_on).values[0] for response in responses]
-    assert together == pytest.approx(alone, abs=1e-4)
-    assert len(set(together)) == 3
+    batch = reward.score(rate(*responses), go_on).values
+    separate = [reward.score(rate(response), go_on).values[0] for response in responses]
+    assert batch == pytest.approx(separate, abs=1e-4)
+    assert len(set(batch)) == 3
 
 
 def test_run_repeats_with_any_reward_model(reward: LoadedRewardModel) -> None:

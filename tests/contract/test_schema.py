@@ -1,4 +1,4 @@
-"""The migrations, on both databases: they build what `tables` says, run up and down, and bear company."""
+"""The migrations, on both databases: declared tables, upgrade and downgrade, and concurrent upgrades."""
 
 import sqlite3
 import threading
@@ -84,10 +84,10 @@ def test_check_names_found_revision_and_remedy(database_url: str) -> None:
 
 
 def test_concurrent_upgrades_succeed(database_url: str) -> None:
-    together = threading.Barrier(6)
+    barrier = threading.Barrier(6)
 
     def upgrade(_: int) -> None:
-        together.wait()
+        barrier.wait()
         schema.upgrade(database_url)
 
     with ThreadPoolExecutor(6) as threads:
@@ -100,7 +100,7 @@ def test_concurrent_upgrades_succeed(database_url: str) -> None:
 def test_upgrade_waits_for_other_writer_of_new_file(tmp_path: Path) -> None:
     file = tmp_path / "tpo.db"
     with closing(sqlite3.connect(file, isolation_level=None)) as other, ThreadPoolExecutor(1) as threads:
-        other.execute("BEGIN IMMEDIATE")  # the file is not yet one with a write-ahead log
+        other.execute("BEGIN IMMEDIATE")  # the file has no write-ahead log yet
         upgraded = threads.submit(schema.upgrade, f"sqlite:///{file}")
         with pytest.raises(TimeoutError):
             upgraded.result(0.5)

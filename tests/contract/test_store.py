@@ -1,4 +1,4 @@
-"""The store, on both databases: what one client and one worker see of it."""
+"""The store, on both databases: operations of one client and one worker."""
 
 from typing import Any, get_args
 
@@ -34,9 +34,9 @@ def test_submit_stores_new_job(store: Store) -> None:
 
 
 def test_unknown_job_raises_not_found(store: Store) -> None:
-    for ask in (store.jobs.get, store.jobs.state, store.jobs.cancel):
+    for query in (store.jobs.get, store.jobs.state, store.jobs.cancel):
         with pytest.raises(JobNotFoundError, match="job_no"):
-            ask("job_no")
+            query("job_no")
     assert store.jobs.events("job_no") == []
     assert claim_one(store, "job_no", "worker-1", 30, **SERVES) is None
 
@@ -72,8 +72,8 @@ def test_claim_takes_lease_and_raises_attempt_and_fence(store: Store) -> None:
 
     assert claim_one(store, job_id, "worker-2", 30, **SERVES) is None
     store.leases.release(lease, delay_seconds=0)
-    again, _ = claim(store, job_id, "worker-2")
-    assert (again.fence, again.attempt) == (2, 2)
+    second, _ = claim(store, job_id, "worker-2")
+    assert (second.fence, second.attempt) == (2, 2)
     assert store.jobs.get(job_id).started_at == job.started_at
 
 
@@ -98,9 +98,9 @@ def test_claim_skips_ineligible_jobs(engine: Engine, store: Store) -> None:
 
 
 def awkward(request: Generate, sample: int) -> Text:
-    """Responses that databases and parsers trip over; some are unusable."""
-    nasty = ["nul \x00 and \ud800", "'; DROP TABLE jobs; --", "", "cut", "🎉 \u202e %s $query {x}", "untagged"]
-    text = nasty[(sample + request.iteration) % len(nasty)]
+    """Return a sample with characters that are difficult for databases and parsers; some are unusable."""
+    texts = ["nul \x00 and \ud800", "'; DROP TABLE jobs; --", "", "cut", "🎉 \u202e %s $query {x}", "untagged"]
+    text = texts[(sample + request.iteration) % len(texts)]
     if request.kind == "update" and text != "untagged":
         text = tagged(text)
     return said(text or " ", "length" if text == "cut" else "stop")
@@ -151,8 +151,8 @@ def test_checkpoint_stores_job_without_usable_sample(store: Store) -> None:
 
 
 def test_submit_stores_conversation_with_system_message(store: Store) -> None:
-    turns = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hello!"), ("user", "Where is it?"))
-    state = new_state().model_copy(update={"input": tuple(Message(role=r, content=c) for r, c in turns)})
+    messages = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hello!"), ("user", "Where is it?"))
+    state = new_state().model_copy(update={"input": tuple(Message(role=r, content=c) for r, c in messages)})
     assert store.jobs.state(create(store, state)) == state
 
 
@@ -160,13 +160,13 @@ def test_checkpoint_is_idempotent(engine: Engine, store: Store) -> None:
     lease, before = claim(store, create(store))
     made = make_step(before)
     store.leases.checkpoint(lease, made)
-    once = rows(engine)
+    first = rows(engine)
     assert store.leases.checkpoint(lease, made) == Flags(False, False)
-    twice = rows(engine)
+    second = rows(engine)
     put(engine, lease.job_id, lease_until=0.0)
     with pytest.raises(IntegrityError):
         store.leases.checkpoint(lease, make_step(before, FakePolicy(lambda _r, _s: said("another"))))
-    assert {**twice, "jobs": 0} == {**once, "jobs": 0}
+    assert {**second, "jobs": 0} == {**first, "jobs": 0}
     assert store.jobs.get(lease.job_id).last_event == len(store.jobs.events(lease.job_id))
     assert store.jobs.state(lease.job_id) == made.after
     assert store.jobs.get(lease.job_id).lease_until == 0.0
@@ -176,10 +176,10 @@ def test_lost_lease_cannot_write(engine: Engine, store: Store) -> None:
     job_id = create(store)
     lost, before = claim(store, job_id, seconds=-1)
     store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
-    # By the same worker: it is the fence that tells the two claims apart.
+    # Claimed by the same worker, so that only the fence distinguishes the two claims.
     held, state = claim(store, job_id, "worker-1")
     store.leases.checkpoint(held, make_step(state))
-    everything = rows(engine)
+    before_writes = rows(engine)
     for write in (
         lambda: store.leases.checkpoint(lost, make_step(before)),
         lambda: store.leases.finish(lost, Outcome("completed", output="mine")),
@@ -188,10 +188,10 @@ def test_lost_lease_cannot_write(engine: Engine, store: Store) -> None:
     ):
         with pytest.raises(LeaseLostError):
             write()
-        assert rows(engine) == everything
+        assert rows(engine) == before_writes
     assert store.leases.renew("worker-2", [job_id], 30) == {}
     assert store.leases.check("worker-2", [job_id]) == {}
-    assert rows(engine) == everything
+    assert rows(engine) == before_writes
     assert store.leases.renew("worker-1", [job_id], 30)[job_id][0] == held.fence
 
 
@@ -238,8 +238,8 @@ def test_finish_stores_outcome(engine: Engine, store: Store, outcome: Outcome) -
     store.leases.checkpoint(lease, made := make_step(state))
     assert store.leases.finish(lease, outcome) == outcome.status
     job = store.jobs.get(lease.job_id)
-    told: dict[str, Any] = {name: getattr(job, name) for name in vars(outcome)}
-    assert told == vars(outcome)
+    stored: dict[str, Any] = {name: getattr(job, name) for name in vars(outcome)}
+    assert stored == vars(outcome)
     assert job.completed_at is not None
     assert (job.lease_owner, job.lease_until, job.phase) == (None, None, None)
     assert event_types(store, job.id)[-1] == f"job.{outcome.status}"
@@ -269,9 +269,9 @@ def test_cancel_ends_waiting_job_and_requests_running_one(engine: Engine, store:
         assert event_types(store, job_id)[-1] == "job.cancelled"
     job = store.jobs.cancel(running)
     assert (job.status, job.completed_at) == ("cancelling", None)
-    asked = rows(engine)
+    requested = rows(engine)
     assert store.jobs.cancel(running).status == "cancelling"
-    assert rows(engine) == asked
+    assert rows(engine) == requested
     store.leases.checkpoint(lease, make_step(state))
     assert store.leases.finish(lease, Outcome("completed", output="too late")) == "cancelled"
     assert store.jobs.get(running).output is None
@@ -299,7 +299,7 @@ def test_release_with_delay_counts_attempt_and_waits(engine: Engine, store: Stor
     assert store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60) == []
     put(engine, job.id, next_attempt_at=job.created_at)
     due = [store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60) for _ in range(2)]
-    assert [[bell.job_id for bell in bells] for bells in due] == [[job.id], []]
+    assert [[wake_up.job_id for wake_up in wake_ups] for wake_ups in due] == [[job.id], []]
     assert claim(store, job.id, "worker-2")[0].attempt == 2
 
 
@@ -330,7 +330,7 @@ def test_events_are_paged_by_number(store: Store) -> None:
 
 
 def ended_in(store: Store, engine: Engine, status: Status) -> tuple[str, State]:
-    """A job with a record that has ended in this status."""
+    """Return the id and the state of a job with a record that ended in this status."""
     lease, state = claim(store, create(store))
     store.leases.checkpoint(lease, made := make_step(state))
     after = made.after
@@ -346,7 +346,7 @@ def test_triggers_protect_ended_jobs(engine: Engine, store: Store, status: Statu
         if other != status:
             with pytest.raises(IntegrityError, match="a terminal status never changes"):
                 put(engine, job_id, status=other)
-    put(engine, job_id, status=status)  # the same one is no change
+    put(engine, job_id, status=status)  # setting the same status is not a change
     for insert in (
         "INSERT INTO calls VALUES (:id, 9, 'critique', 1, 1, 1, 1, 1.0)",
         "INSERT INTO candidates VALUES (:id, 9, 9, 'text', 1, 1.0, NULL, NULL)",

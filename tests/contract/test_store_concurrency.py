@@ -70,11 +70,11 @@ def test_concurrent_sweeps_and_renewals_are_consistent(store: Store) -> None:
             b.job_id for _ in range(3) for b in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
         ]
 
-    rung = run_together(sweep, sweep, sweep, partial(store.leases.renew, "worker-1", jobs, 30))
-    heard = {job_id for bells in rung[:3] for job_id in bells}  # type: ignore[attr-defined]
+    results = run_together(sweep, sweep, sweep, partial(store.leases.renew, "worker-1", jobs, 30))
+    notified = {job_id for job_ids in results[:3] for job_id in job_ids}  # type: ignore[attr-defined]
     queued = {job_id for job_id in jobs if store.jobs.get(job_id).status == "queued"}
-    assert bool(heard) == bool(queued)
-    assert heard <= queued
+    assert bool(notified) == bool(queued)
+    assert notified <= queued
     for job_id in jobs:
         assert store.jobs.get(job_id).status in ("queued", "in_progress")
         assert event_types(store, job_id).count("job.retrying") == (job_id in queued)
@@ -106,11 +106,11 @@ def test_group_commit_batches_writes_and_isolates_failures(tmp_path: Path) -> No
     with ThreadPoolExecutor(6) as threads:
         with writing(engine) as session:
             session.execute(select(now()))
-            asked = [threads.submit(submit, name) for name in ("a", "b", "taken", "c", "d")]
+            writes = [threads.submit(submit, name) for name in ("a", "b", "taken", "c", "d")]
             eventually(lambda: len(engine.get_execution_options()["tpo_waiting"]) == 5, why="all wait")
         with pytest.raises(ExternalIdTakenError):
-            asked[2].result()
-        made = [future.result() for future in asked[:2] + asked[3:]]
+            writes[2].result()
+        made = [future.result() for future in writes[:2] + writes[3:]]
     assert len(commits) == 2
     assert sorted(job.id for job in store.jobs.page(limit=9)) == sorted([taken, *made])
     assert [event_types(store, job_id) for job_id in made] == [["job.queued"]] * 4
@@ -126,11 +126,11 @@ def test_group_commit_failure_fails_every_write(sqlite: Engine) -> None:
     with ThreadPoolExecutor(3) as threads:
         with writing(sqlite) as session:
             session.execute(select(now()))
-            asked = [threads.submit(create, store) for _ in range(3)]
+            writes = [threads.submit(create, store) for _ in range(3)]
             eventually(lambda: len(sqlite.get_execution_options()["tpo_waiting"]) == 3, why="all wait")
             session.commit()
             event.listen(sqlite, "commit", fail)
-        for each in asked:
+        for each in writes:
             with pytest.raises(StoreUnavailableError):
                 each.result()
     event.remove(sqlite, "commit", fail)
@@ -141,39 +141,43 @@ def test_sweep_skips_locked_rows(postgres: Engine) -> None:
     store = Store(postgres)
     locked, lost = (claim(store, create(store), seconds=-1)[0].job_id for _ in range(2))
     with writing(postgres) as session:
-        session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '20s'"))  # a sweep that waits fails
+        session.execute(
+            text("SET LOCAL idle_in_transaction_session_timeout = '20s'")
+        )  # a sweep that waits for the row fails
         session.execute(update(Job).where(Job.id == locked).values(input_tokens=1))
-        rung = [bell.job_id for bell in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
-    assert rung == [lost]
+        notified = [
+            wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
+        ]
+    assert notified == [lost]
     assert store.jobs.get(locked).status == "in_progress"
 
 
 def test_sqlite_writers_lose_no_update(sqlite: Engine) -> None:
     job_id = create(Store(sqlite))
 
-    def count() -> None:
+    def increment() -> None:
         for _ in range(25):
             with writing(sqlite) as session:
                 read = session.scalars(select(Job.input_tokens).where(Job.id == job_id)).one()
                 session.execute(update(Job).where(Job.id == job_id).values(input_tokens=read + 1))
 
-    run_together(*[count] * 4)
+    run_together(*[increment] * 4)
     assert Store(sqlite).jobs.get(job_id).input_tokens == 100
 
 
 def test_sqlite_readers_do_not_wait_for_writer(sqlite: Engine) -> None:
     store = Store(sqlite)
     job_id = create(store)
-    impatient = connect(str(make_url(sqlite.url)))
+    reader_engine = connect(str(make_url(sqlite.url)))
     with writing(sqlite) as session:
         session.execute(update(Job).where(Job.id == job_id).values(model="uncommitted"))
-        reader = Store(impatient)  # whoever waits for the writer here fails, for it goes on only afterwards
+        reader = Store(reader_engine)  # a reader that waited would time out: the writer continues only afterwards
         assert reader.jobs.get(job_id).model == "policy"
         assert reader.jobs.state(job_id).params.sample_size == 2
         assert [job.id for job in reader.jobs.page(limit=9)] == [job_id]
         assert len(reader.jobs.events(job_id)) == 1
         assert reader.leases.check("worker-1", [job_id]) == {}
-    impatient.dispose()
+    reader_engine.dispose()
 
 
 def test_reader_sees_one_snapshot(engine: Engine, store: Store) -> None:
@@ -186,7 +190,7 @@ def test_reader_sees_one_snapshot(engine: Engine, store: Store) -> None:
 
 
 def test_group_commit_isolates_flush_failure(engine: Engine) -> None:
-    """What an ORM session holds back until its commit fails there, after the work itself has returned."""
+    """Check rows that an ORM session flushes only at commit, after the function that adds them has returned."""
 
     def add(session: Session, name: str) -> str:
         session.add(Tenant(id=name, created_at=0.0))

@@ -1,4 +1,4 @@
-"""The store, on both databases: when databases are away, clocks are wrong, and many write at once."""
+"""The store, on both databases: unavailable databases, lost acknowledgements, wrong clocks and bad configuration."""
 
 import secrets
 import time
@@ -56,7 +56,7 @@ def test_unreadable_job_fails_after_its_attempts(engine: Engine, store: Store) -
     job = store.jobs.get(job_id)
     assert (job.status, job.lease_owner, job.attempt) == ("queued", None, 1)
     assert job.next_attempt_at is not None
-    assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None  # it waits
+    assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None  # it waits for its back-off
     put(engine, job_id, next_attempt_at=None)
     assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None
     job = store.jobs.get(job_id)
@@ -65,24 +65,24 @@ def test_unreadable_job_fails_after_its_attempts(engine: Engine, store: Store) -
 
 
 def test_wrong_process_clock_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    early, right, late = -600.0, 0.0, 600.0
+    early, correct, late = -600.0, 0.0, 600.0
     seconds, nanoseconds = time.time, time.time_ns
 
-    def set_clock(off: float) -> None:
-        monkeypatch.setattr(time, "time", lambda: seconds() + off)
-        monkeypatch.setattr(time, "time_ns", lambda: nanoseconds() + int(off * 1e9))
+    def set_clock(offset: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: seconds() + offset)
+        monkeypatch.setattr(time, "time_ns", lambda: nanoseconds() + int(offset * 1e9))
 
     ids = []
-    for off in (late, right, early):
-        set_clock(off)
+    for offset in (late, correct, early):
+        set_clock(offset)
         lease, state = claim(store, create(store, deadline_seconds=300), seconds=30)
         ids.append(lease.job_id)
         assert store.maintenance.sweep(renotify_seconds=15, forget_worker_seconds=60) == []
         flags = store.leases.checkpoint(lease, make_step(state))
         assert not flags.past_deadline
         job = store.jobs.get(lease.job_id)
-        for told in (job.created_at, job.started_at, (job.lease_until or 0) - 30, (job.deadline_at or 0) - 300):
-            assert told == pytest.approx(seconds(), abs=20)
+        for recorded in (job.created_at, job.started_at, (job.lease_until or 0) - 30, (job.deadline_at or 0) - 300):
+            assert recorded == pytest.approx(seconds(), abs=20)
         assert int(job.id[4:16], 16) / 1000 == pytest.approx(job.created_at, abs=20)
     assert [store.jobs.get(job_id).status for job_id in ids] == ["in_progress"] * 3
 
@@ -93,7 +93,7 @@ def test_unreachable_database_raises_store_unavailable(kind: str, tmp_path: Path
     url = f"sqlite:///{tmp_path}" if kind == "sqlite" else f"postgresql+psycopg://me@127.0.0.1:{free_port()}/tpo"
     engine = connect(url)
     store = Store(engine)
-    for ask in (
+    for query in (
         store.ping,
         partial(store.jobs.get, "job_1"),
         partial(create, store),
@@ -101,12 +101,12 @@ def test_unreachable_database_raises_store_unavailable(kind: str, tmp_path: Path
         partial(store.maintenance.sweep, renotify_seconds=1, forget_worker_seconds=1),
     ):
         with pytest.raises(StoreUnavailableError):
-            ask()
+            query()
     engine.dispose()
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
         ("postgresql+psycopg://me:secret-word@127.0.0.1/tpo?colour=red", "the driver refuses colour"),
         ("sqlite:///{folder}/tpo.db?colour=red", "the driver refuses colour"),
@@ -114,15 +114,15 @@ def test_unreachable_database_raises_store_unavailable(kind: str, tmp_path: Path
         ("sqlite:///{folder}/file/sub/tpo.db", "the folder .*/file/sub cannot be made: Not a directory"),
     ],
 )
-def test_connect_refuses_unusable_url(url: str, says: str, tmp_path: Path) -> None:
+def test_connect_refuses_unusable_url(url: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DatabaseRefusedError, match=f"^TPO_DATABASE_URL: {says}") as refused:
+    with pytest.raises(DatabaseRefusedError, match=f"^TPO_DATABASE_URL: {message}") as refused:
         connect(url.format(folder=tmp_path))
     assert "secret-word" not in str(refused.value)
 
 
 def kill_backends(engine: Engine) -> None:
-    """End every connection to the engine's PostgreSQL database, as a restart of the server does."""
+    """Terminate every connection to the engine's PostgreSQL database, as a restart of the server does."""
     name = engine.url.database
     with psycopg.connect(
         engine.url.set(drivername="postgresql").render_as_string(hide_password=False), dbname="postgres"
@@ -167,7 +167,7 @@ def test_postgresql_connection_lost_in_waiting_claim_raises(postgres: Engine, mo
             claims._wait_for_turn(session, claims.Pair("policy", "reward"))
             claimed = thread.submit(store.leases.claim, "worker-1", 30, **SERVES)
             with single_query(postgres) as connection:
-                pid = eventually(lambda: connection.scalar(waits), why="the claim waits for its turn")
+                pid = eventually(lambda: connection.scalar(waits), why="the claim waits for the advisory lock")
                 connection.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
         with pytest.raises(StoreUnavailableError):
             claimed.result()
@@ -204,15 +204,15 @@ def test_postgresql_errors_name_the_cause(postgres: Engine) -> None:
     with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as admin:
         admin.execute(f'CREATE ROLE "{role}" LOGIN')
         admin.execute(f'CREATE ROLE "{role}-full" LOGIN CONNECTION LIMIT 0')
-    for user, database, says in (
+    for user, database, message in (
         (role, url.database, "The database's user may not do that"),
         (f"{role}-full", url.database, "takes no more connections"),
         (role, f"{url.database}-none", "no such user or database"),
     ):
         engine = connect(url.set(username=user, database=database).render_as_string(hide_password=False))
-        with pytest.raises(StoreUnavailableError, match=says):
+        with pytest.raises(StoreUnavailableError, match=message):
             check(engine)
-        with pytest.raises(StoreUnavailableError, match=says):
+        with pytest.raises(StoreUnavailableError, match=message):
             create(Store(engine))
         engine.dispose()
 
@@ -240,19 +240,19 @@ def test_postgresql_url_options_are_merged_with_limits(postgres: Engine) -> None
 
 
 @pytest.mark.parametrize(
-    ("pragma", "says"),
+    ("pragma", "message"),
     [
-        ("max_page_count = 1", "The disk that holds the database is full"),  # as low as it can be: no page more
+        ("max_page_count = 1", "The disk that holds the database is full"),  # no further page can be allocated
         ("query_only = 1", "The database can only be read"),
     ],
 )
-def test_sqlite_errors_name_the_cause_and_recover(sqlite: Engine, pragma: str, says: str) -> None:
+def test_sqlite_errors_name_the_cause_and_recover(sqlite: Engine, pragma: str, message: str) -> None:
     store = Store(sqlite)
     made = create(store)
     sqlite.dispose()
     event.listen(sqlite, "connect", prepare := lambda connection, _record: connection.execute(f"PRAGMA {pragma}"))
     large = new_state(query="x" * 100_000)
-    with pytest.raises(StoreUnavailableError, match=says):
+    with pytest.raises(StoreUnavailableError, match=message):
         create(store, large)
     assert [job.id for job in store.jobs.page(limit=9)] == [made]
     event.remove(sqlite, "connect", prepare)

@@ -1,4 +1,4 @@
-"""Requests said twice, and quotas, on both databases."""
+"""Idempotent requests, quotas and retention, on both databases."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,6 +24,7 @@ STATE = new_state(sample_size=2)
 def submit(
     store: Store, once: IdempotencyRequest | None = None, limits: Limits | None = None, external_id: str | None = None
 ) -> Submitted:
+    """Submit a job."""
     return store.jobs.submit(
         STATE, once=once, limits=limits, max_attempts=3, external_id=external_id, model="policy", reward_model="reward"
     )
@@ -32,8 +33,8 @@ def submit(
 def test_same_key_and_body_return_first_job(engine: Engine, store: Store) -> None:
     first = submit(store, IdempotencyRequest("body", "key"))
     before = rows(engine)
-    again = submit(store, IdempotencyRequest("body", "key"))
-    assert (first.new, again.new, again.job.id) == (True, False, first.job.id)
+    second = submit(store, IdempotencyRequest("body", "key"))
+    assert (first.new, second.new, second.job.id) == (True, False, first.job.id)
     with pytest.raises(IdempotencyConflictError):
         submit(store, IdempotencyRequest("another body", "key"))
     assert rows(engine) == before
@@ -76,6 +77,7 @@ def test_concurrent_equal_requests_create_one_job(store: Store) -> None:
 
 
 def end(store: Store, job_id: str) -> None:
+    """Claim a job and fail it."""
     held: Lease = claim(store, job_id)[0]
     store.leases.finish(held, Outcome("failed", error_code="x", error_message="x"))
 
@@ -91,7 +93,7 @@ def test_in_flight_limit_counts_per_tenant(engine: Engine, store: Store) -> None
     assert rows(engine) == before
     assert not submit(
         store, IdempotencyRequest("body", "key"), limits
-    ).new  # what was taken is not refused when it comes again
+    ).new  # a repeated request that was accepted is not refused
     assert submit(store.for_tenant("acme"), limits=limits).new
     end(store, first.id)
     assert submit(store, limits=limits).new
@@ -99,8 +101,8 @@ def test_in_flight_limit_counts_per_tenant(engine: Engine, store: Store) -> None
 
 def test_rate_limit_counts_jobs_per_minute(engine: Engine, store: Store) -> None:
     limits = Limits(per_minute=3)
-    rooms = [submit(store, limits=limits).room for _ in range(3)]
-    assert [(room.limit, room.remaining) for room in rooms if room] == [(3, 2), (3, 1), (3, 0)]
+    statuses = [submit(store, limits=limits).room for _ in range(3)]
+    assert [(status.limit, status.remaining) for status in statuses if status] == [(3, 2), (3, 1), (3, 0)]
     with pytest.raises(QuotaExceededError) as refused:
         submit(store, limits=limits)
     assert refused.value.code == "rate_limit_exceeded"
@@ -129,14 +131,14 @@ def test_tenant_limits_override_defaults(store: Store) -> None:
 
 
 def test_concurrent_submits_respect_in_flight_limit(store: Store) -> None:
-    def ask(_i: int) -> bool:
+    def try_submit(_i: int) -> bool:
         try:
             return submit(store, limits=Limits(in_flight=5)).new
         except QuotaExceededError:
             return False
 
     with ThreadPoolExecutor(12) as threads:
-        assert sum(threads.map(ask, range(24))) == 5
+        assert sum(threads.map(try_submit, range(24))) == 5
 
 
 def test_purge_removes_old_ended_jobs_only(engine: Engine, store: Store) -> None:
@@ -148,7 +150,7 @@ def test_purge_removes_old_ended_jobs_only(engine: Engine, store: Store) -> None
     store.jobs.pause(held)
     store.jobs.cancel(unwanted)
     execute(engine, f"UPDATE jobs SET completed_at = completed_at - 1000 WHERE id = '{old}'")
-    # A live job that pretends to have ended long ago: its state is what counts.
+    # Live jobs get an old end time, but only the status decides.
     execute(engine, f"UPDATE jobs SET completed_at = 1 WHERE id <> '{old}' AND id <> '{fresh}'")
     submit(store, IdempotencyRequest("body", "key"))
     execute(engine, "UPDATE idempotency_keys SET created_at = 1")

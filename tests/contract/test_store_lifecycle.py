@@ -1,4 +1,4 @@
-"""Pause, resume, retry, extend and forget, on both databases."""
+"""Pause, resume, retry, extend and delete, on both databases."""
 
 import random
 from collections.abc import Callable
@@ -22,10 +22,12 @@ from tpo.store import Store
 
 
 def sweep(store: Store) -> list[str]:
-    return [bell.job_id for bell in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
+    """Run one sweep and return the ids of the jobs to notify workers of."""
+    return [wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
 
 
-def go_on_from(store: Store, job_id: str, state: State) -> Job:
+def continue_from(store: Store, job_id: str, state: State) -> Job:
+    """Create a job that continues from the state of another one."""
     made = store.jobs.create_from(
         job_id, state, once=None, limits=None, max_attempts=3, model="policy", reward_model="reward"
     )
@@ -97,9 +99,9 @@ def test_cancel_overrides_pause(store: Store) -> None:
     lease, _ = claim(store, create(store))
     store.jobs.pause(lease.job_id)
     assert store.jobs.cancel(lease.job_id).pause_requested_at is None
-    for ask in (store.jobs.pause, store.jobs.resume):
+    for change in (store.jobs.pause, store.jobs.resume):
         with pytest.raises(WrongStateError):
-            ask(lease.job_id)
+            change(lease.job_id)
     assert store.leases.release(lease) == "cancelled"
 
 
@@ -108,9 +110,9 @@ def test_ended_job_cannot_be_paused_or_resumed(engine: Engine, store: Store, sta
     lease, _ = claim(store, create(store))
     store.leases.finish(lease, Outcome(status))
     before = rows(engine)
-    for ask in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now):
+    for change in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now):
         with pytest.raises(WrongStateError):
-            ask(lease.job_id)
+            change(lease.job_id)
     assert rows(engine) == before
 
 
@@ -145,7 +147,7 @@ def test_retried_job_continues_from_record(store: Store) -> None:
     after = made.after
     store.leases.finish(lease, Outcome("failed", error_code="worker_lost", error_message="lost"))
     old = store.jobs.get(lease.job_id)
-    new = go_on_from(store, old.id, retried(old, store.jobs.state(old.id)))
+    new = continue_from(store, old.id, retried(old, store.jobs.state(old.id)))
     assert (new.status, new.source_id, new.input_tokens) == ("queued", old.id, 0)
     assert store.jobs.state(new.id) == after.model_copy(update={"calls": ()})
     assert store.jobs.get(old.id).status == "failed"
@@ -170,25 +172,25 @@ def test_extended_job_equals_longer_job(store: Store, mode: str) -> None:
     store.leases.finish(lease, Outcome("completed", output="short"))
     old = store.jobs.get(lease.job_id)
     more = extended(old, ended, 2)
-    made = go_on_from(store, old.id, more)
+    made = continue_from(store, old.id, more)
     assert (made.iteration, made.best_candidate, made.best_reward) == (2, old.best_candidate, old.best_reward)
     held, begun = claim(store, made.id)
     assert begun.calls == ()
     last = drive(store, held, begun)
-    straight = run(
+    uninterrupted = run(
         new_state(mode=mode, sample_size=3, max_iterations=3, seed=5),
         FakePolicy(),
         FakeReward(),
         lambda _s: None,
         go_on,
     )
-    assert (last.candidates, last.iterations) == (straight.candidates, straight.iterations)
-    assert last.calls[-1].number == len(last.calls) == len(straight.calls) - len(ended.calls)
+    assert (last.candidates, last.iterations) == (uninterrupted.candidates, uninterrupted.iterations)
+    assert last.calls[-1].number == len(last.calls) == len(uninterrupted.calls) - len(ended.calls)
     assert store.jobs.state(old.id) == ended
 
 
-def falls(text: str) -> float:
-    """Rewards that fall from step to step."""
+def falling_reward(text: str) -> float:
+    """Return a reward that falls with each iteration."""
     return -float(text.split()[1].partition("-")[0])
 
 
@@ -196,13 +198,13 @@ def test_decline_is_recorded_and_published(store: Store) -> None:
     lease, state = claim(store, create(store, new_state(sample_size=2, max_iterations=2)))
     seen = []
     for _ in range(10):
-        made = make_step(state, reward=FakeReward(falls))
+        made = make_step(state, reward=FakeReward(falling_reward))
         store.leases.checkpoint(lease, made)
         state = made.after
         seen.append(store.jobs.get(lease.job_id).declined_iteration)
     assert seen == [None] * 5 + [1] * 4 + [2]
-    told = [e for e in store.jobs.events(lease.job_id) if e.type == "job.iteration.declined"]
-    assert [e.data for e in told] == [
+    events = [e for e in store.jobs.events(lease.job_id) if e.type == "job.iteration.declined"]
+    assert [e.data for e in events] == [
         {"iteration": 1, "mean_reward": -1.0, "mean_reward_before": 0.0},
         {"iteration": 2, "mean_reward": -2.0, "mean_reward_before": -1.0},
     ]
@@ -218,7 +220,7 @@ def test_early_stopped_job_can_be_extended(store: Store) -> None:
     store.leases.finish(lease, outcome_of_run(ended))
     old = store.jobs.get(lease.job_id)
     assert (old.status, old.stop_reason) == ("completed", "early_stop")
-    made = go_on_from(store, old.id, extended(old, ended, 1))
+    made = continue_from(store, old.id, extended(old, ended, 1))
     assert (made.iteration, made.phase, made.stop_reason) == (2, "critique", None)
     held, begun = claim(store, made.id)
     assert len(drive(store, held, begun).iterations) == 2
@@ -234,7 +236,7 @@ def test_budget_within_iteration_leaves_it_incomplete(store: Store) -> None:
     assert (job.status, job.incomplete_reason, job.iteration) == ("incomplete", "max_seconds", 1)
     types = event_types(store, job.id)
     assert types.count("job.iteration.completed") == 1
-    again = go_on_from(store, job.id, retried(job, ended))
+    again = continue_from(store, job.id, retried(job, ended))
     held, begun = claim(store, again.id)
     assert [c.kind for c in drive(store, held, begun).calls] == ["gradient", "update", "score"]
 
@@ -281,8 +283,8 @@ def test_delete_removes_all_rows_of_job(engine: Engine, store: Store) -> None:
 def test_new_events_lists_events_and_deleted_jobs(store: Store) -> None:
     first, second = create(store), create(store)
     claim(store, first)
-    news = store.events.new_events({first: 1, second: 1, "job_none": 0})
-    assert [(e.job_id, e.number) for e in news.events] == [(first, 2), (first, 3)]
-    assert news.gone == {"job_none"}
+    found = store.events.new_events({first: 1, second: 1, "job_none": 0})
+    assert [(e.job_id, e.number) for e in found.events] == [(first, 2), (first, 3)]
+    assert found.gone == {"job_none"}
     assert store.events.new_events({}).events == ()
     assert len(store.events.new_events({**{f"job_{i}": 0 for i in range(1000)}, second: 0}).events) == 1
