@@ -1,4 +1,4 @@
-"""Each prompt shows the right text in the right slot: an error there is one that no score would notice."""
+"""Each prompt shows the right text in the right slot; no score would reveal an error there."""
 
 import re
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ ORDER: dict[str, dict[str, Sequence[str]]] = {
         "update": ("query", "chosen", "suggestions"),
     },
 }
-SHOWS = {
+TEXT_OF_LABEL = {
     "request": "query",
     "chosen_response": "chosen",
     "rejected_response": "rejected",
@@ -44,11 +44,14 @@ SHOWS = {
     "instructions": "gradient",
     "suggestions": "gradient",
 }
-"""The text that a label stands for, where it has another name."""
+"""Names of the texts whose label in the prompt differs."""
 
 
 def slots(prompt_set: str, request: Generate) -> Slots:
-    """Read the labelled texts of a prompt, in their order. In a conversation the policy's own turns are labels too."""
+    """Return the labelled texts of a prompt, in order.
+
+    In a conversation, the turns of the policy count as its review and its instructions.
+    """
     if prompt_set == "tiny":
         (message,) = request.messages
         return LINES.findall(message.content)
@@ -60,7 +63,7 @@ def slots(prompt_set: str, request: Generate) -> Slots:
 
 
 def recorded_texts(recorded: dict[str, Any], number: int, last: State) -> dict[str, str]:
-    """Return the texts of one iteration as the recorded run has them."""
+    """Return the texts of one iteration of the recorded run."""
     critiques = [call for call in recorded["expect"]["calls"] if call["kind"] == "loss"]
     iteration, written = last.iterations[number - 1], recorded["replies"]["iterations"][number - 1]
     texts = {
@@ -91,10 +94,12 @@ def test_prompt_slots_of_recorded_runs(number: int, prompt_set: str) -> None:
     assert bool(prompted) == bool(last.iterations)
     for request in prompted:
         texts = recorded_texts(recorded, request.iteration, last)
-        labels = [label for label in ORDER[prompt_set][request.kind] if SHOWS.get(label, label) in texts]
-        assert slots(prompt_set, request) == [(label, texts[SHOWS.get(label, label)]) for label in labels]
+        labels = [label for label in ORDER[prompt_set][request.kind] if TEXT_OF_LABEL.get(label, label) in texts]
+        assert slots(prompt_set, request) == [(label, texts[TEXT_OF_LABEL.get(label, label)]) for label in labels]
 
 
 @pytest.mark.parametrize("name", names())
-def test_golden_rendering(name: str) -> None:
-    assert rendering(name) == golden(name).read_text(encoding="utf-8"), "python -m tests.support.renderings writes it"
+def test_rendering_matches_golden_file(name: str) -> None:
+    assert rendering(name) == golden(name).read_text(encoding="utf-8"), (
+        "run python -m tests.support.renderings to update it"
+    )

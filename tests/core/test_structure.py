@@ -1,4 +1,4 @@
-"""The structure: import contracts hold for every folder, those of the tests too, and no class is overloaded."""
+"""The structure of the code: import contracts apply to every folder, and no class has too many methods."""
 
 import ast
 import os
@@ -30,7 +30,7 @@ PLANTED = {
 
 
 @pytest.mark.processes
-def test_every_forbidden_import_is_found(tmp_path: Path) -> None:
+def test_import_contracts_find_forbidden_imports(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__", "models", "data")
@@ -48,7 +48,7 @@ def test_every_forbidden_import_is_found(tmp_path: Path) -> None:
     assert all(found.values()), [module for module, is_found in found.items() if not is_found]
 
 
-def test_no_class_has_more_than_25_public_methods() -> None:
+def test_classes_have_at_most_25_public_methods() -> None:
     counts: dict[str, int] = {}
     for package in ("tpo", "api", "worker", "demo", "bench", "testing"):
         for file in (ROOT / package).rglob("*.py"):
@@ -59,6 +59,6 @@ def test_no_class_has_more_than_25_public_methods() -> None:
     assert max(counts.values()) <= 25, {name: count for name, count in counts.items() if count > 25}
     parts = [part for part in vars(Store(create_engine("sqlite://"))).values() if isinstance(part, Queries)]
     assert len(parts) > 10
-    for part in parts:  # with what they inherit
+    for part in parts:  # including inherited methods
         public = [name for name in dir(part) if not name.startswith("_") and callable(getattr(part, name))]
         assert len(public) <= 25, (type(part).__name__, public)

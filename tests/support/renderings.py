@@ -1,4 +1,4 @@
-"""Golden renderings of the prompt sets that ship: `python -m tests.support.renderings` writes them again."""
+"""Golden renderings of the shipped prompt sets; `python -m tests.support.renderings` rewrites them."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def rendering(name: str) -> str:
 
 
 def golden(name: str) -> Path:
-    """Return the file that holds the rendering of a prompt set."""
+    """Return the file with the golden rendering of a prompt set."""
     return FOLDER / f"{name}.txt"
 
 
