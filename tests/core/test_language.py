@@ -1,4 +1,4 @@
-"""The language of code and documents: standard terms, and no word of the private dialect that this project began with."""
+"""The language of code and documents: standard terms, and no word of the dialect that this project began with."""
 
 import ast
 import re
@@ -49,9 +49,9 @@ def dialect(file: Path) -> list[str]:
 def docstrings(file: Path) -> Iterator[tuple[int, str]]:
     """Iterate over the docstrings of a file's modules, classes and functions."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                yield getattr(node, "lineno", 1), text
+        has_docstring = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if has_docstring and (text := ast.get_docstring(node)):
+            yield getattr(node, "lineno", 1), text
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -64,7 +64,7 @@ def test_document_has_no_dialect(document: Path) -> None:
     assert dialect(document) == []
 
 
-@pytest.mark.parametrize("package", ("tpo", "api", "worker", "testing"))
+@pytest.mark.parametrize("package", ["tpo", "api", "worker", "testing"])
 def test_docstrings_are_sentences(package: str) -> None:
     clauses = [
         f"{file.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
