@@ -4,7 +4,7 @@ from tpo.batches.advance import BatchAdvancer
 from tpo.broker import JobNotifier
 from worker.guard import guarded
 
-NOTIFY_SECONDS = 1.0
+NOTIFY_BATCHES_SECONDS = 1.0
 """How often batches are looked for that can advance: the pause after which a batch's next jobs are created."""
 
 
@@ -18,7 +18,7 @@ class BatchTasks:
     def notify_due(self) -> None:
         """Notify the maintenance worker of batches that nobody has advanced lately."""
         with guarded("batches not notified"):
-            for batch_id in self._advancer.due(NOTIFY_SECONDS / 2):
+            for batch_id in self._advancer.due(NOTIFY_BATCHES_SECONDS / 2):
                 self._notifier.notify_batch(batch_id)
 
     def advance(self, batch_id: str) -> None:
