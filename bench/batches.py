@@ -83,7 +83,7 @@ def measure(system: System, folder: Path, count: int, *, ingest_only: bool) -> N
             batch = client.get(f"/batches/{batch['id']}").json()
             if batch["status"] in told:
                 print(f"{told.pop(batch['status'])}: {time.perf_counter() - began:.1f} s", flush=True)
-            row = system.store.batch_steps.unended(batch["id"])
+            row = system.store.batches.get(batch["id"])
             if ingest_only and row is not None and row.line == count:
                 break
         took = time.perf_counter() - began

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from tpo.batches.advance import BatchAdvancer
 from tpo.broker import (
     ADVANCE_BATCH,
     DELIVER_WEBHOOK,
@@ -15,6 +16,7 @@ from tpo.broker import (
     SWEEP,
     JobNotifier,
 )
+from tpo.openai.batch_lines import OpenAILines
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.celery.app import controller, make_app
@@ -23,7 +25,7 @@ from worker.celery.scheduler import beat
 from worker.drain import Drain
 from worker.logs import log
 from worker.startup import node_name, start
-from worker.tasks.batches import RING_SECONDS, BatchAdvancer
+from worker.tasks.batches import NOTIFY_SECONDS, BatchTasks
 from worker.tasks.cleaner import PURGE_SECONDS, Cleaner
 from worker.tasks.rescuer import Rescuer
 from worker.tasks.webhooks import RING_SECONDS as RING_WEBHOOKS_SECONDS
@@ -39,13 +41,13 @@ def main(settings: Settings, store: Store) -> int:
     name = node_name("maintenance")
     notifier = JobNotifier(settings.broker_url.get_secret_value())
     sweeper = Rescuer(settings, store, notifier)
-    batcher = BatchAdvancer(settings, store, notifier)
+    batches = BatchTasks(BatchAdvancer(store.engine, settings, notifier, OpenAILines()), notifier)
     courier = WebhookSender(settings, store, notifier)
     app = make_app(settings, MAINTENANCE_QUEUE, beat_schedule=_schedule(settings), beat_max_loop_interval=1)
     tasks: dict[str, Callable[..., None]] = {
         SWEEP: sweeper.sweep,
-        NOTIFY_BATCHES: batcher.notify_due,
-        ADVANCE_BATCH: batcher.advance,
+        NOTIFY_BATCHES: batches.notify_due,
+        ADVANCE_BATCH: batches.advance,
         NOTIFY_WEBHOOKS: courier.notify_due,
         DELIVER_WEBHOOK: courier.deliver,
         PURGE: Cleaner(settings, store).purge,
@@ -72,7 +74,7 @@ def _schedule(settings: Settings) -> dict[str, Any]:
     # A message that nobody took in time is worth nothing: the next one does the same.
     rounds = {
         SWEEP: settings.sweep_seconds,
-        NOTIFY_BATCHES: RING_SECONDS,
+        NOTIFY_BATCHES: NOTIFY_SECONDS,
         NOTIFY_WEBHOOKS: RING_WEBHOOKS_SECONDS,
         PURGE: PURGE_SECONDS,
     }

@@ -79,7 +79,8 @@ def metrics(
 
 def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Check, schemas.Check]:
     try:
-        return "ok", "ok" if store.workers.live(settings.worker_timeout_seconds) else "missing"
+        # Stricter than `worker_timeout_seconds`: a worker that is silent for one lease has lost its jobs.
+        return "ok", "ok" if store.workers.live(settings.lease_seconds) else "missing"
     except StoreUnavailableError:
         return "missing", "unknown"
 

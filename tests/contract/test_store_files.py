@@ -4,6 +4,7 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 from testing.jobs import execute, rows
+from tpo.batches.advance import end_batch
 from tpo.batches.files import append, insert_file
 from tpo.batches.tables import Batch, File, FilePart
 from tpo.core.errors import BatchNotFoundError, UploadNotFoundError
@@ -35,7 +36,7 @@ def ended_batch(engine: Engine, store: Store, file_id: str) -> Batch:
         append(session, output, b"y")
         session.execute(update(File).where(File.id == output).values(complete=True))
         session.execute(update(Batch).where(Batch.id == batch.id).values(output_file_id=output))
-    store.batch_steps.refuse(store.batches.get(batch.id), "empty_file", "")
+        end_batch(session, batch, "failed", {"error_code": "empty_file"})
     return store.batches.get(batch.id)
 
 

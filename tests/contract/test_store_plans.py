@@ -14,11 +14,18 @@ from testing.jobs import claim_one
 from testing.seeding import SERVES, Filled, fill, new_job, policy
 from testing.services import new_database
 from tests.support.plans import SMALL_TABLES, counted_steps, recorded, rows_read, scans
-from tpo.batches.steps import NewLine
+from tests.support.worker_harness import RecordingNotifier
+from tpo.batches.advance import BatchAdvancer
+from tpo.batches.lines import RawLine
+from tpo.batches.tables import BatchLine
+from tpo.core.errors import InvalidInputError
 from tpo.core.loop import pending
 from tpo.core.status import Status
 from tpo.db import Base, connect, schema
 from tpo.jobs.outcomes import Outcome
+from tpo.jobs.submission import Submit
+from tpo.jobs.tables import Job
+from tpo.settings import Settings
 from tpo.store import Store
 from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
@@ -93,7 +100,27 @@ def webhooks(store: Store, filled: Filled) -> None:
     store.webhooks.delete(hook.id)
 
 
+class Lines:
+    """A format of batches in which every line asks for the same job."""
+
+    custom_id = "a"
+
+    def parse(self, line: RawLine, endpoint: str) -> "Lines":
+        return self
+
+    def submission(self) -> Submit:
+        return Submit(model=SERVES["model"], input="Hello")
+
+    def as_sent(self, error: InvalidInputError) -> InvalidInputError:
+        return error
+
+    def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
+        return b"{}\n"
+
+
 def batches(store: Store, filled: Filled) -> None:
+    settings = Settings(policy=SERVES["model"], reward_model=SERVES["reward_model"])
+    advancer = BatchAdvancer(store.engine, settings, RecordingNotifier(), Lines())
     file_id = store.files.begin("lines.jsonl", "batch")
     store.files.append_part(file_id, b"{}\n")
     store.files.complete(file_id)
@@ -101,25 +128,15 @@ def batches(store: Store, filled: Filled) -> None:
     made = store.batches.create(
         endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=3600, metadata={}
     ).batch
-    store.batch_steps.due(0)
-    store.batch_steps.begin(made, 1)
-    work = store.batch_steps.count_finished(made.id)
-    assert work
-    wanted: Any = (new_job(), {"max_attempts": 3, "metadata": None, **SERVES})
-    store.batch_steps.create_jobs(work.batch, [NewLine(1, "a", wanted)], 3, 1)
-    (job_id,) = store.batch_steps.open_jobs(made.id, 9, waiting_only=True)
-    store.jobs.cancel(job_id)
-    work = store.batch_steps.count_finished(made.id)
-    assert work
-    store.batch_steps.begin_results(work.batch)
-    batch = store.batch_steps.unended(made.id)
-    assert batch
-    store.batch_steps.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
-    batch = store.batch_steps.unended(made.id)
-    assert batch
-    store.batch_steps.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
+    advancer.due(0)
+    assert advancer.advance(made.id), "its requests are counted"
+    assert advancer.advance(made.id), "its job is created"
+    assert not advancer.advance(made.id), "its job has not ended"
+    store.batches.cancel(made.id)
+    for _ in range(9):
+        advancer.advance(made.id)
     ended = store.batches.get(made.id)
-    assert ended.status == "completed"
+    assert (ended.status, ended.failed) == ("cancelled", 1)
     store.batches.page(limit=LISTED)
     store.files.delete(file_id)
 

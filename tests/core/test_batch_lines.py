@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpo.openai.batch_lines import RawLine, Refused, Request, is_blank, read, split
+from tpo.batches.lines import RawLine, RefusedLine, split_lines
+from tpo.openai.batch_lines import OpenAILines, RequestLine
 
 RESPONSES = "/v1/responses"
 
@@ -18,9 +19,9 @@ def line(**more: Any) -> bytes:
     ).encode()
 
 
-def refused(text: bytes | None) -> Refused:
-    found = read(RawLine(text, 0), RESPONSES)
-    assert isinstance(found, Refused)
+def refused(text: bytes | None) -> RefusedLine:
+    found = OpenAILines().parse(RawLine(text, 0), RESPONSES)
+    assert isinstance(found, RefusedLine)
     return found
 
 
@@ -40,26 +41,26 @@ def test_lines_do_not_depend_on_the_parts(texts: list[bytes], sizes: list[int], 
     expected = data.split(b"\n")
     if not expected[-1]:
         expected.pop()
-    found = list(split(parts, longest=8))
+    found = list(split_lines(parts, longest=8))
     assert [f.text for f in found] == [e if len(e) <= 8 else None for e in expected]
     assert sum(f.size for f in found) == len(data)
 
 
 def test_a_line_without_end_is_not_kept() -> None:
-    found = list(split((b"x" * 1000 for _ in range(1000)), longest=5000))
+    found = list(split_lines((b"x" * 1000 for _ in range(1000)), longest=5000))
     assert found == [RawLine(None, 1_000_000)]
     assert refused(None).custom_id is None
 
 
 @pytest.mark.parametrize("text", [b"", b" ", b"\r", b"\xef\xbb\xbf", b"\t\r"])
 def test_blank(text: bytes) -> None:
-    assert is_blank(RawLine(text, 1))
+    assert RawLine(text, 1).is_blank
 
 
 @pytest.mark.parametrize("text", [line(), line() + b"\r", b"\xef\xbb\xbf" + line(), b"  " + line()])
 def test_reads(text: bytes) -> None:
-    found = read(RawLine(text, 0), RESPONSES)
-    assert isinstance(found, Request)
+    found = OpenAILines().parse(RawLine(text, 0), RESPONSES)
+    assert isinstance(found, RequestLine)
     assert found.custom_id == "a"
     assert found.body.submission().input == "Hello"
 

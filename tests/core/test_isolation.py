@@ -15,7 +15,7 @@ from tests.support import isolation
 from tests.support.isolation import isolated_environment
 
 ROOT = Path(__file__).parents[2]
-HOLD_A_BLOCK = "from tests.support.isolation import PortBlock; print(PortBlock().ports.start, flush=True); input()"
+HOLD_A_BLOCK = "from testing.ports import PortBlock; print(PortBlock().ports.start, flush=True); input()"
 
 
 def test_environment_has_nothing_that_configures_the_product_or_its_clients() -> None:

@@ -38,7 +38,7 @@ def test_without_variables_everything_is_on_this_machine() -> None:
         ({"TPO_API_KEY": "short"}, "at least 16"),
         ({"TPO_FLOWER_HOST": "::"}, "set TPO_FLOWER_BASIC_AUTH"),
         ({"TPO_FLOWER_BASIC_AUTH": "user:short"}, "8 characters"),
-        ({"TPO_CONCURRENCY": "0"}, "slots"),
+        ({"TPO_CONCURRENCY": "0"}, "concurrency"),
         ({"TPO_LEASE_SECONDS": "0"}, "lease_seconds"),
         ({"TPO_MAX_ATTEMPTS": "0"}, "max_attempts"),
         ({"TPO_PORT": "70000"}, "port"),

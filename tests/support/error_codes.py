@@ -6,8 +6,8 @@ from pathlib import Path
 from api.errors import CODES
 
 ROOT = Path(__file__).parents[2]
-OF_JOBS = {"backend_unavailable", "queue_unavailable"}
-"""Stand in a job's record alone."""
+NOT_OF_THE_API = {"backend_unavailable", "queue_unavailable", "key_not_found"}
+"""Codes in a job's record, and of errors that only commands raise."""
 
 
 def codes() -> set[str]:
@@ -16,7 +16,7 @@ def codes() -> set[str]:
     for file in (*(ROOT / "api").rglob("*.py"), ROOT / "tpo" / "jobs" / "quotas.py"):
         found |= _said(ast.parse(file.read_text()))
     found |= _of_classes(ast.parse((ROOT / "tpo" / "core" / "errors.py").read_text()))
-    return found - OF_JOBS
+    return found - NOT_OF_THE_API
 
 
 def _said(tree: ast.Module) -> set[str]:

@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 import schemathesis
 
+from tpo.batches.advance import end_batch
 from tpo.core.errors import WrongStateError
-from tpo.db import connect
+from tpo.db import connect, writing
 from tpo.store import Store
 
 LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"input": "Hello"}}\n'
@@ -65,7 +66,8 @@ def _batch() -> str:
 
 def _ended_batch() -> str:
     batch = _batch()
-    _store.batch_steps.refuse(_store.batches.get(batch), "empty_file", "")
+    with writing(_store.engine) as session:
+        end_batch(session, _store.batches.get(batch), "failed", {"error_code": "empty_file"})
     return batch
 
 

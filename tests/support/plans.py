@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, event, inspect
 
-SMALL_TABLES = {"workers", "alembic_version", "queues", "turns"}
+SMALL_TABLES = {"workers", "alembic_version", "queues", "last_claims"}
 """With a row for each live process, policy, or line of jobs: read as a whole."""
 
 SMALL_INDEXES = {"jobs_running"}
