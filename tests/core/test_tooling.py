@@ -94,3 +94,21 @@ def test_image_holds_what_is_pinned() -> None:
     ]
     others = [command.strip() for command in commands if "--require-hashes" not in command]
     assert others == ["${TORCH}", "--no-deps wheels/tpo-*.whl"]
+
+
+def test_torch_has_one_default_build() -> None:
+    files = ("Makefile", "Dockerfile", "docker-compose.yml", ".github/workflows/ci.yml")
+    default = re.compile(r"^(?:ARG | *)TORCH(?: \?= |=\"|: .*(?:-|'))(torch==[\d.]+)\b", re.MULTILINE)
+    found = {file: default.findall((ROOT / file).read_text()) for file in files}
+    assert len({tuple(versions) for versions in found.values()}) == 1, found
+    assert all(len(versions) == 1 for versions in found.values()), found
+
+
+def test_changelog_has_an_unreleased_section() -> None:
+    sections = re.findall(r"^(##+) (.*)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert sections[0] == ("##", "[Unreleased]")
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert {title for level, title in sections if level == "###"} <= kinds
+    assert all(
+        re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", title) for level, title in sections[1:] if level == "##"
+    )
