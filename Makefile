@@ -69,7 +69,7 @@ check: develop ## Format, lint, types, import layers, workflows and forms
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
-	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github/workflows
 
 audit: .audit/.installed ## Look every pinned package up among the known vulnerabilities (over the network)
 	@echo '$(firstword $(subst +, ,$(TORCH)))' > .audit/torch.txt

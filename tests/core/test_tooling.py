@@ -48,6 +48,14 @@ def test_workflows_cover_every_declared_python() -> None:
     assert covered == declared
 
 
+def test_workflows_keep_no_credentials() -> None:
+    checkouts = [
+        step for file in WORKFLOWS for step in steps(file) if step.get("uses", "").startswith("actions/checkout")
+    ]
+    assert checkouts
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_pin_actions_by_commit(workflow: Path) -> None:
     used = re.findall(r"uses: (.*)", workflow.read_text())
