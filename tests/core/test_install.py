@@ -133,6 +133,36 @@ def test_make_gives_developers_their_tools(target: str, fresh: Path) -> None:
     assert commands.index("install.py users") < commands.index("install.py developers")
 
 
+MAKE_VENV = """#!/bin/sh
+mkdir -p $1/bin
+printf '#!/bin/sh\\necho "$@" >> calls\\n' > $1/bin/python
+chmod +x $1/bin/python
+"""
+
+
+def test_make_gives_each_build_of_torch_its_environment(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "make-venv").write_text(MAKE_VENV)
+    (tmp_path / "scripts" / "make-venv").chmod(0o755)
+    (tmp_path / "scripts" / "install.py").touch()
+    for name in ("requirements", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    kept = tmp_path / ".venv" / "kept"
+
+    def install(torch: str) -> list[str]:
+        command = ["make", "--makefile", str(ROOT / "Makefile"), "install", f"TORCH={torch}"]
+        subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+        return (tmp_path / "calls").read_text().splitlines()
+
+    first = ["scripts/install.py users torch==1.0"]
+    assert install("torch==1.0") == first
+    kept.touch()
+    assert install("torch==1.0") == first
+    assert kept.exists()
+    assert install("torch==1.0 --index-url other") == [*first, "scripts/install.py users torch==1.0 --index-url other"]
+    assert not kept.exists()
+
+
 def test_make_help_lists_every_target() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     listed = {line.split()[1] for line in shown.splitlines()}
