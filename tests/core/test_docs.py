@@ -16,13 +16,14 @@ from tpo.cli import app
 from tpo.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP_LEVEL = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+DOCUMENTS = [*(ROOT / name for name in TOP_LEVEL), *sorted((ROOT / "docs").glob("*.md"))]
 CARDS = sorted((ROOT / "demo").glob("**/*.md"))
 BENCHES = sorted((ROOT / "bench").glob("*.py"))
 WITH_SETTINGS = [
     *DOCUMENTS,
     *CARDS,
-    *(ROOT / name for name in ("CHANGELOG.md", ".env.example", "docker-compose.yml", "Makefile", "Dockerfile")),
+    *(ROOT / name for name in (".env.example", "docker-compose.yml", "Makefile", "Dockerfile")),
 ]
 OTHER_VARIABLES = {"TPO_URL", "TPO_KEY", "TPO_VERSION", "TPO_PUBLISH"}
 """Variables of clients and of Compose, which no process of the server reads."""
