@@ -4,7 +4,7 @@ from typing import Any
 
 from sqlalchemy import Engine, and_, insert, select, text, update
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state
+from testing.fakes import FakePolicy, FakeReward, new_state, proceed
 from tpo.core.loop import Step
 from tpo.core.run import run
 from tpo.core.state import State
@@ -47,7 +47,7 @@ def drive(
         store.leases.checkpoint(lease, step)
         assert store.jobs.state(lease.job_id) == step.after
 
-    return run(state, policy or FakePolicy(), reward or FakeReward(), checkpoint, go_on)
+    return run(state, policy or FakePolicy(), reward or FakeReward(), checkpoint, proceed)
 
 
 def put(engine: Engine, job_id: str, **values: Any) -> None:

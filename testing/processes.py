@@ -64,7 +64,7 @@ class Process:
         self.popen.send_signal(signal.SIGSTOP)
         eventually(lambda: psutil.Process(self.pid).status() == psutil.STATUS_STOPPED, why="the process is suspended")
 
-    def go_on(self) -> None:
+    def proceed(self) -> None:
         """Resume a suspended process."""
         self.popen.send_signal(signal.SIGCONT)
 
@@ -125,7 +125,7 @@ class System:
         """Suspend a process, but not within a write: SQLite would block all other writers until it resumes."""
         process.pause()
         while self._locked():
-            process.go_on()
+            process.proceed()
             process.pause()
 
     def _locked(self) -> bool:
@@ -194,7 +194,7 @@ class System:
         """End all processes and print their output; pytest shows it if the test failed."""
         for process in self.processes:
             if process.popen.poll() is None:
-                process.go_on()
+                process.proceed()
                 process.kill()
         for process in self.processes:
             print(f"--- {' '.join(process.command)} rc={process.popen.returncode}\n{process.output}")

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event, text
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, said, tagged
+from testing.fakes import FakePolicy, FakeReward, new_state, proceed, sample_text, tagged
 from testing.jobs import claim_one
 from tpo.core.ports import Generate, Text
 from tpo.core.run import run
@@ -98,7 +98,7 @@ def policy() -> FakePolicy:
 
     def answer(request: Generate, sample: int) -> Text:
         words = f"{request.kind} {request.iteration}-{sample}: " + "I am sorry that the kettle is broken. " * 4
-        return said(tagged(words) if request.kind == "update" else words)
+        return sample_text(tagged(words) if request.kind == "update" else words)
 
     return FakePolicy(answer)
 
@@ -121,7 +121,7 @@ def _create_terminal(store: Store) -> str:
     if claimed is None:
         raise SystemExit("the template job could not be claimed: the database must be empty before it is filled")
     lease, state = claimed
-    final = run(state, policy(), FakeReward(), partial(store.leases.checkpoint, lease), go_on)
+    final = run(state, policy(), FakeReward(), partial(store.leases.checkpoint, lease), proceed)
     store.leases.finish(lease, Outcome("completed", output=final.best.text if final.best else None))
     return job_id
 

@@ -40,7 +40,7 @@ weight = 0.5
 """
 
 
-def go_on() -> None:
+def proceed() -> None:
     """Do not interrupt the call."""
 
 
@@ -109,10 +109,10 @@ def reward(
 
 
 def test_policy_cuts_sample_before_stop_string(policy: LoadedPolicy) -> None:
-    whole = policy.generate(ask(), go_on).texts
+    whole = policy.generate(ask(), proceed).texts
     middle = len(whole[0].text) // 2
     stop = ("never sampled", whole[0].text[middle - 2 : middle + 2])
-    cut = policy.generate(ask(stop=stop), go_on).texts
+    cut = policy.generate(ask(stop=stop), proceed).texts
     assert [t.text for t in cut] == [cut_at(t.text, stop) for t in whole]
     assert cut[0].text != whole[0].text
     assert cut[0].finish_reason == "stop"
@@ -121,37 +121,37 @@ def test_policy_cuts_sample_before_stop_string(policy: LoadedPolicy) -> None:
 
 def test_policy_gives_one_text_per_seed(policy: LoadedPolicy) -> None:
     for n in (1, 2, 7):
-        assert len(policy.generate(ask(seeds=tuple(range(n))), go_on).texts) == n
+        assert len(policy.generate(ask(seeds=tuple(range(n))), proceed).texts) == n
 
 
 def test_policy_repeats_text_for_same_seed(policy: LoadedPolicy) -> None:
-    first, second = (policy.generate(ask(), go_on).texts for _ in range(2))
+    first, second = (policy.generate(ask(), proceed).texts for _ in range(2))
     assert first == second
 
 
 def test_policy_text_depends_on_seed_not_on_batch(policy: LoadedPolicy) -> None:
-    batch = policy.generate(ask(seeds=(5, 6, 7)), go_on).texts
-    assert batch == tuple(policy.generate(ask(seeds=(seed,)), go_on).texts[0] for seed in (5, 6, 7))
+    batch = policy.generate(ask(seeds=(5, 6, 7)), proceed).texts
+    assert batch == tuple(policy.generate(ask(seeds=(seed,)), proceed).texts[0] for seed in (5, 6, 7))
 
 
 def test_policy_gives_different_texts_for_seeds(policy: LoadedPolicy) -> None:
-    assert len({t.text for t in policy.generate(ask(seeds=tuple(range(8))), go_on).texts}) > 4
+    assert len({t.text for t in policy.generate(ask(seeds=tuple(range(8))), proceed).texts}) > 4
 
 
 def test_policy_accepts_large_seeds(policy: LoadedPolicy) -> None:
-    assert len(policy.generate(ask(seeds=(0, 2**63 - 1)), go_on).texts) == 2
+    assert len(policy.generate(ask(seeds=(0, 2**63 - 1)), proceed).texts) == 2
 
 
 def test_policy_ignores_seed_at_temperature_zero(policy: LoadedPolicy) -> None:
-    assert len({t.text for t in policy.generate(ask(temperature=0.0, seeds=(1, 2, 3)), go_on).texts}) == 1
+    assert len({t.text for t in policy.generate(ask(temperature=0.0, seeds=(1, 2, 3)), proceed).texts}) == 1
 
 
 def test_policy_text_depends_on_message(policy: LoadedPolicy) -> None:
-    assert policy.generate(ask("One thing."), go_on).texts != policy.generate(ask("Another thing."), go_on).texts
+    assert policy.generate(ask("One thing."), proceed).texts != policy.generate(ask("Another thing."), proceed).texts
 
 
 def test_policy_counts_and_limits_tokens(policy: LoadedPolicy) -> None:
-    reply = policy.generate(ask(max_tokens=3), go_on)
+    reply = policy.generate(ask(max_tokens=3), proceed)
     assert reply.input_tokens > 3
     assert reply.seconds >= 0
     assert all(1 <= t.tokens <= 3 for t in reply.texts)
@@ -159,7 +159,7 @@ def test_policy_counts_and_limits_tokens(policy: LoadedPolicy) -> None:
 
 
 def test_policy_counts_prompt_once_for_all_samples(policy: LoadedPolicy) -> None:
-    counts = {policy.generate(ask(seeds=tuple(range(n))), go_on).input_tokens for n in (1, 4)}
+    counts = {policy.generate(ask(seeds=tuple(range(n))), proceed).input_tokens for n in (1, 4)}
     assert len(counts) == 1
 
 
@@ -171,16 +171,16 @@ def test_models_raise_interrupt_to_caller(policy: LoadedPolicy, reward: LoadedRe
         policy.generate(ask(), stop)
     with pytest.raises(CallInterruptedError):
         reward.score(rate("It rains."), stop)
-    assert len(policy.generate(ask(), go_on).texts) == 3
-    assert len(reward.score(rate("It rains."), go_on).values) == 1
+    assert len(policy.generate(ask(), proceed).texts) == 3
+    assert len(reward.score(rate("It rains."), proceed).values) == 1
 
 
 def test_policy_gives_same_texts_to_many_threads(policy: LoadedPolicy) -> None:
     requests = [ask(f"Question {i}", seeds=tuple(range(i, i + 1 + i % 3)), max_tokens=4 + i) for i in range(12)]
-    separate = [policy.generate(request, go_on).texts for request in requests]
+    separate = [policy.generate(request, proceed).texts for request in requests]
     concurrent: dict[int, Any] = {}
     threads = [
-        threading.Thread(target=lambda i=i, r=r: concurrent.update({i: policy.generate(r, go_on).texts}))
+        threading.Thread(target=lambda i=i, r=r: concurrent.update({i: policy.generate(r, proceed).texts}))
         for i, r in enumerate(requests)
     ]
     for thread in threads:
@@ -192,15 +192,15 @@ def test_policy_gives_same_texts_to_many_threads(policy: LoadedPolicy) -> None:
 
 def test_reward_gives_one_score_per_response(reward: LoadedRewardModel) -> None:
     for responses in (("a",), ("a", "b b", "c c c")):
-        scores = reward.score(rate(*responses), go_on)
+        scores = reward.score(rate(*responses), proceed)
         assert len(scores.values) == len(responses)
         assert scores.input_tokens > 0
 
 
 def test_reward_score_does_not_depend_on_batch(reward: LoadedRewardModel) -> None:
     responses = ("Short.", "A response that is somewhat longer than the others.", "Middling, it is.")
-    batch = reward.score(rate(*responses), go_on).values
-    separate = [reward.score(rate(response), go_on).values[0] for response in responses]
+    batch = reward.score(rate(*responses), proceed).values
+    separate = [reward.score(rate(response), proceed).values[0] for response in responses]
     assert batch == pytest.approx(separate, abs=1e-4)
     assert len(set(batch)) == 3
 
@@ -209,7 +209,7 @@ def test_run_repeats_with_any_reward_model(reward: LoadedRewardModel) -> None:
     state = State(
         input=(Message(role="user", content="Tides?"),), params=Params(), prompts=prompts.load("conversation")
     )
-    results = [run(state, load_policy("scripted", Settings()), reward, lambda _: None, go_on) for _ in range(2)]
+    results = [run(state, load_policy("scripted", Settings()), reward, lambda _: None, proceed) for _ in range(2)]
     assert results[0].candidates == results[1].candidates
     assert len(results[0].candidates) == 15
 
@@ -229,5 +229,5 @@ def test_scripted_models_import_no_torch() -> None:
 
 def test_policy_reports_seconds_of_call(policy: LoadedPolicy) -> None:
     started = time.perf_counter()
-    seconds = policy.generate(ask(), go_on).seconds
+    seconds = policy.generate(ask(), proceed).seconds
     assert seconds <= time.perf_counter() - started + 1e-3

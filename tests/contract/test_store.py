@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import IntegrityError
 
-from testing.fakes import FakePolicy, FakeReward, make_step, new_state, said, tagged
+from testing.fakes import FakePolicy, FakeReward, make_step, new_state, sample_text, tagged
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, execute, put, rows
 from tpo.core.errors import JobNotFoundError, LeaseLostError, NoUsableSampleError
 from tpo.core.ports import Generate, Text
@@ -103,7 +103,7 @@ def awkward(request: Generate, sample: int) -> Text:
     text = texts[(sample + request.iteration) % len(texts)]
     if request.kind == "update" and text != "untagged":
         text = tagged(text)
-    return said(text or " ", "length" if text == "cut" else "stop")
+    return sample_text(text or " ", "length" if text == "cut" else "stop")
 
 
 @pytest.mark.parametrize("mode", ["tpo", "revision", "bon"])
@@ -142,7 +142,7 @@ def test_checkpoint_stores_reward_parts(store: Store, engine: Engine) -> None:
 def test_checkpoint_stores_job_without_usable_sample(store: Store) -> None:
     lease, state = claim(store, create(store, new_state(sample_size=2)))
     with pytest.raises(NoUsableSampleError):
-        drive(store, lease, state, FakePolicy(lambda _r, _s: said("")))
+        drive(store, lease, state, FakePolicy(lambda _r, _s: sample_text("")))
     assert [c.unusable for c in store.jobs.state(lease.job_id).candidates] == ["empty"] * 4
     store.leases.release(lease)
     again, state = claim(store, lease.job_id)
@@ -165,7 +165,7 @@ def test_checkpoint_is_idempotent(engine: Engine, store: Store) -> None:
     second = rows(engine)
     put(engine, lease.job_id, lease_until=0.0)
     with pytest.raises(IntegrityError):
-        store.leases.checkpoint(lease, make_step(before, FakePolicy(lambda _r, _s: said("another"))))
+        store.leases.checkpoint(lease, make_step(before, FakePolicy(lambda _r, _s: sample_text("another"))))
     assert {**second, "jobs": 0} == {**first, "jobs": 0}
     assert store.jobs.get(lease.job_id).last_event == len(store.jobs.events(lease.job_id))
     assert store.jobs.state(lease.job_id) == made.after

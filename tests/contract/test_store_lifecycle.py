@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine
 
-from testing.fakes import FakePolicy, FakeReward, go_on, make_step, new_state, step
+from testing.fakes import FakePolicy, FakeReward, make_step, new_state, proceed, step
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
 from tests.support.concurrency import run_together
 from tpo.core.errors import JobNotFoundError, WrongStateError
@@ -182,7 +182,7 @@ def test_extended_job_equals_longer_job(store: Store, mode: str) -> None:
         FakePolicy(),
         FakeReward(),
         lambda _s: None,
-        go_on,
+        proceed,
     )
     assert (last.candidates, last.iterations) == (uninterrupted.candidates, uninterrupted.iterations)
     assert last.calls[-1].number == len(last.calls) == len(uninterrupted.calls) - len(ended.calls)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, said
+from testing.fakes import FakePolicy, FakeReward, new_state, proceed, sample_text
 from tpo.core.ports import Generate, Text
 from tpo.core.prompts import load, names
 from tpo.core.run import run
@@ -25,9 +25,9 @@ THEIR_TAGS = ("<IMPROVED_VARIABLE>", "</IMPROVED_VARIABLE>")
 def replies(recorded: dict[str, Any], request: Generate, sample: int) -> Text:
     """Return the recorded text of the policy. A repeated request for a step gets the same text again."""
     if request.kind == "sample":
-        return said(recorded["replies"]["sample"][sample % request.n])
+        return sample_text(recorded["replies"]["sample"][sample % request.n])
     reply = recorded["replies"]["iterations"][request.iteration - 1][RECORDED_KIND.get(request.kind, request.kind)]
-    return said(reply[sample % request.n] if request.kind == "update" else reply)
+    return sample_text(reply[sample % request.n] if request.kind == "update" else reply)
 
 
 def test_recorded_runs_exist() -> None:
@@ -49,7 +49,7 @@ def test_run_makes_recorded_choices(number: int, prompt_set: str) -> None:
     )
     policy = FakePolicy(lambda request, sample: replies(recorded, request, sample))
     reward = FakeReward(recorded["rewards"].__getitem__)
-    last = run(state, policy, reward, lambda _: None, go_on)
+    last = run(state, policy, reward, lambda _: None, proceed)
 
     # When no sample of a step is usable, this implementation asks once more and the authors' code does not. The
     # repeated request makes no other choice, so it is left out.

@@ -147,7 +147,9 @@ def rows(document: Path) -> list[list[str]]:
     return [re.split(r" *\| *", line.strip("| ")) for line in lines if line.startswith("|") and " ± " in line]
 
 
-@pytest.mark.parametrize("name", ["README.md", "demo/models/policy/README.md", "demo/models/reward/README.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/measurements.md", "demo/models/policy/README.md", "demo/models/reward/README.md"]
+)
 def test_documented_figures_match_results(name: str) -> None:
     """Check that each row repeats the first columns of a measured row, with or without the errors."""
     measured = rows(FOLDER / "RESULTS.md")

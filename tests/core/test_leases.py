@@ -1,4 +1,4 @@
-"""How a worker renews, checks and loses leases, in process, on SQLite."""
+"""A worker renews, checks and loses leases, in process, on SQLite."""
 
 import dataclasses
 import threading

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, plain, said, step, tagged
+from testing.fakes import FakePolicy, FakeReward, new_state, plain, proceed, sample_text, step, tagged
 from tests.support.runs import call_kinds, finish, reward_by_first_word
 from tpo.core import loop
 from tpo.core.errors import NoUsableSampleError
@@ -72,7 +72,7 @@ def test_chosen_and_rejected_come_from_whole_pool() -> None:
         lambda r, s: (
             plain(r, s)
             if r.kind in ("critique", "gradient")
-            else said(tagged(texts[r.iteration, s]) if r.kind == "update" else texts[r.iteration, s])
+            else sample_text(tagged(texts[r.iteration, s]) if r.kind == "update" else texts[r.iteration, s])
         )
     )
     last = finish(
@@ -118,7 +118,7 @@ def test_sample_receives_conversation_unchanged() -> None:
 @pytest.mark.parametrize("name", names())
 def test_template_signs_reach_critic_unchanged(name: str) -> None:
     awkward = "costs $5, $query, ${critique} {0} <SEP> %s"
-    policy = FakePolicy(lambda r, s: said(f"{awkward} {s}" if r.kind == "sample" else f"{r.kind} {awkward}"))
+    policy = FakePolicy(lambda r, s: sample_text(f"{awkward} {s}" if r.kind == "sample" else f"{r.kind} {awkward}"))
     finish(new_state(f"why {awkward}", load(name), sample_size=2, max_iterations=1), policy)
     critique, gradient, update = policy.asked[1:4]
     assert f"why {awkward}" in critique.messages[-1].content
@@ -129,7 +129,7 @@ def test_template_signs_reach_critic_unchanged(name: str) -> None:
 
 def test_long_candidate_is_cut_only_for_critic() -> None:
     long = "".join(f"word{i} " for i in range(4 * SHOWN_TOKENS)).strip()
-    policy = FakePolicy(lambda r, s: said(long, tokens=4 * SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text(long, tokens=4 * SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
     last = finish(new_state(sample_size=1, max_iterations=1), policy)
     prompt = policy.asked[1].messages[0].content
     assert long[: len(long) // 4] + " […]" in prompt
@@ -139,7 +139,7 @@ def test_long_candidate_is_cut_only_for_critic() -> None:
 
 def test_candidate_at_length_limit_is_shown_whole() -> None:
     text = "Just as long as it may be."
-    policy = FakePolicy(lambda r, s: said(text, tokens=SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text(text, tokens=SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
     finish(new_state(sample_size=1, max_iterations=1), policy)
     assert policy.asked[1].messages[0].content.count(text) == 1
     assert "[…]" not in policy.asked[1].messages[0].content
@@ -185,7 +185,7 @@ def test_derived_seed_depends_on_job_and_position_only() -> None:
 @given(st.integers(0, 2**63 - 1), st.integers(1, 8), st.integers(0, 4))
 @settings(max_examples=30)
 def test_seeds_are_unique_within_a_run(seed: int, n: int, depth: int) -> None:
-    policy = FakePolicy(lambda r, s: said("") if s < r.n and r.kind == "update" else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text("") if s < r.n and r.kind == "update" else plain(r, s))
     finish(new_state(sample_size=n, max_iterations=depth, seed=seed), policy)
     seeds = [s for r in policy.asked for s in r.seeds]
     assert len(seeds) == len(set(seeds)) == n + depth * (2 + 2 * n)
@@ -219,7 +219,7 @@ def scripted(replies: list[str]) -> FakePolicy:
         text = reply.format(position)
         if request.kind == "update" and text.strip() and not reply.startswith("untagged"):
             text = tagged(text)
-        return said(text, "length" if reply.startswith("cut") else "stop")
+        return sample_text(text, "length" if reply.startswith("cut") else "stop")
 
     return FakePolicy(reply_to)
 
@@ -264,7 +264,7 @@ def test_run_resumes_identically_from_any_checkpoint(
         saved: list[State] = []
         reward = FakeReward(lambda text: rewards[zlib.crc32(text.encode()) % len(rewards)])
         try:
-            last = run(state, scripted(replies), reward, lambda made: saved.append(made.after), go_on)
+            last = run(state, scripted(replies), reward, lambda made: saved.append(made.after), proceed)
         except NoUsableSampleError as error:
             return saved, str(error)
         assert last == (saved[-1] if saved else state)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, plain, said, step, tagged
+from testing.fakes import FakePolicy, FakeReward, new_state, plain, proceed, sample_text, step, tagged
 from tests.support.runs import call_kinds, finish, policy_with_updates, reward_by_first_word
 from tpo.core.errors import BadReplyError, NoUsableSampleError
 from tpo.core.loop import Position, apply, locate, pending
@@ -16,7 +16,7 @@ from tpo.core.state import RewardPart, State
 
 
 def test_unusable_first_samples_are_requested_again() -> None:
-    policy = FakePolicy(lambda r, s: said("") if r.kind == "sample" and s < 3 else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text("") if r.kind == "sample" and s < 3 else plain(r, s))
     last = finish(new_state(sample_size=3, max_iterations=0), policy)
     assert call_kinds(last) == [("sample", 0, 3), ("sample", 0, 3), ("score", 0, 3)]
     assert [c.unusable for c in last.candidates] == ["empty"] * 3 + [None] * 3
@@ -25,10 +25,10 @@ def test_unusable_first_samples_are_requested_again() -> None:
 
 def test_no_usable_first_sample_fails_with_reasons() -> None:
     saved: list[State] = []
-    cut = FakePolicy(lambda r, s: said("cut o", "length" if s % 2 else "stop"))
+    cut = FakePolicy(lambda r, s: sample_text("cut o", "length" if s % 2 else "stop"))
     nan = FakeReward(lambda _: math.nan)
     with pytest.raises(NoUsableSampleError, match=r"all 4 are cut_off, reward_not_finite.*max_tokens \(now 2048\)"):
-        run(new_state(sample_size=2), cut, nan, lambda made: saved.append(made.after), go_on)
+        run(new_state(sample_size=2), cut, nan, lambda made: saved.append(made.after), proceed)
     assert call_kinds(saved[-1]) == [("sample", 0, 2), ("score", 0, 1)] * 2
     position = locate(saved[-1])
     assert position.failure
@@ -36,7 +36,7 @@ def test_no_usable_first_sample_fails_with_reasons() -> None:
 
 
 def test_unusable_update_is_retried_once_then_skipped() -> None:
-    policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
     last = finish(new_state(sample_size=2), policy)
     expected = [("critique", 1, 1), ("gradient", 1, 1), ("update", 1, 2), ("update", 1, 2), ("critique", 2, 1)]
     assert call_kinds(last)[2:7] == expected
@@ -50,7 +50,7 @@ def test_unusable_update_is_retried_once_then_skipped() -> None:
 def test_second_update_attempt_counts() -> None:
     last = finish(
         new_state(sample_size=2, max_iterations=1),
-        policy_with_updates(lambda s: said(tagged("ok") if s == 3 else "no tags")),
+        policy_with_updates(lambda s: sample_text(tagged("ok") if s == 3 else "no tags")),
     )
     assert [(c.text, c.unusable) for c in last.of_iteration(1)][2:] == [("no tags", "no_answer_tags"), ("ok", None)]
     assert call_kinds(last)[-1] == ("score", 1, 1)
@@ -78,7 +78,7 @@ def test_second_update_attempt_counts() -> None:
 def test_update_answer_is_extracted(reply: str, finish_reason: Any, text: str | None, unusable: str | None) -> None:
     last = finish(
         new_state(sample_size=2, max_iterations=1),
-        policy_with_updates(lambda s: said(reply if s == 0 else tagged("x"), finish_reason)),
+        policy_with_updates(lambda s: sample_text(reply if s == 0 else tagged("x"), finish_reason)),
     )
     first = next(last.of_iteration(1))
     assert (first.text, first.unusable) == (reply if text is None else text, unusable)
@@ -86,7 +86,7 @@ def test_update_answer_is_extracted(reply: str, finish_reason: Any, text: str | 
 
 
 def test_cut_off_first_sample_is_unusable() -> None:
-    policy = FakePolicy(lambda r, s: said("cut o", "length") if s == 0 else said(f" whole {s}\n"))
+    policy = FakePolicy(lambda r, s: sample_text("cut o", "length") if s == 0 else sample_text(f" whole {s}\n"))
     reward = FakeReward()
     last = finish(new_state(sample_size=3, max_iterations=0), policy, reward)
     assert [(c.text, c.unusable) for c in last.candidates] == [
@@ -98,7 +98,7 @@ def test_cut_off_first_sample_is_unusable() -> None:
 
 
 def test_first_sample_keeps_its_tags() -> None:
-    last = finish(new_state(sample_size=1, max_iterations=0), FakePolicy(lambda _r, _s: said(tagged("inside"))))
+    last = finish(new_state(sample_size=1, max_iterations=0), FakePolicy(lambda _r, _s: sample_text(tagged("inside"))))
     assert last.candidates[0].text == tagged("inside")
 
 
@@ -134,7 +134,7 @@ def test_parts_for_only_some_responses_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_reward_never_wins(value: float) -> None:
-    policy = FakePolicy(lambda r, s: said(f"{s} of {r.kind}" if r.kind == "sample" else tagged(f"{s} again")))
+    policy = FakePolicy(lambda r, s: sample_text(f"{s} of {r.kind}" if r.kind == "sample" else tagged(f"{s} again")))
     last = finish(new_state(sample_size=3), policy, reward_by_first_word({"0": value, "1": 1.0, "2": 2.0}))
     assert [c.unusable for c in last.of_iteration(0)] == ["reward_not_finite", None, None]
     assert last.best is not None
@@ -148,7 +148,7 @@ def test_non_finite_reward_never_wins(value: float) -> None:
 def test_cut_off_note_is_requested_again(kind: str, cuts: int) -> None:
     def reply(request: Generate, sample: int) -> Text:
         if request.kind == kind and sample < cuts:
-            return said(f"cut {sample}", "length")
+            return sample_text(f"cut {sample}", "length")
         return plain(request, sample)
 
     last = finish(new_state(max_iterations=1), FakePolicy(reply))
@@ -160,7 +160,9 @@ def test_cut_off_note_is_requested_again(kind: str, cuts: int) -> None:
 
 def test_reasoning_tokens_count_as_output_only() -> None:
     state = new_state(sample_size=1, max_iterations=1)
-    reply = Generation(texts=(said("Short. " * 50, tokens=100),), input_tokens=1, seconds=0, reasoning_tokens=8000)
+    reply = Generation(
+        texts=(sample_text("Short. " * 50, tokens=100),), input_tokens=1, seconds=0, reasoning_tokens=8000
+    )
     for each in (reply, Rewards(values=(1.0,), input_tokens=1, seconds=0)):
         request = pending(state)
         assert request
@@ -174,7 +176,9 @@ def test_reasoning_tokens_count_as_output_only() -> None:
 @pytest.mark.parametrize("blanks", [1, 2])
 @pytest.mark.parametrize("kind", ["critique", "gradient"])
 def test_blank_note_is_retried_once_then_iteration_skipped(kind: str, blanks: int) -> None:
-    policy = FakePolicy(lambda r, s: said(" \n") if r.kind == kind and r.iteration == 1 and s < blanks else plain(r, s))
+    policy = FakePolicy(
+        lambda r, s: sample_text(" \n") if r.kind == kind and r.iteration == 1 and s < blanks else plain(r, s)
+    )
     last = finish(new_state(sample_size=2), policy)
     requests = [r for r in policy.asked if r.kind == kind and r.iteration == 1]
     assert [r.first_sample for r in requests] == [0, 1]
@@ -184,7 +188,7 @@ def test_blank_note_is_retried_once_then_iteration_skipped(kind: str, blanks: in
 
 
 def test_unstorable_characters_are_replaced() -> None:
-    policy = FakePolicy(lambda r, s: said("nul \x00 half \ud83d" if r.kind == "sample" else tagged("\x00")))
+    policy = FakePolicy(lambda r, s: sample_text("nul \x00 half \ud83d" if r.kind == "sample" else tagged("\x00")))
     last = finish(new_state(sample_size=1, max_iterations=1), policy)
     assert last.candidates[0].text == "nul \ufffd half ?"
     json.loads(last.model_dump_json())
@@ -194,7 +198,7 @@ def test_mismatched_reply_is_refused() -> None:
     state = new_state(sample_size=2)
     request = pending(state)
     assert request
-    text = said("text")
+    text = sample_text("text")
     rewards = Rewards(values=(1.0,), input_tokens=0, seconds=0)
     for count in (0, 1, 3):
         with pytest.raises(BadReplyError, match=f"asked for 2 responses and gave {count}"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state
+from testing.fakes import FakePolicy, FakeReward, new_state, proceed
 from tests.core.test_conformance import RUNS, THEIR_TAGS, replies
 from tests.support.renderings import golden, rendering
 from tpo.core.ports import Generate
@@ -89,7 +89,7 @@ def test_prompt_slots_of_recorded_runs(number: int, prompt_set: str) -> None:
         max_iterations=recorded["iterations"],
     )
     policy = FakePolicy(lambda request, sample: replies(recorded, request, sample))
-    last = run(state, policy, FakeReward(recorded["rewards"].__getitem__), lambda _: None, go_on)
+    last = run(state, policy, FakeReward(recorded["rewards"].__getitem__), lambda _: None, proceed)
     prompted = [request for request in policy.asked if request.kind != "sample"]
     assert bool(prompted) == bool(last.iterations)
     for request in prompted:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from testing.fakes import go_on
+from testing.fakes import proceed
 from tests.support.rewards import FixedReward, load_reward_file, score_request
 from tpo.backends import load_reward_model
 from tpo.backends.rewards import verifiers
@@ -22,7 +22,7 @@ from tpo.settings import Settings
 def values(folder: Path, part: str, *responses: str) -> list[float]:
     """Return the rewards of responses from a file with this one part."""
     return list(
-        load_reward_file(folder, f'[[part]]\nname = "a"\n{part}').score(score_request(*responses), go_on).values
+        load_reward_file(folder, f'[[part]]\nname = "a"\n{part}').score(score_request(*responses), proceed).values
     )
 
 
@@ -81,8 +81,8 @@ weight = 0.0
 
 def test_combined_reward_is_weighted_sum_of_parts(tmp_path: Path) -> None:
     responses = ("Draft 4: one two", "short")
-    raw = load_reward_model("scripted", Settings()).score(score_request(*responses), go_on).values
-    rewards = load_reward_file(tmp_path, SEVERAL).score(score_request(*responses), go_on)
+    raw = load_reward_model("scripted", Settings()).score(score_request(*responses), proceed).values
+    rewards = load_reward_file(tmp_path, SEVERAL).score(score_request(*responses), proceed)
     for value, parts, model, length in zip(rewards.values, rewards.parts, raw, (-1.0, 0.0), strict=True):
         assert [(p.name, p.weight) for p in parts] == [("quality", 3.0), ("short", 0.5), ("observed", 0.0)]
         assert [p.value for p in parts[:2]] == [pytest.approx((model - 1) / 2), length]
@@ -100,18 +100,22 @@ def test_zero_weight_part_ignores_nan() -> None:
     scores = FixedReward(1.0, math.nan, math.inf)
     assert [
         math.isfinite(v)
-        for v in combined((1, scores), (1, FixedReward(0, 0, 0))).score(score_request(*"abc"), go_on).values
+        for v in combined((1, scores), (1, FixedReward(0, 0, 0))).score(score_request(*"abc"), proceed).values
     ] == [
         True,
         False,
         False,
     ]
-    assert combined((0, scores), (2, FixedReward(1, 2, 3))).score(score_request(*"abc"), go_on).values == (2, 4, 6)
+    assert combined((0, scores), (2, FixedReward(1, 2, 3))).score(score_request(*"abc"), proceed).values == (
+        2,
+        4,
+        6,
+    )
 
 
 def test_combined_reward_names_part_with_too_few_scores() -> None:
     with pytest.raises(BadReplyError, match="part p1 was given 2 responses and gave 1"):
-        combined((1, FixedReward(1, 2)), (1, FixedReward(1))).score(score_request("a", "b"), go_on)
+        combined((1, FixedReward(1, 2)), (1, FixedReward(1))).score(score_request("a", "b"), proceed)
 
 
 def test_combined_reward_checks_interrupt_before_each_part() -> None:
@@ -132,7 +136,7 @@ def test_combined_reward_checks_interrupt_before_each_part() -> None:
 
 def test_combined_reward_prefixes_nested_parts() -> None:
     notes = (RewardPart(name="reward", value=5.0), RewardPart(name="share_read", value=0.5, weight=0))
-    (parts,) = combined((2, FixedReward(5, parts=(notes,)))).score(score_request("a"), go_on).parts
+    (parts,) = combined((2, FixedReward(5, parts=(notes,)))).score(score_request("a"), proceed).parts
     assert [(p.name, p.value, p.weight) for p in parts] == [("p0", 5, 2), ("p0.share_read", 0.5, 0)]
 
 

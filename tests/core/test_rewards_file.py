@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from testing.fakes import go_on
+from testing.fakes import proceed
 from tests.support.rewards import FakeJudge, FixedReward, load_reward_file, score_request
 from tpo.backends import load_reward_model
 from tpo.backends.rewards.combined import load_combined
@@ -144,7 +144,7 @@ def test_documented_plugin_loads_once_installed(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(str(tmp_path))
     (part,) = [block for block in documented("toml") if 'kind = "plugin"' in block]
     reward = load_reward_file(tmp_path, part)
-    rewards = reward.score(score_request("Thank you, please.", "No."), go_on)
+    rewards = reward.score(score_request("Thank you, please.", "No."), proceed)
     assert rewards.values[0] > rewards.values[1]
     with pytest.raises(ModelRefusedError, match=r"plug-in kindness cannot be made: TypeError"):
         load_reward_file(tmp_path, f'[[part]]\nname = "a"\nkind = "plugin"\nplugin = "{name}"\noptions = {{wrong = 1}}')

@@ -18,7 +18,7 @@ from tpo.core.run import run
 from tpo.core.state import Message, Params, State
 
 
-def never_interrupt() -> None:
+def proceed() -> None:
     """Do not interrupt the call."""
 
 
@@ -39,7 +39,7 @@ def request(content: str = "Hello", **changes: Any) -> Generate:
 
 def texts(generate: Generate) -> list[str]:
     """Return the samples of the scripted policy."""
-    return [t.text for t in ScriptedPolicy().generate(generate, never_interrupt).texts]
+    return [t.text for t in ScriptedPolicy().generate(generate, proceed).texts]
 
 
 def run_job(prompt_set: str = "conversation", seed: int = 0, **params: Any) -> State:
@@ -49,7 +49,7 @@ def run_job(prompt_set: str = "conversation", seed: int = 0, **params: Any) -> S
         params=Params(seed=seed, **params),
         prompts=prompts.load(prompt_set),
     )
-    return run(state, ScriptedPolicy(), ScriptedRewardModel(), lambda _: None, never_interrupt)
+    return run(state, ScriptedPolicy(), ScriptedRewardModel(), lambda _: None, proceed)
 
 
 def test_texts_depend_on_kind_messages_and_seed_only() -> None:
@@ -114,13 +114,13 @@ def test_few_of_many_samples_are_unusable() -> None:
 
 
 def test_overlong_text_is_cut_with_finish_reason_length() -> None:
-    (text,) = ScriptedPolicy().generate(request(max_tokens=4), never_interrupt).texts
+    (text,) = ScriptedPolicy().generate(request(max_tokens=4), proceed).texts
     assert (len(text.text.split()), text.tokens, text.finish_reason) == (4, 4, "length")
 
 
 def test_latency_is_applied_and_interruptible() -> None:
     started = time.monotonic()
-    ScriptedPolicy(latency=0.1).generate(request(), never_interrupt)
+    ScriptedPolicy(latency=0.1).generate(request(), proceed)
     assert time.monotonic() - started >= 0.1
     calls = 0
 
@@ -143,11 +143,11 @@ def test_log_has_one_line_per_started_call(tmp_path: Path) -> None:
         raise CallInterruptedError("drain")
 
     policy, reward = ScriptedPolicy(log=log), ScriptedRewardModel(log=log)
-    policy.generate(request("a secret"), never_interrupt)
+    policy.generate(request("a secret"), proceed)
     with pytest.raises(CallInterruptedError):
         policy.generate(request("a secret"), stop)
-    policy.generate(request("a secret", seeds=(2,)), never_interrupt)
-    reward.score(Score(iteration=2, messages=(), responses=("a secret",)), never_interrupt)
+    policy.generate(request("a secret", seeds=(2,)), proceed)
+    reward.score(Score(iteration=2, messages=(), responses=("a secret",)), proceed)
     lines = [line.split(" ") for line in log.read_text().splitlines()]
     assert [line[:2] for line in lines] == [["sample", "0"], ["sample", "0"], ["sample", "0"], ["score", "2"]]
     assert lines[0][2] == lines[1][2] != lines[2][2]
@@ -157,5 +157,5 @@ def test_log_has_one_line_per_started_call(tmp_path: Path) -> None:
 
 def test_reward_scores_any_text() -> None:
     odd = ("", "no draft", "\ud800 lone", "Draft 999999", "Draft 3: x")
-    values = ScriptedRewardModel().score(Score(iteration=0, messages=(), responses=odd), never_interrupt).values
+    values = ScriptedRewardModel().score(Score(iteration=0, messages=(), responses=odd), proceed).values
     assert [int(v) for v in values] == [0, 0, 0, 999999, 3]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, plain, said, step
+from testing.fakes import FakePolicy, FakeReward, new_state, plain, proceed, sample_text, step
 from tpo.core.errors import NoUsableSampleError
 from tpo.core.loop import Position, locate, pending
 from tpo.core.run import run
@@ -18,7 +18,7 @@ def finish(state: State, *means: float, policy: FakePolicy | None = None) -> Sta
     def reward(text: str) -> float:
         return means[min(int(text.split()[1].split("-")[0]), len(means) - 1)]
 
-    return run(state, policy or FakePolicy(), FakeReward(reward if means else float), lambda _: None, go_on)
+    return run(state, policy or FakePolicy(), FakeReward(reward if means else float), lambda _: None, proceed)
 
 
 def call_letters(state: State) -> str:
@@ -64,7 +64,7 @@ def test_prompts_count_in_total_token_budget_only() -> None:
 
 
 def test_budget_without_usable_sample_fails_with_reason() -> None:
-    policy = FakePolicy(lambda _r, _s: said("cut o", "length"))
+    policy = FakePolicy(lambda _r, _s: sample_text("cut o", "length"))
     with pytest.raises(NoUsableSampleError, match="budget max_output_tokens left no second try"):
         finish(new_state(max_output_tokens=1), 1.0, policy=policy)
     assert len(policy.asked) == 1
@@ -93,7 +93,7 @@ def test_early_stop_ends_run_without_gain(rule: dict[str, Any], means: tuple[flo
 def test_early_stop_uses_best_and_decline_uses_mean() -> None:
     # The best rises and the mean falls, then the other way round.
     def run_with(rewards: FakeReward, **params: Any) -> State:
-        return run(new_state(sample_size=3, max_iterations=4, **params), FakePolicy(), rewards, lambda _: None, go_on)
+        return run(new_state(sample_size=3, max_iterations=4, **params), FakePolicy(), rewards, lambda _: None, proceed)
 
     worse = FakeReward(
         lambda text: {"0-0": 1.0, "1-0": 2.0}.get(text.split()[1], 0.9 if text.split()[1][0] == "0" else 0.0)
@@ -111,14 +111,14 @@ def test_early_stop_uses_best_and_decline_uses_mean() -> None:
 
 
 def test_iteration_without_candidate_is_neither_gain_nor_decline() -> None:
-    policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" else plain(r, s))
     last = finish(new_state(max_iterations=4, early_stop={"patience": 2}, stop_on_decline=True), 1.0, policy=policy)
     assert (len(last.iterations), locate(last).stopped) == (2, "early_stop")
     assert last.declines == {}
 
 
 def test_decline_compares_with_last_scored_iteration() -> None:
-    policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
     last = finish(new_state(sample_size=2, max_iterations=3), 5.0, 0.0, 4.0, 4.5, policy=policy)
     assert last.declines == {2: Decline(2, 4.0, 5.0)}
 

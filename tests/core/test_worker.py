@@ -1,4 +1,4 @@
-"""How a worker thread handles each outcome of a run, in process, on SQLite."""
+"""A worker thread handles each outcome of a run, in process, on SQLite."""
 
 import logging
 import time

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from testing.fakes import said
+from testing.fakes import sample_text
 from tpo.backends import load_reward_model
 from tpo.core.ports import Generate, Generation, Interrupt, Rewards, Score, Text
 from tpo.core.state import Message, RewardPart
@@ -34,7 +34,7 @@ class FakeJudge:
         """Return one judgement for each sample, and record the request."""
         interrupt()
         self.requests.append(request)
-        texts: tuple[Text, ...] = tuple(said(self._judgement(request, i)) for i in range(request.n))
+        texts: tuple[Text, ...] = tuple(sample_text(self._judgement(request, i)) for i in range(request.n))
         return Generation(texts=texts, input_tokens=10, seconds=0.1, reasoning_tokens=5)
 
 

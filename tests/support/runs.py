@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from testing.fakes import FakePolicy, FakeReward, go_on, plain
+from testing.fakes import FakePolicy, FakeReward, plain, proceed
 from tpo.core.ports import Text
 from tpo.core.run import run
 from tpo.core.state import State
@@ -10,7 +10,7 @@ from tpo.core.state import State
 
 def finish(state: State, policy: FakePolicy | None = None, reward: FakeReward | None = None) -> State:
     """Run to the end and return the last state."""
-    return run(state, policy or FakePolicy(), reward or FakeReward(), lambda _: None, go_on)
+    return run(state, policy or FakePolicy(), reward or FakeReward(), lambda _: None, proceed)
 
 
 def call_kinds(state: State) -> list[tuple[str, int, int]]:

@@ -59,7 +59,7 @@ class Up:
         self.facts: dict[str, Any] = {}
         self.env = {**env, "TPO_URL": f"http://127.0.0.1:{ports['port']}"}
 
-    def told(self) -> Iterator[dict[str, Any]]:
+    def events(self) -> Iterator[dict[str, Any]]:
         """Yield the events of its output until it ends."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -70,7 +70,7 @@ class Up:
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """Return the next event of that name. Raises AssertionError if the process ends first."""
-        for fact in self.told():
+        for fact in self.events():
             if fact["event"] == event:
                 return fact
         raise AssertionError(f"ended without {event}: {self.errors()}")
@@ -83,7 +83,7 @@ class Up:
     def stop(self, number: int = signal.SIGINT) -> tuple[int, list[dict[str, Any]]]:
         """Send a signal and return the exit code and the remaining events."""
         self.process.send_signal(number)
-        rest = list(self.told())
+        rest = list(self.events())
         return self.process.wait(HANG_SECONDS), rest
 
     def family(self) -> list[psutil.Process]:
@@ -104,7 +104,7 @@ def running_up(data_dir: Path, *words: str, **more: str) -> Iterator[Up]:
         finally:
             if up.process.poll() is None:
                 up.process.terminate()
-                for _ in up.told():
+                for _ in up.events():
                     pass
 
 

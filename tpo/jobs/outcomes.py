@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tpo.core.loop import locate
-from tpo.core.state import GivenUp, State
+from tpo.core.state import State, StopReason
 from tpo.core.status import Status
 from tpo.jobs.events import Event
 from tpo.jobs.tables import IncompleteReason, Job
@@ -18,7 +18,7 @@ class Outcome:
     error_code: str | None = None
     error_message: str | None = None
     incomplete_reason: IncompleteReason | None = None
-    stop_reason: GivenUp | None = None
+    stop_reason: StopReason | None = None
     """Why a job that completed made fewer iterations than it was to make."""
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from tpo.core.state import Budget, GivenUp
+from tpo.core.state import Budget, StopReason
 from tpo.core.status import LIVE, TERMINAL, Status
 from tpo.db import DEFAULT_TENANT, Base, now
 from tpo.db.base import partial_index
@@ -99,7 +99,7 @@ class Job(Base):
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     incomplete_reason: Mapped[IncompleteReason | None] = mapped_column(Text)
-    stop_reason: Mapped[GivenUp | None] = mapped_column(Text)
+    stop_reason: Mapped[StopReason | None] = mapped_column(Text)
     """Why a completed job made fewer iterations than it was to make."""
 
 
