@@ -40,7 +40,7 @@ _WRITTEN_LINES = 200
 
 
 class LineError(NamedTuple):
-    """Why a line became no job, or its job no answer."""
+    """The reason why a line has no answer."""
 
     code: str
     message: str
@@ -57,7 +57,7 @@ class _NewLine:
 
 
 class _Progress(NamedTuple):
-    """How far a running batch is."""
+    """The progress of a running batch."""
 
     batch: Batch
     in_flight: int

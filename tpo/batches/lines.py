@@ -26,7 +26,7 @@ class RawLine(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        """Whether there is nothing on the line: it is no request."""
+        """True if there is nothing on the line: it is no request."""
         return self.text is not None and not self.content.strip()
 
 
@@ -53,7 +53,7 @@ class RefusedLine(NamedTuple):
 
 
 class LineFormat(Protocol):
-    """How requests are read from a batch's input, and results are written to its files."""
+    """The format of a batch's files: reads requests from its input, writes results to its output."""
 
     def parse(self, line: RawLine, endpoint: str) -> LineRequest | RefusedLine:
         """Read one line of the input."""
