@@ -1,1 +1,1 @@
-"""What is measured, and how to repeat it. Figures are ratios within one run: machines are noisy."""
+"""Benchmarks, each run by `python -m bench.NAME`. Figures are ratios within one run, because machines are noisy."""

@@ -119,7 +119,7 @@ def _create_terminal(store: Store) -> str:
     job_id = _create(store).job_id
     claimed = claim_one(store, job_id, "template", 3600, **SERVES)
     if claimed is None:
-        raise SystemExit("the template job could not be claimed: the database must be empty before it is filled")
+        raise SystemExit("the template job could not be claimed")
     lease, state = claimed
     final = run(state, policy(), FakeReward(), partial(store.leases.checkpoint, lease), proceed)
     store.leases.finish(lease, Outcome("completed", output=final.best.text if final.best else None))
