@@ -45,8 +45,8 @@ def create_app(settings):
 api.__main__.create_app = create_app
 sys.exit(api.__main__.main())
 """
-BODY = json.dumps({"input": "Where is my parcel?", "parameters": {"sample_size": 2, "max_iterations": 1}})
-FIRST_CALL = json.dumps({"input": "Where is my parcel?", "parameters": {"mode": "bon", "sample_size": 2}})
+BODY = json.dumps({"input": "Where is my lamp?", "parameters": {"sample_size": 2, "max_iterations": 1}})
+FIRST_CALL = json.dumps({"input": "Where is my lamp?", "parameters": {"mode": "bon", "sample_size": 2}})
 CONNECTIONS = 8
 JOBS_OF_LISTENERS = 20
 WARM_UP_SUBMISSIONS = 5

@@ -46,7 +46,7 @@ def write_requests(path: Path, count: int) -> int:
     with path.open("w") as file:
         for number in range(count):
             options = {"sample_size": 1, "max_iterations": 0, "seed": number}
-            body = {"model": "scripted", "input": f"Where is my parcel {number}?", "tpo": options}
+            body = {"model": "scripted", "input": f"Where is my lamp {number}?", "tpo": options}
             line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/responses", "body": body}
             file.write(json.dumps(line) + "\n")
     return path.stat().st_size

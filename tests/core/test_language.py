@@ -10,16 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = (
-    "tpo/core",
-    "tpo/db",
-    "tpo/jobs",
-    "tpo/tenants",
-    "tpo/batches",
-    "worker",
-    "testing",
-    "tests/core",
-    "tests/contract",
-    "tests/support",
+    *("tpo/core", "tpo/db", "tpo/jobs", "tpo/tenants", "tpo/batches", "worker", "testing", "bench", "migrations"),
+    *("tests/core", "tests/contract", "tests/support"),
 )
 """Folders of code that are written in plain terms so far. The others follow; none leaves."""
 
