@@ -1,4 +1,4 @@
-"""The command `tpo`: what people type. Each command is a small file that imports what it needs when it runs."""
+"""The command `tpo`. Each command is a small file that imports heavy modules only when it runs."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from tpo.cli.ui.output import Commands
 app = typer.Typer(
     name="tpo",
     cls=Commands,
-    help="Test-Time Preference Optimization: a model improves its own answer under a reward model.",
+    help="Test-Time Preference Optimization: a model improves its own answers, guided by a reward model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
