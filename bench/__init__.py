@@ -1,1 +1,1 @@
-"""Benchmarks, each run by `python -m bench.NAME`. Figures are ratios within one run, because machines are noisy."""
+"""Benchmarks, each run by `python -m bench.store` and its siblings. Figures are ratios within one run, because machines are noisy."""

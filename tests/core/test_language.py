@@ -25,8 +25,6 @@ ALLOWED: dict[str, frozenset[str] | None] = {
     # A map from old names to new ones.
     "docs/adr/0001-names.md": None,
     "tests/core/test_language.py": None,
-    # The descriptions of settings.
-    "docs/deployment.md": frozenset({"doorbells", "rung", "for ever", "beside"}),
 }
 """Files in which some of them are legitimate; None is all of them."""
 
