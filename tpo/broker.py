@@ -29,9 +29,9 @@ from tpo.core.errors import BrokerUnavailableError, causes
 
 RUN_JOB = "tpo.run_job"
 SWEEP = "tpo.sweep"
-NOTIFY_BATCHES = "tpo.ring_batches"
+NOTIFY_BATCHES = "tpo.notify_batches"
 ADVANCE_BATCH = "tpo.advance_batch"
-NOTIFY_WEBHOOKS = "tpo.ring_webhooks"
+NOTIFY_WEBHOOKS = "tpo.notify_webhooks"
 DELIVER_WEBHOOK = "tpo.deliver_webhook"
 PURGE = "tpo.purge"
 MAINTENANCE_QUEUE = "tpo.maintenance"
