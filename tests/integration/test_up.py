@@ -36,7 +36,7 @@ def _answer(up: Up, prompt: str = "Where is my parcel?") -> str:
     [
         ({"api_key": "key-of-16-characters"}, "TPO_API_KEY"),
         ({"require_key": True, "host": "0.0.0.0"}, "with a key that"),
-        ({}, "this machine alone"),
+        ({}, "this machine only"),
     ],
 )
 def test_it_tells_who_may_use_the_api(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     ports = [word for name in ("port", "flower-port", "broker-port") for word in (f"--{name}", _port())]
     done = tpo("up", "--json", "--data-dir", str(tmp_path), *ports)
     assert done.returncode == 1
-    assert done.stderr == f"tpo: cannot go on: {log}: Is a directory\n"
+    assert done.stderr == f"tpo: cannot continue: {log}: Is a directory\n"
     (started,) = [fact["pid"] for fact in map(json.loads, done.stdout.splitlines()) if fact["event"] == "started"]
     assert not psutil.pid_exists(started)
 
