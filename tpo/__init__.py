@@ -1,7 +1,7 @@
 """Test-Time Preference Optimization as a durable service: the library.
 
-Rooms, from the bottom up: the core (`state`, `loop`, `ports`, `prompts`, `errors`) is pure; `run` drives it; the edge
-(`settings`, `queue`, `jobs`, `backends`) knows the outside world; `cli` is what people type.
+Start with `core`, the pure algorithm. The features (`jobs`, `tenants`, `batches`, `webhooks`) keep its state in the
+database through `db` and `store`. `backends` holds the models, `broker` notifies workers, `cli` holds the commands.
 """
 
 __version__ = "0.1.0"

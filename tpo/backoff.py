@@ -1,9 +1,9 @@
-"""How long to wait before another attempt."""
+"""Exponential back-off with jitter."""
 
 import random
 
 
 def backoff_seconds(attempt: int, *, first: float = 1.0, factor: float = 2.0, longest: float = 60.0) -> float:
-    """Return the pause after so many failed attempts (0 is the first): exponential, with jitter of up to a half."""
-    grown = min(first * factor ** min(attempt, 64), longest)
-    return grown * random.uniform(0.5, 1)  # noqa: S311 - jitter, not a secret
+    """Return the seconds to wait after failed attempt `attempt` (0 is the first), with jitter of up to a half."""
+    delay = min(first * factor ** min(attempt, 64), longest)
+    return delay * random.uniform(0.5, 1)  # noqa: S311 - jitter, not a secret

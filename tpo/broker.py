@@ -1,8 +1,8 @@
 """The only producer of Celery messages, and the names that API and workers share.
 
-A message holds only the id of a job, a batch or a delivery. It may be lost or delivered twice: the database is the
-truth, and the rescuer notifies again. A job's message only says that something waits; the worker asks the database
-for the next job. So a few messages are enough for any number of waiting jobs, and the broker's queue stays shallow.
+A message contains only the id of a job, a batch or a delivery. It may be lost or delivered twice: the database is the
+source of truth, and the rescuer notifies again. A job's message only says that a job waits; the worker asks the
+database for the next one. So a few messages serve any number of waiting jobs, and the broker's queue stays short.
 """
 
 import hashlib
@@ -42,7 +42,6 @@ BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {"socket_timeout": 2, "socket_connect
 MAX_QUEUED_WAKEUPS = 32
 """Enough queued wake-ups: each worker that claims a job sends the next one."""
 
-
 _REASONS: dict[type[Exception], str] = {
     AuthenticationError: "The broker refuses the user or password of TPO_BROKER_URL.",
     NoPermissionError: "The broker's user may not do that: give it all commands and keys.",
@@ -52,7 +51,7 @@ _REASONS: dict[type[Exception], str] = {
 
 
 def unavailable(error: BaseException) -> BrokerUnavailableError:
-    """Explain an error of the broker in our own words: its message may quote a command."""
+    """Return an error that explains the broker's error without its message, which may quote a command."""
     for cause in causes(error):
         for kind, why in _REASONS.items():
             if isinstance(cause, kind):
@@ -63,14 +62,14 @@ def unavailable(error: BaseException) -> BrokerUnavailableError:
 
 
 def queue_name(model: str) -> str:
-    """Return the name of a policy's queue: the policy's name if it is a valid name, else a unique one."""
-    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", model)
-    mark = "" if plain == model else "-" + hashlib.blake2b(model.encode(), digest_size=4).hexdigest()
-    return f"tpo.jobs.{plain}{mark}"
+    """Return the name of a policy's queue. An invalid character becomes `_`, and a hash then keeps the name unique."""
+    valid = re.sub(r"[^A-Za-z0-9.-]+", "_", model)
+    suffix = "" if valid == model else "-" + hashlib.blake2b(model.encode(), digest_size=4).hexdigest()
+    return f"tpo.jobs.{valid}{suffix}"
 
 
 class JobNotifier:
-    """Notifies workers. Threads may share it."""
+    """Notifies workers through the broker. Safe to share among threads."""
 
     def __init__(self, broker_url: str) -> None:
         self._celery = Celery("tpo-notifier", broker=broker_url, set_as_current=False)
@@ -92,10 +91,10 @@ class JobNotifier:
     def notify_job(self, job_id: str, model: str) -> None:
         """Notify the workers of a policy that a job waits. Raises BrokerUnavailableError within some 2 s.
 
-        If enough wake-ups are queued, it sends none: a worker that takes one of them sends the next.
+        If enough wake-ups are queued, none is sent: a worker that takes one of them sends the next.
         """
         queue = queue_name(model)
-        if not self._is_enough(queue):
+        if not self._has_enough_wakeups(queue):
             self._send(RUN_JOB, job_id, queue)
 
     def notify_batch(self, batch_id: str) -> None:
@@ -114,19 +113,19 @@ class JobNotifier:
 
     def pending_count(self, model: str) -> int:
         """Return how many wake-ups the workers of a policy have not taken. Raises BrokerUnavailableError."""
-        return self._waiting_in(queue_name(model))
+        return self._queue_length(queue_name(model))
 
     def pending_maintenance_count(self) -> int:
         """Return how many messages the maintenance worker has not taken. Raises BrokerUnavailableError."""
-        return self._waiting_in(MAINTENANCE_QUEUE)
+        return self._queue_length(MAINTENANCE_QUEUE)
 
-    def _waiting_in(self, queue: str) -> int:
+    def _queue_length(self, queue: str) -> int:
         try:
             return int(self._redis.llen(queue))
         except RedisError as error:
             raise unavailable(error) from error
 
-    def _is_enough(self, queue: str) -> bool:
+    def _has_enough_wakeups(self, queue: str) -> bool:
         try:
             return int(self._redis.llen(queue)) >= MAX_QUEUED_WAKEUPS
         except RedisTimeout as error:

@@ -1,12 +1,14 @@
-"""The store: all queries, composed of one part for each feature. It holds the rules that make jobs durable:
+"""The store: all queries of the database, in one part for each feature.
 
-- a claim takes a lease, counts the attempt and raises the fencing number, in one conditional UPDATE;
-- the database decides which job is next, and no message does: priority first, then fairness among tenants
+These rules make jobs durable:
+
+- a claim takes a lease, counts the attempt and increments the fencing number, in one conditional UPDATE;
+- the database, not a message, decides which job is next: priority first, then fairness among tenants
   (`tpo.jobs.scheduling`);
-- every write of a worker is fenced: it changes no row after another worker has claimed the job;
+- every write of a worker is fenced: after another worker has claimed the job, it changes no row;
 - a checkpoint writes the call, its candidates, the events and the progress in one transaction;
 - clients read and write only what belongs to their tenant;
-- all times are the database's.
+- all times come from the database's clock.
 """
 
 from typing import Self

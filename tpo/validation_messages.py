@@ -10,11 +10,11 @@ from tpo.core.errors import InvalidInputError
 _SHOWN_ERRORS = 5
 _LONGEST_NAME = 1000
 _SHAPES = ("text", "messages")
-"""Tags of a discriminated union, which are no part of a field's name."""
+"""Tags of a discriminated union, which are not part of a field's name."""
 
 
 def invalid(error: ValidationError, renamed: Callable[[str], str] = str) -> InvalidInputError:
-    """Convert a validation error; `renamed` maps a field to the name that its author used."""
+    """Convert a validation error; `renamed` maps a field to the name that the request's author used."""
     return of_errors(error.errors(include_url=False), renamed)
 
 
@@ -28,12 +28,12 @@ def of_errors(errors: Sequence[ErrorDetails], renamed: Callable[[str], str] = st
 
 def name(location: Sequence[int | str]) -> str:
     """Format a location as a client writes it: `input[0].content`, `parameters.top_p`."""
-    written = ""
+    path = ""
     for position, part in enumerate(location):
         if part == "[key]" or (position == 1 and location[0] == "input" and part in _SHAPES):
             continue
-        written += f"[{part}]" if isinstance(part, int) else f".{part}" if written else part
-    return written[:_LONGEST_NAME]
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path[:_LONGEST_NAME]
 
 
 def _message(error: ErrorDetails) -> str:

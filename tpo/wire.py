@@ -1,4 +1,4 @@
-"""Base classes and types of values that cross the wire."""
+"""Base classes and types of values in requests and responses."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ class Wire(BaseModel):
 
 
 class Identified(Wire):
-    """A value with an id, by which lists continue."""
+    """A value with an id, which serves as the cursor of lists."""
 
     id: str
 

@@ -3,26 +3,26 @@
 TPOError                            500
 ├── InvalidInputError               422  the caller can fix it: names the field and says what to do
 │   └── UnknownModelError           422  no worker serves that policy or reward model
-├── IdempotencyConflictError        422  an Idempotency-Key was used with another body before
-├── NotFoundError                   404  there is nothing with that id
+├── IdempotencyConflictError        422  an Idempotency-Key was already used with a different body
+├── NotFoundError                   404  nothing has that id
 │   ├── JobNotFoundError, KeyNotFoundError, UploadNotFoundError
 │   └── ModelNotFoundError, BatchNotFoundError, WebhookNotFoundError
-├── ConflictError                   409  the state of a resource does not allow it; a retry does not help
+├── ConflictError                   409  the state of a resource does not allow the request; a retry does not help
 │   ├── ExternalIdTakenError        409  another request created a job with this external_id
-│   └── WrongStateError             409  a job or a batch is not in a state in which that can be done
-├── QuotaExceededError              429  the tenant asks for more than it may, for now
-├── StoreUnavailableError           503  the database cannot be reached, or cannot do its work for now: says why
-│   └── DatabaseRefusedError        503  its URL or file cannot be used until somebody fixes it: refused at a start
-├── SchemaOutOfDateError                 the database's schema is not the one of this version
-├── BrokerUnavailableError               the broker cannot be reached, or accepts nothing for now: says why
+│   └── WrongStateError             409  the status of a job or batch does not allow the request
+├── QuotaExceededError              429  the tenant exceeds one of its limits for now
+├── StoreUnavailableError           503  the database cannot be reached or cannot work for now; the message says why
+│   └── DatabaseRefusedError        503  its URL or file is unusable until somebody fixes it; no process starts with it
+├── SchemaOutOfDateError                 the database's schema is not that of this version
+├── BrokerUnavailableError               the broker cannot be reached or accepts nothing for now; the message says why
 ├── JobError                             ends a job; `code` is stored in the job's record
 │   ├── ContextTooLongError              a prompt does not fit the model's context
 │   ├── PromptRefusedError               the model's chat template or vocabulary cannot express the conversation
-│   ├── NoUsableSampleError              no sampled response can be scored
-│   └── BadReplyError                    a back end's reply is no reply to the request
-├── BackendUnavailableError              a model cannot be reached or is out of memory for now: worth another attempt
+│   ├── NoUsableSampleError              no sample can be scored
+│   └── BadReplyError                    a back end's reply does not fit the request
+├── BackendUnavailableError              a model cannot be reached or is out of memory for now; the job is retried
 ├── ModelRefusedError                    a model cannot be loaded; raised before any job is claimed
-├── CallInterruptedError                 not a failure: a job has to stop between two steps
+├── CallInterruptedError                 no failure: the job has to stop between two steps
 └── LeaseLostError                       another worker holds the job; nothing may be written
 """
 
@@ -39,7 +39,7 @@ class TPOError(Exception):
     status: int = 500
     code: str | None = "internal_error"
     param: str | None = None
-    """The field of the request that is wrong, where it is one field."""
+    """The invalid field of the request; None if it is not a single field."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or type(self).__doc__)
@@ -126,7 +126,7 @@ class DatabaseRefusedError(StoreUnavailableError):
 
 
 class SchemaOutOfDateError(TPOError):
-    """The database's schema is not the one of this version: run `tpo db upgrade`."""
+    """The database's schema is not that of this version: run `tpo db upgrade`."""
 
 
 class BrokerUnavailableError(TPOError):
@@ -157,7 +157,7 @@ class ExternalIdTakenError(ConflictError):
 
 
 class WrongStateError(ConflictError):
-    """The job or batch is not in a state in which that can be done."""
+    """The status of the job or batch does not allow the request."""
 
     code = "wrong_state"
 
@@ -220,7 +220,10 @@ class WebhookNotFoundError(NotFoundError):
 
 
 def frames(error: BaseException) -> str:
-    """Format where an error came from, without messages and values: a database or a validator quotes texts in them."""
+    """Format the tracebacks of an error and its causes, without messages and values.
+
+    Messages of databases and validators quote users' texts.
+    """
     return "\ncaused by ".join(
         type(cause).__qualname__ + "\n" + "".join(traceback.format_tb(cause.__traceback__)).rstrip()
         for cause in causes(error)

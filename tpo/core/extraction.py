@@ -1,4 +1,4 @@
-"""Extract the answer from what the policy wrote, or say why there is none."""
+"""Extract the answer from a sample, or give the reason why it has none."""
 
 from tpo.core.ports import Text
 from tpo.core.prompts import PromptSet
@@ -6,7 +6,10 @@ from tpo.core.state import PolicyCall, Unusable
 
 
 def extract_answer(prompts: PromptSet, kind: PolicyCall, sample: Text) -> tuple[str, Unusable | None]:
-    """Return a sample's answer and None, or the sample as it is and why no answer is in it."""
+    """Return a sample's answer and None, or its text and the reason why it is unusable.
+
+    A first sample is its own answer. The answer of an update is the text between the last pair of answer tags.
+    """
     cut_off: Unusable | None = "cut_off" if sample.finish_reason == "length" else None
     if not sample.text.strip():
         return "", cut_off or "empty"
@@ -20,5 +23,5 @@ def extract_answer(prompts: PromptSet, kind: PolicyCall, sample: Text) -> tuple[
 
 
 def storable(text: str) -> str:
-    """Replace what PostgreSQL and UTF-8 cannot hold: NUL and lone surrogates."""
+    """Replace characters that PostgreSQL or UTF-8 cannot store: NUL and lone surrogates."""
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")

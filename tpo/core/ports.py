@@ -6,7 +6,7 @@ from typing import Protocol
 from tpo.core.state import FinishReason, Frozen, Message, PolicyCall, RewardPart
 
 Interrupt = Callable[[], None]
-"""Called by a back end between two tokens, or as often as it can; raises `CallInterruptedError` to stop."""
+"""Called by a back end between two tokens, or as often as it can. It raises `CallInterruptedError` to stop the call."""
 
 
 class Generate(Frozen):
@@ -15,6 +15,7 @@ class Generate(Frozen):
     kind: PolicyCall
     iteration: int
     first_sample: int
+    """The number of the first sample within its iteration."""
     messages: tuple[Message, ...]
     seeds: tuple[int, ...]
     temperature: float
@@ -30,7 +31,7 @@ class Generate(Frozen):
 
 
 def cut_at(text: str, stop: Iterable[str]) -> str:
-    """Return the text up to the first of these strings, or all of it."""
+    """Return the text before the first of these strings; all of it if it contains none."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
@@ -62,7 +63,7 @@ class Generation(Frozen):
 class Rewards(Frozen):
     """The reward model's reply: one raw score for each response, in the same order, NaN and infinities included.
 
-    If a score is a weighted sum, `parts` holds its parts for each response; otherwise it is empty.
+    If scores are weighted sums, `parts` has the parts of each response's score; otherwise it is empty.
     """
 
     values: tuple[float, ...]
@@ -79,7 +80,7 @@ class Policy(Protocol):
     """A frozen language model."""
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
-        """Sample responses.
+        """Sample one response for each seed.
 
         Raises ContextTooLongError, BadReplyError, BackendUnavailableError, CallInterruptedError.
         """

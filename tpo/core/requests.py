@@ -9,15 +9,15 @@ from tpo.core.prompts import Step as PromptStep
 from tpo.core.state import CallKind, Candidate, Message, PolicyCall, State
 
 SHOWN_TOKENS = 2048
-"""A longer candidate is cut when the critic sees it (never in the pool)."""
+"""Prompts show at most this much of a candidate. A longer one is cut in prompts, never in the pool."""
 
 _CUT_MARK = " […]"
 _NAME_IN_SEED: dict[CallKind, str] = {"critique": "loss"}
-"""Names that a seed is derived from never change: recorded runs, the demo's figures among them, would not repeat."""
+"""Names from which seeds are derived. They never change, or recorded runs, such as the demo's, would not repeat."""
 
 
 class NextCall(NamedTuple):
-    """A model call by its place in the run: `n` samples from number `first` on."""
+    """A model call, identified by its place in the run: `n` samples from number `first` on."""
 
     kind: CallKind
     iteration: int
@@ -26,7 +26,7 @@ class NextCall(NamedTuple):
 
 
 def build_request(state: State, call: NextCall) -> Generate | Score:
-    """Build the request of a call: render its prompt, derive its seeds, collect what is to be scored."""
+    """Build the request of a call: render its prompt and derive its seeds, or collect the responses to score."""
     if call.kind == "score":
         return Score(
             iteration=call.iteration,
@@ -49,13 +49,13 @@ def build_request(state: State, call: NextCall) -> Generate | Score:
 
 
 def derived_seed(job_seed: int, iteration: int, kind: CallKind, sample: int) -> int:
-    """Derive a sample's own seed: 63 bits of a hash, so that a run repeats and no two samples share a stream."""
+    """Derive a sample's seed: 63 bits of a hash, so that runs repeat and no two samples share a random stream."""
     name = f"{job_seed}/{iteration}/{_NAME_IN_SEED.get(kind, kind)}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
 
 
 def query_text(messages: Sequence[Message]) -> str:
-    """Render the conversation for the critic: a single user turn as it is, else each turn under its role's name."""
+    """Render the conversation for the critic: a single message as it is, otherwise each turn under its role's name."""
     if len(messages) == 1:
         return messages[0].content
     return "\n\n".join(f"[{m.role}]\n{m.content}" for m in messages)
@@ -68,7 +68,7 @@ def _seeds(job_seed: int, call: NextCall, kind: PolicyCall) -> tuple[int, ...]:
 def _prompt(state: State, number: int, step: PromptStep) -> tuple[Message, ...]:
     iteration = state.iteration(number)
     texts = {"query": query_text(state.input), "chosen": _shown(state.candidate(iteration.chosen))}
-    # In a pool of equal rewards one candidate plays both parts: there is nothing to compare it with.
+    # With equal rewards, the same candidate is both chosen and rejected: there is nothing to compare it with.
     if iteration.rejected is not None and iteration.rejected != iteration.chosen:
         texts["rejected"] = _shown(state.candidate(iteration.rejected))
     if iteration.critique:
@@ -79,7 +79,7 @@ def _prompt(state: State, number: int, step: PromptStep) -> tuple[Message, ...]:
 
 
 def _shown(candidate: Candidate) -> str:
-    """Return a candidate as the critic sees it: whole, or its first part by the share of tokens that is allowed."""
+    """Return a candidate's text as prompts show it: whole, or cut in proportion to the tokens that are allowed."""
     if candidate.tokens <= SHOWN_TOKENS:
         return candidate.text
     return candidate.text[: len(candidate.text) * SHOWN_TOKENS // candidate.tokens] + _CUT_MARK

@@ -7,6 +7,7 @@ from tpo.core.ports import Generate, Interrupt, Policy, RewardModel
 from tpo.core.state import State
 
 Checkpoint = Callable[[Step], object]
+"""Records one model call. An exception that it raises ends the run."""
 
 
 def run(
@@ -19,9 +20,9 @@ def run(
 ) -> State:
     """Run one optimization to its end and return its last state.
 
-    `checkpoint` is called once after each model call; an exception that it raises ends the run. To resume, call this
-    again with the last state that was checkpointed. `before_call` runs before each call, in place of `interrupt`,
-    which runs during calls.
+    `checkpoint` is called after each model call; an exception that it raises ends the run. To resume, call this again
+    with the last state that was recorded. `interrupt` is called during and before model calls; `before_call`, if given,
+    replaces it before calls. Raises what the models, `checkpoint` and the interrupts raise, and NoUsableSampleError.
     """
     position = locate(state)
     while request := request_at(state, position):

@@ -1,7 +1,7 @@
-"""The state of one optimization: whole, frozen, to JSON and back.
+"""The state of one optimization: complete, immutable, and convertible to JSON and back.
 
-Nothing here decides anything (`tpo.core.loop` does), and nothing is stored twice: the best candidate, the usage and
-the pool are derived from the data.
+This module decides nothing (`tpo.core.loop` does), and stores nothing twice: the best candidate, the usage and the
+pool are derived from the data.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ MAX_BUDGET = 10**12
 
 
 class Frozen(BaseModel):
-    """A value: never changed, only copied; unknown fields are refused."""
+    """An immutable value: changed by copy only. Unknown fields are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -132,6 +132,7 @@ class Note(Frozen):
 
     text: str
     attempt: int = 0
+    """0, or 1 if it was requested a second time."""
 
 
 class Iteration(Frozen):
@@ -179,7 +180,7 @@ class Decline(NamedTuple):
 
 
 class State(Frozen):
-    """One optimization from its input to its present step. To resume it, nothing else is needed."""
+    """One optimization from its input to its current step. Nothing else is needed to resume it."""
 
     input: tuple[Message, ...]
     params: Params
@@ -197,9 +198,9 @@ class State(Frozen):
         return [c for c in self.of_iteration(number) if c.reward is None and c.unusable is None]
 
     def iteration(self, number: int) -> Iteration:
-        """Return the record of an iteration that has begun, or whom the next one would compare.
+        """Return the record of an iteration; if it has not begun, with the candidates that it would compare.
 
-        Raises NoUsableSampleError when the pool is empty.
+        Raises NoUsableSampleError if the pool is empty.
         """
         if number <= len(self.iterations):
             return self.iterations[number - 1]
@@ -219,12 +220,12 @@ class State(Frozen):
 
     @property
     def best(self) -> Candidate | None:
-        """The candidate with the highest reward; the first one of equals."""
+        """The candidate with the highest reward; of equals, the first."""
         return max(self.pool, key=_reward, default=None)
 
     @property
     def worst(self) -> Candidate | None:
-        """The candidate with the lowest reward; the first one of equals."""
+        """The candidate with the lowest reward; of equals, the first."""
         return min(self.pool, key=_reward, default=None)
 
     @property
@@ -239,13 +240,13 @@ class State(Frozen):
         )
 
     def mean_reward(self, iteration: int) -> float | None:
-        """Return the mean reward of the scored candidates of one iteration; None without any."""
+        """Return the mean reward of the scored candidates of one iteration; None if there are none."""
         rewards = [c.reward for c in self.of_iteration(iteration) if c.reward is not None]
         return sum(rewards) / len(rewards) if rewards else None
 
     @property
     def declines(self) -> dict[int, Decline]:
-        """Iterations whose mean reward fell below that of the one before, by number."""
+        """Declines by the number of the iteration whose mean reward fell below that of the one before."""
         rewards: dict[int, list[float]] = {}
         for candidate in self.pool:
             rewards.setdefault(candidate.iteration, []).append(_reward(candidate))

@@ -1,4 +1,4 @@
-"""The states of a job, for the server and its client alike."""
+"""The statuses of a job, shared by the server and its client."""
 
 from typing import Literal
 
@@ -6,7 +6,8 @@ Status = Literal[
     "queued", "in_progress", "paused", "cancelling", "completed", "failed", "cancelled", "expired", "incomplete"
 ]
 LIVE: tuple[Status, ...] = ("queued", "in_progress", "paused", "cancelling")
+"""The statuses of a job that has not ended."""
 TERMINAL: tuple[Status, ...] = ("completed", "failed", "cancelled", "expired", "incomplete")
-"""A job in one of these never changes again."""
+"""The statuses of a job that has ended. It never changes again."""
 HELD: tuple[Status, ...] = ("in_progress", "cancelling")
-"""The states in which a worker holds the lease."""
+"""The statuses in which a worker holds the lease."""

@@ -7,7 +7,7 @@ from tpo.core.state import Budget, State, StopReason
 
 
 def exhausted_budget(state: State) -> Budget | None:
-    """Return the exhausted budget, if there is one. The usage of a job that this one started from does not count.
+    """Return the exhausted budget, or None. The usage of a job that this one started from does not count.
 
     Budgets are checked before each call of the policy: samples are always scored, and the last call may exceed one.
     """
@@ -17,13 +17,13 @@ def exhausted_budget(state: State) -> Budget | None:
         ("max_total_tokens", params.max_total_tokens, usage.total_tokens),
         ("max_seconds", params.max_seconds, usage.model_seconds),
     )
-    return next((name for name, most, spent in used if most is not None and spent >= most), None)
+    return next((name for name, limit, amount in used if limit is not None and amount >= limit), None)
 
 
 def stop_reason_after(state: State, complete: int) -> StopReason | None:
-    """Return why no iteration should follow `complete`, the last one; None if one should.
+    """Return why no iteration should follow `complete`, the last complete one; None if another one should.
 
-    A job judges only by its own iterations, so that one which extends another is not stopped at once.
+    Only the job's own iterations count, so a job that extends another is not stopped at once.
     """
     rule = state.params.early_stop
     if rule is None and not state.params.stop_on_decline:
@@ -40,5 +40,5 @@ def stop_reason_after(state: State, complete: int) -> StopReason | None:
 
 
 def _best(state: State, iteration: int) -> float:
-    """Return the highest reward of the pool when that iteration was complete. The first sampling gave at least one."""
+    """Return the highest reward of the pool after that iteration. The first sampling gave at least one."""
     return max(c.reward for c in state.pool if c.iteration <= iteration and c.reward is not None)

@@ -2,7 +2,7 @@
 
 A set is a TOML file of templates (`string.Template`: `$query`, `$chosen`, `$rejected`, `$critique`, `$gradient`,
 `$answer_open`, `$answer_close`; `$$` is a dollar). `style` says how they are sent: `conversation` sends one growing
-conversation, so that a server can reuse the key/value cache of all that came before; `separate` sends each alone.
+conversation, so that a server can reuse the key/value cache of earlier turns; `separate` sends each prompt by itself.
 """
 
 import tomllib
@@ -21,7 +21,7 @@ STEPS: tuple[Step, ...] = ("critique", "gradient", "update")
 
 
 class Templates(BaseModel):
-    """One template for each call."""
+    """The templates of one mode, one for each step."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
@@ -31,24 +31,24 @@ class Templates(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _is_template(cls, template: str) -> str:
+    def _check_template(cls, template: str) -> str:
         if not Template(template).is_valid():
             raise ValueError("a dollar sign must start a placeholder or be doubled")
         return template
 
 
-_ALWAYS = frozenset({"query", "chosen", "answer_open", "answer_close"})
-_KNOWN: dict[Step, frozenset[str]] = {
-    "critique": _ALWAYS,
-    "gradient": _ALWAYS | {"critique"},
-    "update": _ALWAYS | set(STEPS[:2]),
+_COMMON = frozenset({"query", "chosen", "answer_open", "answer_close"})
+_ALLOWED: dict[Step, frozenset[str]] = {
+    "critique": _COMMON,
+    "gradient": _COMMON | {"critique"},
+    "update": _COMMON | set(STEPS[:2]),
 }
-"""The placeholders of each step; `tpo` also has the rejected response."""
+"""The placeholders that each step allows; in `tpo`, also the rejected response."""
 
 
 @lru_cache(maxsize=64)
 def _placeholders(text: str) -> frozenset[str]:
-    """Return the placeholders of a template. Cached: a set is validated again with every state that holds it."""
+    """Return the placeholders of a template. Cached, because a set is validated with every state that contains it."""
     return frozenset(Template(text).get_identifiers())
 
 
@@ -66,32 +66,31 @@ class PromptSet(BaseModel):
 
     @field_validator("answer_tags")
     @classmethod
-    def _two_different_tags(cls, tags: tuple[str, str]) -> tuple[str, str]:
+    def _check_tags(cls, tags: tuple[str, str]) -> tuple[str, str]:
         if not all(tag.strip() for tag in tags) or tags[0] == tags[1]:
             raise ValueError("two different, non-empty tags are needed")
         return tags
 
     @model_validator(mode="after")
-    def _only_what_exists(self) -> Self:
+    def _check_placeholders(self) -> Self:
         for mode, templates, extra in (("tpo", self.tpo, {"rejected"}), ("revision", self.revision, set[str]())):
             for step in STEPS:
-                if unknown := _placeholders(getattr(templates, step)) - _KNOWN[step] - extra:
-                    known = sorted(_KNOWN[step] | extra)
+                if unknown := _placeholders(getattr(templates, step)) - _ALLOWED[step] - extra:
+                    known = sorted(_ALLOWED[step] | extra)
                     raise ValueError(f"{mode}.{step} uses {sorted(unknown)}, and the only placeholders are {known}")
         return self
 
     def render(self, step: Step, texts: Mapping[str, str]) -> list[tuple[Literal["user", "assistant"], str]]:
         """Render the turns that ask for `step`.
 
-        `texts` holds query and chosen, and those that exist of rejected, critique and gradient.
-
-        Texts are inserted in one pass, so a dollar sign or a placeholder inside a text stays unchanged.
+        `texts` has `query` and `chosen`, and `rejected`, `critique` and `gradient` where they exist. Texts are inserted
+        in one pass, so a dollar sign or a placeholder inside a text stays unchanged.
         """
         templates = self.tpo if "rejected" in texts else self.revision
         values = {**texts, "answer_open": self.answer_tags[0], "answer_close": self.answer_tags[1]}
 
-        def prompt(of: Step) -> tuple[Literal["user"], str]:
-            return "user", Template(getattr(templates, of)).substitute(values)
+        def prompt(name: Step) -> tuple[Literal["user"], str]:
+            return "user", Template(getattr(templates, name)).substitute(values)
 
         if self.style == "separate":
             return [prompt(step)]
@@ -101,7 +100,7 @@ class PromptSet(BaseModel):
         return [*turns, prompt(step)]
 
     def extract(self, reply: str) -> str | None:
-        """Extract the answer of an update: the content of the last complete pair of tags; None without a pair.
+        """Extract the answer of an update: the text in the last complete pair of tags; None if there is none.
 
         It starts at the last opening tag before the last closing tag, so tags that the model mentions before its
         answer do no harm. An empty pair is skipped.
@@ -123,13 +122,13 @@ class PromptSet(BaseModel):
 
 
 def names() -> list[str]:
-    """Return the names of the shipped sets."""
+    """Return the names of the shipped prompt sets."""
     return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
 
 
 @cache
 def load(name: str) -> PromptSet:
-    """Load the shipped set of that name. Raises InvalidInputError."""
+    """Load a shipped prompt set by name. Raises InvalidInputError if there is none."""
     if name not in names():
         raise InvalidInputError(f"unknown prompt set {name!r}; there are {', '.join(names())}", "prompt_set")
     return PromptSet.model_validate(tomllib.loads(_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")))
