@@ -62,7 +62,7 @@ def unavailable(error: BaseException) -> BrokerUnavailableError:
 
 
 def queue_name(model: str) -> str:
-    """Return the name of a policy's queue. An invalid character becomes `_`, and a hash then keeps the name unique."""
+    """Return the name of a policy's queue. Invalid characters become `_`, and a hash then keeps the name unique."""
     valid = re.sub(r"[^A-Za-z0-9.-]+", "_", model)
     suffix = "" if valid == model else "-" + hashlib.blake2b(model.encode(), digest_size=4).hexdigest()
     return f"tpo.jobs.{valid}{suffix}"

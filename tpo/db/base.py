@@ -1,4 +1,4 @@
-"""The base of all tables, and what their definitions and inserts share."""
+"""The base of all tables, and helpers for their indexes and inserts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ DEFAULT_TENANT = "default"
 
 
 def partial_index(name: str, *columns: str, where: str) -> Index:
-    """Define a partial index, which stays small however many jobs have ended or wait."""
+    """Define a partial index, which stays small however many other rows there are."""
     return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
 
 

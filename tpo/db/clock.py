@@ -9,7 +9,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 
 class now(FunctionElement[float]):  # noqa: N801 - it is used as an SQL function
-    """Unix seconds by the database's clock: the one clock that all processes share."""
+    """The current time by the database's clock, in Unix seconds."""
 
     type = Double()
     inherit_cache = True

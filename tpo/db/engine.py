@@ -14,13 +14,11 @@ from tpo.db.sqlite import BUSY_SECONDS, PENDING_WRITES, WRITE_LOCK, begin, check
 
 
 def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
-    """Create an engine with a bounded pool, whose errors quote no values, without connecting.
+    """Create an engine with a bounded pool, whose errors quote no values. It does not connect yet.
 
-    Raises DatabaseRefusedError.
-
-    Statements are limited to some seconds, except with `patient`.
+    On PostgreSQL, statements time out after some seconds, unless `patient`. Raises DatabaseRefusedError.
     """
-    if _checked(url).get_backend_name() == "sqlite":
+    if _parse_url(url).get_backend_name() == "sqlite":
         engine = create_engine(
             url,
             pool_size=pool_size,
@@ -42,12 +40,12 @@ def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
         hide_parameters=True,
         connect_args=postgresql.CONNECTION,
     )
-    event.listen(engine, "do_connect", postgresql.open_connection if patient else postgresql.open_impatiently)
+    event.listen(engine, "do_connect", postgresql.open_connection if patient else postgresql.open_with_limits)
     event.listen(engine, "checkout", postgresql.check_connected)
     return engine
 
 
-def _checked(url: str) -> URL:
+def _parse_url(url: str) -> URL:
     """Parse a URL; check its driver's options, and create the folder of its file. Raises DatabaseRefusedError."""
     parsed = make_url(url)
     file = parsed.database
@@ -63,7 +61,7 @@ def _checked(url: str) -> URL:
             postgresql.check_options(options)
     except (SAWarning, TypeError, ValueError, sqlite3.Error):
         unknown = ", ".join(sorted(parsed.query)) or "its parts"
-        raise DatabaseRefusedError(f"TPO_DATABASE_URL: the driver refuses {unknown}; mend or remove it.") from None
+        raise DatabaseRefusedError(f"TPO_DATABASE_URL: the driver refuses {unknown}; correct or remove it.") from None
     if parsed.get_backend_name() == "sqlite" and file and file != ":memory:":
         folder = Path(file).parent
         try:

@@ -24,42 +24,43 @@ _REASONS: dict[int | str, str] = {
     "53100": _DISK_FULL,
     "53300": _TOO_MANY,
 }
-"""Reasons by SQLite's code or PostgreSQL's SQLSTATE: what hinders the database now, and may pass."""
-_NOT_LET_IN = {
+"""Messages by SQLite's code or PostgreSQL's SQLSTATE, for conditions that may pass."""
+_CONNECTION_REFUSED = {
     "too many": _TOO_MANY,
     "remaining connection slots": _TOO_MANY,
     "authentication failed": "The database refuses the user or password of TPO_DATABASE_URL.",
     "pg_hba.conf": "The database refuses this user from this machine (pg_hba.conf).",
     "does not exist": "The database's server has no such user or database as TPO_DATABASE_URL names.",
 }
-"""The same for refused connections: the driver gives no SQLSTATE there, and a server's text is in English."""
+"""Messages for refused connections: the driver gives no SQLSTATE there, and the server's text is in English."""
 _DAMAGED = "The database's file is damaged, or is no SQLite database: restore it, or name another file."
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
+    """Translate errors of the database. Raises StoreUnavailableError, DatabaseRefusedError; lets other errors pass."""
     try:
         yield
     except PoolTimeout as error:
         raise StoreUnavailableError() from error
     except DBAPIError as error:
-        why = _reason(error)
-        if why or isinstance(error, OperationalError) or error.connection_invalidated:
-            raise StoreUnavailableError(why) from error
+        message = _reason(error)
+        if message or isinstance(error, OperationalError) or error.connection_invalidated:
+            raise StoreUnavailableError(message) from error
         if getattr(error.orig, "sqlite_errorcode", None) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             raise DatabaseRefusedError(_DAMAGED) from error
         raise
 
 
 def _reason(error: DBAPIError) -> str | None:
-    """Explain in our own words why the database failed: its messages may quote texts and passwords."""
-    for cause in causes(error):  # where SQLite has ended the transaction itself, the rollback fails too
+    """Return a message that explains the failure, or None. The database's own may quote texts and passwords."""
+    for cause in causes(error):  # if SQLite has ended the transaction itself, the rollback fails too
         if isinstance(cause, sqlite3.Error):
-            why = _REASONS.get(cause.sqlite_errorcode & 0xFF)  # the extended code has more bits
+            message = _REASONS.get(cause.sqlite_errorcode & 0xFF)  # the extended code has more bits
         elif hasattr(cause, "sqlstate") and cause.sqlstate is None:  # from the driver, which got no answer
-            why = next((why for part, why in _NOT_LET_IN.items() if part in str(cause)), None)
+            message = next((message for part, message in _CONNECTION_REFUSED.items() if part in str(cause)), None)
         else:
-            why = _REASONS.get(getattr(cause, "sqlstate", None) or "")
-        if why:
-            return why
+            message = _REASONS.get(getattr(cause, "sqlstate", None) or "")
+        if message:
+            return message
     return None

@@ -1,6 +1,6 @@
-"""Connections to PostgreSQL: with limits on how long a statement may take, and checked before each use.
+"""Connections to PostgreSQL, with limits on the duration of statements, and checked before each use.
 
-A module of its own because its driver takes a third of a second to import, which SQLite users should not pay for.
+This is a separate module because its driver is slow to import, which users of SQLite should not pay for.
 """
 
 import select
@@ -13,11 +13,11 @@ from sqlalchemy.exc import InvalidatePoolError
 
 from tpo.core.errors import DatabaseRefusedError
 
-_ANSWER_SECONDS = 12.0
-"""A PostgreSQL that has not answered by then hangs: otherwise it would have cancelled the statement itself."""
+_RESPONSE_SECONDS = 12.0
+"""A PostgreSQL that has not answered by then hangs; otherwise its statement_timeout would have ended the statement."""
 
 CONNECTION: dict[str, Any] = {
-    # A host that is gone is an error within seconds; by default it blocks for hours.
+    # With these, a lost host is an error within seconds; by default it blocks for hours.
     "connect_timeout": 5,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
@@ -26,28 +26,28 @@ CONNECTION: dict[str, Any] = {
 }
 _LIMITS = (
     "-c statement_timeout=10000 -c lock_timeout=8000"
-    # A process that is stopped inside a transaction must not lock rows indefinitely.
+    # A process that is suspended inside a transaction must not lock rows indefinitely.
     " -c idle_in_transaction_session_timeout=15000"
 )
 
 
-class _Impatient(psycopg.Connection[Any]):
+class _ConnectionWithTimeout(psycopg.Connection[Any]):
     """A connection that closes itself if the server is too slow. A stopped server keeps its sockets open."""
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Wait for the server's answer. Raises OperationalError if there is none in time."""
         try:
-            return super().wait(gen, interval, timeout or _ANSWER_SECONDS)
+            return super().wait(gen, interval, timeout or _RESPONSE_SECONDS)
         except psycopg.OperationalError:
-            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # the answer may still come, to nobody
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # nobody would read its answer
                 self.pgconn.finish()
             raise
 
 
-def open_impatiently(dialect: Any, record: Any, args: Any, named: dict[str, Any]) -> Any:
-    """Open a connection with limits, in addition to the server options of the URL (a search_path, say)."""
+def open_with_limits(dialect: Any, record: Any, args: Any, named: dict[str, Any]) -> Any:
+    """Open a connection with limits, added to the server options of the URL (such as a search_path)."""
     limited = {**named, "options": f"{named.get('options', '')} {_LIMITS}".strip()}
-    return open_connection(dialect, record, args, limited, _Impatient)
+    return open_connection(dialect, record, args, limited, _ConnectionWithTimeout)
 
 
 def open_connection(
@@ -57,13 +57,13 @@ def open_connection(
     named: dict[str, Any],
     kind: type[psycopg.Connection[Any]] = psycopg.Connection,
 ) -> Any:
-    """Open a connection to a database that can hold every text. Raises DatabaseRefusedError."""
+    """Open a connection. Raises DatabaseRefusedError if the database's encoding cannot store every text."""
     connection = kind.connect(*args, **named)
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
         connection.close()
         raise DatabaseRefusedError(
-            f"The database's encoding is {encoding}, which cannot hold every text: make one with ENCODING 'UTF8'."
+            f"The database's encoding is {encoding}, which cannot store every text: create one with ENCODING 'UTF8'."
         )
     return connection
 
@@ -78,7 +78,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def check_connected(connection: Any, _record: Any, _proxy: Any) -> None:
     """Reconnect if the server has closed the connection: an idle one has data to read only then."""
-    # This costs microseconds; SQLAlchemy's pre-ping costs a round trip for each query.
+    # This costs no round trip, unlike SQLAlchemy's pre-ping.
     arrived = select.poll()
     arrived.register(connection.fileno(), select.POLLIN)
     if arrived.poll(0):

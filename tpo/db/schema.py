@@ -1,4 +1,4 @@
-"""Migrate a database to the schema of this version, and check that it has it. `migrations` has the steps."""
+"""Migrate a database to the schema of this version, and check its schema. The steps are in `migrations`."""
 
 import logging
 import re
@@ -15,15 +15,15 @@ from tpo.db.sessions import reading, writing
 if TYPE_CHECKING:
     from alembic.config import Config
 
-_LOCK = 0x74706F  # "tpo": any number that nobody else locks in the same database
+_LOCK = 0x74706F  # "tpo" in ASCII: any number that nothing else locks in the same database
 
-logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every connection
+logging.getLogger("alembic").setLevel(logging.WARNING)  # at INFO it logs every connection
 
 
 def upgrade(url: str) -> None:
     """Migrate the database to the schema of this version, all or nothing. Safe to repeat, and to run concurrently.
 
-    Raises SchemaOutOfDateError when a newer version made the database, and StoreUnavailableError.
+    Raises SchemaOutOfDateError if a newer version created the database, and StoreUnavailableError.
     """
     from alembic import command
 
@@ -31,7 +31,7 @@ def upgrade(url: str) -> None:
 
 
 def downgrade(url: str, revision: str) -> None:
-    """Take the schema back to an earlier revision ("base" for none). Data that it cannot hold is lost."""
+    """Downgrade the schema to an earlier revision ("base" for none). Data that it cannot hold is lost."""
     from alembic import command
 
     _migrate(url, lambda config: command.downgrade(config, revision))
@@ -40,15 +40,15 @@ def downgrade(url: str, revision: str) -> None:
 def check(engine: Engine) -> None:
     """Raise SchemaOutOfDateError unless the database has the schema of this version.
 
-    Every process does this when it starts, so it does without Alembic, which takes half a second to import.
+    Every process calls this when it starts, so it avoids Alembic, which is slow to import.
     """
     with reading(engine) as session:
-        is_there = inspect(session.connection()).has_table("alembic_version")
-        found = session.scalars(text("SELECT version_num FROM alembic_version")).all() if is_there else []
-    if list(found) != [newest_revision()]:
-        has = ", ".join(found) or "none"
+        exists = inspect(session.connection()).has_table("alembic_version")
+        current = session.scalars(text("SELECT version_num FROM alembic_version")).all() if exists else []
+    if list(current) != [newest_revision()]:
+        shown = ", ".join(current) or "none"
         raise SchemaOutOfDateError(
-            f"The database has schema {has}, this version needs {newest_revision()}: run `tpo db upgrade`."
+            f"The database has schema {shown}, this version needs {newest_revision()}: run `tpo db upgrade`."
         )
 
 
@@ -61,13 +61,13 @@ def newest_revision() -> str:
 def _migrate(url: str, step: "Callable[[Config], None]") -> None:
     from alembic.util import CommandError
 
-    engine = connect(url, pool_size=1, patient=True)  # an index of millions of rows takes minutes
+    engine = connect(url, pool_size=1, patient=True)  # an index on millions of rows takes minutes
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _without_foreign_keys)
     try:
         with writing(engine) as session:
             connection = session.connection()
-            _wait_for_turn(connection)
+            _lock_migrations(connection)
             step(_config(connection))
     except CommandError as error:
         raise SchemaOutOfDateError(
@@ -77,10 +77,10 @@ def _migrate(url: str, step: "Callable[[Config], None]") -> None:
         engine.dispose()
 
 
-def _wait_for_turn(connection: Connection) -> None:
+def _lock_migrations(connection: Connection) -> None:
     """Serialise migrations. On SQLite the transaction already holds the only write lock."""
     if connection.dialect.name == "postgresql":
-        # An index of millions of jobs takes minutes, and the others wait as long.
+        # An index on millions of jobs takes minutes, and other migrations wait as long.
         connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("SET LOCAL lock_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})

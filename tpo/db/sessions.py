@@ -14,13 +14,13 @@ _READS: dict[str, dict[str, Any]] = {
     "sqlite": {BEGIN: "BEGIN"},
     "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
 }
-_ASKS: dict[str, dict[str, Any]] = {"sqlite": {BEGIN: ""}, "postgresql": {"isolation_level": "AUTOCOMMIT"}}
+_SINGLE_QUERIES: dict[str, dict[str, Any]] = {"sqlite": {BEGIN: ""}, "postgresql": {"isolation_level": "AUTOCOMMIT"}}
 
 
 @contextmanager
 def single_query(engine: Engine) -> Iterator[Connection]:
     """Open a connection for a single query, which needs no transaction. Raises StoreUnavailableError."""
-    with translate_errors(), engine.connect().execution_options(**_ASKS[engine.dialect.name]) as connection:
+    with translate_errors(), engine.connect().execution_options(**_SINGLE_QUERIES[engine.dialect.name]) as connection:
         yield connection
 
 

@@ -1,4 +1,4 @@
-"""SQLite: how a connection is prepared, and the lock that serialises writers within a process."""
+"""SQLite: preparation of connections, and the lock that serialises writers within a process."""
 
 import os
 import sqlite3
@@ -17,14 +17,15 @@ BUSY_SECONDS = 15
 
 
 def prepare_connection(connection: Any, _record: Any) -> None:
+    """Configure a new connection: explicit transactions, write-ahead logging, durable commits, foreign keys."""
     connection.isolation_level = None  # this module issues BEGIN, not the driver
-    _log_ahead(connection)
+    _enable_wal(connection)
     for pragma in ("synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _log_ahead(connection: sqlite3.Connection) -> None:
-    """Switch to write-ahead logging, which a file keeps. SQLite does not wait for others that switch too."""
+def _enable_wal(connection: sqlite3.Connection) -> None:
+    """Switch the file to write-ahead logging. Retries, because SQLite does not wait for others that switch too."""
     end = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -37,42 +38,43 @@ def _log_ahead(connection: sqlite3.Connection) -> None:
 
 
 def check_same_file(connection: Any, record: Any, _proxy: Any) -> None:
-    """Reconnect if the file was moved or replaced: SQLite would continue to write to a file that nobody reads."""
+    """Reconnect if the file was moved or replaced; otherwise SQLite would write to a file that nobody reads."""
     file = connection.execute("PRAGMA database_list").fetchone()[2]
-    seen = _identity(file)
-    if record.info.setdefault("file", seen) != seen:
+    identity = _identity(file)
+    if record.info.setdefault("file", identity) != identity:
         raise DisconnectionError("The database's file was replaced.")
 
 
 def _identity(file: str) -> tuple[int, int] | None:
     try:
-        found = os.stat(file)
+        status = os.stat(file)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def begin(connection: Connection) -> None:
+    """Begin a transaction by the statement in the connection's options; by default, one that writes."""
     # A writer takes the lock at once: a transaction that reads first and upgrades later gets "database is locked".
-    if begin := connection.get_execution_options().get(BEGIN, "BEGIN IMMEDIATE"):
-        connection.exec_driver_sql(begin)
+    if statement := connection.get_execution_options().get(BEGIN, "BEGIN IMMEDIATE"):
+        connection.exec_driver_sql(statement)
 
 
 BEGIN = "tpo_begin"
-WRITE_LOCK = "tpo_turn"
+WRITE_LOCK = "tpo_write_lock"
 PENDING_WRITES = "tpo_waiting"
 
 
 @contextmanager
 def write_lock(engine: Engine) -> Iterator[None]:
-    """Serialise writers within this process; SQLite's own busy handler sleeps and polls."""
-    turn: threading.Lock | None = engine.get_execution_options().get(WRITE_LOCK)
-    if turn is None:
+    """Serialise writers within this process. SQLite's own busy handler sleeps and polls."""
+    lock: threading.Lock | None = engine.get_execution_options().get(WRITE_LOCK)
+    if lock is None:
         yield
-    elif not turn.acquire(timeout=BUSY_SECONDS):
+    elif not lock.acquire(timeout=BUSY_SECONDS):
         raise StoreUnavailableError()
     else:
         try:
             yield
         finally:
-            turn.release()
+            lock.release()

@@ -16,7 +16,7 @@ _KEY_BYTES = 32
 
 
 class NewKey(NamedTuple):
-    """A new key, and the only time that its secret can be read."""
+    """A new key with its secret, which cannot be read again."""
 
     row: ApiKey
     secret: str
@@ -26,7 +26,7 @@ class KeyQueries(Queries):
     """The part of the store that authenticates requests."""
 
     def create(self, name: str, tenant: str) -> NewKey:
-        """Create a key, and its tenant if that is new. Raises InvalidInputError."""
+        """Create a key, and its tenant if that is new. Raises InvalidInputError if a name is invalid."""
         if not 0 < len(name) <= 200 or "\x00" in name:
             raise InvalidInputError("A key's name has 1 to 200 characters.", "name")
         secret = f"tpo_{secrets.token_urlsafe(_KEY_BYTES)}"
@@ -38,12 +38,12 @@ class KeyQueries(Queries):
             return NewKey(session.get_one(ApiKey, key_id), secret)
 
     def page(self) -> Sequence[ApiKey]:
-        """Return all keys of all tenants, the oldest first."""
+        """Return the keys of all tenants, the oldest first."""
         with reading(self._engine) as session:
             return session.scalars(select(ApiKey).order_by(ApiKey.created_at, ApiKey.id)).all()
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Revoke a key; a revoked one is not changed. Raises KeyNotFoundError."""
+        """Revoke a key; one that is already revoked does not change. Raises KeyNotFoundError."""
         with writing(self._engine) as session:
             which = (ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
             session.execute(update(ApiKey).where(*which).values(revoked_at=now()))

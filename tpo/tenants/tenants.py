@@ -15,11 +15,13 @@ _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def ensure_tenant(session: Session, tenant: str) -> None:
-    """Create a tenant if it does not exist. Raises InvalidInputError."""
+    """Create a tenant if it does not exist. Raises InvalidInputError if its name is invalid."""
     if not _TENANT.fullmatch(tenant):
-        raise InvalidInputError(f"A tenant is named by up to 64 of A-Za-z0-9._-; {tenant!r} is no such name.", "tenant")
+        raise InvalidInputError(
+            f"{tenant!r} is no valid tenant: use 1 to 64 of A-Za-z0-9._-, with a letter or digit first.", "tenant"
+        )
     if session.get(Tenant, tenant) is None:
-        session.execute(insert_if_new(session, Tenant).values(id=tenant, created_at=now()))  # another may be quicker
+        session.execute(insert_if_new(session, Tenant).values(id=tenant, created_at=now()))  # another may win
 
 
 _TENANTS = cast("Table", Tenant.__table__).c
@@ -30,16 +32,16 @@ _LIMITS = select(_TENANTS.max_jobs_in_flight, _TENANTS.max_jobs_per_minute, _TEN
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a tenant; None is no limit."""
+    """Limits of a tenant. None is no limit."""
 
     in_flight: int | None = None
     per_minute: int | None = None
     running: int | None = None
-    """Of the jobs in flight, how many may run at once: the others wait."""
+    """Maximum number of jobs that run at once. The others in flight wait."""
 
 
 def limits_of_tenant(session: Session, tenant: str, limits: Limits) -> Limits:
-    """Return the limits of a tenant: its own, and `limits` where it has none."""
+    """Return the limits of a tenant: its own, or those of `limits` where it has none."""
     own = session.execute(_LIMITS, {"tenant": tenant}).one_or_none()
     if own is None:
         return limits
@@ -54,7 +56,7 @@ class TenantQueries(Queries):
     """The part of the store that holds tenants."""
 
     def set_limits(self, tenant: str, limits: Limits) -> None:
-        """Set a tenant's own limits; None returns to the settings'."""
+        """Set a tenant's own limits, creating the tenant if it is new; None restores the settings' limit."""
         with writing(self._engine) as session:
             ensure_tenant(session, tenant)
             row = session.get_one(Tenant, tenant)
