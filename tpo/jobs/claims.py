@@ -36,10 +36,10 @@ from tpo.tenants.tenants import ensure_tenant
 
 QUEUED: ColumnElement[str] = literal_column("'queued'")
 RUNNING: list[ColumnElement[str]] = [literal_column(f"'{status}'") for status in HELD]
-"""Literals instead of parameters: only then do the databases see that their partial index applies."""
+"""Literals, not parameters: only then do the databases use the partial index."""
 
 _INDEXED = {"sqlite": "jobs INDEXED BY {}", "postgresql": "jobs"}
-"""Force the index on SQLite: its planner rates any index that starts with the status equally good."""
+"""FROM clauses that force the index on SQLite: its planner rates all indexes that start with `status` equally good."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Claimed(NamedTuple):
     lease: Lease
     state: State
     another: str | None
-    """A further job that waits: notify a worker of it."""
+    """Another waiting job, of which a worker should be notified; None if there is none."""
 
 
 class LeaseQueries(CheckpointQueries):
@@ -73,25 +73,25 @@ class LeaseQueries(CheckpointQueries):
 def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_seconds: float) -> Claimed | None:
     """Claim the first job that can be claimed."""
     _wait_for_turn(session, pair)
-    line = _line(session, pair, rules)
-    while head := line.next():
-        if not _has_room(session, head, rules):
-            line.leave(head.tenant)
+    queue = _line(session, pair, rules)
+    while head := queue.next():
+        if not _has_capacity(session, head, rules):
+            queue.exclude(head.tenant)
             continue
         if job_id := session.scalars(_OLDEST_FREE, _which(pair, head)).one_or_none():
             if claimed := claim_job(session, Job.id == job_id, worker, lease_seconds):
-                _note_turn(session, pair, head)
-                others = [other.job_id for other in line.heads if other != head]
+                _record_claim(session, pair, head)
+                others = [other.job_id for other in queue.heads if other != head]
                 more = others[0] if others else session.scalars(_OLDEST, _which(pair, head)).one_or_none()
                 return Claimed(*claimed, more)
-            line = _line(session, pair, rules)  # it could not be read and stands in line no more: who is next?
+            queue = _line(session, pair, rules)  # its record was unreadable: it left the queue
             continue
-        line.leave(head.tenant, head.priority)
+        queue.exclude(head.tenant, head.priority)
     return None
 
 
 def waiting_pairs(session: Session) -> list[Pair]:
-    """Return the pairs of models for which jobs wait, by jumping through an index from one to the next."""
+    """Return the pairs of models for which jobs wait, by skipping from one to the next in an index."""
     found: list[Pair] = []
     dialect = session.get_bind().dialect.name
     while row := session.execute(_next_pair(dialect, found[-1] if found else None)).one_or_none():
@@ -100,18 +100,18 @@ def waiting_pairs(session: Session) -> list[Pair]:
 
 
 def next_waiting_job(session: Session, pair: Pair, rules: Rules, waiting_seconds: float | None = None) -> str | None:
-    """Return the job that is next; with `waiting_seconds`, only if some job has waited for so long."""
-    line = _line(session, pair, rules)
-    if waiting_seconds is not None and not any(h.since <= line.now - waiting_seconds for h in line.heads):
+    """Return the next job, or None. With `waiting_seconds`, return it only if some job has waited for that long."""
+    queue = _line(session, pair, rules)
+    if waiting_seconds is not None and not any(h.queued_at <= queue.now - waiting_seconds for h in queue.heads):
         return None
-    while head := line.next():
+    while head := queue.next():
         if job_id := session.scalars(_OLDEST, _which(pair, head)).one_or_none():
             return job_id
-        line.leave(head.tenant, head.priority)
+        queue.exclude(head.tenant, head.priority)
     return None
 
 
-class _Line:
+class _WaitingQueue:
     """Snapshot of the waiting tenants, taken at the start of a claim."""
 
     def __init__(self, heads: list[QueueHead], running: Mapping[str, int], now: float, rules: Rules) -> None:
@@ -121,43 +121,46 @@ class _Line:
         self._rules = rules
 
     def next(self) -> QueueHead | None:
+        """Pick the next head by the scheduling rules; None if none is left."""
         return pick_next(self.heads, self._running, self.now, self._rules)
 
-    def leave(self, tenant: str, priority: int | None = None) -> None:
-        """Leave out a tenant, or only its jobs of one priority."""
+    def exclude(self, tenant: str, priority: int | None = None) -> None:
+        """Exclude a tenant, or only its jobs of one priority."""
         self.heads = [h for h in self.heads if h.tenant != tenant or priority not in (None, h.priority)]
 
 
-def _line(session: Session, pair: Pair, rules: Rules) -> _Line:
+def _line(session: Session, pair: Pair, rules: Rules) -> _WaitingQueue:
+    """Take a snapshot of the queue of a pair: its heads that may run, and the running jobs of each tenant."""
     rows = session.execute(_HEADS, asdict(pair)).all()
     if not rows:
-        return _Line([], {}, 0.0, rules)
+        return _WaitingQueue([], {}, 0.0, rules)
     if len(rows) == 1 and rules.max_running is None and rows[0].max_jobs_running is None:
-        (row,) = rows  # alone in line and without a limit: there is nothing to compare
-        return _Line([QueueHead(row.id, row.tenant, row.priority, row.queued_at)], {}, row.now, rules)
-    served = {(row.tenant, row.priority): row.claimed_at for row in session.execute(_TURNS, asdict(pair))}
-    last: dict[str, float] = {}
-    for (tenant, _), moment in served.items():
-        last[tenant] = max(last.get(tenant, 0.0), moment)
+        (row,) = rows  # a single head without a limit: there is nothing to compare
+        return _WaitingQueue([QueueHead(row.id, row.tenant, row.priority, row.queued_at)], {}, row.now, rules)
+    last_claims = {(row.tenant, row.priority): row.claimed_at for row in session.execute(_LAST_CLAIMS, asdict(pair))}
+    tenant_last_claims: dict[str, float] = {}
+    for (tenant, _), claimed_at in last_claims.items():
+        tenant_last_claims[tenant] = max(tenant_last_claims.get(tenant, 0.0), claimed_at)
     heads = [
         QueueHead(
             *(row.id, row.tenant, row.priority, row.queued_at),
-            served=served.get((row.tenant, row.priority)),
-            tenant_served=last.get(row.tenant, 0.0),
+            last_claimed_at=last_claims.get((row.tenant, row.priority)),
+            tenant_last_claimed_at=tenant_last_claims.get(row.tenant, 0.0),
             max_running=row.max_jobs_running,
         )
         for row in rows
     ]
-    here: dict[str, int] = {}
-    everywhere: dict[str, int] = {}
+    running_here: dict[str, int] = {}
+    running_everywhere: dict[str, int] = {}
     for model, reward_model, tenant, count in session.execute(_running(session.get_bind().dialect.name)):
-        everywhere[tenant] = everywhere.get(tenant, 0) + count
+        running_everywhere[tenant] = running_everywhere.get(tenant, 0) + count
         if Pair(model, reward_model) == pair:
-            here[tenant] = count
-    return _Line(with_capacity(heads, everywhere, rules), here, rows[0].now, rules)
+            running_here[tenant] = count
+    return _WaitingQueue(with_capacity(heads, running_everywhere, rules), running_here, rows[0].now, rules)
 
 
 def is_waiting(job: type[Job]) -> ColumnElement[bool]:
+    """Match jobs that are in the queue: queued, and not delayed until a later attempt."""
     return and_(job.status == QUEUED, job.next_attempt_at.is_(None))
 
 
@@ -174,7 +177,7 @@ def _heads() -> Select[*tuple[Any, ...]]:
         return query.limit(1).correlate(last).scalar_subquery()
 
     heads = select(one(first, ~queue_is_paused(bindparam("model"))).label("id")).cte("heads", recursive=True)
-    # In two steps: of two columns compared with those of a row, SQLite uses only the first.
+    # In two steps: when two columns are compared with those of a row, SQLite searches by the first only.
     following = func.coalesce(
         one(next_priority, next_priority.tenant == last.tenant, next_priority.priority > last.priority),
         one(next_tenant, next_tenant.tenant > last.tenant),
@@ -193,8 +196,8 @@ def _heads() -> Select[*tuple[Any, ...]]:
 def _oldest() -> Select[str]:
     group = (Job.tenant, Job.priority)
     here = (bindparam("tenant", type_=String), bindparam("priority", type_=Integer))
-    # A range and not what it equals: else PostgreSQL sees that the order is that of the ids alone, and takes their
-    # index, in which those of all other lines stand as well.
+    # A range instead of an equality: otherwise PostgreSQL sees that only the ids determine the order, and uses their
+    # index, which contains the jobs of all other queues as well.
     after = and_(
         tuple_(*group, Job.id) >= tuple_(*here, bindparam("job_id", type_=String)), tuple_(*group) <= tuple_(*here)
     )
@@ -207,7 +210,7 @@ _HEADS = _heads()
 _OLDEST = _oldest()
 """The oldest job of a tenant and priority that can be claimed."""
 _OLDEST_FREE = _OLDEST.with_for_update(skip_locked=True)
-_TURNS = select(LastClaim.tenant, LastClaim.priority, LastClaim.claimed_at).where(
+_LAST_CLAIMS = select(LastClaim.tenant, LastClaim.priority, LastClaim.claimed_at).where(
     LastClaim.model == bindparam("model"), LastClaim.reward_model == bindparam("reward_model")
 )
 
@@ -217,7 +220,7 @@ def _which(pair: Pair, head: QueueHead) -> dict[str, str | int]:
 
 
 def _next_pair(dialect: str, pair: Pair | None) -> Executable:
-    # In two steps, each a jump: SQLite searches an index by the first column of a row comparison only.
+    # In two steps, each an index search: in a row comparison, SQLite searches by the first column only.
     jump = (
         f"SELECT * FROM (SELECT model, reward_model FROM {_INDEXED[dialect].format('jobs_in_line')}"  # noqa: S608
         " WHERE status = 'queued' AND next_attempt_at IS NULL AND {} ORDER BY model, reward_model LIMIT 1) AS {}"
@@ -235,32 +238,33 @@ def _running(dialect: str) -> Executable:
     )
 
 
-def _has_room(session: Session, head: QueueHead, rules: Rules) -> bool:
-    """Return whether a tenant may have one more running job; a limited tenant is locked against other claims."""
-    most = limit_of(head, rules)
-    if most is None:
+def _has_capacity(session: Session, head: QueueHead, rules: Rules) -> bool:
+    """Return whether a tenant may run one more job. A tenant with a limit is locked against other claims."""
+    limit = limit_of(head, rules)
+    if limit is None:
         return True
     ensure_tenant(session, head.tenant)
     mine = select(Tenant.id).where(Tenant.id == head.tenant).with_for_update(skip_locked=True)
     if session.scalars(mine).one_or_none() is None:
         return False
     running = select(func.count()).select_from(Job).where(Job.tenant == head.tenant, Job.status.in_(HELD))
-    return session.execute(running).scalar_one() < most
+    return session.execute(running).scalar_one() < limit
 
 
-def _note_turn(session: Session, pair: Pair, head: QueueHead) -> None:
+def _record_claim(session: Session, pair: Pair, head: QueueHead) -> None:
+    """Record the time of the last claim of a tenant and priority."""
     key = {**asdict(pair), "tenant": head.tenant, "priority": head.priority}
-    this = {f"of_{name}": value for name, value in key.items()}
+    parameters = {f"of_{name}": value for name, value in key.items()}
     # Skip a row that another claim has locked: that claim records the same time.
-    if not session.execute(_NOTE, this).first() and not session.execute(_NOTED, this).first():
+    if not session.execute(_UPDATE_CLAIM, parameters).first() and not session.execute(_FIND_CLAIM, parameters).first():
         session.execute(insert_if_new(session, LastClaim).values(**key, claimed_at=now()))
 
 
-_THIS_TURN = and_(*(c == bindparam(f"of_{c.key}", type_=c.type) for c in inspect(LastClaim).primary_key))
-_NOTED = select(LastClaim.tenant).where(_THIS_TURN)
-_NOTE = (
+_THIS_CLAIM = and_(*(c == bindparam(f"of_{c.key}", type_=c.type) for c in inspect(LastClaim).primary_key))
+_FIND_CLAIM = select(LastClaim.tenant).where(_THIS_CLAIM)
+_UPDATE_CLAIM = (
     update(LastClaim)
-    .where(_THIS_TURN, exists(_NOTED.with_for_update(skip_locked=True)))
+    .where(_THIS_CLAIM, exists(_FIND_CLAIM.with_for_update(skip_locked=True)))
     .values(claimed_at=now())
     .returning(LastClaim.tenant)
     .execution_options(synchronize_session=False)
@@ -279,7 +283,7 @@ def _wait_for_turn(session: Session, pair: Pair) -> None:
         with session.begin_nested():
             session.execute(_LOCK, {**key, "patience": f"{_PATIENCE_MILLISECONDS}ms"})
     except OperationalError as error:
-        # A worker that is frozen in its claim must not block the others: in the end they continue without the lock.
+        # A worker that hangs in its claim must not block the others: after the timeout they continue without the lock.
         if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
             raise
 

@@ -16,7 +16,7 @@ class NewEvents:
     """Events since the last query."""
 
     events: tuple[EventRow, ...]
-    """Each job's events in the order of their numbers."""
+    """The events, ordered by job and number."""
     gone: frozenset[str]
     """Jobs that no longer exist."""
 
@@ -25,17 +25,17 @@ class EventQueries(Queries):
     """The part of the store that event streams share. It reads for every tenant."""
 
     def new_events(self, seen: Mapping[str, int]) -> NewEvents:
-        """Return the events of these jobs after the numbers that were seen."""
+        """Return the new events of these jobs. `seen` maps each job's id to the number of its last known event."""
         found: list[EventRow] = []
-        there: set[str] = set()
+        existing: set[str] = set()
         with reading(self._engine) as session:
             jobs = list(seen)
             for ids in (jobs[i : i + _BATCH] for i in range(0, len(jobs), _BATCH)):
                 rows = session.execute(select(Job.id, Job.last_event).where(Job.id.in_(ids)))
                 last = {row.id: row.last_event for row in rows}
-                there |= last.keys()
-                ahead = [and_(EventRow.job_id == i, EventRow.number > seen[i]) for i, n in last.items() if n > seen[i]]
-                if ahead:
-                    query = select(EventRow).where(or_(*ahead)).order_by(EventRow.job_id, EventRow.number)
+                existing |= last.keys()
+                unseen = [and_(EventRow.job_id == i, EventRow.number > seen[i]) for i, n in last.items() if n > seen[i]]
+                if unseen:
+                    query = select(EventRow).where(or_(*unseen)).order_by(EventRow.job_id, EventRow.number)
                     found += session.scalars(query)
-        return NewEvents(tuple(found), frozenset(seen.keys() - there))
+        return NewEvents(tuple(found), frozenset(seen.keys() - existing))

@@ -7,28 +7,28 @@ from tpo.core.state import State
 
 
 class Event(NamedTuple):
-    """An event before it has a number."""
+    """An event that has no number yet."""
 
     type: str
     data: dict[str, Any]
 
 
-def of_start(where: Position, attempt: int) -> list[Event]:
+def claim_events(position: Position, attempt: int) -> list[Event]:
     """Return the events of a claim."""
-    return [Event("job.started", {"attempt": attempt}), *_of_next(where)]
+    return [Event("job.started", {"attempt": attempt}), *_phase_events(position)]
 
 
-def of_step(step: Step) -> list[Event]:
-    """Return the events of a recorded model call, with the phase that follows, so that a listener sees it begin."""
-    after, where, was = step.after, step.position, step.request.iteration
+def step_events(step: Step) -> list[Event]:
+    """Return the events of a recorded model call, and of the phase that follows, so that subscribers see its start."""
+    after, position, iteration = step.after, step.position, step.request.iteration
     events: list[Event] = []
-    if where.complete > was:
-        events.append(Event("job.iteration.completed", summary(after, was)))
-        if decline := after.declines.get(was):
+    if position.complete > iteration:
+        events.append(Event("job.iteration.completed", summary(after, iteration)))
+        if decline := after.declines.get(iteration):
             events.append(Event("job.iteration.declined", decline._asdict()))
-        if where.phase:
-            events.append(Event("job.iteration.started", {"iteration": where.iteration}))
-    return events + _of_next(where)
+        if position.phase:
+            events.append(Event("job.iteration.started", {"iteration": position.iteration}))
+    return events + _phase_events(position)
 
 
 def summary(state: State, iteration: int) -> dict[str, Any]:
@@ -43,5 +43,8 @@ def summary(state: State, iteration: int) -> dict[str, Any]:
     }
 
 
-def _of_next(where: Position) -> list[Event]:
-    return [Event("job.phase", {"iteration": where.iteration, "phase": where.phase})] if where.phase else []
+def _phase_events(position: Position) -> list[Event]:
+    """Return the event of the next call's phase; none at the end of the run."""
+    if not position.phase:
+        return []
+    return [Event("job.phase", {"iteration": position.iteration, "phase": position.phase})]

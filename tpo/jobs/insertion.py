@@ -18,18 +18,18 @@ from tpo.tenants.idempotency import IdempotencyRequest, record_key
 # Statements that every request needs are built once: building one costs more than running it.
 JOBS = cast("Table", Job.__table__)
 ATTRIBUTES = {column.key: inspect(Job).get_property_by_column(column).key for column in JOBS.columns}
-_NOTHING: dict[str, Any] = dict.fromkeys(ATTRIBUTES.values())
-_BLANK: dict[str, Any] = {
+_NULLS: dict[str, Any] = dict.fromkeys(ATTRIBUTES.values())
+_DEFAULTS: dict[str, Any] = {
     c.key: c.default.arg for c in JOBS.columns if isinstance(c.default, ScalarElementColumnDefault)
 }
-_MOMENT = select(now())
+_NOW = select(now())
 _INSERT_JOBS = insert(JOBS)
 _INSERT_METADATA = insert(cast("Table", MetadataRow.__table__))
 _INSERT_EVENTS = insert(cast("Table", EventRow.__table__))
 
 
 class JobOptions(TypedDict):
-    """Columns of a job's row that do not come from its optimization."""
+    """Columns of a job's row that do not come from the state of its optimization."""
 
     model: str
     reward_model: str
@@ -42,15 +42,15 @@ class JobOptions(TypedDict):
 
 
 NewJob = tuple[State, IdempotencyRequest | None, JobOptions]
-"""A job to create: its optimization, the identity of its request, and further columns."""
+"""A job to create: the state of its optimization, the identity of its request, and its other columns."""
 
 
-def insert_jobs(session: Session, tenant: str, wanted: Sequence[NewJob]) -> list[Job]:
+def insert_jobs(session: Session, tenant: str, new_jobs: Sequence[NewJob]) -> list[Job]:
     """Insert new jobs with their metadata, first events and idempotency keys, and return them."""
-    moment = session.execute(_MOMENT).scalar_one()
-    rows = [_row(tenant, moment, *each) for each in wanted]
+    created_at = session.execute(_NOW).scalar_one()
+    rows = [_row(tenant, created_at, *each) for each in new_jobs]
     session.execute(_INSERT_JOBS, rows)
-    event = {"number": 1, "type": "job.queued", "data": {}, "created_at": moment}
+    event = {"number": 1, "type": "job.queued", "data": {}, "created_at": created_at}
     session.execute(_INSERT_EVENTS, [{"job_id": row["id"], **event} for row in rows])
     if pairs := [
         {"job_id": row["id"], "tenant": tenant, "key": key, "value": value}
@@ -58,34 +58,34 @@ def insert_jobs(session: Session, tenant: str, wanted: Sequence[NewJob]) -> list
         for key, value in row["metadata"].items()
     ]:
         session.execute(_INSERT_METADATA, pairs)
-    for (state, once, _), row in zip(wanted, rows, strict=True):
+    for (state, request, _), row in zip(new_jobs, rows, strict=True):
         save_record(session, row["id"], state)
-        record_key(session, tenant, once, job_id=row["id"])
-    written = (_NOTHING | {ATTRIBUTES[name]: value for name, value in row.items()} for row in rows)
-    return [cast("Job", SimpleNamespace(**values)) for values in written]
+        record_key(session, tenant, request, job_id=row["id"])
+    records = (_NULLS | {ATTRIBUTES[name]: value for name, value in row.items()} for row in rows)
+    return [cast("Job", SimpleNamespace(**values)) for values in records]
 
 
 def _row(
-    tenant: str, moment: float, state: State, once: IdempotencyRequest | None, of_job: JobOptions
+    tenant: str, created_at: float, state: State, request: IdempotencyRequest | None, options: JobOptions
 ) -> dict[str, Any]:
-    deadline = of_job.get("deadline_seconds")
-    return _BLANK | {
-        "id": new_id("job_", moment),
+    deadline = options.get("deadline_seconds")
+    return _DEFAULTS | {
+        "id": new_id("job_", created_at),
         "tenant": tenant,
-        "model": of_job["model"],
-        "reward_model": of_job["reward_model"],
+        "model": options["model"],
+        "reward_model": options["reward_model"],
         "input": [m.model_dump() for m in state.input],
         "params": state.params.model_dump(mode="json"),
         "prompts": state.prompts.model_dump(mode="json"),
-        "priority": of_job.get("priority", 0),
-        "metadata": of_job.get("metadata") or {},
-        "external_id": of_job.get("external_id"),
-        "fingerprint": once.fingerprint if once else None,
-        "source_id": of_job.get("source_id"),
-        "created_at": moment,
-        "queued_at": moment,
-        "deadline_at": None if deadline is None else moment + deadline,
-        "max_attempts": of_job["max_attempts"],
+        "priority": options.get("priority", 0),
+        "metadata": options.get("metadata") or {},
+        "external_id": options.get("external_id"),
+        "fingerprint": request.fingerprint if request else None,
+        "source_id": options.get("source_id"),
+        "created_at": created_at,
+        "queued_at": created_at,
+        "deadline_at": None if deadline is None else created_at + deadline,
+        "max_attempts": options["max_attempts"],
         "last_event": 1,
         **progress_columns(state, locate(state)),
     }

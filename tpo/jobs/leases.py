@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Lease:
-    """A worker's right to write to one job, until another one claims it."""
+    """A worker's right to write to one job, until another worker claims the job."""
 
     job_id: str
     worker: str
@@ -63,8 +63,8 @@ class CheckpointQueries(Queries):
     """Writes by the holder of a lease. Workers serve every tenant."""
 
     def checkpoint(self, lease: Lease, step: Step) -> Flags:
-        """Record one model call and all that it changed. Raises LeaseLostError, and then writes nothing."""
-        new_events = events.of_step(step)
+        """Record one model call and all its changes. Raises LeaseLostError, and then writes nothing."""
+        new_events = events.step_events(step)
         values = {
             "lease_until": now() + lease.seconds,
             "progressed_at": now(),
@@ -80,7 +80,7 @@ class CheckpointQueries(Queries):
         try:
             return write(self._engine, save)
         except IntegrityError:
-            # The commit succeeded although its acknowledgement was lost: this is the second try.
+            # The first try was committed, but its acknowledgement was lost. This is the second try.
             with writing(self._engine) as session:
                 flags = self._fenced(session, lease, {"lease_until": now() + lease.seconds}, [])
                 if read_state(session, session.get_one(Job, lease.job_id)) != step.after:
@@ -90,7 +90,7 @@ class CheckpointQueries(Queries):
     def check(self, worker: str, job_ids: Iterable[str]) -> dict[str, tuple[int, Flags]]:
         """Return the fencing number and the flags of those jobs that the worker still holds."""
         with reading(self._engine) as session:
-            rows = session.execute(select(Job.id, Job.fence, *_FLAGS).where(_held_of(worker, job_ids)))
+            rows = session.execute(select(Job.id, Job.fence, *_FLAGS).where(_held_by_worker(worker, job_ids)))
             return {row.id: (row.fence, _flags(row)) for row in rows}
 
     def renew(self, worker: str, job_ids: Iterable[str], lease_seconds: float) -> dict[str, tuple[int, Flags]]:
@@ -98,7 +98,7 @@ class CheckpointQueries(Queries):
         with writing(self._engine) as session:
             session.execute(update(Worker).where(Worker.id == worker).values(seen_at=now()))
             rows = session.execute(
-                update_job(_held_of(worker, job_ids), {"lease_until": now() + lease_seconds}).returning(
+                update_job(_held_by_worker(worker, job_ids), {"lease_until": now() + lease_seconds}).returning(
                     Job.id, Job.fence, *_FLAGS
                 )
             )
@@ -123,7 +123,7 @@ class CheckpointQueries(Queries):
             job = session.scalars(update_job(_held_by(lease), values).returning(Job)).one_or_none()
             if job is None:
                 same = and_(Job.status == outcome.status, Job.output.is_not_distinct_from(outcome.output))
-                return _done_before(session, lease, same)
+                return _status_if_already_done(session, lease, same)
             record(session, job, [final_event(job)])
             return job.status
 
@@ -139,17 +139,18 @@ class CheckpointQueries(Queries):
             values["attempt"] = Job.attempt - 1
             values["consecutive_failures"] = case((Job.consecutive_failures > 0, Job.consecutive_failures - 1), else_=0)
         else:
-            # Without a delay it is in the queue at once, at its old place.
+            # With a delay of 0, the job is in the queue at once, at its old place.
             values["next_attempt_at"] = now() + delay_seconds if delay_seconds else None
         with writing(self._engine) as session:
             wanted, unwanted = (and_(_held_by(lease), Job.status == s) for s in HELD)
             if status := requeue(session, wanted, values, delay_seconds, reason):
                 return status
             if not transition(session, unwanted, CANCELLED, Event("job.cancelled", {})):
-                return _done_before(session, lease, job_in_status(lease.job_id, "queued", "paused"))
+                return _status_if_already_done(session, lease, job_in_status(lease.job_id, "queued", "paused"))
             return "cancelled"
 
     def _fenced(self, session: Session, lease: Lease, values: dict[str, Any], events: list[Event]) -> Flags:
+        """Update the job and insert its events, if the lease is still held. Raises LeaseLostError."""
         values = {**values, "last_event": Job.last_event + len(events)}
         row = session.execute(update_job(_held_by(lease), values).returning(Job.last_event, *_FLAGS)).one_or_none()
         if row is None:
@@ -158,10 +159,10 @@ class CheckpointQueries(Queries):
         return _flags(row)
 
 
-def _read_or_put_aside(session: Session, job: Job) -> State | None:
-    """Read the record of a job that was just claimed, or set the job aside if this version cannot read it.
+def _read_or_requeue(session: Session, job: Job) -> State | None:
+    """Read the record of a job that was just claimed; if this version cannot read it, delay or fail the job.
 
-    The attempt counts, so that a job that nobody can read ends.
+    The attempt counts, so that a job that no worker can read fails in the end.
     """
     try:
         return read_state(session, job)
@@ -177,10 +178,10 @@ def _read_or_put_aside(session: Session, job: Job) -> State | None:
     return None
 
 
-def _done_before(session: Session, lease: Lease, wanted: ColumnElement[bool]) -> Status:
+def _status_if_already_done(session: Session, lease: Lease, wanted: ColumnElement[bool]) -> Status:
     """Return the status of a job whose previous commit succeeded although its acknowledgement was lost.
 
-    Raises LeaseLostError if its status is another one, or the job was claimed since.
+    Raises LeaseLostError if the status is another one, or if the job was claimed since.
     """
     cancelled = and_(Job.status == "cancelled", Job.cancel_requested_at.is_not(None))
     ours = and_(Job.id == lease.job_id, Job.fence == lease.fence, Job.lease_owner.is_(None))
@@ -203,7 +204,7 @@ def claimable() -> ColumnElement[bool]:
 def claim_job(
     session: Session, which: ColumnElement[bool], worker: str, lease_seconds: float
 ) -> tuple[Lease, State] | None:
-    """Claim the one job that matches, if it can be claimed, and return its lease and its recorded state."""
+    """Claim the one job that matches, and return its lease and recorded state; None if it cannot be claimed."""
     values: dict[str, Any] = {
         "status": "in_progress",
         "lease_owner": worker,
@@ -216,11 +217,12 @@ def claim_job(
     job = session.scalars(update_job(and_(which, claimable()), values).returning(Job)).one_or_none()
     if job is None:
         return None
-    state = _read_or_put_aside(session, job)
+    state = _read_or_requeue(session, job)
     if state is None:
         return None
-    where = locate(state)
-    record(session, job, events.of_start(where, job.attempt), {"iteration": where.iteration, "phase": where.phase})
+    position = locate(state)
+    progress = {"iteration": position.iteration, "phase": position.phase}
+    record(session, job, events.claim_events(position, job.attempt), progress)
     counts = (job.attempt, job.consecutive_failures, job.max_attempts)
     return Lease(job.id, worker, job.fence, *counts, lease_seconds), state
 
@@ -245,8 +247,10 @@ def _flags(row: Any) -> Flags:
 
 
 def _held_by(lease: Lease) -> ColumnElement[bool]:
+    """Match the job of a lease while the lease is held."""
     return and_(job_in_status(lease.job_id, *HELD), Job.fence == lease.fence, Job.lease_owner == lease.worker)
 
 
-def _held_of(worker: str, job_ids: Iterable[str]) -> ColumnElement[bool]:
+def _held_by_worker(worker: str, job_ids: Iterable[str]) -> ColumnElement[bool]:
+    """Match those of the jobs that a worker holds."""
     return and_(Job.id.in_(list(job_ids)), Job.lease_owner == worker, Job.status.in_(HELD))

@@ -26,12 +26,12 @@ class JobQueries(JobRequests):
         """Cancel a job: at once if no worker holds it, else within one model call. Raises JobNotFoundError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
-            asked = {"cancel_requested_at": now()}
+            request = {"cancel_requested_at": now()}
             if job.status == "in_progress":
-                values = asked | {"status": "cancelling", "pause_requested_at": None}
+                values = request | {"status": "cancelling", "pause_requested_at": None}
                 transition(session, job_in_status(job_id, "in_progress"), values, Event("job.cancelling", {}))
             elif job.status in ("queued", "paused"):
-                transition(session, job_in_status(job_id, job.status), asked | CANCELLED, Event("job.cancelled", {}))
+                transition(session, job_in_status(job_id, job.status), request | CANCELLED, Event("job.cancelled", {}))
             return job
 
     def pause(self, job_id: str) -> Job:
@@ -74,12 +74,12 @@ class JobQueries(JobRequests):
             return job
 
     def retry_now(self, job_id: str) -> Job:
-        """End a job's wait for another attempt. Raises JobNotFoundError, WrongStateError."""
+        """End a queued job's wait for its next attempt. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             if job.status != "queued":
                 raise WrongStateError(
-                    f"The job is {job.status}: only one that waits, or ended without success, is retried."
+                    f"The job is {job.status}: only a waiting job, or one that ended without success, can be retried."
                 )
             session.execute(update_job(job_in_status(job_id, "queued"), {"next_attempt_at": None, "queued_at": now()}))
             session.refresh(job)
@@ -92,14 +92,14 @@ class JobQueries(JobRequests):
         *,
         once: IdempotencyRequest | None,
         limits: Limits | None,
-        **of_job: Unpack[JobOptions],
+        **options: Unpack[JobOptions],
     ) -> Submitted:
-        """Create a job that starts from the record of another one. Its own usage starts at zero."""
-        of_job["source_id"] = job_id
-        return self.submit(state.model_copy(update={"calls": ()}), once=once, limits=limits, **of_job)
+        """Create a job that starts from the record of another job. Its own usage starts at zero."""
+        options["source_id"] = job_id
+        return self.submit(state.model_copy(update={"calls": ()}), once=once, limits=limits, **options)
 
     def delete(self, job_id: str) -> None:
-        """Delete an ended job and all its texts. Raises JobNotFoundError, WrongStateError."""
+        """Delete an ended job with all its texts. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             if job.status not in TERMINAL:
@@ -108,9 +108,11 @@ class JobQueries(JobRequests):
 
 
 def retried(job: Job, state: State) -> State:
-    """Return the optimization with which a job that ended without success is retried. Raises WrongStateError."""
+    """Return the state from which a job that ended without success is retried. Raises WrongStateError."""
     if job.status not in TERMINAL or job.status == "completed":
-        raise WrongStateError(f"The job is {job.status}: only one that waits, or ended without success, is retried.")
+        raise WrongStateError(
+            f"The job is {job.status}: only a waiting job, or one that ended without success, can be retried."
+        )
     if job.error_code != "no_usable_sample":
         return state
     # The same seed would sample the same texts again.
@@ -119,7 +121,7 @@ def retried(job: Job, state: State) -> State:
 
 
 def extended(job: Job, state: State, iterations: int, most: int = MAX_ITERATIONS) -> State:
-    """Return the optimization of an ended job with more iterations to come. Raises WrongStateError."""
+    """Return the state of an ended job with `iterations` more to run. Raises WrongStateError."""
     if job.status not in TERMINAL:
         raise WrongStateError(f"The job is {job.status}: it can be extended once it has ended.")
     if state.best is None:

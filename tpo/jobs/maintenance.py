@@ -35,16 +35,16 @@ class MaintenanceQueries(Queries):
     """The part of the store that the maintenance worker uses. It works for every tenant."""
 
     def purge(self, retention_seconds: float, batch: int = 100) -> int:
-        """Delete a batch of jobs that ended before the retention period, the oldest first. Returns how many."""
-        over = select(Job.id).where(Job.completed_at < now() - retention_seconds).order_by(Job.completed_at)
+        """Delete a batch of jobs that ended before the retention period, the oldest first. Returns their number."""
+        expired = select(Job.id).where(Job.completed_at < now() - retention_seconds).order_by(Job.completed_at)
         with writing(self._engine) as session:
-            ids = session.scalars(over.limit(batch).with_for_update(skip_locked=True)).all()
-            # Only here is the status checked: above, it would lead the planner to another index.
-            gone = delete(Job).where(Job.id.in_(ids), Job.status.in_(TERMINAL)).returning(Job.id)
-            return len(session.scalars(gone).all())
+            ids = session.scalars(expired.limit(batch).with_for_update(skip_locked=True)).all()
+            # The status is checked only here: in the query above, it would lead the planner to another index.
+            deleted = delete(Job).where(Job.id.in_(ids), Job.status.in_(TERMINAL)).returning(Job.id)
+            return len(session.scalars(deleted).all())
 
     def purge_last_claims(self, seconds: float) -> int:
-        """Delete records of claims that are too old to matter. Returns how many."""
+        """Delete records of last claims older than `seconds`, which no longer matter. Returns their number."""
         with writing(self._engine) as session:
             old = delete(LastClaim).where(LastClaim.claimed_at < now() - seconds).returning(LastClaim.tenant)
             return len(session.scalars(old).all())
@@ -54,38 +54,38 @@ class MaintenanceQueries(Queries):
     ) -> Sequence[QueuedJob]:
         """Rescue lost jobs, end those past their deadline or attempts, and return those to notify workers of.
 
-        One job is returned for each queue that has just got one, or has held one for `renotify_seconds`: a worker
-        that is notified sends the next wake-up while there are more.
+        One job is returned for each queue that a delayed job has just entered, or in which a job has waited for
+        `renotify_seconds`. A notified worker sends the next wake-up while more jobs wait.
         """
         with writing(self._engine) as session:
             session.execute(delete(Worker).where(Worker.seen_at < now() - forget_worker_seconds))
             lost = and_(Job.status.in_(HELD), Job.lease_until < now())
-            for job in session.scalars(_free(select(Job).where(lost))).all():
-                _bring_back(session, job)
-            late = and_(Job.status.in_(("queued", "paused")), Job.deadline_at < now())
-            for job in session.scalars(_free(select(Job).where(late))).all():
-                _end_late(session, job)
-            # Jobs that were just rescued are among them: none is notified for itself.
+            for job in session.scalars(_skip_locked(select(Job).where(lost))).all():
+                _rescue(session, job)
+            overdue = and_(Job.status.in_(("queued", "paused")), Job.deadline_at < now())
+            for job in session.scalars(_skip_locked(select(Job).where(overdue))).all():
+                _end_overdue(session, job)
+            # Jobs that were just rescued are among them, so they need no notification of their own.
             due = and_(Job.status == literal_column("'queued'"), Job.next_attempt_at <= now())
-            again = session.scalars(_free(select(Job.id).where(due).order_by(Job.next_attempt_at))).all()
-            back = update_job(Job.id.in_(again), {"next_attempt_at": None, "queued_at": now()})
-            rows = session.execute(back.returning(Job.model, Job.reward_model)).all() if again else []
-            fresh = {Pair(row.model, row.reward_model) for row in rows}
+            due_ids = session.scalars(_skip_locked(select(Job.id).where(due).order_by(Job.next_attempt_at))).all()
+            requeued = update_job(Job.id.in_(due_ids), {"next_attempt_at": None, "queued_at": now()})
+            rows = session.execute(requeued.returning(Job.model, Job.reward_model)).all() if due_ids else []
+            changed = {Pair(row.model, row.reward_model) for row in rows}
             waiting = []
             for pair in waiting_pairs(session):
-                long = None if pair in fresh else renotify_seconds
-                if job_id := next_waiting_job(session, pair, rules or Rules(), waiting_seconds=long):
+                min_wait = None if pair in changed else renotify_seconds
+                if job_id := next_waiting_job(session, pair, rules or Rules(), waiting_seconds=min_wait):
                     waiting.append(QueuedJob(job_id, pair.model))
             return waiting
 
 
-def _free(query: Select[_T]) -> Select[_T]:
+def _skip_locked(query: Select[_T]) -> Select[_T]:
     """Skip locked rows; waiting for them could deadlock."""
     return query.limit(_SWEEP_BATCH).with_for_update(skip_locked=True)
 
 
-def _bring_back(session: Session, job: Job) -> None:
-    """Requeue a job whose lease expired, or end it if it was cancelled or has lost too many workers."""
+def _rescue(session: Session, job: Job) -> None:
+    """Requeue a job whose lease expired; end it if it was cancelled or has no attempt left."""
     which = and_(Job.id == job.id, Job.fence == job.fence, Job.status == job.status, Job.lease_until < now())
     if job.status == "cancelling":
         transition(session, which, CANCELLED, Event("job.cancelled", {}))
@@ -98,13 +98,14 @@ def _bring_back(session: Session, job: Job) -> None:
 
 
 def _delay_after(consecutive_failures: int) -> float:
-    """Return the delay of a job whose worker was lost. From the second loss on, jobs lost together return apart."""
+    """Return the delay of a job whose worker was lost: none at first, then with jitter, to spread lost jobs."""
     return 0.0 if consecutive_failures < 2 else backoff_seconds(consecutive_failures)
 
 
-def _end_late(session: Session, job: Job) -> None:
+def _end_overdue(session: Session, job: Job) -> None:
+    """End a waiting job that is past its deadline, with its best candidate if it has one."""
     try:
         outcome = outcome_of_deadline(read_state(session, job))
     except ValidationError:
-        outcome = Outcome("expired")  # recorded by another version; it must not keep the sweep from the others
+        outcome = Outcome("expired")  # recorded by another version; it must not stop the sweep
     end_job(session, job_in_status(job.id, job.status), outcome)

@@ -23,7 +23,7 @@ class Outcome:
 
 
 def outcome_of_run(state: State) -> Outcome:
-    """Return the outcome of a run that has no next call: complete, stopped early, or cut short by a budget."""
+    """Return the outcome of a run that has no next call: completed, stopped early, or ended by a budget."""
     output = state.best.text if state.best else None
     match locate(state).stopped:
         case "early_stop" | "decline" as reason:

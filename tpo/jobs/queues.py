@@ -27,7 +27,7 @@ class QueueQueries(Queries):
     """The part of the store that shows, pauses and resumes queues."""
 
     def next_waiting(self, model: str, reward_model: str, rules: Rules | None = None) -> str | None:
-        """Return the job that is next; None if no job may run."""
+        """Return the next job; None if no job may run."""
         with reading(self._engine) as session:
             return next_waiting_job(session, Pair(model, reward_model), rules or Rules())
 
@@ -39,11 +39,11 @@ class QueueQueries(Queries):
         """Resume a queue. Returns the jobs to notify workers of, one per reward model. Raises InvalidInputError."""
         self._set_paused(model, paused=False)
         with reading(self._engine) as session:
-            lines = [next_waiting_job(session, pair, Rules()) for pair in waiting_pairs(session) if pair.model == model]
-            return [job_id for job_id in lines if job_id]
+            found = [next_waiting_job(session, pair, Rules()) for pair in waiting_pairs(session) if pair.model == model]
+            return [job_id for job_id in found if job_id]
 
     def page(self, silent_seconds: float) -> Sequence[QueueInfo]:
-        """Return all queues by policy: those with live workers, with unended jobs, and paused ones."""
+        """Return the queues by policy: those with live workers, with queued or running jobs, and paused ones."""
         job_counts = select(
             Job.model,
             func.count().filter(Job.status == QUEUED).label("waiting"),
@@ -51,8 +51,8 @@ class QueueQueries(Queries):
         ).where(or_(Job.status == QUEUED, Job.status.in_(RUNNING)))
         with reading(self._engine) as session:
             paused = {row.model: row.paused_at for row in session.scalars(select(Queue))}
-            alive = select(Worker.model, func.count().label("workers")).where(Worker.seen_at > now() - silent_seconds)
-            workers = {row.model: row.workers for row in session.execute(alive.group_by(Worker.model))}
+            live = select(Worker.model, func.count().label("workers")).where(Worker.seen_at > now() - silent_seconds)
+            workers = {row.model: row.workers for row in session.execute(live.group_by(Worker.model))}
             jobs = {row.model: row for row in session.execute(job_counts.group_by(Job.model))}
         return [
             QueueInfo(
@@ -67,8 +67,8 @@ class QueueQueries(Queries):
 
     def _set_paused(self, model: str, *, paused: bool) -> None:
         with writing(self._engine) as session:
-            asked_for = exists().where(Job.model == model, or_(is_waiting(Job), Job.status.in_(RUNNING)))
-            known = select(1).where(or_(asked_for, *(exists().where(t.model == model) for t in (Queue, Worker))))
+            has_jobs = exists().where(Job.model == model, or_(is_waiting(Job), Job.status.in_(RUNNING)))
+            known = select(1).where(or_(has_jobs, *(exists().where(t.model == model) for t in (Queue, Worker))))
             if session.execute(known).first() is None:
                 raise InvalidInputError(
                     f"There is no queue {model!r}: no worker serves that policy and no job asks for it."

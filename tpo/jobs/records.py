@@ -61,7 +61,7 @@ def read_state(session: Session, job: Job) -> State:
 
 
 def save_step(session: Session, job_id: str, step: Step) -> None:
-    """Write what one model call added or changed: its call, and its candidates, their rewards, or its note."""
+    """Write the changes of one model call: the call, and its candidates, their rewards, or its note."""
     before, after, request = step.before, step.after, step.request
     _insert(session, CallRow, job_id, [after.calls[-1].model_dump()])
     if isinstance(request, Score):
@@ -75,14 +75,14 @@ def save_step(session: Session, job_id: str, step: Step) -> None:
 
 
 def save_record(session: Session, job_id: str, state: State) -> None:
-    """Write the record that a new job starts from, if that is another job's."""
+    """Write the record with which a new job starts. It is empty unless it comes from another job."""
     _insert(session, CallRow, job_id, [call.model_dump() for call in state.calls])
     _insert(session, CandidateRow, job_id, map(_candidate_columns, state.candidates))
     _insert(session, IterationRow, job_id, map(_iteration_columns, state.iterations))
 
 
 def _insert(session: Session, table: Any, job_id: str, rows: Iterable[dict[str, Any]]) -> None:
-    # Lists of rows, not values in the statement: SQLAlchemy compiles such a statement once.
+    # Rows are passed as a list, not as values in the statement: then SQLAlchemy compiles the statement only once.
     if rows := [{"job_id": job_id, **row} for row in rows]:
         session.execute(insert(table), rows)
 
@@ -116,12 +116,12 @@ def without_progress(state: State) -> State:
     return state.model_copy(update={"candidates": (), "iterations": (), "calls": ()})
 
 
-def progress_columns(state: State, where: Position) -> dict[str, Any]:
+def progress_columns(state: State, position: Position) -> dict[str, Any]:
     """Return the columns of a job's row that show its progress."""
     best, usage = state.best, state.usage
     return {
-        "iteration": where.iteration,
-        "phase": where.phase if state.candidates else None,
+        "iteration": position.iteration,
+        "phase": position.phase if state.candidates else None,
         "best_candidate": best.id if best else None,
         "best_reward": best.reward if best else None,
         "declined_iteration": max(state.declines, default=None),

@@ -20,7 +20,7 @@ from tpo.tenants.tenants import Limits
 
 # Statements that every request needs are built once: building one costs more than running it.
 _AS_JOB = [column.label(ATTRIBUTES[column.key]) for column in JOBS.columns]
-"""A job's columns under the names of its attributes: such a row reads as a Job, at half the cost."""
+"""A job's columns, labelled as its attributes: such a row can be read like a Job, at about half the cost."""
 _OWN = select(*_AS_JOB).where(JOBS.c.id == bindparam("job_id"), JOBS.c.tenant == bindparam("tenant"))
 
 
@@ -30,7 +30,7 @@ class Submitted(NamedTuple):
     job: Job
     new: bool
     room: RateLimitStatus | None
-    """The tenant's remaining quota; None if nothing limits it, or no job was created."""
+    """The tenant's remaining quota; None if there is no limit, or if no job was created."""
 
 
 class JobRequests(Queries):
@@ -42,26 +42,26 @@ class JobRequests(Queries):
         *,
         once: IdempotencyRequest | None = None,
         limits: Limits | None = None,
-        **of_job: Unpack[JobOptions],
+        **options: Unpack[JobOptions],
     ) -> Submitted:
-        """Commit a new job with its first event and idempotency key, or return the job that the same request created.
+        """Create a job with its first event and idempotency key, or return the job that the same request created.
 
-        Raises IdempotencyConflictError, ExternalIdTakenError and QuotaExceededError; then nothing was written.
+        Raises IdempotencyConflictError, ExternalIdTakenError and QuotaExceededError, and then writes nothing.
         """
-        external_id = of_job.get("external_id")
+        external_id = options.get("external_id")
 
-        def make(session: Session) -> Submitted:
+        def create(session: Session) -> Submitted:
             if known := self._known(session, once, external_id):
                 return Submitted(known, new=False, room=None)
             room = check_quota(session, self.tenant, limits) if limits else None
-            [job] = insert_jobs(session, self.tenant, [(state, once, of_job)])
+            [job] = insert_jobs(session, self.tenant, [(state, once, options)])
             return Submitted(job, new=True, room=room)
 
         for _ in range(MAX_CONFLICT_RETRIES):
             try:
-                return write(self._engine, make)
+                return write(self._engine, create)
             except IntegrityError:
-                # Another process created the same job a moment ago: the next round finds it.
+                # A concurrent request created the same job: the next round finds it.
                 if once is None and external_id is None:
                     raise
         raise StoreUnavailableError()
@@ -69,7 +69,7 @@ class JobRequests(Queries):
     def get(self, job_id: str) -> Job:
         """Return one job. Raises JobNotFoundError."""
         with single_query(self._engine) as connection:
-            # One query for a missing job and another tenant's: their times do not differ.
+            # The same query for a missing job and another tenant's, so that their response times do not differ.
             job = connection.execute(_OWN, {"job_id": job_id, "tenant": self.tenant}).one_or_none()
             if job is None:
                 raise JobNotFoundError(f"There is no job {job_id!r}.")
@@ -84,7 +84,7 @@ class JobRequests(Queries):
         statuses: Sequence[Status] = (),
         metadata: Mapping[str, str] | None = None,
     ) -> Sequence[Job]:
-        """Return a page of jobs by age. `after` is the last id of the previous page."""
+        """Return a page of jobs, ordered by age. `after` is the last id of the previous page."""
 
         def first_of(query: Select[str], job_id: InstrumentedAttribute[str]) -> Select[str]:
             """Limit a query to one page, read from an index that ends with the job's id."""
@@ -95,10 +95,10 @@ class JobRequests(Queries):
         if metadata:
             ids = first_of(_with_metadata(self.tenant, metadata, statuses), MetadataRow.job_id)
         elif statuses:
-            # One query for each status: no index has the jobs of several statuses in the order of their ids.
+            # One query for each status: no index orders the jobs of several statuses by id.
             each = [select(Job.id).where(Job.tenant == self.tenant, Job.status == s) for s in dict.fromkeys(statuses)]
-            some = union_all(*(select(first_of(one, Job.id).subquery().c.id) for one in each)).subquery().c.id
-            ids = select(some).order_by(some if order == "asc" else some.desc()).limit(limit)
+            page_ids = union_all(*(select(first_of(one, Job.id).subquery().c.id) for one in each)).subquery().c.id
+            ids = select(page_ids).order_by(page_ids if order == "asc" else page_ids.desc()).limit(limit)
         else:
             ids = first_of(select(Job.id).where(Job.tenant == self.tenant), Job.id)
         query = select(*_AS_JOB).where(Job.id.in_(ids)).order_by(Job.id if order == "asc" else Job.id.desc())
@@ -111,7 +111,7 @@ class JobRequests(Queries):
             return read_state(session, self._own(session, job_id))
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[EventRow]:
-        """Return the events of a job after the number `after`."""
+        """Return the events of a job after event number `after`."""
         query = (
             select(EventRow)
             .join(Job, Job.id == EventRow.job_id)
@@ -121,7 +121,7 @@ class JobRequests(Queries):
             return session.scalars(query.order_by(EventRow.number).limit(limit)).all()
 
     def free_slots(self, limits: Limits) -> int | None:
-        """Return how many more jobs of the tenant may be in flight; None where nothing limits it."""
+        """Return how many more jobs of the tenant may be in flight; None if there is no limit."""
         with reading(self._engine) as session:
             return free_slots(session, self.tenant, limits)
 
@@ -140,7 +140,7 @@ class JobRequests(Queries):
         return job
 
     def _own(self, session: Session, job_id: str, *, lock: bool = False) -> Job:
-        """Return the tenant's job, by one query for a missing job and another tenant's. Raises JobNotFoundError."""
+        """Return the tenant's job. Raises JobNotFoundError, also for another tenant's job, after the same query."""
         query = select(Job).where(Job.id == job_id, Job.tenant == self.tenant)
         job = session.scalars(query.with_for_update() if lock else query).one_or_none()
         if job is None:

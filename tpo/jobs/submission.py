@@ -1,6 +1,6 @@
-"""Submissions: the fields of a request for a job, and the optimization that it describes. Used by API and batches.
+"""Submissions: the fields of a request for a job, and the state that it describes. Used by the API and batches.
 
-Requests are strict: nothing is guessed, and unknown fields are refused by name.
+Requests are strict: nothing is guessed, and unknown fields are rejected by name.
 """
 
 import secrets
@@ -67,7 +67,7 @@ class SubmitParameters(Params):
         default_factory=lambda: secrets.randbits(53),
         ge=0,
         le=2**63 - 1,
-        description="every request's own seed is derived from it; random where it is left out, and recorded",
+        description="seed from which the seed of every sample is derived; random and recorded if omitted",
     )
     reward_model: str | None = Field(None, min_length=1, max_length=512, description="default: the server's setting")
     prompt_set: str | None = Field(None, min_length=1, max_length=64, description="default: the server's setting")
@@ -116,7 +116,7 @@ class Submit(Wire):
         None,
         gt=0,
         le=MAX_DEADLINE_SECONDS,
-        description="after so long the job ends with the best it has",
+        description="seconds after which the job ends with its best candidate so far",
     )
 
 
@@ -128,9 +128,9 @@ class Served(NamedTuple):
 
 
 def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Served]]) -> Served:
-    """Return the policy and reward model of a job. `workers` is called only if they are not this environment's own.
+    """Return the policy and reward model of a job. `workers` is called only if they are not those of the settings.
 
-    Raises UnknownModelError if no worker could ever run it.
+    Raises UnknownModelError if no worker serves them.
     """
     own = Served(settings.policy, settings.reward_model)
     wanted = Served(body.model or own.model, body.parameters.reward_model or own.reward_model)
@@ -151,10 +151,10 @@ def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Serv
 
 
 def to_state(body: Submit, model: str, settings: Settings) -> State:
-    """Return the optimization before its first step. Raises InvalidInputError."""
-    for name, most in (("sample_size", settings.max_sample_size), ("max_iterations", settings.max_iterations)):
-        if getattr(body.parameters, name) > most:
-            raise InvalidInputError(f"parameters.{name}: this server allows at most {most}.", f"parameters.{name}")
+    """Return the state of the requested optimization before its first step. Raises InvalidInputError."""
+    for name, limit in (("sample_size", settings.max_sample_size), ("max_iterations", settings.max_iterations)):
+        if getattr(body.parameters, name) > limit:
+            raise InvalidInputError(f"parameters.{name}: this server allows at most {limit}.", f"parameters.{name}")
     messages = (
         (Message(role="user", content=body.input),)
         if isinstance(body.input, str)

@@ -27,7 +27,7 @@ class Job(Base):
         Index("jobs_by_external_id", "tenant", "external_id", unique=True),
         Index("jobs_by_end", "completed_at"),
         Index("jobs_by_status", "status", "id"),
-        # A queue: waiting jobs by tenant and priority, the oldest of each first.
+        # The queues: waiting jobs by pair of models, tenant and priority, the oldest first.
         partial_index(
             *("jobs_in_line", "model", "reward_model", "tenant", "priority", "id"),
             where="status = 'queued' AND next_attempt_at IS NULL",
@@ -35,12 +35,12 @@ class Job(Base):
         partial_index(
             "jobs_running", "model", "reward_model", "tenant", where="status IN ('in_progress', 'cancelling')"
         ),
-        # With the status, or else SQLite rates any index that starts with it equally good.
+        # It starts with the status; otherwise SQLite rates any index that starts with it equally good.
         partial_index(
             *("jobs_by_next_attempt", "status", "next_attempt_at"),
             where="status = 'queued' AND next_attempt_at IS NOT NULL",
         ),
-        # Most jobs have no deadline, and change their status several times.
+        # Partial, because most jobs have no deadline, and every job changes its status several times.
         partial_index("jobs_by_deadline", "status", "deadline_at", where="deadline_at IS NOT NULL"),
     )
 
@@ -49,7 +49,7 @@ class Job(Base):
     external_id: Mapped[str | None] = mapped_column(String(512))
     """The client's own name for the job, unique within its tenant."""
     fingerprint: Mapped[str | None] = mapped_column(String(64))
-    """A hash of the body that created the job: it distinguishes a repeated request from a new one."""
+    """A hash of the body that created the job; it distinguishes a repeated request from a different one."""
     source_id: Mapped[str | None] = mapped_column(String(40))
     """The job whose pool this one started from."""
     status: Mapped[Status] = mapped_column(String(16), default="queued")
@@ -59,7 +59,7 @@ class Job(Base):
     params: Mapped[dict[str, Any]]
     prompts: Mapped[dict[str, Any]]
     priority: Mapped[int] = mapped_column(default=0)
-    """From -100 to 100; the higher goes first."""
+    """From -100 to 100; a higher one goes first."""
     job_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
 
     created_at: Mapped[float]
@@ -70,7 +70,7 @@ class Job(Base):
     progressed_at: Mapped[float | None]
     deadline_at: Mapped[float | None]
     next_attempt_at: Mapped[float | None]
-    """A queued job with this value is not in the queue until the rescuer puts it back at that time."""
+    """If set, the job is not in the queue until the rescuer returns it at that time."""
 
     attempt: Mapped[int] = mapped_column(default=0)
     consecutive_failures: Mapped[int] = mapped_column(default=0)
@@ -103,7 +103,7 @@ class Job(Base):
     """Why a completed job made fewer iterations than requested."""
 
 
-class _OfJob:
+class _BelongsToJob:
     """A row that belongs to a job and is deleted with it."""
 
     job_id: Mapped[str] = mapped_column(
@@ -111,8 +111,8 @@ class _OfJob:
     )
 
 
-class MetadataRow(_OfJob, Base):
-    """One pair of a job's metadata, next to the whole in the job's row: lists filtered by a pair search here."""
+class MetadataRow(_BelongsToJob, Base):
+    """One pair of a job's metadata, which the job's row contains as a whole. Lists filtered by a pair search here."""
 
     __tablename__ = "job_metadata"
     __table_args__ = (Index("job_metadata_by_pair", "tenant", "key", "value", "job_id"),)
@@ -122,7 +122,7 @@ class MetadataRow(_OfJob, Base):
     tenant: Mapped[str] = mapped_column(String(64))
 
 
-class IterationRow(_OfJob, Base):
+class IterationRow(_BelongsToJob, Base):
     """One round: the compared candidates, the critique and the gradient."""
 
     __tablename__ = "iterations"
@@ -136,7 +136,7 @@ class IterationRow(_OfJob, Base):
     gradient_attempt: Mapped[int] = mapped_column(default=0)
 
 
-class CandidateRow(_OfJob, Base):
+class CandidateRow(_BelongsToJob, Base):
     """One sample in the pool."""
 
     __tablename__ = "candidates"
@@ -151,7 +151,7 @@ class CandidateRow(_OfJob, Base):
     """The terms of the reward; null if it has only one."""
 
 
-class CallRow(_OfJob, Base):
+class CallRow(_BelongsToJob, Base):
     """One model call. The primary key guarantees that a step is recorded once."""
 
     __tablename__ = "calls"
@@ -165,7 +165,7 @@ class CallRow(_OfJob, Base):
     seconds: Mapped[float]
 
 
-class EventRow(_OfJob, Base):
+class EventRow(_BelongsToJob, Base):
     """One event of a job, numbered 1 to n without a gap."""
 
     __tablename__ = "events"
@@ -177,7 +177,7 @@ class EventRow(_OfJob, Base):
 
 
 class Worker(Base):
-    """A worker process that is or recently was alive, and what it serves."""
+    """A worker process that is or recently was alive, and the models that it serves."""
 
     __tablename__ = "workers"
 

@@ -22,12 +22,12 @@ def job_in_status(job_id: str, *statuses: Status) -> ColumnElement[bool]:
 
 
 def update_job(which: ColumnElement[bool], values: dict[str, Any]) -> Update:
-    """Build an UPDATE of jobs that leaves objects in the session alone."""
+    """Build an UPDATE of jobs that does not change objects in the session."""
     return update(Job).where(which).values(values).execution_options(synchronize_session=False)
 
 
 def transition(session: Session, which: ColumnElement[bool], values: dict[str, Any], event: Event) -> bool:
-    """Change the one job that matches, and record the event. Returns False if none does."""
+    """Change the one job that matches, and record the event. Returns False if none matches."""
     job = session.scalars(update_job(which, values).returning(Job)).one_or_none()
     if job is None:
         return False
@@ -36,7 +36,7 @@ def transition(session: Session, which: ColumnElement[bool], values: dict[str, A
 
 
 def end_job(session: Session, which: ColumnElement[bool], outcome: Outcome) -> bool:
-    """End the one job that matches. Returns False if none does."""
+    """End the one job that matches. Returns False if none matches."""
     ended = {"completed_at": now(), "phase": None, "pause_requested_at": None, **NO_LEASE}
     return transition(session, which, {**vars(outcome), **ended}, final_event(outcome))
 
@@ -60,7 +60,10 @@ def requeue(
 
 
 def record(session: Session, job: Job, events: list[Event], values: dict[str, Any] | None = None) -> None:
-    """Number events after the job's last one. The UPDATE before has locked the job's row."""
+    """Append events, numbered after the job's last one, and enqueue webhooks if the job has ended.
+
+    The preceding UPDATE has locked the job's row.
+    """
     last = job.last_event + len(events)
     session.execute(update_job(Job.id == job.id, {**(values or {}), "last_event": last}))
     insert_events(session, job.id, job.last_event + 1, events)
@@ -77,7 +80,7 @@ def insert_events(session: Session, job_id: str, first: int, events: list[Event]
 
 
 def _enqueue_webhooks(session: Session, job: Job) -> None:
-    """Enqueue webhooks for the end of a job, and of the response that is the same job."""
+    """Enqueue webhooks for the end of a job, as a job and as a response of the OpenAI API."""
     response = "incomplete" if job.status == "expired" else job.status
     enqueue_webhooks(
         session,
