@@ -22,7 +22,7 @@ TPOError                            500
 │   └── BadReplyError                    a back end's reply does not fit the request
 ├── BackendUnavailableError              a model cannot be reached or is out of memory for now; the job is retried
 ├── ModelRefusedError                    a model cannot be loaded; raised before any job is claimed
-├── CallInterruptedError                 no failure: the job has to stop between two steps
+├── CallInterruptedError                 not a failure: the job has to stop between two steps
 └── LeaseLostError                       another worker holds the job; nothing may be written
 """
 
