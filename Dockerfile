@@ -6,19 +6,25 @@ FROM python:3.11-slim-bookworm AS build
 
 ARG TORCH="torch==2.13.0"
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-RUN python -m venv /opt/tpo
-ENV PATH=/opt/tpo/bin:$PATH
+# What builds the package is not in the image: it has an environment of its own.
+RUN python -m venv /opt/tpo && python -m venv /opt/build
+WORKDIR /build
 
 # torch first, by name and in a layer of its own: it is the largest and changes the least.
-RUN pip install ${TORCH}
-WORKDIR /build
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY requirements/torch.txt requirements/
+RUN /opt/tpo/bin/pip install --require-hashes --requirement requirements/torch.txt \
+    && /opt/tpo/bin/pip install ${TORCH}
+COPY requirements/local.txt requirements/build.txt requirements/
+RUN /opt/tpo/bin/pip install --require-hashes --requirement requirements/local.txt \
+    && /opt/build/bin/pip install --require-hashes --requirement requirements/build.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY tpo ./tpo
 COPY api ./api
 COPY worker ./worker
 COPY migrations ./migrations
 COPY demo ./demo
-RUN grep -v '^torch==' constraints.txt > versions.txt && pip install --constraint versions.txt '.[local]'
+RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir wheels . \
+    && /opt/tpo/bin/pip install --no-deps wheels/tpo-*.whl
 
 FROM python:3.11-slim-bookworm
 

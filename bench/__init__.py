@@ -1,1 +1,1 @@
-"""What is measured, and how to repeat it. Figures are ratios within one run: machines are noisy."""
+"""Benchmarks, run by `python -m bench.store` and its siblings. Figures are ratios within one run."""

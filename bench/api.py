@@ -1,11 +1,11 @@
-"""How fast the API answers, as ratios to a bare endpoint of the same server in the same run.
+"""Throughput of the API, as ratios to a no-op endpoint of the same server in the same run.
 
-Load comes from a process of its own over raw sockets; the server is one process. Each slice of a request stands between
-two slices of the bare endpoint: ratios hold where absolute figures, on a machine that does other things, do not.
+A separate process sends the load over raw sockets; the server is one process. Each slice of a request is measured
+between two slices of the no-op endpoint, so the ratios hold even on a machine that does other work.
 
     python -m bench.api [--databases sqlite postgresql] [--seconds 0.5] [--rounds 9] [--listeners 1000]
 
-The last line is all that was measured, as JSON.
+The last line contains all results as JSON.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from testing.processes import System, running_system
 from testing.services import new_database, postgres_server
 from tpo.db import schema
 
-# The server under test, with a route that does nothing beside all the others, behind the same middleware.
+# The server under test, with an additional no-op route behind the same middleware.
 SERVER = """
 import sys, api.app, api.__main__
-made = api.__main__.create_app
+create_original = api.__main__.create_app
 def create_app(settings):
-    app = made(settings)
+    app = create_original(settings)
     app.add_api_route("/bare", lambda: {"ok": True}, methods=["GET"], include_in_schema=False)
     async def bare(): return {"ok": True}
     app.add_api_route("/bare-async", bare, methods=["GET"], include_in_schema=False)
@@ -45,16 +45,16 @@ def create_app(settings):
 api.__main__.create_app = create_app
 sys.exit(api.__main__.main())
 """
-BODY = json.dumps({"input": "Where is my parcel?", "parameters": {"sample_size": 2, "max_iterations": 1}})
-FIRST_CALL = json.dumps({"input": "Where is my parcel?", "parameters": {"mode": "bon", "sample_size": 2}})
+BODY = json.dumps({"input": "Where is my lamp?", "parameters": {"sample_size": 2, "max_iterations": 1}})
+FIRST_CALL = json.dumps({"input": "Where is my lamp?", "parameters": {"mode": "bon", "sample_size": 2}})
 CONNECTIONS = 8
 JOBS_OF_LISTENERS = 20
-WARMING = 5
+WARM_UP_SUBMISSIONS = 5
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent, over and over."""
+    """A request that is sent repeatedly, and the beginning of the expected response."""
 
     name: str
     payload: bytes
@@ -62,43 +62,43 @@ class Request:
 
 
 def request(name: str, method: str, path: str, *, status: int = 200, body: str = "") -> Request:
-    """A request as it goes over the wire."""
+    """Return a request in the bytes of HTTP/1.1."""
     head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
     return Request(name, f"{head}\r\n\r\n{body}".encode(), f"HTTP/1.1 {status}".encode())
 
 
-def _send(connection: socket.socket, wanted: Request) -> None:
-    connection.sendall(wanted.payload)
-    answer = b""
-    while b"\r\n\r\n" not in answer:
-        answer += _more(connection)
-    head, _, rest = answer.partition(b"\r\n\r\n")
-    if not head.startswith(wanted.status):
-        raise SystemExit(f"{wanted.name}: {answer[:500]!r}")
+def _send(connection: socket.socket, request: Request) -> None:
+    connection.sendall(request.payload)
+    response = b""
+    while b"\r\n\r\n" not in response:
+        response += _receive(connection)
+    head, _, body = response.partition(b"\r\n\r\n")
+    if not head.startswith(request.status):
+        raise SystemExit(f"{request.name}: expected {request.status.decode()}, received {response[:500]!r}")
     length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-    while length > len(rest):
-        rest += _more(connection)
+    while length > len(body):
+        body += _receive(connection)
 
 
-def _more(connection: socket.socket) -> bytes:
-    if not (piece := connection.recv(262144)):
+def _receive(connection: socket.socket) -> bytes:
+    if not (received := connection.recv(262144)):
         raise SystemExit("the server closed the connection")
-    return piece
+    return received
 
 
-def _load(port: int, wanted: Request, seconds: float) -> float:
-    """Send one request over several connections for a while; tells how many were answered in a second."""
+def _load(port: int, request: Request, seconds: float) -> float:
+    """Send one request repeatedly over several connections for `seconds`, and return the responses per second."""
     counts = [0] * CONNECTIONS
     begin = time.perf_counter()
 
-    def one(index: int) -> None:
+    def send_repeatedly(index: int) -> None:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while time.perf_counter() - begin < seconds:
-                _send(connection, wanted)
+                _send(connection, request)
                 counts[index] += 1
 
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(CONNECTIONS)]
+    threads = [threading.Thread(target=send_repeatedly, args=(i,)) for i in range(CONNECTIONS)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -108,7 +108,7 @@ def _load(port: int, wanted: Request, seconds: float) -> float:
 
 @contextlib.contextmanager
 def serving(system: System, **settings: object) -> Iterator[tuple[int, int]]:
-    """The API with its bare endpoint; gives its port and its process."""
+    """Run the API with its no-op endpoint. Yields its port and process id."""
     port = free_port()
     process = system.start("-c", SERVER, port=port, **settings)
     process.wait_for("Listening on")
@@ -117,7 +117,7 @@ def serving(system: System, **settings: object) -> Iterator[tuple[int, int]]:
 
 
 def rates(system: System, port: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Each request's rate over the bare endpoint's just before and after it, the median of the rounds."""
+    """Measure each request's rate as a ratio to the no-op endpoint's just before and after; medians of the rounds."""
     url = f"http://127.0.0.1:{port}"
     job_id = httpx.post(f"{url}/v1/jobs", content=BODY, headers={"content-type": "application/json"}).json()["id"]
     for _ in range(20):
@@ -129,28 +129,28 @@ def rates(system: System, port: int, seconds: float, rounds: int) -> dict[str, A
         request("GET list of 20", "GET", "/v1/jobs?limit=20"),
         request("POST, durable and enqueued", "POST", "/v1/jobs", status=202, body=BODY),
     ]
-    found: dict[str, list[float]] = {each.name: [] for each in measured}
+    ratios: dict[str, list[float]] = {each.name: [] for each in measured}
     with multiprocessing.get_context("spawn").Pool(1) as load:
         for each in (bare, *measured):
-            _rate(load, port, each, seconds)  # warm
+            _rate(load, port, each, seconds)  # warm up
         absolute = [_rate(load, port, bare, seconds)]
         for _ in range(rounds):
             for each in measured:
                 rate = _rate(load, port, each, seconds)
                 absolute.append(_rate(load, port, bare, seconds))
-                found[each.name].append(rate / statistics.mean(absolute[-2:]))
+                ratios[each.name].append(rate / statistics.mean(absolute[-2:]))
     return {
         "bare_per_second": round(statistics.median(absolute)),
-        "of_bare": {name: round(statistics.median(ratios), 3) for name, ratios in found.items()},
+        "of_bare": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
     }
 
 
-def _rate(load: Pool, port: int, wanted: Request, seconds: float) -> float:
-    return load.apply(_load, (port, wanted, seconds))
+def _rate(load: Pool, port: int, request: Request, seconds: float) -> float:
+    return load.apply(_load, (port, request, seconds))
 
 
 def listeners(system: System, port: int, pid: int, count: int) -> dict[str, Any]:
-    """Delay and memory of many event streams on one process."""
+    """Measure the delay and the memory of many event streams on one process."""
     process = psutil.Process(pid)
     jobs = [system.submit(ring=False) for _ in range(JOBS_OF_LISTENERS)]
 
@@ -183,21 +183,21 @@ def listeners(system: System, port: int, pid: int, count: int) -> dict[str, Any]
 
 
 def first_calls(system: System, port: int, count: int) -> dict[str, Any]:
-    """From a submission's first byte to the start of its first model call, on a worker that has nothing to do."""
+    """Measure the time from a submission's first byte to the start of its first model call, on an idle worker."""
     worker = system.worker(scripted_latency=0.05)
     log = system.calls_log
     log.touch()
     delays = []
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        for number in range(count + WARMING):
+        for number in range(count + WARM_UP_SUBMISSIONS):
             before = log.stat().st_size
             sent = time.perf_counter()
-            answer = client.post("/v1/jobs", content=FIRST_CALL, headers={"content-type": "application/json"})
-            while log.stat().st_size == before:  # a line is written when a call starts; the next one comes 50 ms later
+            response = client.post("/v1/jobs", content=FIRST_CALL, headers={"content-type": "application/json"})
+            while log.stat().st_size == before:  # each call logs a line at its start; the next one is 50 ms later
                 time.sleep(0.0003)
-            if number >= WARMING:
+            if number >= WARM_UP_SUBMISSIONS:
                 delays.append(time.perf_counter() - sent)
-            system.wait_for_end(answer.raise_for_status().json()["id"])
+            system.wait_for_end(response.raise_for_status().json()["id"])
     worker.stop()
     return {"count": count, "ms": _quantiles(sorted(delays))}
 
@@ -211,7 +211,7 @@ def _quantiles(ordered: Sequence[float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def database(kind: str, folder: Path) -> Iterator[str]:
-    """A new database of that kind with the schema."""
+    """Create a database of that kind with the schema. Yields its URL."""
     with contextlib.ExitStack() as stack:
         url = f"sqlite:///{folder}/tpo.db"
         if kind == "postgresql":
@@ -222,7 +222,7 @@ def database(kind: str, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def served(kind: str) -> Iterator[tuple[System, int, int]]:
-    """A new system on a database of that kind, and the port and process of its API."""
+    """Run a new system on a database of that kind. Yields it with the port and process id of its API."""
     with (
         tempfile.TemporaryDirectory(prefix="tpo-bench-") as name,
         database(kind, Path(name)) as url,
@@ -234,12 +234,12 @@ def served(kind: str) -> Iterator[tuple[System, int, int]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="How fast the API answers, as ratios to a bare endpoint.")
+    parser = argparse.ArgumentParser(description="Measure the API's throughput, as ratios to a no-op endpoint.")
     parser.add_argument("--databases", nargs="+", choices=["sqlite", "postgresql"], default=["sqlite", "postgresql"])
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each slice")
+    parser.add_argument("--seconds", type=float, default=0.5, help="duration of each slice")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--listeners", type=int, default=1000)
-    parser.add_argument("--submissions", type=int, default=200, help="one after another, to an idle worker")
+    parser.add_argument("--listeners", type=int, default=1000, help="number of event streams")
+    parser.add_argument("--submissions", type=int, default=200, help="submissions in sequence to an idle worker")
     arguments = parser.parse_args()
     figures: dict[str, dict[str, Any]] = {}
     for kind in arguments.databases:
@@ -257,7 +257,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def running_quietly(url: str, folder: Path) -> Iterator[System]:
-    """A system whose logs stay in its folder."""
+    """Run a system without printing its logs at the end."""
     with running_system(url, folder) as system:
         try:
             yield system

@@ -1,8 +1,8 @@
-"""What the store's operations cost in a database of 1,000 jobs and in one of 1,000,000, as ratios within one run.
+"""Cost of the store's operations with 1,000 jobs and with 1,000,000, as ratios within one run.
 
-Both databases are of the same kind and on the same disk; each operation is timed in one and in the other by turns, so
-that a busy moment of the machine meets both. The larger one takes about 11 GB of disk for a million jobs with ten
-million candidates, in the temporary folder, and is removed at the end.
+Both databases are of the same kind and on the same disk. Each operation is timed alternately in both, so that a busy
+moment of the machine affects both. A million jobs with ten million candidates take about 11 GB of disk in the temporary
+folder, which is freed at the end.
 
     python -m bench.store [--jobs 1000000] [--database sqlite|postgresql] [--rounds 100]
 """
@@ -33,21 +33,21 @@ from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
 
 SMALL = 1000
-BAR = 1.2
-STEP_BARS = {"sqlite": 5.0, "postgresql": 10.0}
-"""Milliseconds of ours for each model call. Heartbeats come on top: one renewal for a worker's jobs, each 10 s."""
+MAX_RATIO = 1.2
+MAX_STEP_MS = {"sqlite": 5.0, "postgresql": 10.0}
+"""Target for the product's own time per model call. Heartbeats are extra: every 10 s, one renewal of all leases."""
 HELD = 64
-"""Jobs that workers hold meanwhile: a fleet does not grow with the store."""
+"""Jobs that workers hold during the measurement: a fleet does not grow with the store."""
 LOST = 5
 PURGED = 5
-READ = 5
-"""Times in a row that each read is timed, for it takes less than what else happens on the machine."""
+READ_REPEATS = 5
+"""Repetitions of each read in a row: one takes less time than other events on the machine."""
 KEY_SECONDS = 24 * 3600.0
 
 
 @dataclass
 class Subject:
-    """One database, and what the operations have to know of it."""
+    """A seeded database, the jobs held in it, and the measured seconds of each operation."""
 
     engine: Engine
     filled: Filled
@@ -58,24 +58,24 @@ class Subject:
     def __post_init__(self) -> None:
         self.store = Store(self.engine)
         for _ in range(HELD):
-            self.held.append(self.claimed(self.submitted())[0].job_id)
+            self.held.append(self.claim(self.submit())[0].job_id)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Note how long the block takes."""
+        """Record how long the block takes."""
         began = time.perf_counter()
         yield
         self.seconds.setdefault(name, []).append(time.perf_counter() - began)
 
-    def submitted(self) -> str:
-        """A new job, as a client asks for it: named by a key, and counted."""
-        once = IdempotencyRequest(fingerprint="hash", key=secrets.token_hex(16), keep_seconds=KEY_SECONDS)
+    def submit(self) -> str:
+        """Submit a job with an idempotency key, as a client does, and return its id."""
+        idempotency = IdempotencyRequest(fingerprint="hash", key=secrets.token_hex(16), keep_seconds=KEY_SECONDS)
         metadata = {"run": self.filled.run}
         state = new_job()
-        return self.store.jobs.submit(state, once=once, max_attempts=3, metadata=metadata, **SERVES).job.id
+        return self.store.jobs.submit(state, once=idempotency, max_attempts=3, metadata=metadata, **SERVES).job.id
 
-    def claimed(self, job_id: str, seconds: float = 3600) -> tuple[Lease, State]:
-        """A job in the hands of a worker."""
+    def claim(self, job_id: str, seconds: float = 3600) -> tuple[Lease, State]:
+        """Claim a job for a worker."""
         claimed = claim_one(self.store, job_id, "worker-1", seconds, **SERVES)
         if claimed is None:
             raise SystemExit(f"{job_id} could not be claimed")
@@ -83,26 +83,26 @@ class Subject:
 
 
 def whole_job(subject: Subject) -> None:
-    """One job from its submission to its end, each operation timed."""
+    """Run one job from its submission to its end, and time each operation."""
     with subject.timed("submit"):
-        job_id = subject.submitted()
-    with subject.timed("whose turn it is, claimed"):
+        job_id = subject.submit()
+    with subject.timed("pick and claim the next job"):
         first = subject.store.leases.claim("worker-1", 3600, **SERVES)
     if first is None:
-        raise SystemExit("nobody is in line")
+        raise SystemExit("no job could be claimed")
     subject.store.leases.release(first.lease)
-    lease, state = subject.claimed(job_id)
+    lease, state = subject.claim(job_id)
     while pending(state):
-        made = make_step(state, policy(), FakeReward())
+        step = make_step(state, policy(), FakeReward())
         with subject.timed("checkpoint"):
-            subject.store.leases.checkpoint(lease, made)
-        state = made.after
+            subject.store.leases.checkpoint(lease, step)
+        state = step.after
     with subject.timed("finish"):
         subject.store.leases.finish(lease, Outcome("completed", output="Draft"))
 
 
 def limited_submit(subject: Subject) -> None:
-    """A job of a tenant whose limits are counted; few of its jobs are in flight, many of others."""
+    """Submit and cancel a job of a tenant with limits; it has few live jobs, while other tenants have many."""
     tenant = subject.store.for_tenant("limited")
     with subject.timed("submit, with limits"):
         job = tenant.jobs.submit(new_job(), limits=Limits(100, 1_000_000), max_attempts=3, **SERVES).job
@@ -111,7 +111,7 @@ def limited_submit(subject: Subject) -> None:
 
 
 def reads(subject: Subject) -> None:
-    """What clients and streams read."""
+    """Time the reads of clients, event streams and workers."""
     store, middle, run = subject.store, subject.filled.middle, {"run": subject.filled.run}
     pages: dict[str, Callable[[], object]] = {
         "get": lambda: store.jobs.get(middle),
@@ -131,35 +131,35 @@ def reads(subject: Subject) -> None:
         "list: metadata and status": lambda: store.jobs.page(limit=4, after=middle, metadata=run, statuses=["failed"]),
         "list: metadata (none)": lambda: store.jobs.page(limit=20, metadata={"run": "nothing"}),
         "events of a job": lambda: store.jobs.events(middle),
-        f"events: news of {HELD} jobs": lambda: store.events.new_events(dict.fromkeys(subject.held, 1)),
-        "worker: look at its jobs": lambda: store.leases.check("worker-1", subject.held),
+        f"new events of {HELD} jobs": lambda: store.events.new_events(dict.fromkeys(subject.held, 1)),
+        "worker: check its jobs": lambda: store.leases.check("worker-1", subject.held),
     }
     for name, read in pages.items():
-        for _ in range(READ):
+        for _ in range(READ_REPEATS):
             with subject.timed(name):
                 read()
 
 
 def heartbeat(subject: Subject) -> None:
-    """All leases of a worker at once."""
+    """Time the renewal of all leases of a worker."""
     with subject.timed(f"worker: renew {HELD} leases"):
         subject.store.leases.renew("worker-1", subject.held, 3600)
 
 
 def sweep(subject: Subject) -> None:
-    """A sweep that has as much to do in both."""
-    lost = [subject.claimed(subject.submitted(), seconds=-1)[0].job_id for _ in range(LOST)]
+    """Time a sweep with the same number of lost leases in both databases, and one with none."""
+    lost = [subject.claim(subject.submit(), seconds=-1)[0].job_id for _ in range(LOST)]
     with subject.timed(f"sweep: {LOST} lost"):
         subject.store.maintenance.sweep(renotify_seconds=KEY_SECONDS, forget_worker_seconds=60)
     with subject.timed("sweep: nothing to do"):
         subject.store.maintenance.sweep(renotify_seconds=KEY_SECONDS, forget_worker_seconds=60)
     for job_id in lost:
         if subject.store.jobs.cancel(job_id).attempt != 1:
-            raise SystemExit(f"{job_id} was not lost")
+            raise SystemExit(f"{job_id} was not rescued by the sweep")
 
 
 def purge(subject: Subject) -> None:
-    """The oldest jobs and names of requests."""
+    """Time the purge of the oldest jobs and idempotency keys."""
     with subject.timed(f"purge: {PURGED} jobs"):
         subject.store.maintenance.purge(1.0, batch=PURGED)
     with subject.timed(f"purge: {PURGED} keys"):
@@ -174,45 +174,45 @@ OPERATIONS: tuple[tuple[Callable[[Subject], None], int], ...] = (
     (sweep, 2),
     (purge, 5),
 )
-"""Each with the number of rounds between two of it."""
+"""Each operation with its period in rounds."""
 
 
 def measure(small: Subject, large: Subject, rounds: int) -> None:
-    """Time every operation in both, by turns."""
+    """Time every operation alternately in both databases."""
     for number in range(rounds):
-        for operation, each in OPERATIONS:
-            if number % each == 0:
-                for subject in (small, large) if number // each % 2 else (large, small):
+        for operation, period in OPERATIONS:
+            if number % period == 0:
+                for subject in (small, large) if number // period % 2 else (large, small):
                     operation(subject)
 
 
 def table(small: Subject, large: Subject) -> str:
-    """The medians and their ratios as Markdown."""
+    """Format the medians and their ratios as Markdown."""
     lines = [
         f"| operation | {small.filled.jobs:,} jobs | {large.filled.jobs:,} jobs | ratio |",
         "|---|---:|---:|---:|",
     ]
-    over = []
+    slower = []
     step_ms = 1000 * statistics.median(large.seconds["checkpoint"])
-    wanted = STEP_BARS[large.engine.dialect.name]
+    max_step_ms = MAX_STEP_MS[large.engine.dialect.name]
     for name, seconds in small.seconds.items():
         a, b = statistics.median(seconds), statistics.median(large.seconds[name])
         lines.append(f"| {name} | {1000 * a:.2f} ms | {1000 * b:.2f} ms | {b / a:.2f} |")
-        if b / a > BAR:
-            over.append(name)
+        if b / a > MAX_RATIO:
+            slower.append(name)
     size = large.bytes / large.filled.jobs
     lines += [
         "",
-        f"On disk: {large.bytes / 1e9:.2f} GB, {size / 1000:.1f} kB a job with {CANDIDATES} candidates.",
-        f"Over {BAR}: {', '.join(over) or 'none'}.",
-        f"Our own time a step, its events included: {step_ms:.1f} ms (at most {wanted:.0f} ms wanted).",
+        f"On disk: {large.bytes / 1e9:.2f} GB, {size / 1000:.1f} kB per job with {CANDIDATES} candidates.",
+        f"Ratio over {MAX_RATIO}: {', '.join(slower) or 'none'}.",
+        f"Time of one checkpoint, events included: {step_ms:.1f} ms (target: at most {max_step_ms:.0f} ms).",
     ]
     return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def databases(kind: str) -> Iterator[tuple[str, str]]:
-    """The addresses of two new databases of one kind, removed at the end."""
+    """Create two databases of one kind and remove them at the end. Yields their URLs."""
     with contextlib.ExitStack() as stack:
         if kind == "sqlite":
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tpo-bench-"))
@@ -224,7 +224,7 @@ def databases(kind: str) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def subject(url: str, jobs: int) -> Iterator[Subject]:
-    """A database with so many jobs."""
+    """Fill the database at `url` with `jobs` jobs."""
     schema.upgrade(url)
     engine = connect(url)
     began = time.monotonic()
@@ -243,9 +243,9 @@ def _size(engine: Engine) -> int:
 
 
 def main() -> None:
-    """Fill, measure and print."""
-    parser = argparse.ArgumentParser(description="What the store costs at 1,000 jobs and at many.")
-    parser.add_argument("--jobs", type=int, default=1_000_000)
+    """Fill two databases, measure and print."""
+    parser = argparse.ArgumentParser(description="Compare the store's operations with 1,000 jobs and with many.")
+    parser.add_argument("--jobs", type=int, default=1_000_000, help="jobs in the large database")
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--rounds", type=int, default=100)
     arguments = parser.parse_args()
@@ -254,7 +254,7 @@ def main() -> None:
         subject(small_url, SMALL) as small,
         subject(large_url, arguments.jobs) as large,
     ):
-        measure(small, large, 5)  # connections, caches and compiled statements
+        measure(small, large, 5)  # warm up connections, caches and compiled statements
         small.seconds.clear()
         large.seconds.clear()
         measure(small, large, arguments.rounds)

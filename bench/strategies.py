@@ -1,7 +1,7 @@
-"""Jobs in the shape of D1-N5 with random tokens instead of texts, and the ways to have a model answer their calls.
+"""Jobs in the shape of D1-N5 with random tokens instead of texts, and the strategies for serving their model calls.
 
-A job is a generator: it yields what it asks for, and is sent the answers. Every answer has exactly the length that was
-asked for (no token ends it), so that all ways write the same number of tokens.
+A job is a generator: it yields its next model call and is sent the completions. Every completion has exactly the
+requested length (no token ends it), so all strategies generate the same number of tokens.
 """
 
 import random
@@ -26,69 +26,70 @@ SHAPES = {
     "150M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16},
 }
 N, D = 5, 1
-QUERY, RESPONSE, LOSS, GRADIENT = 48, 32, 24, 24
-TEMPLATE, ASK = 64, 16
-"""Tokens of the reviewer's instructions, and of each further turn's request."""
+QUERY, SAMPLE, CRITIQUE, GRADIENT = 48, 32, 24, 24
+TEMPLATE, FOLLOW_UP = 64, 16
+"""Tokens of the reviewer's instructions, and of the request in each further chat turn."""
 SPREAD = 0.25
-"""Answers are that much longer or shorter: jobs do not go in step."""
+"""Completions are longer or shorter by up to this share, so that jobs do not run in lockstep."""
 ROWS = 128
-"""Sequences that are written at once, at most; the same for each way that batches."""
+"""Maximum number of sequences in a batch; the same for each strategy that batches."""
 TEMPERATURE, TOP_P = 0.7, 0.95
 
 Tokens = list[int]
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One call: a prompt, and so many answers of so many tokens."""
+class ModelCall:
+    """One call of a job: a prompt, and `n` completions of `length` tokens."""
 
     prompt: Tokens
     n: int
     length: int
     seed: int
-    under_way: bool
+    is_continued: bool
+    """True if the job had a completion before."""
 
 
-Job = Generator[Ask, list[Tokens], None]
+Job = Generator[ModelCall, list[Tokens], None]
 
 
 def job(number: int, prompts: str = "conversation") -> Job:
-    """A D1-N5 job; its random tokens and lengths follow from its number."""
-    chance = random.Random(number)
+    """Run a D1-N5 job; its random tokens and lengths are determined by its number."""
+    source = random.Random(number)
     calls = 0
 
     def tokens(count: int) -> Tokens:
-        return [chance.randrange(VOCABULARY) for _ in range(count)]
+        return [source.randrange(VOCABULARY) for _ in range(count)]
 
-    def ask(prompt: Tokens, n: int, mean: int) -> Ask:
+    def call(prompt: Tokens, n: int, mean: int) -> ModelCall:
         nonlocal calls
         calls += 1
-        length = round(mean * chance.uniform(1 - SPREAD, 1 + SPREAD))
-        return Ask(prompt, n, length, 1000 * number + 10 * calls, calls > 1)
+        length = round(mean * source.uniform(1 - SPREAD, 1 + SPREAD))
+        return ModelCall(prompt, n, length, 1000 * number + 10 * calls, calls > 1)
 
     query = tokens(QUERY)
-    answers = yield ask(query, N, RESPONSE)
+    samples = yield call(query, N, SAMPLE)
     for _ in range(D):
-        talk = [*_template(0), *query, *answers[0], *answers[1]]
-        (loss,) = yield ask(talk, 1, LOSS)
-        talk = [*talk, *loss, *tokens(ASK)] if prompts == "conversation" else [*_template(1), *loss]
-        (gradient,) = yield ask(talk, 1, GRADIENT)
+        prompt = [*_template(0), *query, *samples[0], *samples[1]]
+        (critique,) = yield call(prompt, 1, CRITIQUE)
+        prompt = [*prompt, *critique, *tokens(FOLLOW_UP)] if prompts == "conversation" else [*_template(1), *critique]
+        (gradient,) = yield call(prompt, 1, GRADIENT)
         if prompts == "conversation":
-            talk = [*talk, *gradient, *tokens(ASK)]
+            prompt = [*prompt, *gradient, *tokens(FOLLOW_UP)]
         else:
-            talk = [*_template(2), *query, *answers[0], *gradient]
-        answers = yield ask(talk, N, RESPONSE)
+            prompt = [*_template(2), *query, *samples[0], *gradient]
+        samples = yield call(prompt, N, SAMPLE)
 
 
-def _template(which: int) -> Tokens:
-    """Instructions that all jobs have in common."""
-    return [(31 * which + 7 * i) % VOCABULARY for i in range(TEMPLATE)]
+def _template(number: int) -> Tokens:
+    """Return instructions that all jobs have in common."""
+    return [(31 * number + 7 * i) % VOCABULARY for i in range(TEMPLATE)]
 
 
-def llama(name: str) -> Any:
-    """A Llama with random weights, whose next token is about as uncertain as a trained model's.
+def create_llama(name: str) -> Any:
+    """Create a Llama with random weights whose next token is about as uncertain as a trained model's.
 
-    Logits of usual random weights are flat, and top_p keeps thousands of tokens; scaled, it keeps some tens.
+    The logits of ordinary random weights are flat, and top_p keeps thousands of tokens; scaled, it keeps some tens.
     """
     model = random_model(LlamaForCausalLM, name)
     model.lm_head.weight.mul_(3.5 / (0.02 * model.config.hidden_size**0.5))
@@ -96,7 +97,7 @@ def llama(name: str) -> Any:
 
 
 def random_model(model_class: Any, name: str, **more: Any) -> Any:
-    """A model with the shape of that name and random weights; nothing ends its answers."""
+    """Create a model with the shape of that name and random weights, without an end token."""
     torch.manual_seed(0)
     config_class: Any = LlamaConfig
     config = config_class(
@@ -115,55 +116,59 @@ def random_model(model_class: Any, name: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Run:
-    """What one way needed for some jobs."""
+    """Cost of some jobs with one strategy."""
 
     tokens: int
-    """Generated, the padding not counted."""
+    """Generated tokens without padding."""
     cpu: float
-    """Seconds, over all threads of this process."""
+    """CPU seconds of all threads of this process."""
     wall: float
+    """Seconds of the wall clock."""
     ends: tuple[float, ...]
-    """When each job ended, in seconds of the wall clock."""
+    """Time from the start to the end of each job, in seconds of the wall clock."""
 
 
-def measured(jobs: Sequence[Job], way: "Callable[[Progress], None]") -> Run:
-    """Let a way carry the jobs to their ends."""
+def measure(jobs: Sequence[Job], strategy: "Callable[[Progress], None]") -> Run:
+    """Run the jobs to their ends with a strategy."""
     progress = Progress(jobs)
     wall, cpu = time.perf_counter(), time.process_time()
-    way(progress)
+    strategy(progress)
     cpu, ended = time.process_time() - cpu, time.perf_counter()
     return Run(progress.tokens, cpu, ended - wall, tuple(end - wall for end in progress.ends))
 
 
 class Progress:
-    """Jobs under way: what each asks for now, and when it ended."""
+    """Running jobs: the pending call of each, and the end time of each ended job."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
-        self.asks: dict[int, Ask] = {i: next(job) for i, job in enumerate(jobs)}
-        """By the job's index; without those that have ended."""
+        self.pending: dict[int, ModelCall] = {i: next(job) for i, job in enumerate(jobs)}
+        """By the job's index, without ended jobs."""
         self.tokens = 0
         self.ends: list[float] = []
 
-    def answer(self, i: int, answers: list[Tokens]) -> bool:
-        """Send a job its answers; whether it asks for more."""
-        self.tokens += sum(map(len, answers))
+    def answer(self, i: int, completions: list[Tokens]) -> bool:
+        """Send a job its completions. Returns True if the job makes another call."""
+        self.tokens += sum(map(len, completions))
         try:
-            self.asks[i] = self._jobs[i].send(answers)
+            self.pending[i] = self._jobs[i].send(completions)
         except StopIteration:
-            del self.asks[i]
+            del self.pending[i]
             self.ends.append(time.perf_counter())
             return False
         return True
 
 
-def _generate(model: Any, asks: Sequence[Ask]) -> list[list[Tokens]]:
-    """One `generate` for all, padded on the left, as long as the longest answer; the answers of each call."""
-    width = max(len(ask.prompt) for ask in asks)
-    rows = [ask for ask in asks for _ in range(ask.n)]
-    alone = len(asks) == 1
-    ids = torch.tensor([[0] * (width - len(ask.prompt)) + ask.prompt for ask in (asks if alone else rows)])
-    mask = torch.tensor([[0] * (width - len(a.prompt)) + [1] * len(a.prompt) for a in (asks if alone else rows)])
+def _generate(model: Any, calls: Sequence[ModelCall]) -> list[list[Tokens]]:
+    """Serve all calls with one `generate`, padded on the left and as long as the longest completion.
+
+    Returns the completions of each call.
+    """
+    width = max(len(call.prompt) for call in calls)
+    is_single = len(calls) == 1
+    rows = calls if is_single else [call for call in calls for _ in range(call.n)]
+    ids = torch.tensor([[0] * (width - len(call.prompt)) + call.prompt for call in rows])
+    mask = torch.tensor([[0] * (width - len(call.prompt)) + [1] * len(call.prompt) for call in rows])
     out = model.generate(
         ids,
         attention_mask=mask,
@@ -171,46 +176,46 @@ def _generate(model: Any, asks: Sequence[Ask]) -> list[list[Tokens]]:
         temperature=TEMPERATURE,
         top_p=TOP_P,
         top_k=0,
-        max_new_tokens=max(ask.length for ask in asks),
-        num_return_sequences=asks[0].n if alone else 1,
+        max_new_tokens=max(call.length for call in calls),
+        num_return_sequences=calls[0].n if is_single else 1,
         pad_token_id=0,
     )
-    whole = iter(out[:, width:].tolist())
-    return [[next(whole)[: ask.length] for _ in range(ask.n)] for ask in asks]
+    sequences = iter(out[:, width:].tolist())
+    return [[next(sequences)[: call.length] for _ in range(call.n)] for call in calls]
 
 
 def one_at_a_time(model: Any) -> Callable[[Progress], None]:
-    """`generate(num_return_sequences=n)`, call after call, job after job."""
+    """Call `generate(num_return_sequences=n)` for one call after the other, one job after the other."""
 
-    def way(progress: Progress) -> None:
-        for i in list(progress.asks):
-            while i in progress.asks:
-                progress.answer(i, _generate(model, [progress.asks[i]])[0])
+    def strategy(progress: Progress) -> None:
+        for i in list(progress.pending):
+            while i in progress.pending:
+                progress.answer(i, _generate(model, [progress.pending[i]])[0])
 
-    return way
+    return strategy
 
 
 def static_batches(model: Any) -> Callable[[Progress], None]:
-    """All calls that wait, up to ROWS sequences, padded into one `generate`; the next batch when it is whole."""
+    """Pad all pending calls, up to ROWS sequences, into one `generate`; start the next batch when it is complete."""
 
-    def way(progress: Progress) -> None:
-        while progress.asks:
+    def strategy(progress: Progress) -> None:
+        while progress.pending:
             batch: list[int] = []
-            for i, ask in progress.asks.items():
-                if sum(progress.asks[j].n for j in batch) + ask.n <= ROWS:
+            for i, call in progress.pending.items():
+                if sum(progress.pending[j].n for j in batch) + call.n <= ROWS:
                     batch.append(i)
-            answers = _generate(model, [progress.asks[i] for i in batch])
-            for i, answer in zip(batch, answers, strict=True):
-                progress.answer(i, answer)
-                if i in progress.asks:
-                    # Whoever was in this batch stands behind those who wait.
-                    progress.asks[i] = progress.asks.pop(i)
+            results = _generate(model, [progress.pending[i] for i in batch])
+            for i, completions in zip(batch, results, strict=True):
+                progress.answer(i, completions)
+                if i in progress.pending:
+                    # Jobs of this batch move behind the waiting ones.
+                    progress.pending[i] = progress.pending.pop(i)
 
-    return way
+    return strategy
 
 
 def continuous_batching(model: Any, jobs: int) -> Callable[[Progress], None]:
-    """transformers' own continuous batching, small pages with shared prefixes, a cache that holds all."""
+    """Use transformers' own continuous batching: small pages, shared prefixes, a cache large enough for all jobs."""
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=TEMPERATURE,
@@ -225,69 +230,69 @@ def continuous_batching(model: Any, jobs: int) -> Callable[[Progress], None]:
         page_size=32, num_blocks=16 * rows + 64, max_batch_tokens=max(256, 2 * rows), max_requests_per_batch=rows
     )
 
-    def way(progress: Progress) -> None:
+    def strategy(progress: Progress) -> None:
         with model.continuous_batching_context_manager(
             generation_config=config, continuous_batching_config=batching, block=True, timeout=5
         ) as manager:
-            answers: dict[int, list[Tokens]] = {}
+            completions: dict[int, list[Tokens]] = {}
             numbers: dict[str, int] = {}
 
             def submit(i: int) -> None:
-                ask = progress.asks[i]
-                answers[i] = []
-                for _ in range(ask.n):
-                    numbers[manager.add_request(ask.prompt, max_new_tokens=ask.length)] = i
+                call = progress.pending[i]
+                completions[i] = []
+                for _ in range(call.n):
+                    numbers[manager.add_request(call.prompt, max_new_tokens=call.length)] = i
 
-            for i in list(progress.asks):
+            for i in list(progress.pending):
                 submit(i)
-            while progress.asks:
+            while progress.pending:
                 result = manager.get_result(timeout=1)
                 if result is None or not result.is_finished():
                     if not manager.is_running():
-                        raise RuntimeError("transformers' continuous batching has died")
+                        raise RuntimeError("transformers' continuous batching has stopped: see the log above")
                     continue
                 i = numbers.pop(result.request_id)
-                answers[i].append(result.generated_tokens)
-                if len(answers[i]) == progress.asks[i].n and progress.answer(i, answers[i]):
+                completions[i].append(result.generated_tokens)
+                if len(completions[i]) == progress.pending[i].n and progress.answer(i, completions[i]):
                     submit(i)
 
-    return way
+    return strategy
 
 
 def our_engine(engine: StepEngine, reused: list[int] | None = None) -> Callable[[Progress], None]:
-    """The engine, with a thread for each job; `reused` takes each call's prompt tokens that need not be read."""
+    """Use the engine, with one thread per job. `reused` receives the prompt tokens that each call found cached."""
 
-    def way(progress: Progress) -> None:
+    def strategy(progress: Progress) -> None:
         lock = threading.Lock()
 
-        def carry(i: int) -> None:
-            going = True
-            while going:
-                ask = progress.asks[i]
-                seeds = tuple(ask.seed + k for k in range(ask.n))
-                request = TokenRequest(tuple(ask.prompt), seeds, TEMPERATURE, TOP_P, ask.length, ask.under_way)
-                answer = engine.submit(request).result()
-                answers = [list(c.tokens) for c in answer.completions]
+        def run(i: int) -> None:
+            has_more = True
+            while has_more:
+                call = progress.pending[i]
+                seeds = tuple(call.seed + k for k in range(call.n))
+                request = TokenRequest(tuple(call.prompt), seeds, TEMPERATURE, TOP_P, call.length, call.is_continued)
+                result = engine.submit(request).result()
+                completions = [list(c.tokens) for c in result.completions]
                 with lock:
                     if reused is not None:
-                        reused.append(answer.timings.reused_tokens)
-                    going = progress.answer(i, answers)
+                        reused.append(result.timings.reused_tokens)
+                    has_more = progress.answer(i, completions)
 
-        threads = [threading.Thread(target=carry, args=(i,)) for i in progress.asks]
+        threads = [threading.Thread(target=run, args=(i,)) for i in progress.pending]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    return way
+    return strategy
 
 
 def start(model: Any, cache_gib: float = 1.0) -> StepEngine:
-    """The engine over a model, whose own `generate` no longer works from here on."""
+    """Start the engine on a model. The model's own `generate` no longer works afterwards."""
     return build_engine(model, frozenset(), 1024, EngineOptions(rows=ROWS, cache_gib=cache_gib))
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had so far."""
+    """Return the peak memory of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,10 +1,10 @@
-"""Start Python processes by forking one that has already imported everything, which takes a tenth of the time.
+"""Start Python processes by forking a template that has already imported everything, in a tenth of the time.
 
-Tests start hundreds of workers, servers and commands, and on two cores most of a run would be the same imports again
-and again. The forked process runs `python -m …` or `python -c …` with its own arguments, environment, folder and files;
-it is a child of this process, as if `subprocess.Popen` had started it. Starting from nothing is tested where the
-product does it: by `tpo up`, the demo and the Compose file. Benchmarks and `python -m tests.chaos` start all processes
-from nothing: only a test run forks them.
+Tests start hundreds of workers, servers and commands, and on two cores the same imports would take most of a run. The
+forked process runs `python -m ...` or `python -c ...` with its own arguments, environment, working folder and files. It
+is a child of this process, as if `subprocess.Popen` had started it. Starts without a template are tested where the
+product makes them: by `tpo up`, the demo and the Compose file. Only a test run forks; benchmarks and
+`python -m tests.chaos` start every process from scratch.
 """
 
 import atexit
@@ -56,20 +56,20 @@ _IMPORTED = (
     "worker.startup",
     "worker.tasks",
 )
-"""What most processes import. None of it reads the environment, opens a file or starts a thread when it is imported."""
+"""Modules that most processes import. Importing them reads no environment, opens no file and starts no thread."""
 
 
 _enabled = False
 
 
 def enable() -> None:
-    """Fork from now on, where that gives the same as starting a process."""
+    """Fork from now on, whenever that is equivalent to starting a process."""
     global _enabled
     _enabled = True
 
 
 class ForkedPython(subprocess.Popen[Any]):
-    """A Python process, forked where that is enabled and gives the same; `command` is what follows `python`.
+    """A Python process, forked if that is enabled and equivalent. `command` holds the arguments of `python`.
 
     With `dies_with_parent` the kernel kills it when this process ends.
     """
@@ -77,8 +77,8 @@ class ForkedPython(subprocess.Popen[Any]):
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str], dies_with_parent: bool = False, **options: Any
     ) -> None:
-        same = command[0] in ("-m", "-c") and _interpreter_settings(env) == _interpreter_settings(os.environ)
-        self._forks = same and _enabled
+        equivalent = command[0] in ("-m", "-c") and _interpreter_settings(env) == _interpreter_settings(os.environ)
+        self._forks = equivalent and _enabled
         self._dies_with_parent = dies_with_parent
         parent = os.getpid()
         if dies_with_parent:
@@ -111,7 +111,7 @@ class ForkedPython(subprocess.Popen[Any]):
 def run_python(
     *command: str, env: Mapping[str, str], stdin: str = "", cwd: Path | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a Python command to its end, as `subprocess.run` does."""
+    """Run a Python command to its end, like `subprocess.run`."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with ForkedPython(command, env=env, cwd=cwd, text=True, **pipes) as process:
         try:
@@ -123,9 +123,9 @@ def run_python(
 
 
 def _interpreter_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what Python itself reads when it starts: a forked process has it from the template."""
+    """Return the variables that Python itself reads at start: a forked process inherits them from the template."""
     names = ("PYTHON", "LC_", "LANG", "LD_", "TZ")
-    ours = ("PYTHONPATH", str(_ROOT))  # the template has it in any case
+    ours = ("PYTHONPATH", str(_ROOT))  # the template always has it
     return {name: value for name, value in environment.items() if name.startswith(names) and (name, value) != ours}
 
 
@@ -133,7 +133,7 @@ class _Template:
     """The process that has imported everything and forks on request."""
 
     def __init__(self) -> None:
-        # Orphans become children of the nearest such ancestor: so this process can wait for those forked for it.
+        # Orphans become children of the nearest subreaper, so this process can wait for those forked on its behalf.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -149,7 +149,7 @@ class _Template:
         atexit.register(self._end)
 
     def _end(self) -> None:
-        self._channel.close()  # which ends the template
+        self._channel.close()  # this ends the template
         self._process.wait()
 
     def fork(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
@@ -172,7 +172,7 @@ def _serve(channel: socket.socket) -> list[str]:
     """Fork on each request. Return in a forked process, with its command."""
     for module in _IMPORTED:
         importlib.import_module(module)
-    assert threading.active_count() == 1, "a module started a thread: it would be missing in every forked process"
+    assert threading.active_count() == 1, "an import started a thread, which no forked process would have"
     gc.collect()
     gc.freeze()
     while True:
@@ -188,7 +188,7 @@ def _serve(channel: socket.socket) -> list[str]:
                 os.close(writing)
                 channel.close()
                 while os.getppid() == middle:
-                    time.sleep(0.0005)  # until it has ended and this is a child of the process that has asked
+                    time.sleep(0.0005)  # until the middle process has ended and the requester is this one's parent
                 return _become(json.loads(message), files)
             os.write(writing, str(forked).encode())
             os._exit(0)
@@ -199,7 +199,7 @@ def _serve(channel: socket.socket) -> list[str]:
 
 
 def _become(request: dict[str, Any], files: Sequence[int]) -> list[str]:
-    """Take over all that a request says of the process, and return its command."""
+    """Apply a request's process attributes to this process, and return its command."""
     if request["parent"] is not None:
         die_with(request["parent"])
     if request["new_session"]:
@@ -217,14 +217,14 @@ def _become(request: dict[str, Any], files: Sequence[int]) -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    """Do what `python` would do with these words."""
-    option, program, *words = command
+    """Run the command like `python` with these arguments."""
+    option, program, *arguments = command
     sys.path.insert(0, os.getcwd() if option == "-m" else "")
     if option == "-m":
-        sys.argv[:] = [program, *words]
+        sys.argv[:] = [program, *arguments]
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
-        sys.argv[:] = ["-c", *words]
+        sys.argv[:] = ["-c", *arguments]
         sys.modules["__main__"] = main = types.ModuleType("__main__")
         exec(compile(program, "<string>", "exec"), main.__dict__)
 

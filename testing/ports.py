@@ -5,14 +5,14 @@ import socket
 from collections.abc import Sequence
 
 FIRST_PORT, _BLOCKS, BLOCK_SIZE = 10_000, 88, 250
-"""All blocks lie below 32,768, from where the kernel takes the ports of outgoing connections."""
+"""All blocks lie below 32,768, where the kernel's ports for outgoing connections begin."""
 
 
 class PortBlock:
-    """A block of TCP ports that this process alone gives to its servers, among all test processes of the machine.
+    """A block of TCP ports reserved for the servers of this process, among all test processes of the machine.
 
-    A name in the kernel's abstract socket namespace stands for the block: it has one owner at most and is free again as
-    soon as that process ends, however it ends.
+    A name in the kernel's abstract socket namespace represents the block. It has at most one owner, and the kernel
+    frees it as soon as that process ends, even if it is killed.
     """
 
     def __init__(self) -> None:
@@ -31,10 +31,10 @@ class PortBlock:
                 owner.close()
                 continue
             return owner, FIRST_PORT + number * BLOCK_SIZE
-        raise RuntimeError(f"{_BLOCKS} test processes run on this machine, and no ports are left for this one")
+        raise RuntimeError(f"all {_BLOCKS} port blocks are in use by test processes of this machine: end some of them")
 
     def next_free(self) -> int:
-        """Return a port on which nobody listens. It is given again only after all others of the block."""
+        """Return a port on which no process listens. It is reused only after all others of the block."""
         for _ in self.ports:
             port = self.ports[self._next]
             self._next = (self._next + 1) % len(self.ports)
@@ -58,5 +58,5 @@ def free_port() -> int:
 
 
 def own_ports() -> Sequence[int]:
-    """Return the ports that this process may give to servers; none before it has needed one."""
+    """Return the ports reserved for this process; none before the first call of `free_port`."""
     return _block.ports if _block else ()

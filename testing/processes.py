@@ -1,4 +1,4 @@
-"""Real worker processes for tests: started with an environment, watched through the database, stopped or killed."""
+"""Real worker processes for tests: start them with an environment, observe them in the database, stop or kill them."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ from tpo.store import Store
 
 
 class Process:
-    """One process of ours and its log."""
+    """A process of the product and its log."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path, folder: Path) -> None:
         self.command = command
@@ -41,37 +41,41 @@ class Process:
 
     @property
     def pid(self) -> int:
+        """The process id."""
         return self.popen.pid
 
     @property
     def output(self) -> str:
+        """The log so far: stdout and stderr."""
         return self.log.read_text()
 
     def wait_for(self, text: str) -> None:
-        """Wait until the log holds a text."""
+        """Wait until the log contains a text. Fails if the process ends first."""
         eventually(lambda: text in self.output or self.popen.poll() is not None, why=text)
-        assert text in self.output, f"the process ended with {self.popen.returncode} before it said {text!r}"
+        assert text in self.output, f"the process ended with {self.popen.returncode} before it logged {text!r}"
 
     def kill(self) -> None:
+        """Kill the process and wait for its end."""
         self.popen.kill()
         self.popen.wait(timeout=HANG_SECONDS)
 
     def pause(self) -> None:
-        """Stop it where it stands, and wait until it does."""
+        """Suspend the process, and wait until it is suspended."""
         self.popen.send_signal(signal.SIGSTOP)
-        eventually(lambda: psutil.Process(self.pid).status() == psutil.STATUS_STOPPED, why="it stands still")
+        eventually(lambda: psutil.Process(self.pid).status() == psutil.STATUS_STOPPED, why="the process is suspended")
 
-    def go_on(self) -> None:
+    def proceed(self) -> None:
+        """Resume a suspended process."""
         self.popen.send_signal(signal.SIGCONT)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Ask it to end; gives the exit code."""
+        """Send a stop signal, wait for the end and return the exit code."""
         self.popen.send_signal(number)
         return self.popen.wait(timeout=HANG_SECONDS)
 
 
 class System:
-    """A database, a broker and whichever processes a test starts on them."""
+    """A database, a broker and the processes that a test starts on them."""
 
     def __init__(self, database_url: str, folder: Path, broker: Valkey) -> None:
         self.folder = folder
@@ -86,7 +90,7 @@ class System:
             "TPO_SCRIPTED_LOG": str(self.calls_log),
             "TPO_SCRIPTED_LATENCY": "0.3",
             "TPO_CONCURRENCY": "4",
-            # A busy machine may be silent for seconds: those who want a lease to run out say so.
+            # A busy machine may suspend a worker for seconds: tests that need an expired lease set a shorter one.
             "TPO_LEASE_SECONDS": "60",
             "TPO_SWEEP_SECONDS": "0.3",
             "TPO_RENOTIFY_SECONDS": "1",
@@ -97,7 +101,7 @@ class System:
         self.processes: list[Process] = []
 
     def start(self, *command: str, **settings: object) -> Process:
-        """Start Python with a command; settings are spelled as in the Settings class."""
+        """Start Python with a command. Settings have the names of the fields of the Settings class."""
         own = {f"TPO_{name.upper()}": str(value) for name, value in settings.items()}
         environment = {**os.environ, **self.environment, **own}
         log = self.folder / f"{len(self.processes)}.log"
@@ -112,16 +116,16 @@ class System:
         return process
 
     def maintenance(self, **settings: object) -> Process:
-        """Start beat and the sweeper, and wait until they are ready."""
+        """Start the maintenance worker and beat, and wait until they are ready."""
         process = self.start("-m", "worker.maintenance", **settings)
         process.wait_for("is ready")
         return process
 
     def pause(self, process: Process) -> None:
-        """Stop a process where it stands, but not within a write: SQLite would let nobody else write meanwhile."""
+        """Suspend a process, but not within a write: SQLite would block all other writers until it resumes."""
         process.pause()
         while self._locked():
-            process.go_on()
+            process.proceed()
             process.pause()
 
     def _locked(self) -> bool:
@@ -135,6 +139,7 @@ class System:
         return False
 
     def process_of(self, pid: int) -> Process:
+        """Return the started process with this id."""
         return next(p for p in self.processes if p.pid == pid)
 
     def submit(
@@ -146,7 +151,7 @@ class System:
         priority: int = 0,
         **params: object,
     ) -> str:
-        """Commit a job and ring for it, as the API does."""
+        """Commit a job and, with `ring`, notify workers of it, as the API does. Returns its id."""
         state = State(
             input=(Message(role="user", content=query),),
             params=Params.model_validate({"sample_size": 3, "max_iterations": 1, **params}),
@@ -160,14 +165,14 @@ class System:
         return job.id
 
     def notify_job(self, job_id: str) -> None:
-        """Ring for a job; a broker that is down is no error."""
+        """Notify workers of a job. An unreachable broker is not an error."""
         notifier = JobNotifier(self.broker.url)
         with contextlib.suppress(BrokerUnavailableError):
             notifier.notify_job(job_id, self.environment["TPO_POLICY"])
         notifier.close()
 
     def wait_for_end(self, job_id: str) -> Job:
-        """The job when it is in a terminal state."""
+        """Wait until the job is in a terminal state, and return it."""
 
         def ended() -> Job | None:
             job = self.store.jobs.get(job_id)
@@ -176,19 +181,20 @@ class System:
         return eventually(ended, why=f"the end of {job_id}")
 
     def wait_for_status(self, job_id: str, status: str) -> None:
+        """Wait until the job has this status."""
         eventually(lambda: self.store.jobs.get(job_id).status == status, why=f"{job_id} is {status}")
 
     def calls(self) -> list["StartedCall"]:
-        """The model calls that any process has started, in their order."""
+        """Return the model calls that all processes have started, in order."""
         if not self.calls_log.exists():
             return []
         return [StartedCall(*line.split()) for line in self.calls_log.read_text().splitlines()]
 
     def close(self) -> None:
-        """End all processes and print what they said; pytest shows it when the test failed."""
+        """End all processes and print their output; pytest shows it if the test failed."""
         for process in self.processes:
             if process.popen.poll() is None:
-                process.go_on()
+                process.proceed()
                 process.kill()
         for process in self.processes:
             print(f"--- {' '.join(process.command)} rc={process.popen.returncode}\n{process.output}")
@@ -196,7 +202,7 @@ class System:
 
 
 class StartedCall:
-    """A line of the scripted back end's log."""
+    """A line of the scripted back end's log: a model call that has started."""
 
     def __init__(self, kind: str, iteration: str, digest: str, pid: str) -> None:
         self.phase = (kind, int(iteration))
@@ -205,19 +211,19 @@ class StartedCall:
 
 
 def uninterrupted(state: State) -> State:
-    """What a run from the start gives that nothing disturbs; times are left out."""
+    """Return the result of an undisturbed run from the start, without times."""
     fresh = state.model_copy(update={"candidates": (), "iterations": (), "calls": ()})
     return timeless(run(fresh, ScriptedPolicy(), ScriptedRewardModel(), lambda _state: None, lambda: None))
 
 
 def timeless(state: State) -> State:
-    """The state without the wall time of its calls, the one thing that two equal runs differ in."""
+    """Return the state without the wall time of its calls, the only difference between two equal runs."""
     return state.model_copy(update={"calls": tuple(c.model_copy(update={"seconds": 0.0}) for c in state.calls)})
 
 
 @contextlib.contextmanager
 def running_system(database_url: str, folder: Path) -> Iterator[System]:
-    """A system on an existing database with a broker of its own."""
+    """Run a system on an existing database with its own broker."""
     broker = Valkey(folder / "broker", free_port())
     broker.start()
     system = System(database_url, folder, broker)
@@ -229,12 +235,12 @@ def running_system(database_url: str, folder: Path) -> Iterator[System]:
 
 
 def worker_pid(job: Job) -> int:
-    """The process that holds a job's lease."""
-    found = re.fullmatch(r"tpo-worker-(\d+)@.*", job.lease_owner or "")
-    assert found, f"{job.id} is held by {job.lease_owner}"
-    return int(found.group(1))
+    """Return the id of the process that holds a job's lease."""
+    match = re.fullmatch(r"tpo-worker-(\d+)@.*", job.lease_owner or "")
+    assert match, f"{job.id} is held by {job.lease_owner}, not by a worker process"
+    return int(match.group(1))
 
 
 def marker() -> str:
-    """A word that is nowhere else."""
+    """Return a word that occurs nowhere else."""
     return f"marker{secrets.token_hex(8)}"

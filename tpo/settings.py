@@ -1,4 +1,4 @@
-"""The environment, read once, in one class that refuses unsafe values. Every variable starts with `TPO_`."""
+"""Settings of a process, read from environment variables that start with `TPO_`. Unsafe values are refused."""
 
 import ipaddress
 import json
@@ -17,194 +17,317 @@ from tpo.core import prompts
 from tpo.core.state import MAX_ITERATIONS, MAX_SAMPLE_SIZE, EarlyStop
 
 DEMO = "demo"
-"""Name of the policy and of the reward model that ship with the project."""
+"""Name of the policy and of the reward model that are part of this project."""
 
 SCRIPTED = "scripted"
-"""Name of the deterministic fake of both."""
+"""Name of the deterministic fake policy and of the fake reward model."""
 
 OPENAI = "openai:"
-"""What comes before the name of a policy behind an OpenAI-compatible server."""
+"""Prefix of the name of a policy behind an OpenAI-compatible server."""
 
 REMOTE_REWARDS = ("vllm:", "vllm-pooling:", "sglang:")
-"""What comes before the name of a reward model behind HTTP."""
+"""Prefixes of the name of a reward model behind HTTP."""
 
 _OWN_FIELDS = frozenset(
     {"model", "messages", "n", "seed", "stream", "temperature", "top_p", "max_tokens", "max_completion_tokens", "stop"}
 )
-"""Of a request's body: what the loop says is not for settings to change."""
+"""Fields of a request's body that each call sets, and that settings must not change."""
 
 
 def _json_object(value: object) -> object:
-    """JSON out of the environment; what is wrong with it is said without quoting it, for it may hold keys."""
+    """Parse a JSON object from the environment. Errors do not quote it, because it may contain API keys."""
     if not isinstance(value, str):
         return value
     try:
-        found = json.loads(value or "{}")
+        parsed = json.loads(value or "{}")
     except ValueError:
         raise ValueError("must be a JSON object") from None
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise ValueError("must be a JSON object")
-    return found
+    return parsed
 
 
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
-    """The same, where it says nothing that is each job's to say. Raises ValueError."""
+    """Return the fields unchanged. Raises ValueError if one of them is set by each job."""
     if own := _OWN_FIELDS & fields.keys():
-        raise ValueError(f"{', '.join(sorted(own))} cannot be set here: each job says it")
+        raise ValueError(f"{', '.join(sorted(own))} cannot be set here: each job sets this itself")
     return fields
 
 
 class Settings(BaseSettings):
-    """What a process is told about its surroundings."""
+    """The settings of a process, read from environment variables."""
 
     model_config = SettingsConfigDict(env_prefix="TPO_", extra="ignore", hide_input_in_errors=True)
 
+    # Database and broker
     database_url: SecretStr = Field(
-        SecretStr("sqlite:///.tpo/tpo.db"), description="sqlite:///FILE or postgresql+psycopg://…"
+        SecretStr("sqlite:///.tpo/tpo.db"),
+        description="URL of the database: sqlite:///FILE or postgresql+psycopg://…",
     )
-    broker_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="redis://… (Redis or Valkey)")
+    broker_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="URL of the broker (Redis or Valkey): redis://… or rediss://…",
+    )
 
+    # Models
     policy: str = Field(
-        DEMO, description="demo, scripted, a folder, a name on the Hugging Face Hub, or openai:MODEL (docs/backends.md)"
+        DEMO,
+        description="Policy: demo, scripted, a folder, a name on the Hugging Face Hub, or openai:MODEL "
+        "(docs/backends.md).",
     )
     reward_model: str = Field(
         DEMO,
-        description="demo, scripted, a folder or a name on the Hub (a sequence classifier with one label), vllm:MODEL, "
-        "vllm-pooling:MODEL, sglang:MODEL, or what TPO_REWARD_FILE describes",
+        description="Reward model: demo, scripted, a folder or a name on the Hub (a sequence classifier with one "
+        "label), vllm:MODEL, vllm-pooling:MODEL or sglang:MODEL. With TPO_REWARD_FILE, the name of that reward.",
     )
-    prompt_set: str | None = Field(None, description="default prompt set of jobs that name none")
+    prompt_set: str | None = Field(
+        None,
+        description="Prompt set of jobs that name none. Default: tiny for the demo policy, conversation for others.",
+    )
+
+    # Local models
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
-        "auto", description="of local models: cuda, mps or cpu; auto: the first of these that is there"
+        "auto", description="Device of local models: cuda, mps or cpu. auto: the first of these that is available."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of a local policy: float32, bfloat16 or float16; auto: float32 on a CPU, else bfloat16, "
-        "or float16 where cuda has no bfloat16",
+        description="Number format of a local policy: float32, bfloat16 or float16. auto: float32 on a CPU, bfloat16 "
+        "elsewhere, float16 on cuda without bfloat16.",
     )
     reward_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of a local reward model: float32, bfloat16 or float16, whose scores are coarser"
+        "float32",
+        description="Number format of a local reward model: float32, bfloat16 or float16. The last two give coarser "
+        "scores.",
     )
-    batch_rows: int = Field(512, ge=1, description="responses that the policy writes at once, over all jobs")
+    batch_rows: int = Field(
+        512,
+        ge=1,
+        description="Maximum number of samples that the local policy generates at the same time, over all jobs.",
+    )
     cache_gib: float | None = Field(
-        None, gt=0, description="memory for the policy's keys and values; default: what a GPU has left, 2 on a CPU"
+        None,
+        gt=0,
+        description="Memory of the local policy's key/value cache, in GiB. Default: what a GPU has left, 2 on a CPU.",
     )
     prefill_tokens: int | None = Field(
-        None, ge=1, description="prompt tokens read between two written ones; default: 4096 on a GPU, 512 on a CPU"
+        None,
+        ge=1,
+        description="Maximum number of prompt tokens that the local policy reads between two generated tokens. "
+        "Default: 4096 on a GPU, 512 on a CPU.",
     )
     engine_fallback: bool = Field(
-        False, description="true: a policy that the engine cannot serve runs one request at a time, by generate"
+        False,
+        description="If true, a local policy that the engine cannot serve runs one request at a time, with generate().",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; default: all cores")
-    scripted_latency: float = Field(0.0, ge=0, description="seconds that each call of the scripted back end takes")
-    scripted_log: Path | None = Field(None, description="file to which the scripted back end appends a line a call")
+    threads: int | None = Field(None, ge=1, description="Number of CPU threads of torch. Default: all cores.")
 
-    openai_url: str | None = Field(
-        None, description="of the server behind TPO_POLICY=openai:MODEL, with its /v1: http://host:8000/v1"
+    # Scripted back end, for tests
+    scripted_latency: float = Field(
+        0.0, ge=0, description="Duration of each call of the scripted back end, in seconds."
     )
-    openai_api_key: SecretStr | None = Field(None, min_length=1, description="sent to it as a bearer token")
+    scripted_log: Path | None = Field(
+        None, description="File to which the scripted back end appends a line for each call. Default: none."
+    )
+
+    # Policy behind an OpenAI-compatible server
+    openai_url: str | None = Field(
+        None, description="URL of the server for TPO_POLICY=openai:MODEL, including /v1: http://host:8000/v1."
+    )
+    openai_api_key: SecretStr | None = Field(
+        None, min_length=1, description="API key that is sent to the policy's server as a bearer token."
+    )
     openai_samples: Literal["batched", "separate"] = Field(
         "batched",
-        description="one request with n; apart: one for each sample, with a seed and a token count of its own",
+        description="How samples are requested. batched: one request with n. separate: one request for each sample, "
+        "with its own seed and token count.",
     )
     openai_max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
-        "max_tokens", description="what the server calls the most tokens of an answer"
+        "max_tokens", description="Name of the request field that limits the tokens of an answer."
     )
     openai_extra_body: Annotated[
         dict[str, Any], NoDecode, BeforeValidator(_json_object), AfterValidator(check_extra_body)
-    ] = Field({}, description="JSON object that is added to every request, such as chat_template_kwargs, top_k or stop")
+    ] = Field(
+        {}, description="JSON object that is added to every request, such as chat_template_kwargs, top_k or stop."
+    )
+
+    # Reward model behind HTTP
     reward_url: str | None = Field(
         None,
-        description="of the server behind TPO_REWARD_MODEL=vllm:MODEL, vllm-pooling:MODEL or sglang:MODEL, without /v1",
+        description="URL of the server for TPO_REWARD_MODEL=vllm:MODEL, vllm-pooling:MODEL or sglang:MODEL, "
+        "without /v1.",
     )
-    reward_api_key: SecretStr | None = Field(None, min_length=1, description="sent to it as a bearer token")
+    reward_api_key: SecretStr | None = Field(
+        None, min_length=1, description="API key that is sent to the reward model's server as a bearer token."
+    )
     reward_in_unit_interval: bool = Field(
-        False, description="true: its raw scores do lie between 0 and 1; else such a server is refused for its sigmoid"
+        False,
+        description="Set to true if the model's raw scores lie between 0 and 1. Otherwise a server that returns only "
+        "such scores is refused, because they look like the output of a sigmoid.",
     )
     reward_task: Literal["classify", "token_classify"] = Field(
-        "classify", description="of vllm-pooling:MODEL; token_classify: the score stands at the last token"
+        "classify",
+        description="Pooling task of vllm-pooling:MODEL. token_classify: the score is that of the last token.",
     )
     reward_tokenizer: str | None = Field(
-        None, description="of sglang:MODEL, a folder or a name on the Hub; default: the model's name"
+        None, description="Tokenizer of sglang:MODEL: a folder or a name on the Hub. Default: the model's name."
     )
+
+    # Reward with several parts
     reward_file: Path | None = Field(
-        None, description="TOML that says which parts the reward has; TPO_REWARD_MODEL is then its name"
+        None,
+        description="TOML file that defines the parts of the reward (docs/rewards.md). TPO_REWARD_MODEL names that "
+        "reward.",
     )
     server_api_keys: Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(_json_object)] = Field(
-        {}, description="JSON object of keys by name, for the servers that TPO_REWARD_FILE names"
+        {}, description="JSON object of API keys by name, for the servers in TPO_REWARD_FILE."
     )
-    remote_connect_seconds: float = Field(5.0, gt=0, description="to connect to a model's server")
-    remote_read_seconds: float = Field(300.0, gt=0, description="silence of a model's server that ends a try")
-    remote_call_seconds: float = Field(900.0, gt=0, description="a whole model call with all its tries and pauses")
-    remote_tries: int = Field(6, ge=1, description="of one request that a model's server took and did not answer well")
-    remote_connections: int = Field(256, ge=1, description="most connections to one model's server")
-    remote_start_seconds: float = Field(300.0, gt=0, description="how long a start waits for a model's server")
 
-    concurrency: int = Field(16, ge=1, le=1024, description="jobs that one worker runs at once")
-    lease_seconds: float = Field(30.0, gt=0, description="a worker that is silent for so long has lost its jobs")
-    sweep_seconds: float = Field(5.0, gt=0, description="how often lost doorbells and leases are looked for")
-    renotify_seconds: float = Field(15.0, gt=0, description="a job queued for so long is rung for again")
+    # Requests to the servers of models
+    remote_connect_seconds: float = Field(
+        5.0, gt=0, description="Timeout for connecting to a model's server, in seconds."
+    )
+    remote_read_seconds: float = Field(
+        300.0, gt=0, description="Longest silence of a model's server before an attempt is abandoned, in seconds."
+    )
+    remote_call_seconds: float = Field(
+        900.0, gt=0, description="Timeout of a whole model call, including all retries and pauses, in seconds."
+    )
+    remote_tries: int = Field(
+        6,
+        ge=1,
+        description="Maximum number of attempts for a request that a model's server accepts but does not answer "
+        "properly.",
+    )
+    remote_connections: int = Field(256, ge=1, description="Maximum number of connections to each model's server.")
+    remote_start_seconds: float = Field(
+        300.0, gt=0, description="Longest time that a starting worker waits for a model's server, in seconds."
+    )
+
+    # Workers and the queue
+    concurrency: int = Field(
+        16, ge=1, le=1024, description="Maximum number of jobs that one worker runs at the same time."
+    )
+    lease_seconds: float = Field(
+        30.0, gt=0, description="Lease of a running job, in seconds. A worker that is silent for longer loses its jobs."
+    )
+    sweep_seconds: float = Field(
+        5.0, gt=0, description="Interval between two checks for lost notifications and expired leases, in seconds."
+    )
+    renotify_seconds: float = Field(
+        15.0, gt=0, description="Time after which workers are notified again of a job that is still queued, in seconds."
+    )
     priority_seconds: float = Field(
-        60.0, gt=0, description="a wait of so long outweighs one point of priority: nothing waits for ever"
+        60.0,
+        gt=0,
+        description="Waiting time that counts as much as one point of priority, in seconds. It ensures that every job "
+        "runs eventually.",
     )
-    drain_seconds: float = Field(20.0, gt=0, description="time that SIGTERM leaves to running model calls")
+    drain_seconds: float = Field(
+        20.0, gt=0, description="Time that running model calls have to finish after SIGTERM, in seconds."
+    )
     max_attempts: int = Field(
-        3, ge=1, description="a job fails after so many attempts in a row without a recorded model call"
+        3,
+        ge=1,
+        description="Number of consecutive attempts without a recorded model call after which a job fails.",
     )
 
-    host: str = Field("127.0.0.1", description="address that the API binds to")
-    port: int = Field(8000, ge=1, le=65535, description="of the API")
+    # API and Flower
+    host: str = Field("127.0.0.1", description="Address that the API binds to.")
+    port: int = Field(8000, ge=1, le=65535, description="Port of the API.")
     api_key: SecretStr | None = Field(
-        None, min_length=16, description="clients send it as a bearer token; 16 characters or more"
+        None,
+        min_length=16,
+        description="API key of the tenant default, which clients send as a bearer token: at least 16 characters.",
     )
-    require_key: bool = Field(False, description="true: no request without a key, also before the first one is made")
-    flower_host: str = Field("127.0.0.1", description="address that Flower binds to")
-    flower_port: int = Field(5555, ge=1, le=65535, description="of Flower")
+    require_key: bool = Field(
+        False, description="If true, every request needs an API key, even before the first one is created."
+    )
+    flower_host: str = Field("127.0.0.1", description="Address that Flower binds to.")
+    flower_port: int = Field(5555, ge=1, le=65535, description="Port of Flower.")
     flower_basic_auth: SecretStr | None = Field(
-        None, description="user:password of Flower; the password has 8 characters or more"
+        None, description="Credentials of Flower as user:password. The password has at least 8 characters."
     )
 
+    # Limits and defaults of jobs
     max_sample_size: int = Field(
-        MAX_SAMPLE_SIZE, ge=1, le=MAX_SAMPLE_SIZE, description="the largest sample_size that a job may ask for"
+        MAX_SAMPLE_SIZE, ge=1, le=MAX_SAMPLE_SIZE, description="Largest sample_size that a job may request."
     )
     max_iterations: int = Field(
-        MAX_ITERATIONS, ge=0, le=MAX_ITERATIONS, description="the largest max_iterations that a job may ask for"
+        MAX_ITERATIONS, ge=0, le=MAX_ITERATIONS, description="Largest max_iterations that a job may request."
     )
-    max_input_characters: int = Field(200_000, ge=1, description="of all messages of a job together")
+    max_input_characters: int = Field(
+        200_000, ge=1, description="Maximum length of a job's input, in characters over all its messages."
+    )
     early_stop: EarlyStop | None = Field(
-        None, description='of jobs that say nothing of it, as JSON: {"patience": 2, "min_gain": 0.1}; default: none'
+        None,
+        description='Early-stop rule of jobs that set none, as JSON: {"patience": 2, "min_gain": 0.1}. Default: none.',
     )
     stop_on_decline: bool = Field(
-        False, description="of jobs that say nothing of it: whether they end when an iteration's mean reward falls"
+        False,
+        description="Whether jobs that do not set it end when an iteration's mean reward falls below the one before.",
     )
 
-    max_jobs_in_flight: int | None = Field(None, ge=0, description="of one tenant; default: no limit")
-    max_jobs_per_minute: int | None = Field(None, ge=0, description="of one tenant; default: no limit")
+    # Limits of tenants that have none of their own
+    max_jobs_in_flight: int | None = Field(
+        None, ge=0, description="Maximum number of a tenant's jobs that wait or run. Default: no limit."
+    )
+    max_jobs_per_minute: int | None = Field(
+        None, ge=0, description="Maximum number of jobs that a tenant creates in a minute. Default: no limit."
+    )
     max_jobs_running: int | None = Field(
-        None, ge=0, description="of one tenant at the same time, the others wait; default: no limit"
+        None,
+        ge=0,
+        description="Maximum number of a tenant's jobs that run at the same time; others wait. Default: no limit.",
     )
-    idempotency_hours: float = Field(24.0, gt=0, description="how long an Idempotency-Key is remembered")
+
+    # Retention
+    idempotency_hours: float = Field(24.0, gt=0, description="Time for which an Idempotency-Key is stored, in hours.")
     retention_days: float | None = Field(
-        None, gt=0, description="jobs that ended so long ago are deleted with all their texts; default: never"
+        None,
+        gt=0,
+        description="Time after which ended jobs are deleted with all their texts, in days. Default: never.",
     )
 
+    # OpenAI-compatible API: waiting, files and batches
     wait_seconds: float = Field(
-        300.0, gt=0, le=590, description="how long a chat completion, or a response not in the background, waits"
+        300.0,
+        gt=0,
+        le=590,
+        description="Longest time that a request for a chat completion, or for a response that is not in the "
+        "background, waits for the job, in seconds.",
     )
-    max_file_bytes: int = Field(200_000_000, ge=1, description="largest file that can be uploaded")
-    max_batch_lines: int = Field(50_000, ge=1, description="most requests of one batch")
-    batch_jobs: int = Field(100, ge=1, description="most jobs of one batch that wait or run at the same time")
+    max_file_bytes: int = Field(200_000_000, ge=1, description="Maximum size of an uploaded file, in bytes.")
+    max_batch_lines: int = Field(50_000, ge=1, description="Maximum number of requests in a batch.")
+    batch_jobs: int = Field(
+        100, ge=1, description="Maximum number of a batch's jobs that wait or run at the same time."
+    )
 
-    webhook_timeout_seconds: float = Field(10.0, gt=0, le=60, description="what a receiver gets to answer")
-    webhook_retry_seconds: float = Field(
-        5.0, gt=0, description="after the first failure; each further pause is four times as long, up to 4 hours"
+    # Webhooks
+    webhook_timeout_seconds: float = Field(
+        10.0, gt=0, le=60, description="Time that a receiver has to respond to a delivery, in seconds."
     )
-    webhook_retry_hours: float = Field(24.0, gt=0, description="a delivery that is older is given up")
-    webhook_slots: int = Field(16, ge=1, le=256, description="deliveries that the maintenance worker sends at once")
+    webhook_retry_seconds: float = Field(
+        5.0,
+        gt=0,
+        description="Pause after the first failed attempt, in seconds. Each further pause is four times as long, up to "
+        "4 hours.",
+    )
+    webhook_retry_hours: float = Field(
+        24.0, gt=0, description="Age of an event after which its delivery is given up, in hours."
+    )
+    webhook_slots: int = Field(
+        16,
+        ge=1,
+        le=256,
+        description="Maximum number of deliveries that the maintenance worker sends at the same time.",
+    )
     webhook_allow_private: bool = Field(
-        False, description="true: also deliver to addresses that are not public, those of this machine among them"
+        False,
+        description="If true, webhooks are also delivered to addresses that are not public, including this machine's.",
     )
     webhook_ca_file: Path | None = Field(
-        None, description="certificate authorities (PEM) that webhooks may have, beside the system's"
+        None,
+        description="File of certificate authorities (PEM) that receivers may use in addition to the system's.",
     )
 
     @model_validator(mode="after")
@@ -218,24 +341,26 @@ class Settings(BaseSettings):
             try:
                 _ = urlsplit(url).port
             except ValueError:
-                raise ValueError(f"TPO_{name}_URL: its port is not a number from 0 to 65535") from None
+                raise ValueError(f"TPO_{name}_URL: its port must be a number from 0 to 65535") from None
         _check_broker(broker_url)
         if database_url.removeprefix("sqlite:///") in ("", ":memory:"):
-            raise ValueError("TPO_DATABASE_URL must name a file: all processes share it")
+            raise ValueError("TPO_DATABASE_URL must name a file, because all processes share the database")
         if self.webhook_ca_file is not None and not _holds_certificates(self.webhook_ca_file):
-            raise ValueError("TPO_WEBHOOK_CA_FILE: no file of certificates (PEM) that can be read")
+            raise ValueError("TPO_WEBHOOK_CA_FILE must be a readable file of certificates (PEM)")
         if self.prompt_set is not None and self.prompt_set not in prompts.names():
             raise ValueError(f"TPO_PROMPT_SET: no such prompt_set; there are {', '.join(prompts.names())}")
         self._check_remote()
         if self.api_key is None and not self.require_key and not is_loopback(self.host):
             raise ValueError(
-                f"TPO_HOST={self.host} is open to others: set TPO_API_KEY or TPO_REQUIRE_KEY, or bind to 127.0.0.1"
+                f"TPO_HOST={self.host} can be reached from other machines: "
+                "set TPO_API_KEY or TPO_REQUIRE_KEY, or bind to 127.0.0.1"
             )
         if self.flower_basic_auth and not re.fullmatch("[^:]+:.{8,}", self.flower_basic_auth.get_secret_value()):
-            raise ValueError("TPO_FLOWER_BASIC_AUTH must be user:password, the password of 8 characters or more")
+            raise ValueError("TPO_FLOWER_BASIC_AUTH must be user:password, with a password of at least 8 characters")
         if self.flower_basic_auth is None and not is_loopback(self.flower_host):
             raise ValueError(
-                f"TPO_FLOWER_HOST={self.flower_host} is open to others: set TPO_FLOWER_BASIC_AUTH, or bind to 127.0.0.1"
+                f"TPO_FLOWER_HOST={self.flower_host} can be reached from other machines: "
+                "set TPO_FLOWER_BASIC_AUTH, or bind to 127.0.0.1"
             )
         return self
 
@@ -246,35 +371,35 @@ class Settings(BaseSettings):
         if self.policy == OPENAI or self.reward_model in REMOTE_REWARDS:
             raise ValueError("TPO_POLICY and TPO_REWARD_MODEL: the model's name comes after the colon")
         if self.reward_file is not None and self.reward_model in (DEMO, SCRIPTED):
-            raise ValueError("TPO_REWARD_FILE needs a name for what it describes: set TPO_REWARD_MODEL")
+            raise ValueError("TPO_REWARD_FILE needs a name for the reward that it defines: set TPO_REWARD_MODEL")
 
     @property
     def worker_timeout_seconds(self) -> float:
-        """The silence after which a worker counts as dead: it has missed two leases."""
+        """Seconds of silence after which a worker counts as dead: the length of two leases."""
         return 2 * self.lease_seconds
 
     @property
     def default_prompt_set(self) -> str:
-        """The set of jobs that name none and run on this environment's policy."""
+        """The prompt set of jobs that name none and run on the policy of these settings."""
         return self.prompt_set_of(self.policy)
 
     def prompt_set_of(self, policy: str) -> str:
-        """The set of a policy's jobs that name none: the shipped models have their own language."""
+        """Return the prompt set of a policy's jobs that name none. The demo policy understands only `tiny`."""
         return self.prompt_set or ("tiny" if policy == DEMO else "conversation")
 
     @property
     def stopping(self) -> dict[str, Any]:
-        """The parameters by which jobs end early that say nothing of it."""
+        """Stopping parameters of jobs that do not set them."""
         return {"early_stop": self.early_stop, "stop_on_decline": self.stop_on_decline}
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest request: any allowed input, every character escaped as JSON allows, and the rest."""
+        """Largest request body: the longest input, with every character escaped in JSON, plus the other fields."""
         return 12 * self.max_input_characters + 256 * 1024
 
 
 _BROKER_OPTIONS = {"ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs"}
-"""What both Celery and redis-py take behind a broker's URL; what one of them does not know fails at its first use."""
+"""Query parameters of a broker URL that both Celery and redis-py accept. Others would fail only at their first use."""
 
 
 def _check_broker(url: str) -> None:
@@ -299,7 +424,7 @@ def _holds_certificates(file: Path) -> bool:
 
 
 def explained(error: ValidationError) -> str:
-    """What is wrong with the environment: each variable by its name, without its value, which may be secret."""
+    """Format the errors of the environment: each variable by name, without its value, which may be a secret."""
     return "; ".join(_explained(e) for e in error.errors(include_url=False, include_input=False))
 
 
@@ -309,7 +434,7 @@ def _explained(error: ErrorDetails) -> str:
 
 
 def check_server_url(name: str, address: str) -> None:
-    """Raise ValueError unless a model's server can be asked at this address."""
+    """Check the URL of a model's server. Raises ValueError, naming the setting, if it is not valid."""
     try:
         parts = urlsplit(address)
         _ = parts.port
@@ -318,13 +443,13 @@ def check_server_url(name: str, address: str) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{name} must start with http:// or https:// and name a host")
     if parts.username is not None or parts.password is not None:
-        raise ValueError(f"{name} must hold no user or password: a key has a setting of its own")
+        raise ValueError(f"{name} must hold no user or password: use the setting for the API key")
     if parts.query or parts.fragment:
-        raise ValueError(f"{name} must hold neither a query nor a fragment")
+        raise ValueError(f"{name} must contain neither a query nor a fragment")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach that address."""
+    """Return whether only this machine can reach an address."""
     if host == "localhost":
         return True
     try:
@@ -335,5 +460,5 @@ def is_loopback(host: str) -> bool:
 
 @cache
 def settings() -> Settings:
-    """This process's settings. Raises pydantic.ValidationError, which names the variable."""
+    """Return the settings of this process. Raises pydantic.ValidationError, which names the variable."""
     return Settings()

@@ -1,9 +1,9 @@
-"""What asks a process for its end."""
+"""Signals that ask a process to end."""
 
 import signal
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """SIGTERM, Ctrl-C and a terminal that closes, which `nohup` ignores: it stays ignored then."""
+    """Return SIGTERM, SIGINT and SIGHUP; without SIGHUP if it is ignored, as under `nohup`."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return (signal.SIGTERM, signal.SIGINT) if ignored else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

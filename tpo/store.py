@@ -15,7 +15,6 @@ from sqlalchemy import Engine, select
 
 from tpo.batches.files import FileQueries
 from tpo.batches.requests import BatchQueries
-from tpo.batches.steps import BatchStepQueries
 from tpo.db import DEFAULT_TENANT, now, reading
 from tpo.jobs.claims import LeaseQueries
 from tpo.jobs.event_reader import EventQueries
@@ -47,7 +46,6 @@ class Store:
         self.maintenance = MaintenanceQueries(engine, tenant)
         self.files = FileQueries(engine, tenant)
         self.batches = BatchQueries(engine, tenant)
-        self.batch_steps = BatchStepQueries(engine, tenant)
         self.webhooks = WebhookQueries(engine, tenant)
         self.deliveries = DeliveryQueries(engine, tenant)
         self.tenants = TenantQueries(engine, tenant)

@@ -1,4 +1,4 @@
-"""What is wrong with a request, in words for the person who wrote it: each field by its name, no value quoted."""
+"""Turn pydantic errors into messages that name the field and never quote its value."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,24 +10,24 @@ from tpo.core.errors import InvalidInputError
 _SHOWN_ERRORS = 5
 _LONGEST_NAME = 1000
 _SHAPES = ("text", "messages")
-"""Which of two shapes of input it was is no part of a field's name."""
+"""Tags of a discriminated union, which are no part of a field's name."""
 
 
 def invalid(error: ValidationError, renamed: Callable[[str], str] = str) -> InvalidInputError:
-    """What a value's own validation found; `renamed` gives a field as its writer knows it."""
+    """Convert a validation error; `renamed` maps a field to the name that its author used."""
     return of_errors(error.errors(include_url=False), renamed)
 
 
 def of_errors(errors: Sequence[ErrorDetails], renamed: Callable[[str], str] = str) -> InvalidInputError:
-    """What pydantic found, by locations that start with the field."""
-    said = [f"{renamed(name(e['loc'])) or 'the value'}: {_said(e)}" for e in errors[:_SHOWN_ERRORS]]
-    more = len(errors) - len(said)
-    detail = "; ".join([*said, *([f"and {more} more"] if more else [])])
+    """Convert pydantic's errors, whose locations start with the field."""
+    messages = [f"{renamed(name(e['loc'])) or 'the value'}: {_message(e)}" for e in errors[:_SHOWN_ERRORS]]
+    more = len(errors) - len(messages)
+    detail = "; ".join([*messages, *([f"and {more} more"] if more else [])])
     return InvalidInputError(detail, renamed(name(errors[0]["loc"])) or None)
 
 
 def name(location: Sequence[int | str]) -> str:
-    """The field as a client writes it: `input[0].content`, `parameters.top_p`."""
+    """Format a location as a client writes it: `input[0].content`, `parameters.top_p`."""
     written = ""
     for position, part in enumerate(location):
         if part == "[key]" or (position == 1 and location[0] == "input" and part in _SHAPES):
@@ -36,7 +36,7 @@ def name(location: Sequence[int | str]) -> str:
     return written[:_LONGEST_NAME]
 
 
-def _said(error: ErrorDetails) -> str:
+def _message(error: ErrorDetails) -> str:
     match error["type"]:
         case "missing":
             return "is required"

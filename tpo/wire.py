@@ -12,7 +12,7 @@ class Wire(BaseModel):
 
 
 class Identified(Wire):
-    """One that has a name of its own, by which a list goes on."""
+    """A value with an id, by which lists continue."""
 
     id: str
 

@@ -1,1 +1,1 @@
-"""The processes that do the work: one job worker a GPU, and one for maintenance. Celery here and nowhere else."""
+"""Worker processes: one job worker per GPU, and one for maintenance. Only this package imports Celery's worker."""

@@ -1,4 +1,4 @@
-"""`python -m worker`: serves one policy and one reward model until it is told to stop."""
+"""`python -m worker`: serve one policy and one reward model until a stop signal arrives."""
 
 import contextlib
 import os
@@ -21,23 +21,23 @@ from worker.model_watch import watch_models
 from worker.startup import node_name, start
 
 _GRACE_SECONDS = 4.0
-"""What an interrupted model call gets to notice it, before the process ends without it."""
+"""Time for an interrupted model call to stop before the process ends without it."""
 
-_SILENT_BELLS = 4
-"""A job that waits is rung for again and again: a consumer that has missed so many rounds hears none."""
+_SILENT_ROUNDS = 4
+"""A queued job is notified again every `renotify_seconds`: a consumer that misses this many rounds is stalled."""
 
-_SICK_SECONDS = 6.0
-"""A model that is unhealthy for so long ends the process, where no job's thread has met that and done so."""
+_UNHEALTHY_SECONDS = 6.0
+"""A model that is unhealthy for this long ends the process, unless a job's thread noticed and ended it first."""
 
 
 def main(settings: Settings, store: Store) -> int:
-    """Load the models, then serve. Gives the exit code. Raises ModelRefusedError."""
+    """Load the models, then serve. Returns the exit code. Raises ModelRefusedError."""
     policy, reward = load(settings)
     return serve(settings, store, policy, reward)
 
 
 def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: LoadedRewardModel) -> int:
-    """Run jobs with these models until somebody asks for the end, then hand back what runs. Gives the exit code."""
+    """Run jobs with these models until a stop signal arrives, then hand back running jobs. Returns the exit code."""
     name = node_name("worker")
     notifier = JobNotifier(settings.broker_url.get_secret_value())
     drain = Drain()
@@ -49,9 +49,12 @@ def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: Loaded
 
     def ready() -> None:
         leases.start()
-        watch_consumer(consumer, drain, _SILENT_BELLS * settings.renotify_seconds)
+        watch_consumer(consumer, drain, _SILENT_ROUNDS * settings.renotify_seconds)
         watch_models(
-            lambda: policy.healthy and reward.healthy, drain, lambda: _deregister(store, leases, name), _SICK_SECONDS
+            lambda: policy.healthy and reward.healthy,
+            drain,
+            lambda: _deregister(store, leases, name),
+            _UNHEALTHY_SECONDS,
         )
         log.info("%s is ready: %d slots, %s, %s", name, settings.concurrency, settings.policy, settings.reward_model)
 
@@ -70,7 +73,7 @@ def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: Loaded
 
 
 def _drain_jobs(settings: Settings, drain: Drain, leases: Leases, runner: JobRunner, name: str) -> None:
-    """Give running calls their time, then interrupt them, then hand back what still hangs and leave it behind."""
+    """Let running calls finish, then interrupt them, then hand back hung jobs and exit without their threads."""
     drain.begun.wait()
     log.info("draining: %d jobs", len(leases.held()))
     if leases.wait_until_idle(settings.drain_seconds):
@@ -88,7 +91,7 @@ def _drain_jobs(settings: Settings, drain: Drain, leases: Leases, runner: JobRun
 
 
 def _deregister(store: Store, leases: Leases, name: str) -> None:
-    """Tell the database that this worker takes no more jobs; nothing tells it otherwise afterwards."""
+    """Remove this worker from the database. Stop the renewals first, because each of them registers it again."""
     leases.stop()
     with contextlib.suppress(StoreUnavailableError):
         store.workers.deregister(name)

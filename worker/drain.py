@@ -1,4 +1,4 @@
-"""How a worker ends: what SIGTERM, Ctrl-C and a closed terminal set off, and the bound on the time that it takes."""
+"""Shutdown of a worker: the drain begun by SIGTERM, Ctrl-C or a closed terminal, and the limit on its duration."""
 
 import os
 import signal
@@ -12,29 +12,29 @@ from worker.logs import log
 
 
 class Drain:
-    """The two stages of an end, for all threads to look at."""
+    """The two stages of a shutdown, visible to all threads."""
 
     def __init__(self) -> None:
         self.begun = threading.Event()
-        """Jobs stop at their next checkpoint, and none is claimed."""
+        """First stage: jobs stop at their next checkpoint, and no job is claimed."""
         self.interrupting = threading.Event()
-        """Running model calls stop between two tokens."""
+        """Second stage: running model calls stop between two tokens."""
         self.exit_code = 0
 
     def on_signals(self) -> None:
-        """From now on, what asks for the end begins the drain. To be called in the main thread."""
+        """Begin the drain on any stop signal from now on. Call this in the main thread."""
         for number in stop_signals():
             signal.signal(number, self._begin)
 
     def fail(self, why: str) -> None:
-        """Begin the drain because this process is of no more use; it ends with 1, so that it is started anew."""
+        """Begin the drain because this process can no longer work. It exits with 1, so its supervisor restarts it."""
         log.critical("%s; this process ends", why)
         self.exit_code = 1
         self.begun.set()
         stop_consuming()
 
     def force_exit_after(self, seconds: float) -> None:
-        """End the process so long after the drain began, even where the broker or the database hangs."""
+        """End the process `seconds` after the drain began, even if the broker or the database hangs."""
 
         def end() -> None:
             self.begun.wait()
@@ -44,7 +44,7 @@ class Drain:
         threading.Thread(target=end, name="end", daemon=True).start()
 
     def _begin(self, _number: int, _frame: FrameType | None) -> None:
-        # Once is enough; a second signal inside this handler would wait for the lock that the first one holds.
+        # Ignore further signals: a second one inside this handler would wait for a lock that the first one holds.
         for number in stop_signals():
             signal.signal(number, signal.SIG_IGN)
         stop_consuming()
@@ -52,7 +52,7 @@ class Drain:
 
 
 def exit_on_signals() -> None:
-    """Until there is something to drain, what asks for the end ends the process at once and without a trace."""
+    """Exit at once and without a traceback on any stop signal, until there is something to drain."""
 
     def leave(_number: int, _frame: FrameType | None) -> None:
         raise SystemExit(0)

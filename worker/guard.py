@@ -1,4 +1,4 @@
-"""Keep background work going: a failure is logged, and the next round repeats the work."""
+"""Guard of background work: a failure is logged, and the next round repeats the work."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,10 @@ from worker.logs import log
 
 @contextmanager
 def guarded(failure: str) -> Iterator[None]:
-    """Log what ends the body: a database or broker that is away as a warning, everything else with its frames.
+    """Log any exception of the body instead of raising it.
 
-    `failure` says what was not done. No exception leaves the body.
+    An unreachable database or broker is a warning; every other exception is an error with its stack frames. `failure`
+    names the work that was not done.
     """
     try:
         yield

@@ -1,4 +1,7 @@
-"""For health checks: does a process of this host answer? `python -m worker.health worker` or `maintenance`."""
+"""Health check of the processes of this host: `python -m worker.health worker` or `maintenance`.
+
+Exits with 0 if one of them answers, else with 1.
+"""
 
 import platform
 import sys
@@ -9,19 +12,19 @@ from tpo.broker import MAINTENANCE_QUEUE, unavailable
 from tpo.settings import settings
 from worker.celery.app import make_app
 
-_SECONDS = 5.0
+_TIMEOUT_SECONDS = 5.0
 
 
-def answers(kind: str) -> bool:
-    """Ask the processes of that kind on this host through the broker, as Flower does."""
+def is_answering(kind: str) -> bool:
+    """Ping this host's processes of a kind through the broker, as Flower does. Returns True if one answers."""
     app = make_app(settings(), MAINTENANCE_QUEUE)
     try:
         with app.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, timeout=_SECONDS)
+            connection.ensure_connection(max_retries=1, timeout=_TIMEOUT_SECONDS)
             inspect = app.control.inspect(
                 pattern=f"tpo-{kind}-*@{platform.node()}",
                 matcher="glob",
-                timeout=_SECONDS,
+                timeout=_TIMEOUT_SECONDS,
                 limit=1,
                 connection=connection,
             )
@@ -32,4 +35,4 @@ def answers(kind: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if answers(sys.argv[1]) else 1)
+    sys.exit(0 if is_answering(sys.argv[1]) else 1)

@@ -1,4 +1,4 @@
-"""What the workers do: `run_job` carries one job to its end or hands it back, `sweep` brings lost ones back."""
+"""Run claimed jobs: each to its end, or until it has to be handed back."""
 
 import time
 from collections.abc import Callable
@@ -39,12 +39,12 @@ Answer = TypeVar("Answer")
 
 
 def rules_of(settings: Settings) -> Rules:
-    """The rules of the order of jobs."""
+    """Return the scheduling rules for claims."""
     return Rules(settings.priority_seconds, settings.max_jobs_running)
 
 
 class JobRunner:
-    """Runs jobs, each in the thread that it is called in."""
+    """Runs jobs, each in the thread that calls `run_job`."""
 
     def __init__(
         self,
@@ -67,7 +67,10 @@ class JobRunner:
         self._name = name
 
     def run_job(self, job_id: str) -> None:
-        """Claim the next job, which need not be the one in the message, and run it as far as possible."""
+        """Claim the next job and run it as far as possible.
+
+        The claimed job need not be `job_id`: the message is only a wake-up, and the database picks the next job.
+        """
         if self._drain.begun.is_set():
             self._notify(job_id)
             return
@@ -88,21 +91,24 @@ class JobRunner:
             except StoreUnavailableError as error:
                 ended = f"left: {error}"
             except Exception as error:
-                log.error("%s cannot be ended: %s", job_id, frames(error))
+                log.error("%s: its end cannot be recorded: %s", job_id, frames(error))
                 ended = "left"
         log.info("%s %s after %.2f s", job_id, ended, time.monotonic() - began)
-        # Even if nothing waited when this one was claimed: its end may free capacity for another job of its tenant.
+        # Even if no job was queued when this one was claimed: its end may free capacity for another of its tenant.
         self.notify_next()
 
     def notify_next(self) -> None:
-        """Notify workers of the job that is next, if there is one. What fails now, the rescuer does."""
+        """Notify workers of the next job, if there is one. The rescuer repeats a failed notification."""
         settings = self._settings
         with guarded("no worker notified of the next job"):
             if job_id := self.store.queues.next_waiting(settings.policy, settings.reward_model, rules_of(settings)):
                 self._notify(job_id)
 
     def hand_back(self, lease: Lease) -> Status:
-        """Give a job back, its attempt not counted. Raises LeaseLostError, and StoreUnavailableError in a drain."""
+        """Return a job to the queue without counting its attempt.
+
+        Raises LeaseLostError, and StoreUnavailableError during a drain.
+        """
         return self.retry_until_stored(lambda: self.store.leases.release(lease))
 
     def retry_until_stored(self, write: Callable[[], Answer]) -> Answer:
@@ -131,19 +137,19 @@ class JobRunner:
         return None
 
     def _end(self, work: "_Work") -> str:
-        """Run the job and record how it ended. Gives the words for the log."""
+        """Run the job and record its outcome. Returns a text for the log."""
         lease = work.held.lease
         try:
             outcome = work.run(self._policy, self._reward)
         except JobError as error:
             outcome = Outcome("failed", error_code=error.code, error_message=str(error))
         except (BackendUnavailableError, BrokerUnavailableError, MemoryError) as error:
-            code, message = _passing(error)
+            code, message = _describe_transient(error)
             if not (self._policy.healthy and self._reward.healthy) and not self._drain.begun.is_set():
                 self._drain.fail("a model has stopped working")
-            in_vain = 0 if work.advanced else lease.consecutive_failures
-            if in_vain < lease.max_attempts:
-                delay = backoff_seconds(in_vain)
+            failures = 0 if work.advanced else lease.consecutive_failures
+            if failures < lease.max_attempts:
+                delay = backoff_seconds(failures)
                 self.retry_until_stored(lambda: self.store.leases.release(lease, delay_seconds=delay, reason=code))
                 return f"waits {delay:.1f} s for another attempt ({code})"
             outcome = Outcome("failed", error_code=code, error_message=message)
@@ -160,8 +166,8 @@ class JobRunner:
         except (LeaseLostError, StoreUnavailableError):
             raise
         except Exception as error:
-            log.error("%s met an unexpected error: %s", lease.job_id, frames(error))
-            message = "An internal error ended this job; the worker's log tells where."
+            log.error("%s failed with an unexpected error: %s", lease.job_id, frames(error))
+            message = "An internal error ended this job; the worker's log shows where."
             outcome = Outcome("failed", error_code="internal_error", error_message=message)
         status = self.retry_until_stored(lambda: self.store.leases.finish(lease, outcome))
         return f"{status} ({outcome.error_code})" if outcome.error_code else status
@@ -171,15 +177,15 @@ class JobRunner:
             self._notifier.notify_job(job_id, self._settings.policy)
 
 
-def _passing(error: BackendUnavailableError | BrokerUnavailableError | MemoryError) -> tuple[str, str]:
-    """Code and message of an error that another attempt may not meet."""
+def _describe_transient(error: BackendUnavailableError | BrokerUnavailableError | MemoryError) -> tuple[str, str]:
+    """Return code and message of an error that another attempt may not meet."""
     if isinstance(error, MemoryError):
         return "out_of_memory", "The worker ran out of memory."
     return error.code, str(error)
 
 
 class _Work:
-    """One job's run: the last state that stands in the database, and the step that adds to it."""
+    """One run of a job: its last stored state, and the checkpoint that stores the next one."""
 
     def __init__(self, runner: JobRunner, held: Held, state: State) -> None:
         self.held = held
@@ -188,7 +194,7 @@ class _Work:
         self._runner = runner
 
     def run(self, policy: Policy, reward: RewardModel) -> Outcome:
-        """The outcome of a run to its end. Raises whatever stops it."""
+        """Run the job to its end and return its outcome. Raises whatever stops it."""
         held = self.held
         return outcome_of_run(
             run(self.state, policy, reward, self._checkpoint, held.interrupt, before_call=held.between_calls)

@@ -1,7 +1,7 @@
-"""The leases of this process: one thread renews them all, and carries back what the database tells of their jobs.
+"""The leases of this process: one thread renews them all and fetches the stop requests for their jobs.
 
-A lease that could not be renewed in time is taken as lost by the job's own thread, by looking at the clock, so that it
-stops even when the database hangs; whether the lease truly is lost, the fenced write decides.
+The job's own thread treats a lease as lost if it was not renewed in time. It only reads the clock, so it stops even if
+the database hangs. The fenced write decides whether the lease really is lost.
 """
 
 import threading
@@ -16,12 +16,12 @@ from tpo.store import Store
 from worker.drain import Drain
 from worker.logs import log
 
-_LOOK_SECONDS = 1.0
-"""How often cancel and deadline are looked for: a read, cheaper than a renewal."""
+_CHECK_SECONDS = 1.0
+"""Interval between two checks for a cancellation or a deadline. A check is a read, cheaper than a renewal."""
 
 
 class Held:
-    """One job that this process works on."""
+    """A job that this process runs, with the state of its lease."""
 
     def __init__(self, lease: Lease, drain: Drain) -> None:
         self.lease = lease
@@ -33,33 +33,33 @@ class Held:
         self._lock = threading.Lock()
 
     def update(self, flags: Flags | None, asked: float, *, renewed: bool = False) -> None:
-        """Apply what was read from the database: None means that another worker has the job.
+        """Apply the flags read from the database; None means that another worker has the job.
 
-        `asked` is when the query began, on the monotonic clock; `renewed` says that it also prolonged the lease. The
-        job's own thread and the one that keeps all leases read independently. Of two readings that overlap nobody knows
-        which is newer, so that a request to stop in either of them counts.
+        `asked` is the start of the query on the monotonic clock; `renewed` means that the query also extended the
+        lease. The job's own thread and the renewal thread read independently. If two reads overlap, either may be the
+        newer one, so a stop request in either of them counts.
         """
         with self._lock:
             if flags is None:
                 self._stop = "lease_lost"
             if flags is None or self._stop == "lease_lost":
                 return
-            wants: tuple[tuple[bool, InterruptReason], ...] = (
+            requests: tuple[tuple[bool, InterruptReason], ...] = (
                 (flags.cancel_requested, "cancelled"),
                 (flags.past_deadline, "deadline"),
                 (flags.pause_requested, "paused"),
             )
             overlaps = asked < self._updated
-            stop = next((reason for wanted, reason in wants if wanted), None)
+            stop = next((reason for requested, reason in requests if requested), None)
             self._stop = stop or (self._stop if overlaps else None)
             self._queue_paused = flags.queue_paused or (overlaps and self._queue_paused)
             self._updated = time.monotonic()
             if renewed:
-                # A renewal that took long may have begun before this job was claimed.
+                # A slow renewal may have begun before this job was claimed.
                 self._renewed = max(self._renewed, asked)
 
     def interrupt(self) -> None:
-        """Raises CallInterruptedError when a running model call has to end now."""
+        """Raise CallInterruptedError if a running model call must end now."""
         if self._stop:
             raise CallInterruptedError(self._stop)
         if time.monotonic() - self._renewed >= self.lease.seconds:
@@ -68,7 +68,7 @@ class Held:
             raise CallInterruptedError("drain")
 
     def between_calls(self) -> None:
-        """Raises CallInterruptedError when the next model call must not begin."""
+        """Raise CallInterruptedError if the next model call must not begin."""
         self.interrupt()
         if self._drain.begun.is_set():
             raise CallInterruptedError("drain")
@@ -77,7 +77,7 @@ class Held:
 
 
 class Leases:
-    """All jobs that this process works on, and the row that tells of the process itself."""
+    """All jobs that this process runs, and its row in the table of workers."""
 
     def __init__(self, store: Store, drain: Drain, worker: str, settings: Settings) -> None:
         self._store = store
@@ -92,25 +92,28 @@ class Leases:
         self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
 
     def register(self) -> None:
-        """Tell the database that this worker is here. Raises StoreUnavailableError."""
+        """Register this worker in the database. Calling it again is a heartbeat.
+
+        Raises StoreUnavailableError.
+        """
         settings = self._settings
         self._store.workers.register(
             self._worker, model=settings.policy, reward_model=settings.reward_model, concurrency=settings.concurrency
         )
 
     def start(self) -> None:
-        """Begin to renew."""
+        """Start the renewal thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Renew no more. Waits for a renewal that is under way, but not for a database that hangs."""
+        """Stop renewing. Waits for a renewal in progress, but not for a hung database."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2)
 
     @contextmanager
     def holding(self, lease: Lease) -> Iterator[Held]:
-        """Keep a lease for as long as the block runs."""
+        """Keep a lease renewed while the block runs."""
         held = Held(lease, self._drain)
         with self._lock:
             self._held.add(held)
@@ -122,17 +125,17 @@ class Leases:
                 self._idle.notify_all()
 
     def held(self) -> list[Lease]:
-        """The leases of the jobs that run now."""
+        """Return the leases of the running jobs."""
         with self._lock:
             return [held.lease for held in self._held]
 
     def wait_until_idle(self, timeout: float) -> bool:
-        """Wait until no job runs here; False when time was up first."""
+        """Wait until no job runs here. Returns False on timeout."""
         with self._idle:
             return self._idle.wait_for(lambda: not self._held, timeout)
 
     def _keep(self) -> None:
-        pause = min(_LOOK_SECONDS, self._lease_seconds / 3)
+        pause = min(_CHECK_SECONDS, self._lease_seconds / 3)
         renew_at = 0.0
         while not self._stopping.is_set():
             began = time.monotonic()
@@ -142,18 +145,18 @@ class Leases:
                     self._ask(self._renew, renewed=True)
                     renew_at = began + self._lease_seconds / 3
                 else:
-                    self._ask(self._look)
+                    self._ask(self._check)
             except StoreUnavailableError as error:
                 log.warning("leases cannot be renewed: %s", error)
             except Exception as error:
                 log.error("leases cannot be renewed: %s", frames(error))
             self._stopping.wait(pause)
 
-    def _ask(self, question: Callable[[set[str]], dict[str, tuple[int, Flags]]], *, renewed: bool = False) -> None:
+    def _ask(self, query: Callable[[set[str]], dict[str, tuple[int, Flags]]], *, renewed: bool = False) -> None:
         with self._lock:
             held = list(self._held)
         asked = time.monotonic()
-        owned = question({job.lease.job_id for job in held}) if held else {}
+        owned = query({job.lease.job_id for job in held}) if held else {}
         for job in held:
             fence, flags = owned.get(job.lease.job_id, (None, None))
             job.update(flags if fence == job.lease.fence else None, asked, renewed=renewed)
@@ -161,5 +164,5 @@ class Leases:
     def _renew(self, job_ids: set[str]) -> dict[str, tuple[int, Flags]]:
         return self._store.leases.renew(self._worker, job_ids, self._lease_seconds)
 
-    def _look(self, job_ids: set[str]) -> dict[str, tuple[int, Flags]]:
+    def _check(self, job_ids: set[str]) -> dict[str, tuple[int, Flags]]:
         return self._store.leases.check(self._worker, job_ids)

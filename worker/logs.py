@@ -1,4 +1,4 @@
-"""Logs: one format, and never a text of a user. An error is logged by its type and its frames, not by its message."""
+"""Logs in one format, never with a user's text. An error is logged by its type and stack frames, not its message."""
 
 import logging
 
@@ -12,10 +12,10 @@ def configure() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
     setup_logging.connect(_configured)
-    # Our own lines tell of each job; these would say the same again, and less of it.
+    # Our own lines cover each job; these loggers would repeat them with less detail.
     for name in ("celery.worker.strategy", "celery.app.trace", "celery.beat", "alembic", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _configured(**_kwargs: object) -> None:
-    """Takes the place of Celery's own configuration of logging."""
+    """Replace Celery's own configuration of logging."""

@@ -1,4 +1,4 @@
-"""The policy and the reward model, loaded once, before the worker takes any job."""
+"""Load the policy and the reward model, before the worker claims any job."""
 
 import time
 

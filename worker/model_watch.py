@@ -10,25 +10,27 @@ from worker.drain import Drain
 from worker.logs import log
 
 CHECKS_IN_A_ROW = 6
-"""So many looks in a row must find the same: a process that was stopped for a while has missed looks, no more."""
+"""Checks in a row that must agree. One check is not enough: a process that was suspended has only missed checks."""
 
 
-def watch_models(healthy: Callable[[], bool], drain: Drain, leave: Callable[[], None], every_seconds: float) -> None:
-    """From now on, end this process when a model stays unhealthy: at once, as a crash would.
+def watch_models(
+    healthy: Callable[[], bool], drain: Drain, deregister: Callable[[], None], every_seconds: float
+) -> None:
+    """Start a thread that ends this process if a model stays unhealthy for `every_seconds`, at once, like a crash.
 
-    Its jobs wait for nothing that can come, and handing them back would not count the attempt of the one that hangs
-    every model. `leave` tells the database that this worker takes no more jobs.
+    Its jobs wait for a result that cannot come. Handing them back would not count the attempt of a job that hangs
+    every model. `deregister` removes this worker from the database.
     """
 
     def watch() -> None:
         unhealthy = 0
         while not drain.begun.wait(every_seconds / CHECKS_IN_A_ROW):
-            # A model that has died fails its calls, and the jobs end as they should in the meantime.
+            # A model that died, rather than hung, fails its calls: the jobs end regularly before this fires.
             unhealthy = 0 if healthy() else unhealthy + 1
             if unhealthy >= CHECKS_IN_A_ROW:
-                log.critical("a model is stuck; this process ends, and its leases run out")
+                log.critical("a model is stuck; this process ends, and its leases expire")
                 with suppress(StoreUnavailableError):
-                    leave()
+                    deregister()
                 os._exit(1)
 
     threading.Thread(target=watch, name="watch-models", daemon=True).start()

@@ -1,4 +1,4 @@
-"""What every process does first: read the environment, find the database, or say in one line why not."""
+"""Common start of every process: read the settings and connect to the database, or fail with one line."""
 
 import os
 import platform
@@ -17,11 +17,14 @@ from worker import logs
 from worker.drain import exit_on_signals
 from worker.logs import log
 
-_ASK_AGAIN_SECONDS = 1.0
+_RETRY_SECONDS = 1.0
 
 
 def start(serve: Callable[[Settings, Store], int]) -> int:
-    """Serve with the settings of the environment and a database of the right schema. Gives the exit code."""
+    """Call `serve` with the settings of the environment and a database of the right schema.
+
+    Returns the exit code: 2 for invalid settings, 1 if the database, a model or the schema is refused.
+    """
     logs.configure()
     exit_on_signals()
     try:
@@ -36,7 +39,7 @@ def start(serve: Callable[[Settings, Store], int]) -> int:
 
 
 def node_name(kind: str) -> str:
-    """The name under which Flower and the table of workers show this process."""
+    """Return this process's name in Flower and in the table of workers."""
     return f"tpo-{kind}-{os.getpid()}@{platform.node()}"
 
 
@@ -50,4 +53,4 @@ def _store(settings: Settings) -> Store:
             raise
         except StoreUnavailableError as error:
             log.warning("trying again: %s", error)
-            time.sleep(_ASK_AGAIN_SECONDS)
+            time.sleep(_RETRY_SECONDS)

@@ -16,6 +16,54 @@ _ALWAYS = {
     for status, answer in ALWAYS.items()
 }
 
+_SUMMARIES = {
+    "get_index": "Get the index",
+    "get_health": "Check liveness",
+    "get_readiness": "Check readiness",
+    "get_metrics": "Get metrics",
+    "create_job": "Create a job",
+    "list_jobs": "List jobs",
+    "get_job": "Get a job",
+    "delete_job": "Delete a job",
+    "cancel_job": "Cancel a job",
+    "pause_job": "Pause a job",
+    "resume_job": "Resume a job",
+    "retry_job": "Retry a job",
+    "extend_job": "Extend a job",
+    "list_iterations": "List the iterations of a job",
+    "list_candidates": "List the candidates of a job",
+    "list_events": "List or stream the events of a job",
+    "create_response": "Create a response",
+    "get_response": "Get a response",
+    "delete_response": "Delete a response",
+    "cancel_response": "Cancel a response",
+    "list_input_items": "List the input of a response",
+    "create_chat_completion": "Create a chat completion",
+    "upload_file": "Upload a file",
+    "list_files": "List files",
+    "get_file": "Get a file",
+    "get_file_content": "Download a file",
+    "delete_file": "Delete a file",
+    "create_batch": "Create a batch",
+    "list_batches": "List batches",
+    "get_batch": "Get a batch",
+    "cancel_batch": "Cancel a batch",
+    "delete_batch": "Delete a batch",
+    "create_webhook": "Create a webhook",
+    "list_webhooks": "List webhooks",
+    "get_webhook": "Get a webhook",
+    "update_webhook": "Update a webhook",
+    "delete_webhook": "Delete a webhook",
+    "rotate_webhook_secret": "Rotate the secret of a webhook",
+    "test_webhook": "Send a test event to a webhook",
+    "list_webhook_deliveries": "List the deliveries of a webhook",
+    "list_models": "List models",
+    "get_model": "Get a model",
+    "list_reward_models": "List reward models",
+    "list_prompt_sets": "List prompt sets",
+}
+"""The summary of each operation, by its id, which is the name of its route's function."""
+
 
 def _problem(path: str, answer: dict[str, Any]) -> dict[str, Any]:
     """How an address tells of an error: its examples name it."""
@@ -36,6 +84,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         secured: list[dict[str, list[str]]] = [{"key": []}, *([] if settings.api_key or settings.require_key else [{}])]
         for path, operations in described["paths"].items():
             for operation in operations.values():
+                operation["summary"] = _SUMMARIES[operation["operationId"]]
                 if path.startswith(PROTECTED):
                     operation["security"] = secured
                     operation["responses"] = {**_ALWAYS, **operation["responses"]}

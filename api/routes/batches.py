@@ -44,7 +44,7 @@ BatchId = Annotated[str, Depends(_batch_id)]
     responses={**INVALID_OR_SAID, **UNREADABLE, **FILE_NOT_FOUND},
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
-def create(
+def create_batch(
     body: batches.BatchRequest,
     store: StoreDep,
     notifier: NotifierDep,
@@ -52,7 +52,7 @@ def create(
     request: Request,
     response: Response,
 ) -> batches.Batch:
-    """Start a batch. A line of its file that cannot be a job fails alone."""
+    """Create a batch from an uploaded file. A line that asks for no valid job fails without the others."""
     keep = body.output_expires_after
     made = store.batches.create(
         endpoint=body.endpoint,
@@ -71,27 +71,27 @@ def create(
 
 
 @router.get("")
-def page(query: PageQuery, store: StoreDep) -> BatchPage:
+def list_batches(query: PageQuery, store: StoreDep) -> BatchPage:
     """List batches, the newest first."""
     rows = store.batches.page(limit=query.limit + 1, after=query.after)
     return BatchPage.of(rows, query.limit, batches.batch)
 
 
 @router.get("/{batch_id}", dependencies=[NoQuery], responses=BATCH_NOT_FOUND)
-def retrieve(batch_id: BatchId, store: StoreDep) -> batches.Batch:
-    """One batch."""
+def get_batch(batch_id: BatchId, store: StoreDep) -> batches.Batch:
+    """Get a batch."""
     return batches.batch(store.batches.get(batch_id))
 
 
 @router.post("/{batch_id}/cancel", dependencies=[NoQuery], responses=BATCH_NOT_FOUND)
-def cancel(batch_id: BatchId, store: StoreDep) -> batches.Batch:
-    """Ask for a batch's end; what it has finished is kept. Answers the batch, also when it had ended before."""
+def cancel_batch(batch_id: BatchId, store: StoreDep) -> batches.Batch:
+    """Cancel a batch; finished results are kept. Returns the batch, also if it had already ended."""
     return batches.batch(store.batches.cancel(batch_id))
 
 
 @router.delete("/{batch_id}", dependencies=[NoQuery], responses={**BATCH_NOT_FOUND, **NOT_ENDED})
-def forget(batch_id: BatchId, store: StoreDep) -> batches.BatchDeleted:
-    """Forget a batch that has ended, with its output and its errors. Its input and its jobs stay."""
+def delete_batch(batch_id: BatchId, store: StoreDep) -> batches.BatchDeleted:
+    """Delete an ended batch with its output and errors. Its input file and its jobs are kept."""
     store.batches.delete(batch_id)
     return batches.BatchDeleted(id=batch_id)
 

@@ -39,7 +39,7 @@ _STREAMED: dict[str, Any] = {
     responses={200: _STREAMED, **INVALID_JOB, **UNREADABLE, **NO_ANSWER, **STILL_RUNNING, **TAKEN, **TOO_MANY},
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
-async def create(
+async def create_chat_completion(
     request: Request,
     body: ChatRequest,
     submitter: SubmitterDep,
@@ -47,7 +47,7 @@ async def create(
     feed: BroadcasterDep,
     settings: SettingsDep,
 ) -> views.ChatCompletion | HTTPResponse:
-    """Answer a chat when its job has ended. With `stream` the finished answer comes as one chunk."""
+    """Create a chat completion: wait for its job to end. With `stream`, the answer arrives as one chunk."""
     job = await run_in_threadpool(submit, body, submitter)
     job = await until_ended(feed, store, job, settings.wait_seconds)
     if job.status not in TERMINAL:

@@ -33,14 +33,14 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNA
     },
     openapi_extra=described(LAST_EVENT_ID),
 )
-async def events(
+async def list_events(
     request: Request,
     job_id: JobId,
     store: StoreDep,
     feed: BroadcasterDep,
     query: Annotated[queries.EventQuery, Query()],
 ) -> schemas.EventList | HTTPResponse:
-    """What happened to a job, numbered without a gap; a stream goes on until the job's last event.
+    """List or stream the events of a job, numbered without a gap. A stream ends with the job's last event.
 
     A stream that was cut is resumed with `starting_after`, or with the header `Last-Event-ID`, which comes first.
     """

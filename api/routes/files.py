@@ -82,7 +82,7 @@ FileId = Annotated[str, Depends(_file_id)]
     responses={**INVALID_OR_SAID, **UPLOAD},
     openapi_extra={**_FORM, **described(IDEMPOTENCY_KEY)},
 )
-async def upload(request: Request, store: StoreDep, settings: SettingsDep, response: Response) -> files.File:
+async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, response: Response) -> files.File:
     """Upload a file of requests for a batch."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise HTTPException(415, "Send a form, with the header Content-Type: multipart/form-data.")
@@ -102,15 +102,15 @@ async def upload(request: Request, store: StoreDep, settings: SettingsDep, respo
 
 
 @router.get("")
-def page(query: Annotated[FileQuery, Query()], store: StoreDep, settings: SettingsDep) -> FilePage:
-    """List files by their age."""
+def list_files(query: Annotated[FileQuery, Query()], store: StoreDep, settings: SettingsDep) -> FilePage:
+    """List files by age."""
     rows = store.files.page(limit=query.limit + 1, after=query.after, order=query.order, purpose=query.purpose)
     return FilePage.of(rows, query.limit, lambda row: files.file(row, settings.retention_days))
 
 
 @router.get("/{file_id}", dependencies=[NoQuery], responses=FILE_NOT_FOUND)
-def retrieve(file_id: FileId, store: StoreDep, settings: SettingsDep) -> files.File:
-    """One file."""
+def get_file(file_id: FileId, store: StoreDep, settings: SettingsDep) -> files.File:
+    """Get a file's description."""
     return files.file(store.files.get(file_id), settings.retention_days)
 
 
@@ -123,16 +123,16 @@ def retrieve(file_id: FileId, store: StoreDep, settings: SettingsDep) -> files.F
         **FILE_NOT_FOUND,
     },
 )
-def content(file_id: FileId, store: StoreDep) -> Response:
-    """What a file holds."""
+def get_file_content(file_id: FileId, store: StoreDep) -> Response:
+    """Download a file."""
     row = store.files.get(file_id)
     headers = {"content-length": str(row.bytes), "content-disposition": "attachment"}
     return StreamingResponse(store.files.content(file_id), media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/{file_id}", dependencies=[NoQuery], responses={**FILE_NOT_FOUND, **IN_USE})
-def delete(file_id: FileId, store: StoreDep) -> files.FileDeleted:
-    """Forget a file."""
+def delete_file(file_id: FileId, store: StoreDep) -> files.FileDeleted:
+    """Delete a file."""
     store.files.delete(file_id)
     return files.FileDeleted(id=file_id)
 

@@ -23,25 +23,25 @@ router = APIRouter(tags=["server"])
 
 
 @router.get("/")
-def welcome() -> schemas.Welcome:
-    """Where to go from here."""
+def get_index() -> schemas.Welcome:
+    """Show where the documentation and the main routes are."""
     return schemas.Welcome(
         name="tpo", version=tpo.__version__, docs="/docs", openapi="/openapi.json", jobs="/v1/jobs", ready="/readyz"
     )
 
 
 @router.get("/healthz")
-async def healthz() -> schemas.Health:
-    """Whether this process lives."""
+async def get_health() -> schemas.Health:
+    """Check that this process is alive."""
     # The one async route: it must answer while every thread waits for a database that hangs.
     return schemas.Health()
 
 
 @router.get("/readyz", response_model=schemas.Ready, responses=NOT_READY)
-def readyz(
+def get_readiness(
     request: Request, store: ServerStoreDep, notifier: NotifierDep, settings: SettingsDep
 ) -> schemas.Ready | JSONResponse:
-    """Whether a job would run now: database, broker and at least one worker."""
+    """Check that a job would run now: database, broker and at least one worker."""
     database, worker = _database_and_worker(store, settings)
     checks = schemas.Checks(database=database, broker=_broker(notifier), worker=worker)
     missing = [name for name, check in checks if check == "missing"]
@@ -60,10 +60,10 @@ def readyz(
         **UNAVAILABLE,
     },
 )
-def metrics(
+def get_metrics(
     request: Request, tenant: TenantDep, store: ServerStoreDep, feed: BroadcasterDep, settings: SettingsDep
 ) -> HTTPResponse:
-    """The requests of this process and the queue of each policy, for Prometheus.
+    """Get the requests of this process and the queue of each policy, for Prometheus.
 
     They count every tenant's, so a server with keys shows them to the tenant `default` alone.
     """
@@ -79,7 +79,8 @@ def metrics(
 
 def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Check, schemas.Check]:
     try:
-        return "ok", "ok" if store.workers.live(settings.worker_timeout_seconds) else "missing"
+        # Stricter than `worker_timeout_seconds`: a worker that is silent for one lease has lost its jobs.
+        return "ok", "ok" if store.workers.live(settings.lease_seconds) else "missing"
     except StoreUnavailableError:
         return "missing", "unknown"
 

@@ -16,20 +16,20 @@ router = APIRouter(
 
 
 @router.post("/{job_id}/cancel")
-def cancel(job_id: JobId, store: StoreDep, settings: SettingsDep) -> schemas.Job:
-    """Ask for a job's end. Answers the job, also when it had ended before."""
+def cancel_job(job_id: JobId, store: StoreDep, settings: SettingsDep) -> schemas.Job:
+    """Cancel a job. Returns the job, also if it had already ended."""
     return views.job(store.jobs.cancel(job_id), settings)
 
 
 @router.post("/{job_id}/pause", responses=CONFLICT)
-def pause(job_id: JobId, store: StoreDep, settings: SettingsDep) -> schemas.Job:
-    """Hold a job: at once while it waits, within one model call while it runs (`pause_requested_at`)."""
+def pause_job(job_id: JobId, store: StoreDep, settings: SettingsDep) -> schemas.Job:
+    """Pause a job: at once if it waits, within one model call if it runs (`pause_requested_at`)."""
     return views.job(store.jobs.pause(job_id), settings)
 
 
 @router.post("/{job_id}/resume", responses=CONFLICT)
-def resume(job_id: JobId, store: StoreDep, submitter: SubmitterDep, settings: SettingsDep) -> schemas.Job:
-    """Let a paused job go on from where it stopped."""
+def resume_job(job_id: JobId, store: StoreDep, submitter: SubmitterDep, settings: SettingsDep) -> schemas.Job:
+    """Resume a paused job where it stopped."""
     job = store.jobs.resume(job_id)
     if job.status == "queued":
         submitter.notify(job)
@@ -46,10 +46,10 @@ def resume(job_id: JobId, store: StoreDep, submitter: SubmitterDep, settings: Se
     },
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
-def retry(
+def retry_job(
     job_id: JobId, store: StoreDep, submitter: SubmitterDep, settings: SettingsDep, response: Response
 ) -> schemas.Job:
-    """Try again. A job that waits for its next attempt waits no longer.
+    """Retry a job. One that waits for its next attempt is queued at once.
 
     One that ended without success stays as it is: a NEW job goes on from its record (202, `Location`, `source_id`).
     """
@@ -68,7 +68,7 @@ def retry(
     responses={**INVALID_OR_SAID, **UNREADABLE, **CONFLICT, **TOO_MANY},
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
-def extend(
+def extend_job(
     job_id: JobId,
     body: schemas.Extend,
     store: StoreDep,
@@ -76,15 +76,15 @@ def extend(
     settings: SettingsDep,
     response: Response,
 ) -> schemas.Job:
-    """More iterations on a job that has ended: a NEW job that starts from its pool, with its own usage."""
+    """Extend an ended job by more iterations: a NEW job that starts from its pool, with its own usage."""
     job = store.jobs.get(job_id)
     state = extended(job, store.jobs.state(job_id), body.iterations, settings.max_iterations)
     return _accepted(submitter.go_on_from(job, state, body.model_dump()), response, settings)
 
 
 @router.delete("/{job_id}", responses=CONFLICT)
-def forget(job_id: JobId, store: StoreDep) -> schemas.Deleted:
-    """Forget a job that has ended, and all its texts."""
+def delete_job(job_id: JobId, store: StoreDep) -> schemas.Deleted:
+    """Delete an ended job and all its texts."""
     store.jobs.delete(job_id)
     return schemas.Deleted(id=job_id)
 

@@ -37,7 +37,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNA
     },
     openapi_extra=described(IDEMPOTENCY_KEY, PREFER),
 )
-async def submit(
+async def create_job(
     request: Request,
     body: Submit,
     submitter: SubmitterDep,
@@ -46,7 +46,7 @@ async def submit(
     settings: SettingsDep,
     response: Response,
 ) -> schemas.Job:
-    """Submit a job. Once this is answered, the job survives any crash.
+    """Create a job. After the response, the job survives any crash.
 
     With `Idempotency-Key`, or with an `external_id`, a request that is sent again gives the first job. With
     `Prefer: wait=N` (up to 60 s) the answer is 200 and the ended job, if it ends in time.
@@ -63,8 +63,8 @@ async def submit(
 
 
 @router.get("", openapi_extra=described(METADATA))
-def page(query: Annotated[queries.JobQuery, Query()], store: StoreDep, settings: SettingsDep) -> schemas.JobPage:
-    """List jobs by their age. `metadata[KEY]=VALUE`, as often as you like, gives those that have all the pairs."""
+def list_jobs(query: Annotated[queries.JobQuery, Query()], store: StoreDep, settings: SettingsDep) -> schemas.JobPage:
+    """List jobs by age. Repeat `metadata[KEY]=VALUE` to filter by several pairs."""
     metadata = _metadata(query.model_extra or {})
     rows = store.jobs.page(
         limit=query.limit + 1, after=query.after, order=query.order, statuses=query.status, metadata=metadata
@@ -78,7 +78,7 @@ def page(query: Annotated[queries.JobQuery, Query()], store: StoreDep, settings:
     responses={304: {"description": "The job is as it was at the `If-None-Match`"}, **NOT_FOUND},
     openapi_extra=described(IF_NONE_MATCH),
 )
-async def get(
+async def get_job(
     request: Request,
     job_id: JobId,
     store: StoreDep,
@@ -86,7 +86,7 @@ async def get(
     settings: SettingsDep,
     query: Annotated[queries.WaitQuery, Query()],
 ) -> Response:
-    """One job, with an `ETag`. With `wait`, the answer comes when the job has ended, or the time is up.
+    """Get a job, with an `ETag`. With `wait`, the response comes when the job has ended or the time has passed.
 
     With `If-None-Match` beside it, it comes as soon as anything has happened.
     """
@@ -104,14 +104,14 @@ async def get(
 
 
 @router.get("/{job_id}/iterations", dependencies=[NoQuery], responses=NOT_FOUND)
-def iterations(job_id: JobId, store: StoreDep) -> schemas.IterationList:
-    """What happened in each iteration: whom it compared, what was said of them, and what came of it."""
+def list_iterations(job_id: JobId, store: StoreDep) -> schemas.IterationList:
+    """List the iterations of a job: what each compared, its critique, its gradient and its result."""
     return views.iterations(store.jobs.get(job_id), store.jobs.state(job_id))
 
 
 @router.get("/{job_id}/candidates", dependencies=[NoQuery], responses=NOT_FOUND)
-def candidates(job_id: JobId, store: StoreDep) -> schemas.CandidateList:
-    """Every sampled response and its reward."""
+def list_candidates(job_id: JobId, store: StoreDep) -> schemas.CandidateList:
+    """List all candidates of a job with their rewards."""
     return views.candidates(store.jobs.state(job_id))
 
 

@@ -23,14 +23,14 @@ router = APIRouter(prefix="/v1", tags=["models"], dependencies=[NoQuery], respon
 
 
 @router.get("/models")
-def models(store: StoreDep, settings: SettingsDep) -> schemas.ModelList:
-    """The policies that live workers serve."""
+def list_models(store: StoreDep, settings: SettingsDep) -> schemas.ModelList:
+    """List the policies that live workers serve."""
     return schemas.ModelList(data=_models(store, settings))
 
 
 @router.get("/models/{model_id:path}", responses=MODEL_NOT_FOUND)
-def model(model_id: str, store: StoreDep, settings: SettingsDep) -> schemas.Model:
-    """One policy that live workers serve."""
+def get_model(model_id: str, store: StoreDep, settings: SettingsDep) -> schemas.Model:
+    """Get a policy that live workers serve."""
     for each in _models(store, settings):
         if each.id == model_id:
             return each
@@ -38,8 +38,8 @@ def model(model_id: str, store: StoreDep, settings: SettingsDep) -> schemas.Mode
 
 
 @router.get("/reward-models")
-def reward_models(store: StoreDep, settings: SettingsDep) -> schemas.RewardModelList:
-    """The reward models that live workers serve."""
+def list_reward_models(store: StoreDep, settings: SettingsDep) -> schemas.RewardModelList:
+    """List the reward models that live workers serve."""
     groups = _grouped(live_workers(store, settings), "reward_model")
     return schemas.RewardModelList(
         data=[
@@ -55,8 +55,8 @@ def reward_models(store: StoreDep, settings: SettingsDep) -> schemas.RewardModel
 
 
 @router.get("/prompt-sets")
-def prompt_sets(settings: SettingsDep) -> schemas.PromptSetList:
-    """The prompt sets that a job can name."""
+def list_prompt_sets(settings: SettingsDep) -> schemas.PromptSetList:
+    """List the prompt sets that a job can use."""
     return schemas.PromptSetList(
         data=[
             schemas.PromptSet(

@@ -90,7 +90,7 @@ ResponseJobId = Annotated[str, Depends(_job_id)]
     },
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
-async def create(
+async def create_response(
     request: Request,
     body: ResponseRequest,
     submitter: SubmitterDep,
@@ -98,7 +98,7 @@ async def create(
     feed: BroadcasterDep,
     settings: SettingsDep,
 ) -> views.Response | HTTPResponse:
-    """Make a response: at once with `background`, else when its job has ended."""
+    """Create a response: at once with `background`, otherwise when its job has ended."""
     job = await run_in_threadpool(submit, body, submitter)
     if body.stream:
         return ResponseStream(feed, store, job, None)
@@ -110,10 +110,10 @@ async def create(
 
 
 @router.get("/{response_id}", response_model=views.Response, responses={**_STREAMED, **NOT_FOUND})
-def retrieve(
+def get_response(
     job_id: ResponseJobId, store: StoreDep, feed: BroadcasterDep, query: Annotated[ResponseQuery, Query()]
 ) -> views.Response | HTTPResponse:
-    """One response, or with `stream` its events, from the first or after the number `starting_after`."""
+    """Get a response, or with `stream` its events, from the first or after `starting_after`."""
     job = store.jobs.get(job_id)
     if query.stream:
         return ResponseStream(feed, store, job, query.starting_after)
@@ -123,8 +123,8 @@ def retrieve(
 
 
 @router.get("/{response_id}/input_items", responses=NOT_FOUND)
-def input_items(job_id: ResponseJobId, store: StoreDep, query: Annotated[ItemQuery, Query()]) -> ItemPage:
-    """What a response was asked, message by message, without its instructions."""
+def list_input_items(job_id: ResponseJobId, store: StoreDep, query: Annotated[ItemQuery, Query()]) -> ItemPage:
+    """List the input messages of a response, without its instructions."""
     said = items.input_items(store.jobs.get(job_id))
     ordered = said if query.order == "asc" else said[::-1]
     ids = [item.id for item in ordered]
@@ -135,14 +135,14 @@ def input_items(job_id: ResponseJobId, store: StoreDep, query: Annotated[ItemQue
 
 
 @router.post("/{response_id}/cancel", dependencies=[NoQuery], responses=NOT_FOUND)
-def cancel(job_id: ResponseJobId, store: StoreDep) -> views.Response:
-    """Ask for a response's end. Answers the response, also when it had ended before."""
+def cancel_response(job_id: ResponseJobId, store: StoreDep) -> views.Response:
+    """Cancel a response. Returns the response, also if it had already ended."""
     return views.response(store.jobs.cancel(job_id))
 
 
 @router.delete("/{response_id}", dependencies=[NoQuery], responses={**NOT_FOUND, **CONFLICT})
-def forget(response_id: str, job_id: ResponseJobId, store: StoreDep) -> views.ResponseDeleted:
-    """Forget a response that has ended, and all its texts."""
+def delete_response(response_id: str, job_id: ResponseJobId, store: StoreDep) -> views.ResponseDeleted:
+    """Delete an ended response and all its texts."""
     store.jobs.delete(job_id)
     return views.ResponseDeleted(id=response_id)
 

@@ -34,29 +34,29 @@ WebhookId = Annotated[str, Depends(_webhook_id)]
 
 
 @router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS})
-def create(body: WebhookRequest, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
-    """Make a webhook. The answer alone shows its `secret`."""
+def create_webhook(body: WebhookRequest, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
+    """Create a webhook. Only this response shows its `secret`."""
     check_url(body.url, allow_private=settings.webhook_allow_private)
     made = store.webhooks.create(body.url, without_duplicates(body.events))
     return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
 
 
 @router.get("")
-def page(query: PageQuery, store: StoreDep) -> WebhookPage:
+def list_webhooks(query: PageQuery, store: StoreDep) -> WebhookPage:
     """List webhooks, the newest first."""
     rows = store.webhooks.page(limit=query.limit + 1, after=query.after)
     return WebhookPage.of(rows, query.limit, _view)
 
 
 @router.get("/{webhook_id}", dependencies=[NoQuery], responses=WEBHOOK_NOT_FOUND)
-def retrieve(webhook_id: WebhookId, store: StoreDep) -> Webhook:
-    """One webhook."""
+def get_webhook(webhook_id: WebhookId, store: StoreDep) -> Webhook:
+    """Get a webhook."""
     return _view(store.webhooks.get(webhook_id))
 
 
 @router.patch("/{webhook_id}", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
-def change(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, settings: SettingsDep) -> Webhook:
-    """Change a webhook. Its secret stays."""
+def update_webhook(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, settings: SettingsDep) -> Webhook:
+    """Update a webhook. Its secret does not change."""
     changes = body.model_dump(exclude_none=True)
     if body.url is not None:
         check_url(body.url, allow_private=settings.webhook_allow_private)
@@ -66,8 +66,8 @@ def change(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, settings
 
 
 @router.post("/{webhook_id}/rotate-secret", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
-def rotate(webhook_id: WebhookId, store: StoreDep, body: Rotate | None = None) -> WebhookWithSecret:
-    """Make a new secret. For a day, or as long as is asked, the old one signs too."""
+def rotate_webhook_secret(webhook_id: WebhookId, store: StoreDep, body: Rotate | None = None) -> WebhookWithSecret:
+    """Rotate the secret of a webhook. The old one also signs for a day, or for the requested time."""
     made = store.webhooks.rotate_secret(webhook_id, (body or Rotate()).keep_old_seconds)
     return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
 
@@ -78,21 +78,21 @@ def rotate(webhook_id: WebhookId, store: StoreDep, body: Rotate | None = None) -
     dependencies=[NoQuery],
     responses={**WEBHOOK_NOT_FOUND, **SWITCHED_OFF},
 )
-def test(webhook_id: WebhookId, store: StoreDep) -> Delivery:
-    """Have an event `webhook.test` delivered."""
+def test_webhook(webhook_id: WebhookId, store: StoreDep) -> Delivery:
+    """Send a webhook an event `webhook.test`."""
     return _delivery(store.webhooks.ping(webhook_id))
 
 
 @router.get("/{webhook_id}/deliveries", responses=WEBHOOK_NOT_FOUND)
-def deliveries(webhook_id: WebhookId, query: PageQuery, store: StoreDep) -> DeliveryPage:
-    """What was, or has to be, delivered, the newest first. What has ended is kept for a week."""
+def list_webhook_deliveries(webhook_id: WebhookId, query: PageQuery, store: StoreDep) -> DeliveryPage:
+    """List the deliveries of a webhook, the newest first. Ended ones are kept for a week."""
     rows = store.webhooks.deliveries_page(webhook_id, limit=query.limit + 1, after=query.after)
     return DeliveryPage.of(rows, query.limit, _delivery)
 
 
 @router.delete("/{webhook_id}", dependencies=[NoQuery], responses=WEBHOOK_NOT_FOUND)
-def delete(webhook_id: WebhookId, store: StoreDep) -> WebhookDeleted:
-    """Forget a webhook, and what waits for it."""
+def delete_webhook(webhook_id: WebhookId, store: StoreDep) -> WebhookDeleted:
+    """Delete a webhook and its pending deliveries."""
     store.webhooks.delete(webhook_id)
     return WebhookDeleted(id=webhook_id)
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.paging import Page
-from tpo.core.state import MAX_ITERATIONS, CallKind, EarlyStop, GivenUp, Message, Mode, RewardPart, Unusable
+from tpo.core.state import MAX_ITERATIONS, CallKind, EarlyStop, Message, Mode, RewardPart, StopReason, Unusable
 from tpo.core.status import Status
 from tpo.jobs.tables import IncompleteReason
 from tpo.wire import Identified, Wire
@@ -110,7 +110,7 @@ class Job(Identified):
     output: str | None
     error: JobFailure | None
     incomplete_details: Incomplete | None
-    stop_reason: GivenUp | None = Field(
+    stop_reason: StopReason | None = Field(
         description="why a completed job made fewer iterations than `max_iterations`, by a rule of its parameters"
     )
     usage: Usage

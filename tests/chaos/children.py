@@ -36,7 +36,7 @@ class Child:
     user: str | None = None
     spared: bool = False
     popen: "subprocess.Popen[bytes] | None" = None
-    told_to_end: str | None = None
+    terminated: str | None = None
     """By which fault; None: it was not."""
     asked_at: float = 0.0
     starts_at: float = 0.0
@@ -78,7 +78,7 @@ class Child:
                 self.popen = subprocess.Popen(
                     self.command, user=self.user, preexec_fn=lambda: die_with(parent), **options
                 )
-        self.told_to_end = None
+        self.terminated = None
         self.stopped = False
         self.starts += 1
 

@@ -24,14 +24,14 @@ SHARED = ("database", "broker", "maintenance")
 
 FAULTS = (
     "worker: killed",
-    "worker: told to end",
+    "worker: terminated",
     "worker: stopped for less than its lease",
     "worker: stopped for longer than its lease",
     "api: killed",
-    "api: told to end",
+    "api: terminated",
     "api: stopped",
     "maintenance: killed",
-    "maintenance: told to end",
+    "maintenance: terminated",
     "maintenance: stopped",
     "broker: killed",
     "broker: restarted",
@@ -140,7 +140,7 @@ class Monkey:
         match what:
             case "killed":
                 self._signal(kind, of, signal.SIGKILL)
-            case "told to end":
+            case "terminated":
                 self._signal(kind, of, signal.SIGTERM)
             case "restarted":
                 self._signal(kind, of, signal.SIGINT)
@@ -176,7 +176,7 @@ class Monkey:
             kind = child.kind
             if number == signal.SIGKILL:
                 self._begin(f"{kind}: killed at a labelled point", child)
-                child.told_to_end = "killed"
+                child.terminated = "killed"
                 child.asked_at = time.time()
             else:
                 self._begin(f"{kind}: stopped at a labelled point", child)
@@ -185,14 +185,14 @@ class Monkey:
                 self._later(self.dice.uniform(0.3, 2.5) * self.lease, partial(self._go_on, child, pid))
 
     def _one_of(self, kind: str) -> Child | None:
-        up = [c for c in self.children if c.kind == kind and c.running and not c.stopped and not c.told_to_end]
+        up = [c for c in self.children if c.kind == kind and c.running and not c.stopped and not c.terminated]
         up = [c for c in up if not c.spared]
         return self.dice.choice(up) if up else None
 
     def _signal(self, fault: str, kind: str, number: signal.Signals) -> None:
         if child := self._one_of(kind):
             self._begin(fault, child)
-            child.told_to_end = "killed" if number == signal.SIGKILL else "told"
+            child.terminated = "killed" if number == signal.SIGKILL else "asked"
             child.asked_at = time.time()
             child.signal(number)
 
@@ -231,7 +231,7 @@ class Monkey:
                 self._start(child)
             return
         if child.popen.poll() is None:
-            if child.told_to_end == "told" and time.time() - child.asked_at > 60:
+            if child.terminated == "asked" and time.time() - child.asked_at > 60:
                 self.wrong.append(f"{child.name} did not end within 60 s\n{child.say_last()}")
                 child.signal(signal.SIGKILL)
             return
@@ -239,15 +239,15 @@ class Monkey:
         self._look_at_points()  # where it may just have died
         if child.kind in ("worker", "maintenance", "api"):
             child.remember_alarms()
-        if child.told_to_end == "told" and child.kind == "worker" and code != -signal.SIGKILL:
+        if child.terminated == "asked" and child.kind == "worker" and code != -signal.SIGKILL:
             ready = "is ready" in child.said()  # before that there is nothing to drain, and at first no handler
             if ready and child.asked_at <= now:
                 self.drains.append(now - child.asked_at)
             if ready and code != 0:
-                self.wrong.append(f"{child.name} was told to end and ended with {code}\n{child.say_last()}")
-        elif child.kind == "worker" and child.told_to_end:
+                self.wrong.append(f"{child.name} was terminated and ended with {code}\n{child.say_last()}")
+        elif child.kind == "worker" and child.terminated:
             self.kills.append(Kill(child.asked_at, child.holds()))
-        elif not child.told_to_end and child.kind != "database":
+        elif not child.terminated and child.kind != "database":
             self.by_themselves.append(f"{child.name} ended by itself with {code}\n{child.say_last(40)}")
         child.popen = None
         child.stopped = False

@@ -1,1 +1,1 @@
-"""One suite for every implementation: databases and back ends."""
+"""Conformance tests that every database and every back end must pass."""

@@ -1,4 +1,4 @@
-"""What every policy and every reward model has to do, whoever is behind the port."""
+"""Conformance of every policy and every reward model to the ports."""
 
 import subprocess
 import sys
@@ -40,11 +40,12 @@ weight = 0.5
 """
 
 
-def go_on() -> None:
-    """Nothing stops the job."""
+def proceed() -> None:
+    """Do not interrupt the call."""
 
 
 def ask(text: str = "How do tides work?", **changes: Any) -> Generate:
+    """Return a request for samples, with changes."""
     values: dict[str, Any] = {
         "kind": "sample",
         "iteration": 0,
@@ -59,11 +60,13 @@ def ask(text: str = "How do tides work?", **changes: Any) -> Generate:
 
 
 def rate(*responses: str) -> Score:
+    """Return a request to score these texts."""
     return Score(iteration=0, messages=(Message(role="user", content="How do tides work?"),), responses=responses)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ModelServer]:
+    """Yield a fake model server."""
     with model_server() as server:
         yield server
 
@@ -72,6 +75,7 @@ def server() -> Iterator[ModelServer]:
 def policy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: ModelServer
 ) -> Iterator[LoadedPolicy]:
+    """Yield a policy of each back end."""
     spec, settings = "scripted", Settings(threads=1)
     if request.param == "local":
         spec = str(save_llama(tmp_path_factory.mktemp("policy")))
@@ -86,6 +90,7 @@ def policy(
 def reward(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: ModelServer
 ) -> Iterator[LoadedRewardModel]:
+    """Yield a reward model of each back end."""
     folder = tmp_path_factory.mktemp("reward")
     spec, settings = "scripted", Settings(threads=1)
     match request.param:
@@ -103,62 +108,62 @@ def reward(
     reward.close()
 
 
-def test_a_response_ends_before_a_stop_string(policy: LoadedPolicy) -> None:
-    whole = policy.generate(ask(), go_on).texts
+def test_policy_cuts_sample_before_stop_string(policy: LoadedPolicy) -> None:
+    whole = policy.generate(ask(), proceed).texts
     middle = len(whole[0].text) // 2
-    stop = ("never said", whole[0].text[middle - 2 : middle + 2])
-    cut = policy.generate(ask(stop=stop), go_on).texts
+    stop = ("never sampled", whole[0].text[middle - 2 : middle + 2])
+    cut = policy.generate(ask(stop=stop), proceed).texts
     assert [t.text for t in cut] == [cut_at(t.text, stop) for t in whole]
     assert cut[0].text != whole[0].text
     assert cut[0].finish_reason == "stop"
     assert cut[0].tokens < whole[0].tokens
 
 
-def test_one_text_for_each_seed(policy: LoadedPolicy) -> None:
+def test_policy_gives_one_text_per_seed(policy: LoadedPolicy) -> None:
     for n in (1, 2, 7):
-        assert len(policy.generate(ask(seeds=tuple(range(n))), go_on).texts) == n
+        assert len(policy.generate(ask(seeds=tuple(range(n))), proceed).texts) == n
 
 
-def test_the_same_seed_gives_the_same_text(policy: LoadedPolicy) -> None:
-    first, again = (policy.generate(ask(), go_on).texts for _ in range(2))
-    assert first == again
+def test_policy_repeats_text_for_same_seed(policy: LoadedPolicy) -> None:
+    first, second = (policy.generate(ask(), proceed).texts for _ in range(2))
+    assert first == second
 
 
-def test_a_seed_stands_for_its_text_wherever_it_is_asked_for(policy: LoadedPolicy) -> None:
-    together = policy.generate(ask(seeds=(5, 6, 7)), go_on).texts
-    assert together == tuple(policy.generate(ask(seeds=(seed,)), go_on).texts[0] for seed in (5, 6, 7))
+def test_policy_text_depends_on_seed_not_on_batch(policy: LoadedPolicy) -> None:
+    batch = policy.generate(ask(seeds=(5, 6, 7)), proceed).texts
+    assert batch == tuple(policy.generate(ask(seeds=(seed,)), proceed).texts[0] for seed in (5, 6, 7))
 
 
-def test_seeds_differ(policy: LoadedPolicy) -> None:
-    assert len({t.text for t in policy.generate(ask(seeds=tuple(range(8))), go_on).texts}) > 4
+def test_policy_gives_different_texts_for_seeds(policy: LoadedPolicy) -> None:
+    assert len({t.text for t in policy.generate(ask(seeds=tuple(range(8))), proceed).texts}) > 4
 
 
-def test_large_seeds_are_seeds_like_others(policy: LoadedPolicy) -> None:
-    assert len(policy.generate(ask(seeds=(0, 2**63 - 1)), go_on).texts) == 2
+def test_policy_accepts_large_seeds(policy: LoadedPolicy) -> None:
+    assert len(policy.generate(ask(seeds=(0, 2**63 - 1)), proceed).texts) == 2
 
 
-def test_temperature_zero_does_not_ask_the_seed(policy: LoadedPolicy) -> None:
-    assert len({t.text for t in policy.generate(ask(temperature=0.0, seeds=(1, 2, 3)), go_on).texts}) == 1
+def test_policy_ignores_seed_at_temperature_zero(policy: LoadedPolicy) -> None:
+    assert len({t.text for t in policy.generate(ask(temperature=0.0, seeds=(1, 2, 3)), proceed).texts}) == 1
 
 
-def test_the_message_matters(policy: LoadedPolicy) -> None:
-    assert policy.generate(ask("One thing."), go_on).texts != policy.generate(ask("Another thing."), go_on).texts
+def test_policy_text_depends_on_message(policy: LoadedPolicy) -> None:
+    assert policy.generate(ask("One thing."), proceed).texts != policy.generate(ask("Another thing."), proceed).texts
 
 
-def test_tokens_are_counted_and_limited(policy: LoadedPolicy) -> None:
-    reply = policy.generate(ask(max_tokens=3), go_on)
+def test_policy_counts_and_limits_tokens(policy: LoadedPolicy) -> None:
+    reply = policy.generate(ask(max_tokens=3), proceed)
     assert reply.input_tokens > 3
     assert reply.seconds >= 0
     assert all(1 <= t.tokens <= 3 for t in reply.texts)
     assert any(t.finish_reason == "length" and t.tokens == 3 for t in reply.texts)
 
 
-def test_the_prompt_is_counted_once_for_all_its_samples(policy: LoadedPolicy) -> None:
-    counts = {policy.generate(ask(seeds=tuple(range(n))), go_on).input_tokens for n in (1, 4)}
+def test_policy_counts_prompt_once_for_all_samples(policy: LoadedPolicy) -> None:
+    counts = {policy.generate(ask(seeds=tuple(range(n))), proceed).input_tokens for n in (1, 4)}
     assert len(counts) == 1
 
 
-def test_an_interrupt_is_raised_to_the_caller(policy: LoadedPolicy, reward: LoadedRewardModel) -> None:
+def test_models_raise_interrupt_to_caller(policy: LoadedPolicy, reward: LoadedRewardModel) -> None:
     def stop() -> None:
         raise CallInterruptedError("cancelled")
 
@@ -166,55 +171,55 @@ def test_an_interrupt_is_raised_to_the_caller(policy: LoadedPolicy, reward: Load
         policy.generate(ask(), stop)
     with pytest.raises(CallInterruptedError):
         reward.score(rate("It rains."), stop)
-    assert len(policy.generate(ask(), go_on).texts) == 3
-    assert len(reward.score(rate("It rains."), go_on).values) == 1
+    assert len(policy.generate(ask(), proceed).texts) == 3
+    assert len(reward.score(rate("It rains."), proceed).values) == 1
 
 
-def test_many_threads_get_what_one_gets(policy: LoadedPolicy) -> None:
+def test_policy_gives_same_texts_to_many_threads(policy: LoadedPolicy) -> None:
     requests = [ask(f"Question {i}", seeds=tuple(range(i, i + 1 + i % 3)), max_tokens=4 + i) for i in range(12)]
-    alone = [policy.generate(request, go_on).texts for request in requests]
-    together: dict[int, Any] = {}
+    separate = [policy.generate(request, proceed).texts for request in requests]
+    concurrent: dict[int, Any] = {}
     threads = [
-        threading.Thread(target=lambda i=i, r=r: together.update({i: policy.generate(r, go_on).texts}))
+        threading.Thread(target=lambda i=i, r=r: concurrent.update({i: policy.generate(r, proceed).texts}))
         for i, r in enumerate(requests)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(HANG_SECONDS)
-    assert [together[i] for i in range(len(requests))] == alone
+    assert [concurrent[i] for i in range(len(requests))] == separate
 
 
-def test_one_score_for_each_response(reward: LoadedRewardModel) -> None:
+def test_reward_gives_one_score_per_response(reward: LoadedRewardModel) -> None:
     for responses in (("a",), ("a", "b b", "c c c")):
-        scores = reward.score(rate(*responses), go_on)
+        scores = reward.score(rate(*responses), proceed)
         assert len(scores.values) == len(responses)
         assert scores.input_tokens > 0
 
 
-def test_a_score_depends_on_the_response_and_on_no_other(reward: LoadedRewardModel) -> None:
+def test_reward_score_does_not_depend_on_batch(reward: LoadedRewardModel) -> None:
     responses = ("Short.", "A response that is somewhat longer than the others.", "Middling, it is.")
-    together = reward.score(rate(*responses), go_on).values
-    alone = [reward.score(rate(response), go_on).values[0] for response in responses]
-    assert together == pytest.approx(alone, abs=1e-4)
-    assert len(set(together)) == 3
+    batch = reward.score(rate(*responses), proceed).values
+    separate = [reward.score(rate(response), proceed).values[0] for response in responses]
+    assert batch == pytest.approx(separate, abs=1e-4)
+    assert len(set(batch)) == 3
 
 
-def test_a_job_runs_with_any_reward_model_and_repeats(reward: LoadedRewardModel) -> None:
+def test_run_repeats_with_any_reward_model(reward: LoadedRewardModel) -> None:
     state = State(
         input=(Message(role="user", content="Tides?"),), params=Params(), prompts=prompts.load("conversation")
     )
-    results = [run(state, load_policy("scripted", Settings()), reward, lambda _: None, go_on) for _ in range(2)]
+    results = [run(state, load_policy("scripted", Settings()), reward, lambda _: None, proceed) for _ in range(2)]
     assert results[0].candidates == results[1].candidates
     assert len(results[0].candidates) == 15
 
 
-def test_healthy_while_open(policy: LoadedPolicy, reward: LoadedRewardModel) -> None:
+def test_models_are_healthy_while_open(policy: LoadedPolicy, reward: LoadedRewardModel) -> None:
     assert policy.healthy
     assert reward.healthy
 
 
-def test_nothing_heavy_is_imported_for_the_scripted_ones() -> None:
+def test_scripted_models_import_no_torch() -> None:
     code = (
         "import sys; from tpo.backends import load_policy; from tpo.settings import Settings;"
         "load_policy('scripted', Settings()); assert not {'torch', 'transformers'} & set(sys.modules)"
@@ -222,7 +227,7 @@ def test_nothing_heavy_is_imported_for_the_scripted_ones() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_SECONDS)
 
 
-def test_time_passes_in_the_call(policy: LoadedPolicy) -> None:
+def test_policy_reports_seconds_of_call(policy: LoadedPolicy) -> None:
     started = time.perf_counter()
-    seconds = policy.generate(ask(), go_on).seconds
+    seconds = policy.generate(ask(), proceed).seconds
     assert seconds <= time.perf_counter() - started + 1e-3

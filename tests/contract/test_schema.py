@@ -1,4 +1,4 @@
-"""The migrations, on both databases: they build what `tables` says, run up and down, and bear company."""
+"""The migrations, on both databases: declared tables, upgrade and downgrade, and concurrent upgrades."""
 
 import sqlite3
 import threading
@@ -34,7 +34,7 @@ TABLES = {
 }
 
 
-def test_up_and_down_and_up(database_url: str) -> None:
+def test_migrations_upgrade_and_downgrade_twice(database_url: str) -> None:
     engine = connect(database_url)
     for _ in range(2):
         schema.upgrade(database_url)
@@ -53,7 +53,7 @@ def test_up_and_down_and_up(database_url: str) -> None:
     engine.dispose()
 
 
-def test_the_migrations_build_what_the_models_say(database_url: str) -> None:
+def test_migrations_build_declared_tables(database_url: str) -> None:
     schema.upgrade(database_url)
     engine = connect(database_url)
     with engine.connect() as connection:
@@ -64,12 +64,12 @@ def test_the_migrations_build_what_the_models_say(database_url: str) -> None:
     engine.dispose()
 
 
-def test_newest_revision_is_alembics_head() -> None:
+def test_newest_revision_is_alembic_head() -> None:
     folder = Path(schema.__file__).parents[2] / "migrations"
     assert ScriptDirectory(str(folder)).get_heads() == [schema.newest_revision()]
 
 
-def test_check_names_what_is_there_and_what_to_do(database_url: str) -> None:
+def test_check_names_found_revision_and_remedy(database_url: str) -> None:
     engine = connect(database_url)
     with pytest.raises(SchemaOutOfDateError, match=r"has schema none.*tpo db upgrade"):
         schema.check(engine)
@@ -83,11 +83,11 @@ def test_check_names_what_is_there_and_what_to_do(database_url: str) -> None:
     engine.dispose()
 
 
-def test_many_upgrade_at_once(database_url: str) -> None:
-    together = threading.Barrier(6)
+def test_concurrent_upgrades_succeed(database_url: str) -> None:
+    barrier = threading.Barrier(6)
 
     def upgrade(_: int) -> None:
-        together.wait()
+        barrier.wait()
         schema.upgrade(database_url)
 
     with ThreadPoolExecutor(6) as threads:
@@ -97,10 +97,10 @@ def test_many_upgrade_at_once(database_url: str) -> None:
     engine.dispose()
 
 
-def test_a_new_file_that_another_process_is_writing(tmp_path: Path) -> None:
+def test_upgrade_waits_for_other_writer_of_new_file(tmp_path: Path) -> None:
     file = tmp_path / "tpo.db"
     with closing(sqlite3.connect(file, isolation_level=None)) as other, ThreadPoolExecutor(1) as threads:
-        other.execute("BEGIN IMMEDIATE")  # the file is not yet one with a write-ahead log
+        other.execute("BEGIN IMMEDIATE")  # the file has no write-ahead log yet
         upgraded = threads.submit(schema.upgrade, f"sqlite:///{file}")
         with pytest.raises(TimeoutError):
             upgraded.result(0.5)
@@ -108,7 +108,7 @@ def test_a_new_file_that_another_process_is_writing(tmp_path: Path) -> None:
         upgraded.result()
 
 
-def test_a_database_that_is_not_there() -> None:
+def test_unreachable_database_is_reported() -> None:
     url = "postgresql+psycopg://nobody@127.0.0.1:1/nothing"
     with pytest.raises(StoreUnavailableError):
         schema.upgrade(url)

@@ -1,4 +1,4 @@
-"""The store, on both databases: what one client and one worker see of it."""
+"""The store, on both databases: operations of one client and one worker."""
 
 from typing import Any, get_args
 
@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import Engine, inspect
 from sqlalchemy.exc import IntegrityError
 
-from testing.fakes import FakePolicy, FakeReward, make_step, new_state, said, tagged
+from testing.fakes import FakePolicy, FakeReward, make_step, new_state, sample_text, tagged
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, execute, put, rows
 from tpo.core.errors import JobNotFoundError, LeaseLostError, NoUsableSampleError
 from tpo.core.ports import Generate, Text
@@ -20,7 +20,7 @@ from tpo.store import Store
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
-def test_a_new_job(store: Store) -> None:
+def test_submit_stores_new_job(store: Store) -> None:
     state = new_state("Hello \x00 $query {braces} 🎉", sample_size=3, seed=2**63 - 1)
     job = store.jobs.submit(state, max_attempts=4, metadata={"team": "a"}, deadline_seconds=60, **SERVES).job
     assert (job.status, job.attempt, job.fence, job.max_attempts) == ("queued", 0, 0, 4)
@@ -33,15 +33,15 @@ def test_a_new_job(store: Store) -> None:
     assert {name: getattr(found, name) for name in names} == {name: getattr(job, name) for name in names}
 
 
-def test_a_job_that_is_not_there(store: Store) -> None:
-    for ask in (store.jobs.get, store.jobs.state, store.jobs.cancel):
+def test_unknown_job_raises_not_found(store: Store) -> None:
+    for query in (store.jobs.get, store.jobs.state, store.jobs.cancel):
         with pytest.raises(JobNotFoundError, match="job_no"):
-            ask("job_no")
+            query("job_no")
     assert store.jobs.events("job_no") == []
     assert claim_one(store, "job_no", "worker-1", 30, **SERVES) is None
 
 
-def test_pages(store: Store) -> None:
+def test_page_lists_jobs_in_both_orders(store: Store) -> None:
     oldest_first = sorted(create(store) for _ in range(7))
     for job_id in oldest_first[2:4]:
         store.jobs.cancel(job_id)
@@ -58,7 +58,7 @@ def test_pages(store: Store) -> None:
     assert store.jobs.page(limit=9, statuses=["failed"]) == []
 
 
-def test_a_claim_takes_the_lease_counts_the_attempt_and_raises_the_fence(store: Store) -> None:
+def test_claim_takes_lease_and_raises_attempt_and_fence(store: Store) -> None:
     job_id = create(store)
     lease, state = claim(store, job_id, seconds=30)
     job = store.jobs.get(job_id)
@@ -72,20 +72,20 @@ def test_a_claim_takes_the_lease_counts_the_attempt_and_raises_the_fence(store: 
 
     assert claim_one(store, job_id, "worker-2", 30, **SERVES) is None
     store.leases.release(lease, delay_seconds=0)
-    again, _ = claim(store, job_id, "worker-2")
-    assert (again.fence, again.attempt) == (2, 2)
+    second, _ = claim(store, job_id, "worker-2")
+    assert (second.fence, second.attempt) == (2, 2)
     assert store.jobs.get(job_id).started_at == job.started_at
 
 
 @pytest.mark.parametrize("serves", [SERVES | {"model": "other"}, SERVES | {"reward_model": "other"}])
-def test_a_worker_takes_no_job_that_it_does_not_serve(engine: Engine, store: Store, serves: dict[str, str]) -> None:
+def test_claim_skips_jobs_of_other_models(engine: Engine, store: Store, serves: dict[str, str]) -> None:
     job_id = create(store)
     before = rows(engine)
     assert claim_one(store, job_id, "worker-1", 30, **serves) is None
     assert rows(engine) == before
 
 
-def test_what_cannot_be_claimed(engine: Engine, store: Store) -> None:
+def test_claim_skips_ineligible_jobs(engine: Engine, store: Store) -> None:
     waits, tried, late, paused = (create(store) for _ in range(4))
     put(engine, waits, next_attempt_at=store.jobs.get(waits).created_at + 60)
     put(engine, tried, consecutive_failures=3)
@@ -98,17 +98,17 @@ def test_what_cannot_be_claimed(engine: Engine, store: Store) -> None:
 
 
 def awkward(request: Generate, sample: int) -> Text:
-    """Responses that databases and parsers trip over; some are unusable."""
-    nasty = ["nul \x00 and \ud800", "'; DROP TABLE jobs; --", "", "cut", "🎉 \u202e %s $query {x}", "untagged"]
-    text = nasty[(sample + request.iteration) % len(nasty)]
+    """Return a sample with characters that are difficult for databases and parsers; some are unusable."""
+    texts = ["nul \x00 and \ud800", "'; DROP TABLE jobs; --", "", "cut", "🎉 \u202e %s $query {x}", "untagged"]
+    text = texts[(sample + request.iteration) % len(texts)]
     if request.kind == "update" and text != "untagged":
         text = tagged(text)
-    return said(text or " ", "length" if text == "cut" else "stop")
+    return sample_text(text or " ", "length" if text == "cut" else "stop")
 
 
 @pytest.mark.parametrize("mode", ["tpo", "revision", "bon"])
 @pytest.mark.parametrize("policy", [FakePolicy(), FakePolicy(awkward)], ids=["plain", "awkward"])
-def test_every_checkpoint_comes_back_as_it_was(store: Store, mode: str, policy: FakePolicy) -> None:
+def test_checkpoint_round_trips_state(store: Store, mode: str, policy: FakePolicy) -> None:
     state = new_state(mode=mode, sample_size=6, max_iterations=3)
     job_id = create(store, state)
     lease, claimed = claim(store, job_id)
@@ -124,7 +124,7 @@ def test_every_checkpoint_comes_back_as_it_was(store: Store, mode: str, policy: 
     assert types.count("job.iteration.started") == last.params.iterations
 
 
-def test_the_parts_of_a_reward_are_recorded(store: Store, engine: Engine) -> None:
+def test_checkpoint_stores_reward_parts(store: Store, engine: Engine) -> None:
     def parts(text: str) -> tuple[RewardPart, ...]:
         return (
             RewardPart(name="quality", value=float(len(text)), weight=0.5),
@@ -139,10 +139,10 @@ def test_the_parts_of_a_reward_are_recorded(store: Store, engine: Engine) -> Non
     assert all(c.parts == () for c in store.jobs.state(lease.job_id).candidates)
 
 
-def test_a_job_without_any_usable_sample_is_recorded_to_its_last_call(store: Store) -> None:
+def test_checkpoint_stores_job_without_usable_sample(store: Store) -> None:
     lease, state = claim(store, create(store, new_state(sample_size=2)))
     with pytest.raises(NoUsableSampleError):
-        drive(store, lease, state, FakePolicy(lambda _r, _s: said("")))
+        drive(store, lease, state, FakePolicy(lambda _r, _s: sample_text("")))
     assert [c.unusable for c in store.jobs.state(lease.job_id).candidates] == ["empty"] * 4
     store.leases.release(lease)
     again, state = claim(store, lease.job_id)
@@ -150,36 +150,36 @@ def test_a_job_without_any_usable_sample_is_recorded_to_its_last_call(store: Sto
         drive(store, again, state)
 
 
-def test_a_conversation_with_a_system_turn_comes_back(store: Store) -> None:
-    turns = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hello!"), ("user", "Where is it?"))
-    state = new_state().model_copy(update={"input": tuple(Message(role=r, content=c) for r, c in turns)})
+def test_submit_stores_conversation_with_system_message(store: Store) -> None:
+    messages = (("system", "Be kind."), ("user", "Hello"), ("assistant", "Hello!"), ("user", "Where is it?"))
+    state = new_state().model_copy(update={"input": tuple(Message(role=r, content=c) for r, c in messages)})
     assert store.jobs.state(create(store, state)) == state
 
 
-def test_a_checkpoint_said_twice_is_recorded_once(engine: Engine, store: Store) -> None:
+def test_checkpoint_is_idempotent(engine: Engine, store: Store) -> None:
     lease, before = claim(store, create(store))
     made = make_step(before)
     store.leases.checkpoint(lease, made)
-    once = rows(engine)
+    first = rows(engine)
     assert store.leases.checkpoint(lease, made) == Flags(False, False)
-    twice = rows(engine)
+    second = rows(engine)
     put(engine, lease.job_id, lease_until=0.0)
     with pytest.raises(IntegrityError):
-        store.leases.checkpoint(lease, make_step(before, FakePolicy(lambda _r, _s: said("another"))))
-    assert {**twice, "jobs": 0} == {**once, "jobs": 0}
+        store.leases.checkpoint(lease, make_step(before, FakePolicy(lambda _r, _s: sample_text("another"))))
+    assert {**second, "jobs": 0} == {**first, "jobs": 0}
     assert store.jobs.get(lease.job_id).last_event == len(store.jobs.events(lease.job_id))
     assert store.jobs.state(lease.job_id) == made.after
     assert store.jobs.get(lease.job_id).lease_until == 0.0
 
 
-def test_a_worker_that_lost_its_lease_cannot_write(engine: Engine, store: Store) -> None:
+def test_lost_lease_cannot_write(engine: Engine, store: Store) -> None:
     job_id = create(store)
     lost, before = claim(store, job_id, seconds=-1)
     store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
-    # By the same worker: it is the fence that tells the two claims apart.
+    # Claimed by the same worker, so that only the fence distinguishes the two claims.
     held, state = claim(store, job_id, "worker-1")
     store.leases.checkpoint(held, make_step(state))
-    everything = rows(engine)
+    before_writes = rows(engine)
     for write in (
         lambda: store.leases.checkpoint(lost, make_step(before)),
         lambda: store.leases.finish(lost, Outcome("completed", output="mine")),
@@ -188,14 +188,14 @@ def test_a_worker_that_lost_its_lease_cannot_write(engine: Engine, store: Store)
     ):
         with pytest.raises(LeaseLostError):
             write()
-        assert rows(engine) == everything
+        assert rows(engine) == before_writes
     assert store.leases.renew("worker-2", [job_id], 30) == {}
     assert store.leases.check("worker-2", [job_id]) == {}
-    assert rows(engine) == everything
+    assert rows(engine) == before_writes
     assert store.leases.renew("worker-1", [job_id], 30)[job_id][0] == held.fence
 
 
-def test_renewing_prolongs_what_is_held_and_tells_the_flags(engine: Engine, store: Store) -> None:
+def test_renew_extends_held_leases_and_returns_flags(engine: Engine, store: Store) -> None:
     kept, cancelled, late, ended, other = (create(store, deadline_seconds=600) for _ in range(5))
     leases = {job_id: claim(store, job_id, seconds=1)[0] for job_id in (kept, cancelled, late, ended)}
     claim(store, other, "worker-2", seconds=1)
@@ -212,7 +212,7 @@ def test_renewing_prolongs_what_is_held_and_tells_the_flags(engine: Engine, stor
     assert store.leases.renew("worker-1", [], 30) == {}
 
 
-def test_a_checkpoint_prolongs_the_lease_and_tells_the_flags(engine: Engine, store: Store) -> None:
+def test_checkpoint_extends_lease_and_returns_flags(engine: Engine, store: Store) -> None:
     lease, state = claim(store, create(store), seconds=500)
     put(engine, lease.job_id, lease_until=1.0, deadline_at=1.0)
     made = make_step(state)
@@ -233,13 +233,13 @@ def test_a_checkpoint_prolongs_the_lease_and_tells_the_flags(engine: Engine, sto
     ],
     ids=lambda o: o.status,
 )
-def test_how_a_job_ends(engine: Engine, store: Store, outcome: Outcome) -> None:
+def test_finish_stores_outcome(engine: Engine, store: Store, outcome: Outcome) -> None:
     lease, state = claim(store, create(store))
     store.leases.checkpoint(lease, made := make_step(state))
     assert store.leases.finish(lease, outcome) == outcome.status
     job = store.jobs.get(lease.job_id)
-    told: dict[str, Any] = {name: getattr(job, name) for name in vars(outcome)}
-    assert told == vars(outcome)
+    stored: dict[str, Any] = {name: getattr(job, name) for name in vars(outcome)}
+    assert stored == vars(outcome)
     assert job.completed_at is not None
     assert (job.lease_owner, job.lease_until, job.phase) == (None, None, None)
     assert event_types(store, job.id)[-1] == f"job.{outcome.status}"
@@ -257,7 +257,7 @@ def test_how_a_job_ends(engine: Engine, store: Store, outcome: Outcome) -> None:
     assert rows(engine) == ended
 
 
-def test_cancel_ends_a_waiting_job_at_once_and_asks_a_running_one(engine: Engine, store: Store) -> None:
+def test_cancel_ends_waiting_job_and_requests_running_one(engine: Engine, store: Store) -> None:
     queued, paused, running = create(store), create(store), create(store)
     put(engine, paused, status="paused", phase="sampling")
     lease, state = claim(store, running)
@@ -269,9 +269,9 @@ def test_cancel_ends_a_waiting_job_at_once_and_asks_a_running_one(engine: Engine
         assert event_types(store, job_id)[-1] == "job.cancelled"
     job = store.jobs.cancel(running)
     assert (job.status, job.completed_at) == ("cancelling", None)
-    asked = rows(engine)
+    requested = rows(engine)
     assert store.jobs.cancel(running).status == "cancelling"
-    assert rows(engine) == asked
+    assert rows(engine) == requested
     store.leases.checkpoint(lease, make_step(state))
     assert store.leases.finish(lease, Outcome("completed", output="too late")) == "cancelled"
     assert store.jobs.get(running).output is None
@@ -279,7 +279,7 @@ def test_cancel_ends_a_waiting_job_at_once_and_asks_a_running_one(engine: Engine
     assert (types.count("job.cancelling"), types[-1]) == (1, "job.cancelled")
 
 
-def test_releasing_without_a_delay_gives_the_attempt_back(store: Store) -> None:
+def test_release_without_delay_returns_attempt(store: Store) -> None:
     lease, _ = claim(store, create(store))
     store.leases.release(lease)
     job = store.jobs.get(lease.job_id)
@@ -289,7 +289,7 @@ def test_releasing_without_a_delay_gives_the_attempt_back(store: Store) -> None:
     assert claim(store, job.id, "worker-2")[0].attempt == 1
 
 
-def test_releasing_with_a_delay_counts_the_attempt_and_waits(engine: Engine, store: Store) -> None:
+def test_release_with_delay_counts_attempt_and_waits(engine: Engine, store: Store) -> None:
     lease, _ = claim(store, create(store))
     store.leases.release(lease, delay_seconds=60)
     job = store.jobs.get(lease.job_id)
@@ -299,11 +299,11 @@ def test_releasing_with_a_delay_counts_the_attempt_and_waits(engine: Engine, sto
     assert store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60) == []
     put(engine, job.id, next_attempt_at=job.created_at)
     due = [store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60) for _ in range(2)]
-    assert [[bell.job_id for bell in bells] for bells in due] == [[job.id], []]
+    assert [[wake_up.job_id for wake_up in wake_ups] for wake_ups in due] == [[job.id], []]
     assert claim(store, job.id, "worker-2")[0].attempt == 2
 
 
-def test_releasing_a_job_that_was_cancelled_ends_it(store: Store) -> None:
+def test_release_ends_cancelled_job(store: Store) -> None:
     for delay in (None, 5.0):
         lease, _ = claim(store, create(store))
         store.jobs.cancel(lease.job_id)
@@ -311,7 +311,7 @@ def test_releasing_a_job_that_was_cancelled_ends_it(store: Store) -> None:
         assert store.jobs.get(lease.job_id).status == "cancelled"
 
 
-def test_workers_that_were_heard_of(engine: Engine, store: Store) -> None:
+def test_workers_register_and_deregister(engine: Engine, store: Store) -> None:
     store.workers.register("worker-1", concurrency=4, **SERVES)
     store.workers.register("worker-2", concurrency=2, **SERVES)
     store.workers.register("worker-1", concurrency=8, **SERVES)
@@ -321,7 +321,7 @@ def test_workers_that_were_heard_of(engine: Engine, store: Store) -> None:
     assert store.workers.live(-1) == []
 
 
-def test_events_are_paged_by_their_number(store: Store) -> None:
+def test_events_are_paged_by_number(store: Store) -> None:
     lease, state = claim(store, create(store))
     drive(store, lease, state)
     numbers = [e.number for e in store.jobs.events(lease.job_id)]
@@ -330,7 +330,7 @@ def test_events_are_paged_by_their_number(store: Store) -> None:
 
 
 def ended_in(store: Store, engine: Engine, status: Status) -> tuple[str, State]:
-    """A job with a record that has ended in this status."""
+    """Return the id and the state of a job with a record that ended in this status."""
     lease, state = claim(store, create(store))
     store.leases.checkpoint(lease, made := make_step(state))
     after = made.after
@@ -339,14 +339,14 @@ def ended_in(store: Store, engine: Engine, status: Status) -> tuple[str, State]:
 
 
 @pytest.mark.parametrize("status", TERMINAL)
-def test_the_database_itself_keeps_what_has_ended(engine: Engine, store: Store, status: Status) -> None:
+def test_triggers_protect_ended_jobs(engine: Engine, store: Store, status: Status) -> None:
     job_id, _ = ended_in(store, engine, status)
     before = rows(engine)
     for other in STATUSES:
         if other != status:
             with pytest.raises(IntegrityError, match="a terminal status never changes"):
                 put(engine, job_id, status=other)
-    put(engine, job_id, status=status)  # the same one is no change
+    put(engine, job_id, status=status)  # setting the same status is not a change
     for insert in (
         "INSERT INTO calls VALUES (:id, 9, 'critique', 1, 1, 1, 1, 1.0)",
         "INSERT INTO candidates VALUES (:id, 9, 9, 'text', 1, 1.0, NULL, NULL)",

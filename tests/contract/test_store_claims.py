@@ -1,4 +1,4 @@
-"""Promises 11 and 12 on both databases: whose turn it is, limits, and whole queues that are paused."""
+"""Claims on both databases: fairness, running limits, and paused queues."""
 
 import threading
 from collections import Counter
@@ -23,30 +23,32 @@ from tpo.tenants.tenants import Limits
 
 
 def claim_next(store: Store, rules: Rules | None = None, worker: str = "worker-1") -> str | None:
-    """The job that a worker is given."""
+    """Claim the next job and return its id, after checking that it is the expected one."""
     expected = store.queues.next_waiting("policy", "reward", rules)
     claimed = store.leases.claim(worker, 30, rules=rules, **SERVES)
     assert (claimed[0].job_id if claimed else None) == expected
     return expected
 
 
-def of_tenant(store: Store, tenant: str, count: int = 1, priority: int = 0) -> list[str]:
-    return in_order(count, store.for_tenant(tenant), priority=priority)
+def create_for(store: Store, tenant: str, count: int = 1, priority: int = 0) -> list[str]:
+    """Create jobs of a tenant and return their ids, the oldest first."""
+    return create_sorted(count, store.for_tenant(tenant), priority=priority)
 
 
-def in_order(count: int, store: Store, **kw: Any) -> list[str]:
-    """So many jobs, the oldest first; those of one millisecond have an order of their own."""
+def create_sorted(count: int, store: Store, **kw: Any) -> list[str]:
+    """Create jobs and return their ids in queue order. Ids of the same millisecond sort in random order."""
     return sorted(create(store, **kw) for _ in range(count))
 
 
-def all_turns(store: Store, rules: Rules | None = None) -> list[str]:
+def claim_all(store: Store, rules: Rules | None = None) -> list[str]:
+    """Claim jobs until none is left, and return their ids in the order of the claims."""
     found = []
     while job_id := claim_next(store, rules):
         found.append(job_id)
     return found
 
 
-def test_a_claim_by_turn_is_a_claim(store: Store) -> None:
+def test_claim_next_takes_lease(store: Store) -> None:
     job_id = create(store, priority=7)
     claimed = store.leases.claim("worker-1", 30, **SERVES)
     assert claimed
@@ -59,15 +61,15 @@ def test_a_claim_by_turn_is_a_claim(store: Store) -> None:
     assert store.leases.claim("worker-2", 30, **SERVES) is None
 
 
-def test_promise_11_the_highest_priority_goes_first_then_the_oldest(store: Store) -> None:
+def test_claim_prefers_priority_then_age(store: Store) -> None:
     low, high, lowest = (create(store, priority=p) for p in (-1, 100, -100))
-    first, second = in_order(2, store)
-    assert all_turns(store) == [high, first, second, low, lowest]
+    first, second = create_sorted(2, store)
+    assert claim_all(store) == [high, first, second, low, lowest]
 
 
-def test_promise_11_tenants_have_turns_in_turn(engine: Engine, store: Store) -> None:
-    a, b, c = of_tenant(store, "a", 6), of_tenant(store, "b", 3), of_tenant(store, "c", 1)
-    for job_id in (order := all_turns(store)):
+def test_claim_alternates_between_tenants(engine: Engine, store: Store) -> None:
+    a, b, c = create_for(store, "a", 6), create_for(store, "b", 3), create_for(store, "c", 1)
+    for job_id in (order := claim_all(store)):
         assert (
             store.for_tenant("a" if job_id in a else "b" if job_id in b else "c").jobs.get(job_id).status
             == "in_progress"
@@ -75,9 +77,9 @@ def test_promise_11_tenants_have_turns_in_turn(engine: Engine, store: Store) -> 
     assert order == [a[0], b[0], c[0], a[1], b[1], a[2], b[2], *a[3:]]
 
 
-def test_promise_11_of_many_jobs_that_ended_a_tenant_has_had_its_turn(store: Store) -> None:
-    first, *rest = of_tenant(store, "a", 3)
-    other = of_tenant(store, "b", 2)
+def test_claim_alternates_after_jobs_end(store: Store) -> None:
+    first, *rest = create_for(store, "a", 3)
+    other = create_for(store, "b", 2)
     order = []
     while claimed := store.leases.claim("worker-1", 30, **SERVES):
         order.append(claimed[0].job_id)
@@ -85,11 +87,11 @@ def test_promise_11_of_many_jobs_that_ended_a_tenant_has_had_its_turn(store: Sto
     assert order == [first, other[0], rest[0], other[1], rest[1]]
 
 
-def test_promise_11_a_tenant_does_not_gain_by_a_priority_for_each_job(engine: Engine, store: Store) -> None:
-    many = [of_tenant(store, "many", 1, -priority)[0] for priority in range(5)]
+def test_claim_gives_no_advantage_to_many_priorities(engine: Engine, store: Store) -> None:
+    many = [create_for(store, "many", 1, -priority)[0] for priority in range(5)]
     for ago, job_id in enumerate(reversed(many)):
         put(engine, job_id, queued_at=store.for_tenant("many").jobs.get(job_id).queued_at - ago)
-    one = of_tenant(store, "one", 5)
+    one = create_for(store, "one", 5)
     order = []
     while claimed := store.leases.claim("worker-1", 30, rules=Rules(priority_seconds=1e-9), **SERVES):
         order.append(claimed[0].job_id)
@@ -97,38 +99,38 @@ def test_promise_11_a_tenant_does_not_gain_by_a_priority_for_each_job(engine: En
     assert order == [job_id for pair in zip(many, one, strict=True) for job_id in pair]
 
 
-def test_promise_11_a_long_wait_outweighs_a_priority(engine: Engine, store: Store) -> None:
-    high, low, lower = of_tenant(store, "a", 3, 5), of_tenant(store, "b", 2, 2), of_tenant(store, "b", 1, 1)
+def test_claim_lets_long_wait_outweigh_priority(engine: Engine, store: Store) -> None:
+    high, low, lower = create_for(store, "a", 3, 5), create_for(store, "b", 2, 2), create_for(store, "b", 1, 1)
     for job_id in (*low, *lower):
         put(engine, job_id, queued_at=store.for_tenant("b").jobs.get(job_id).queued_at - 200)
-    assert all_turns(store) == [low[0], *high, lower[0], low[1]], "one turn, and the wait is anew"
+    assert claim_all(store) == [low[0], *high, lower[0], low[1]], "one claim, after which the wait starts again"
 
 
-def test_jobs_of_other_models_are_another_line(engine: Engine, store: Store) -> None:
+def test_claim_ignores_queues_of_other_models(engine: Engine, store: Store) -> None:
     mine, others = create(store), [create(store, priority=9) for _ in range(2)]
     put(engine, others[0], model="other")
     put(engine, others[1], reward_model="other")
-    assert all_turns(store) == [mine]
+    assert claim_all(store) == [mine]
 
 
-def test_what_is_not_in_line_keeps_nobody_from_their_turn(engine: Engine, store: Store) -> None:
-    waits, late, tried, paused, *ready = in_order(6, store)
+def test_claim_skips_ineligible_queue_heads(engine: Engine, store: Store) -> None:
+    waits, late, tried, paused, *ready = create_sorted(6, store)
     put(engine, waits, next_attempt_at=1e12)
     put(engine, late, deadline_at=1.0)
     put(engine, tried, consecutive_failures=3)
     store.jobs.pause(paused)
-    assert all_turns(store) == ready
+    assert claim_all(store) == ready
 
 
-def test_a_job_that_was_handed_back_has_its_old_place(store: Store) -> None:
-    first, second = in_order(2, store)
+def test_released_job_keeps_queue_position(store: Store) -> None:
+    first, second = create_sorted(2, store)
     lease, _ = claim(store, first)
     store.leases.release(lease)
-    assert all_turns(store) == [first, second]
+    assert claim_all(store) == [first, second]
 
 
-def test_a_job_that_cannot_be_read_is_put_aside(engine: Engine, store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    strange, *others = in_order(3, store)
+def test_claim_skips_unreadable_job(engine: Engine, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    strange, *others = create_sorted(3, store)
     put(engine, strange, prompts={"of": "another version"})
     claimed = [store.leases.claim("worker-1", 30, **SERVES) for _ in range(3)]
     assert [c[0].job_id for c in claimed if c] == others
@@ -138,34 +140,34 @@ def test_a_job_that_cannot_be_read_is_put_aside(engine: Engine, store: Store, ca
     assert strange in caplog.text
 
 
-def test_a_limit_of_running_jobs(store: Store) -> None:
-    a, b = of_tenant(store, "a", 4, 50), of_tenant(store, "b", 4)
+def test_claim_respects_running_limits(store: Store) -> None:
+    a, b = create_for(store, "a", 4, 50), create_for(store, "b", 4)
     store.tenants.set_limits("b", Limits(running=3))
     rules = Rules(max_running=2)
-    assert all_turns(store, rules) == [a[0], a[1], b[0], b[1], b[2]]
+    assert claim_all(store, rules) == [a[0], a[1], b[0], b[1], b[2]]
     lease = Lease(a[0], "worker-1", 1, 1, 1, 3, 30)
     store.for_tenant("a").jobs.cancel(a[0])
-    assert claim_next(store, rules) is None, "it runs until its worker says that it does not"
+    assert claim_next(store, rules) is None, "it counts as running until its worker finishes it"
     store.leases.finish(lease, Outcome("completed"))
-    assert all_turns(store, rules) == [a[2]]
+    assert claim_all(store, rules) == [a[2]]
     store.tenants.set_limits("b", Limits(running=0))
-    assert all_turns(store, rules) == []
+    assert claim_all(store, rules) == []
     store.tenants.set_limits("b", Limits())
     store.tenants.set_limits("a", Limits(running=9))
-    assert all_turns(store, rules) == [a[3]]
+    assert claim_all(store, rules) == [a[3]]
 
 
-def test_promise_11_claims_at_once_give_each_job_once_and_keep_the_limit(engine: Engine, store: Store) -> None:
+def test_concurrent_claims_are_unique_and_respect_limit(engine: Engine, store: Store) -> None:
     for tenant in "ab":
-        create_many(engine, of_tenant(store, tenant)[0], 29)
+        create_many(engine, create_for(store, tenant)[0], 29)
     rules = Rules(max_running=4)
-    together = threading.Barrier(8)
+    barrier = threading.Barrier(8)
     most: Counter[str] = Counter()
     seen: list[str] = []
     lock = threading.Lock()
 
     def work(number: int) -> None:
-        together.wait()
+        barrier.wait()
         idle = 0
         while idle < 20:
             claimed = store.leases.claim(f"worker-{number}", 30, rules=rules, **SERVES)
@@ -191,46 +193,50 @@ def test_promise_11_claims_at_once_give_each_job_once_and_keep_the_limit(engine:
     assert store.queues.next_waiting("policy", "reward", rules) is None
 
 
-def test_promise_11_claims_at_once_share_the_slots_among_tenants(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 60_000)  # none of these is frozen, however busy the machine
+def test_concurrent_claims_share_slots_among_tenants(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        claims, "_PATIENCE_MILLISECONDS", 60_000
+    )  # no claim is frozen here, however busy the machine is
     for tenant in "ab":
-        of_tenant(store, tenant, 8)
-    together = threading.Barrier(8)
+        create_for(store, tenant, 8)
+    barrier = threading.Barrier(8)
 
-    def claim_together(number: int) -> str:
-        together.wait()
+    def claim_after_barrier(number: int) -> str:
+        barrier.wait()
         claimed = store.leases.claim(f"worker-{number}", 30, **SERVES)
         assert claimed
         return claimed.lease.job_id
 
     with ThreadPoolExecutor(8) as threads:
-        taken = set(threads.map(claim_together, range(8)))
+        taken = set(threads.map(claim_after_barrier, range(8)))
     assert [len([j for j in store.for_tenant(tenant).jobs.page(limit=9) if j.id in taken]) for tenant in "ab"] == [4, 4]
 
 
-def test_promise_12_a_paused_queue_gives_no_job_and_tells_those_that_run(engine: Engine, store: Store) -> None:
-    running, waiting, other = in_order(3, store)
+def test_paused_queue_blocks_claims_and_flags_running_jobs(engine: Engine, store: Store) -> None:
+    running, waiting, other = create_sorted(3, store)
     put(engine, other, model="other")
     lease, state = claim(store, running)
     assert store.leases.check("worker-1", [running])[running][1].queue_paused is False
     store.queues.pause("policy")
     paused = rows(engine)
     store.queues.pause("policy")
-    assert rows(engine) == paused, "said again, it is paused since when it was"
+    assert rows(engine) == paused, "pausing again does not change the time of the pause"
     assert claim_next(store) is None
     assert store.leases.check("worker-1", [running])[running][1].queue_paused
     assert store.leases.renew("worker-1", [running], 30)[running][1].queue_paused
     assert store.leases.checkpoint(lease, make_step(state)).queue_paused
     assert store.leases.release(lease) == "queued"
-    assert [bell.job_id for bell in store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)] == [other]
+    assert [wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)] == [
+        other
+    ]
     assert store.leases.claim("worker-1", 30, model="other", reward_model="reward")
     assert store.queues.resume("policy") == [running]
     store.queues.resume("policy")
-    assert all_turns(store) == [running, waiting]
+    assert claim_all(store) == [running, waiting]
     assert not store.leases.check("worker-1", [running])[running][1].queue_paused
 
 
-def test_queues_and_what_stands_in_them(engine: Engine, store: Store) -> None:
+def test_queue_page_counts_jobs_and_workers(engine: Engine, store: Store) -> None:
     assert store.queues.page(60) == []
     for pause in (store.queues.pause, store.queues.resume):
         with pytest.raises(InvalidInputError, match="no queue 'policy'"):
@@ -249,7 +255,7 @@ def test_queues_and_what_stands_in_them(engine: Engine, store: Store) -> None:
     assert found["served"].paused_at is not None
 
 
-def test_turns_long_ago_are_forgotten(engine: Engine, store: Store) -> None:
+def test_purge_last_claims_removes_old_claims(engine: Engine, store: Store) -> None:
     create(store)
     claim_next(store)
     with writing(engine) as session:
@@ -258,32 +264,32 @@ def test_turns_long_ago_are_forgotten(engine: Engine, store: Store) -> None:
     assert rows(engine)["last_claims"] == []
 
 
-def test_what_a_claim_asks_is_found_by_an_index_of_those_that_wait(engine: Engine, store: Store) -> None:
-    """Its cost is that of the tenants and priorities in line, whatever else the table holds."""
+def test_claim_queries_use_queue_indexes(engine: Engine, store: Store) -> None:
+    """Check that the cost of a claim depends on the tenants and priorities that wait, not on the size of the table."""
     create_many(engine, create(store), 2000)
-    create_many(engine, of_tenant(store, "b", 1, 3)[0], 2000, priority=3)
+    create_many(engine, create_for(store, "b", 1, 3)[0], 2000, priority=3)
     if engine.dialect.name == "postgresql":
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("VACUUM ANALYZE jobs"))
     pair = Pair("policy", "reward")
     with writing(engine) as session:
-        line = claims._line(session, pair, Rules())
-        assert [(head.tenant, head.priority) for head in line.heads] == [("b", 3), ("default", 0)]
-        head = line.next()
+        queue = claims._line(session, pair, Rules())
+        assert [(head.tenant, head.priority) for head in queue.heads] == [("b", 3), ("default", 0)]
+        head = queue.next()
         assert head
         dialect = engine.dialect.name
-        asked: list[tuple[Any, dict[str, Any]]] = [
+        queries: list[tuple[Any, dict[str, Any]]] = [
             (claims._HEADS, asdict(pair)),
             (claims._OLDEST, claims._which(pair, head)),
             (claims._next_pair(dialect, None), {}),
             (claims._running(dialect), {}),
         ]
-        how = {"sqlite": "EXPLAIN QUERY PLAN", "postgresql": "EXPLAIN"}[engine.dialect.name]
+        explain_keyword = {"sqlite": "EXPLAIN QUERY PLAN", "postgresql": "EXPLAIN"}[engine.dialect.name]
 
         def explain(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
-            return f"{how} {statement}", parameters
+            return f"{explain_keyword} {statement}", parameters
 
-        for query, values in asked:
+        for query, values in queries:
             event.listen(engine, "before_cursor_execute", explain, retval=True)
             try:
                 plan = "\n".join(
@@ -296,22 +302,20 @@ def test_what_a_claim_asks_is_found_by_an_index_of_those_that_wait(engine: Engin
             assert "Seq Scan on jobs" not in plan, plan
 
 
-def test_a_claim_names_another_job_that_waits(store: Store) -> None:
-    first, second = in_order(2, store)
+def test_claim_names_another_waiting_job(store: Store) -> None:
+    first, second = create_sorted(2, store)
     third = create(store.for_tenant("b"), priority=-5)
-    told = []
+    found = []
     while claimed := store.leases.claim("worker-1", 30, **SERVES):
-        told.append((claimed.lease.job_id, claimed.another))
-    assert told == [(first, third), (second, third), (third, None)]
+        found.append((claimed.lease.job_id, claimed.another))
+    assert found == [(first, third), (second, third), (third, None)]
 
 
-def test_a_worker_frozen_in_its_claim_holds_up_nobody(
-    engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frozen_claim_does_not_block_others(engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine.dialect.name == "sqlite":
-        return  # there is one writer, whatever it does
+        return  # SQLite has one writer, which blocks all others in any case
     monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 50)
-    jobs = in_order(3, store)
+    jobs = create_sorted(3, store)
     claim_next(store)
     with writing(engine) as frozen:
         mine = claims._claim(frozen, Pair("policy", "reward"), Rules(), "worker-1", 30)

@@ -1,121 +1,34 @@
-"""The store, on both databases: when databases are away, clocks are wrong, and many write at once."""
+"""The store, on both databases: unavailable databases, lost acknowledgements, wrong clocks and bad configuration."""
 
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, event, make_url, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Engine, event, make_url, text, update
 from sqlalchemy.orm import Session
 
 from testing.fakes import make_step, new_state
-from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
+from testing.jobs import SERVES, claim, claim_one, create, event_types, put, rows
 from testing.ports import free_port
-from testing.services import new_database, postgres_server
+from testing.services import postgres_server
 from testing.waiting import eventually
-from tpo.core.errors import DatabaseRefusedError, ExternalIdTakenError, LeaseLostError, StoreUnavailableError
+from tpo.core.errors import DatabaseRefusedError, LeaseLostError, StoreUnavailableError
 from tpo.core.status import Status
-from tpo.db import connect, now, reading, single_query, write, writing
+from tpo.db import connect, single_query, writing
 from tpo.db.schema import check, upgrade
 from tpo.jobs import claims
 from tpo.jobs.outcomes import Outcome
 from tpo.jobs.tables import Job
 from tpo.store import Store
-from tpo.tenants.tables import Tenant
-
-
-def at_once(*actions: Callable[[], object]) -> list[object]:
-    """Do all of it in threads that start together; gives what each returned, or the error that it raised."""
-    together = threading.Barrier(len(actions))
-
-    def act(action: Callable[[], object]) -> object:
-        together.wait()
-        try:
-            return action()
-        except LeaseLostError as error:
-            return error
-
-    with ThreadPoolExecutor(len(actions)) as threads:
-        return list(threads.map(act, actions))
-
-
-def test_of_eight_that_race_one_claims(store: Store) -> None:
-    for _ in range(5):
-        job_id = create(store)
-        claims = at_once(*[partial(claim_one, store, job_id, f"worker-{w}", 30, **SERVES) for w in range(8)])
-        assert sum(c is not None for c in claims) == 1
-        assert (store.jobs.get(job_id).attempt, store.jobs.get(job_id).fence) == (1, 1)
-        assert event_types(store, job_id) == ["job.queued", "job.started", "job.phase"]
-
-
-def test_cancel_against_finish_gives_one_end(store: Store) -> None:
-    for _ in range(20):
-        lease, state = claim(store, create(store))
-        at_once(
-            partial(store.jobs.cancel, lease.job_id),
-            partial(store.leases.finish, lease, Outcome("completed", output="the answer")),
-            partial(store.leases.checkpoint, lease, make_step(state)),
-        )
-        job = store.jobs.get(lease.job_id)
-        types = event_types(store, lease.job_id)
-        assert job.status in ("completed", "cancelled")
-        assert [t for t in types if t in ("job.completed", "job.cancelled")] == [types[-1]] == [f"job.{job.status}"]
-        assert job.output == ("the answer" if job.status == "completed" else None)
-
-
-def test_no_cancel_is_lost_beside_a_release(store: Store) -> None:
-    for round_number in range(20):
-        lease, _ = claim(store, create(store), seconds=-1)
-        sweep = partial(store.maintenance.sweep, renotify_seconds=60, forget_worker_seconds=60)
-        at_once(
-            partial(store.jobs.cancel, lease.job_id),
-            partial(store.leases.release, lease) if round_number % 2 else sweep,
-        )
-        sweep()
-        assert store.jobs.get(lease.job_id).status == "cancelled"
-        assert event_types(store, lease.job_id)[-1] == "job.cancelled"
-
-
-def test_sweeps_beside_each_other_and_beside_work(store: Store) -> None:
-    jobs = [create(store) for _ in range(12)]
-    for job_id in jobs:
-        claim(store, job_id, seconds=-1)
-
-    def sweep() -> list[str]:
-        return [
-            b.job_id for _ in range(3) for b in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
-        ]
-
-    rung = at_once(sweep, sweep, sweep, partial(store.leases.renew, "worker-1", jobs, 30))
-    heard = {job_id for bells in rung[:3] for job_id in bells}  # type: ignore[attr-defined]
-    queued = {job_id for job_id in jobs if store.jobs.get(job_id).status == "queued"}
-    assert bool(heard) == bool(queued)
-    assert heard <= queued
-    for job_id in jobs:
-        assert store.jobs.get(job_id).status in ("queued", "in_progress")
-        assert event_types(store, job_id).count("job.retrying") == (job_id in queued)
-
-
-def test_events_have_no_gap_when_many_write(store: Store) -> None:
-    leases = [claim(store, create(store, new_state(sample_size=1, max_iterations=2))) for _ in range(4)]
-    actions: list[Callable[[], object]] = [partial(drive, store, *held) for held in leases]
-    actions += [partial(store.jobs.cancel, lease.job_id) for lease, _ in leases[:2]]
-    actions += [lambda: store.leases.renew("worker-1", [lease.job_id for lease, _ in leases], 30)] * 2
-    at_once(*actions)
-    for number, (lease, _) in enumerate(leases):
-        types = event_types(store, lease.job_id)
-        assert types.count("job.iteration.completed") == 3
-        assert types.count("job.cancelling") == (number < 2)
 
 
 @pytest.mark.parametrize("status", ["completed", "failed"])
-def test_an_end_whose_answer_was_lost_is_told_as_it_stands(store: Store, status: Status) -> None:
+def test_finish_is_idempotent_after_lost_acknowledgement(store: Store, status: Status) -> None:
     lease, _ = claim(store, create(store))
     assert store.leases.finish(lease, Outcome(status)) == status
     before = event_types(store, lease.job_id)
@@ -123,7 +36,7 @@ def test_an_end_whose_answer_was_lost_is_told_as_it_stands(store: Store, status:
     assert event_types(store, lease.job_id) == before
 
 
-def test_a_release_whose_answer_was_lost_is_told_as_it_stands(store: Store) -> None:
+def test_release_is_idempotent_after_lost_acknowledgement(store: Store) -> None:
     lease, _ = claim(store, create(store))
     assert store.leases.release(lease) == "queued"
     before = event_types(store, lease.job_id)
@@ -136,14 +49,14 @@ def test_a_release_whose_answer_was_lost_is_told_as_it_stands(store: Store) -> N
             refused()
 
 
-def test_a_job_that_no_version_can_read_ends_after_its_attempts(engine: Engine, store: Store) -> None:
+def test_unreadable_job_fails_after_its_attempts(engine: Engine, store: Store) -> None:
     job_id = create(store, max_attempts=2)
     put(engine, job_id, params={"mode": "of the future"})
     assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None
     job = store.jobs.get(job_id)
     assert (job.status, job.lease_owner, job.attempt) == ("queued", None, 1)
     assert job.next_attempt_at is not None
-    assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None  # it waits
+    assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None  # it waits for its back-off
     put(engine, job_id, next_attempt_at=None)
     assert claim_one(store, job_id, "worker-1", 30.0, **SERVES) is None
     job = store.jobs.get(job_id)
@@ -151,81 +64,36 @@ def test_a_job_that_no_version_can_read_ends_after_its_attempts(engine: Engine, 
     assert event_types(store, job_id) == ["job.queued", "job.retrying", "job.failed"]
 
 
-def test_a_process_whose_clock_is_wrong_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    early, right, late = -600.0, 0.0, 600.0
+def test_wrong_process_clock_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    early, correct, late = -600.0, 0.0, 600.0
     seconds, nanoseconds = time.time, time.time_ns
 
-    def set_clock(off: float) -> None:
-        monkeypatch.setattr(time, "time", lambda: seconds() + off)
-        monkeypatch.setattr(time, "time_ns", lambda: nanoseconds() + int(off * 1e9))
+    def set_clock(offset: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: seconds() + offset)
+        monkeypatch.setattr(time, "time_ns", lambda: nanoseconds() + int(offset * 1e9))
 
     ids = []
-    for off in (late, right, early):
-        set_clock(off)
+    for offset in (late, correct, early):
+        set_clock(offset)
         lease, state = claim(store, create(store, deadline_seconds=300), seconds=30)
         ids.append(lease.job_id)
         assert store.maintenance.sweep(renotify_seconds=15, forget_worker_seconds=60) == []
         flags = store.leases.checkpoint(lease, make_step(state))
         assert not flags.past_deadline
         job = store.jobs.get(lease.job_id)
-        for told in (job.created_at, job.started_at, (job.lease_until or 0) - 30, (job.deadline_at or 0) - 300):
-            assert told == pytest.approx(seconds(), abs=20)
+        for recorded in (job.created_at, job.started_at, (job.lease_until or 0) - 30, (job.deadline_at or 0) - 300):
+            assert recorded == pytest.approx(seconds(), abs=20)
         assert int(job.id[4:16], 16) / 1000 == pytest.approx(job.created_at, abs=20)
     assert [store.jobs.get(job_id).status for job_id in ids] == ["in_progress"] * 3
 
 
-def test_what_waits_for_sqlite_is_committed_together_and_fails_alone(tmp_path: Path) -> None:
-    upgrade(url := f"sqlite:///{tmp_path}/tpo.db")
-    engine = connect(url)
-    store = Store(engine)
-    taken = create(store, external_id="taken")
-    commits: list[object] = []
-    event.listen(engine, "commit", commits.append)
-
-    def submit(external_id: str) -> str:
-        return create(store, external_id=external_id)
-
-    with ThreadPoolExecutor(6) as threads:
-        with writing(engine) as session:
-            session.execute(select(now()))
-            asked = [threads.submit(submit, name) for name in ("a", "b", "taken", "c", "d")]
-            eventually(lambda: len(engine.get_execution_options()["tpo_waiting"]) == 5, why="all wait")
-        with pytest.raises(ExternalIdTakenError):
-            asked[2].result()
-        made = [future.result() for future in asked[:2] + asked[3:]]
-    assert len(commits) == 2
-    assert sorted(job.id for job in store.jobs.page(limit=9)) == sorted([taken, *made])
-    assert [event_types(store, job_id) for job_id in made] == [["job.queued"]] * 4
-    engine.dispose()
-
-
-def test_nobody_is_told_of_what_the_commit_did_not_keep(sqlite: Engine) -> None:
-    store = Store(sqlite)
-
-    def fail(_connection: object) -> None:
-        raise StoreUnavailableError()
-
-    with ThreadPoolExecutor(3) as threads:
-        with writing(sqlite) as session:
-            session.execute(select(now()))
-            asked = [threads.submit(create, store) for _ in range(3)]
-            eventually(lambda: len(sqlite.get_execution_options()["tpo_waiting"]) == 3, why="all wait")
-            session.commit()
-            event.listen(sqlite, "commit", fail)
-        for each in asked:
-            with pytest.raises(StoreUnavailableError):
-                each.result()
-    event.remove(sqlite, "commit", fail)
-    assert store.jobs.page(limit=9) == []
-
-
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
+def test_unreachable_database_raises_store_unavailable(kind: str, tmp_path: Path) -> None:
     # A folder cannot be opened as a file, not even by root.
     url = f"sqlite:///{tmp_path}" if kind == "sqlite" else f"postgresql+psycopg://me@127.0.0.1:{free_port()}/tpo"
     engine = connect(url)
     store = Store(engine)
-    for ask in (
+    for query in (
         store.ping,
         partial(store.jobs.get, "job_1"),
         partial(create, store),
@@ -233,12 +101,12 @@ def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
         partial(store.maintenance.sweep, renotify_seconds=1, forget_worker_seconds=1),
     ):
         with pytest.raises(StoreUnavailableError):
-            ask()
+            query()
     engine.dispose()
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
         ("postgresql+psycopg://me:secret-word@127.0.0.1/tpo?colour=red", "the driver refuses colour"),
         ("sqlite:///{folder}/tpo.db?colour=red", "the driver refuses colour"),
@@ -246,15 +114,15 @@ def test_a_database_that_is_not_there(kind: str, tmp_path: Path) -> None:
         ("sqlite:///{folder}/file/sub/tpo.db", "the folder .*/file/sub cannot be made: Not a directory"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_refused_before_anything_is_connected(url: str, says: str, tmp_path: Path) -> None:
+def test_connect_refuses_unusable_url(url: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DatabaseRefusedError, match=f"^TPO_DATABASE_URL: {says}") as refused:
+    with pytest.raises(DatabaseRefusedError, match=f"^TPO_DATABASE_URL: {message}") as refused:
         connect(url.format(folder=tmp_path))
     assert "secret-word" not in str(refused.value)
 
 
 def kill_backends(engine: Engine) -> None:
-    """End every connection to the engine's PostgreSQL database, as a restart of the server does."""
+    """Terminate every connection to the engine's PostgreSQL database, as a restart of the server does."""
     name = engine.url.database
     with psycopg.connect(
         engine.url.set(drivername="postgresql").render_as_string(hide_password=False), dbname="postgres"
@@ -262,16 +130,7 @@ def kill_backends(engine: Engine) -> None:
         admin.execute("SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s", [name])
 
 
-@pytest.fixture
-def postgres(postgres_admin_url: str, postgres_template: str) -> Iterator[Engine]:
-    """An engine on a PostgreSQL database with the schema."""
-    with new_database(postgres_admin_url, postgres_template) as url:
-        engine = connect(url)
-        yield engine
-        engine.dispose()
-
-
-def test_postgresql_connections_that_die_in_the_pool_are_replaced(postgres: Engine) -> None:
+def test_postgresql_replaces_dead_pooled_connections(postgres: Engine) -> None:
     store = Store(postgres)
     lease, state = claim(store, create(store))
     kill_backends(postgres)
@@ -281,7 +140,7 @@ def test_postgresql_connections_that_die_in_the_pool_are_replaced(postgres: Engi
     assert store.jobs.state(lease.job_id) == after
 
 
-def test_a_postgresql_connection_that_dies_in_a_transaction_writes_nothing(postgres: Engine) -> None:
+def test_postgresql_connection_lost_in_transaction_rolls_back(postgres: Engine) -> None:
     store = Store(postgres)
     job_id = create(store)
     before = rows(postgres)
@@ -298,9 +157,7 @@ def test_a_postgresql_connection_that_dies_in_a_transaction_writes_nothing(postg
         assert rows(postgres) == before
 
 
-def test_a_postgresql_connection_that_dies_while_it_waits_for_its_turn_is_told(
-    postgres: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_postgresql_connection_lost_in_waiting_claim_raises(postgres: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(postgres)
     create(store)
     monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 60_000)
@@ -310,26 +167,15 @@ def test_a_postgresql_connection_that_dies_while_it_waits_for_its_turn_is_told(
             claims._wait_for_turn(session, claims.Pair("policy", "reward"))
             claimed = thread.submit(store.leases.claim, "worker-1", 30, **SERVES)
             with single_query(postgres) as connection:
-                pid = eventually(lambda: connection.scalar(waits), why="the claim waits for its turn")
+                pid = eventually(lambda: connection.scalar(waits), why="the claim waits for the advisory lock")
                 connection.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
         with pytest.raises(StoreUnavailableError):
             claimed.result()
     assert store.leases.claim("worker-1", 30, **SERVES)
 
 
-def test_a_sweep_passes_over_a_row_that_is_being_written(postgres: Engine) -> None:
-    store = Store(postgres)
-    locked, lost = (claim(store, create(store), seconds=-1)[0].job_id for _ in range(2))
-    with writing(postgres) as session:
-        session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '20s'"))  # a sweep that waits fails
-        session.execute(update(Job).where(Job.id == locked).values(input_tokens=1))
-        rung = [bell.job_id for bell in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
-    assert rung == [lost]
-    assert store.jobs.get(locked).status == "in_progress"
-
-
 @pytest.mark.processes
-def test_a_postgresql_that_becomes_a_standby_is_waited_for_until_it_is_promoted() -> None:
+def test_postgresql_standby_is_unavailable_until_promoted() -> None:
     with postgres_server() as server:
         upgrade(server.url)
         engine = connect(server.url)
@@ -352,26 +198,26 @@ def test_a_postgresql_that_becomes_a_standby_is_waited_for_until_it_is_promoted(
         engine.dispose()
 
 
-def test_what_postgresql_lacks_is_said(postgres: Engine) -> None:
+def test_postgresql_errors_name_the_cause(postgres: Engine) -> None:
     url = postgres.url
     role = f"role_{secrets.token_hex(4)}"
     with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as admin:
         admin.execute(f'CREATE ROLE "{role}" LOGIN')
         admin.execute(f'CREATE ROLE "{role}-full" LOGIN CONNECTION LIMIT 0')
-    for user, database, says in (
+    for user, database, message in (
         (role, url.database, "The database's user may not do that"),
         (f"{role}-full", url.database, "takes no more connections"),
         (role, f"{url.database}-none", "no such user or database"),
     ):
         engine = connect(url.set(username=user, database=database).render_as_string(hide_password=False))
-        with pytest.raises(StoreUnavailableError, match=says):
+        with pytest.raises(StoreUnavailableError, match=message):
             check(engine)
-        with pytest.raises(StoreUnavailableError, match=says):
+        with pytest.raises(StoreUnavailableError, match=message):
             create(Store(engine))
         engine.dispose()
 
 
-def test_a_database_that_cannot_hold_every_text_is_refused(postgres_admin_url: str) -> None:
+def test_postgresql_without_utf8_is_refused(postgres_admin_url: str) -> None:
     name = f"test_{secrets.token_hex(6)}"
     url = make_url(postgres_admin_url).set(drivername="postgresql+psycopg", database=name)
     with psycopg.connect(postgres_admin_url, autocommit=True) as admin:
@@ -383,7 +229,7 @@ def test_a_database_that_cannot_hold_every_text_is_refused(postgres_admin_url: s
             admin.execute(f"DROP DATABASE {name}")
 
 
-def test_what_the_url_asks_of_postgresql_is_kept_beside_our_limits(postgres: Engine) -> None:
+def test_postgresql_url_options_are_merged_with_limits(postgres: Engine) -> None:
     engine = connect(
         postgres.url.update_query_dict({"options": "-c search_path=elsewhere"}).render_as_string(hide_password=False)
     )
@@ -394,83 +240,21 @@ def test_what_the_url_asks_of_postgresql_is_kept_beside_our_limits(postgres: Eng
 
 
 @pytest.mark.parametrize(
-    ("pragma", "says"),
+    ("pragma", "message"),
     [
-        ("max_page_count = 1", "The disk that holds the database is full"),  # as low as it can be: no page more
+        ("max_page_count = 1", "The disk that holds the database is full"),  # no further page can be allocated
         ("query_only = 1", "The database can only be read"),
     ],
 )
-def test_what_sqlite_lacks_is_said_and_passes(sqlite: Engine, pragma: str, says: str) -> None:
+def test_sqlite_errors_name_the_cause_and_recover(sqlite: Engine, pragma: str, message: str) -> None:
     store = Store(sqlite)
     made = create(store)
     sqlite.dispose()
     event.listen(sqlite, "connect", prepare := lambda connection, _record: connection.execute(f"PRAGMA {pragma}"))
     large = new_state(query="x" * 100_000)
-    with pytest.raises(StoreUnavailableError, match=says):
+    with pytest.raises(StoreUnavailableError, match=message):
         create(store, large)
     assert [job.id for job in store.jobs.page(limit=9)] == [made]
     event.remove(sqlite, "connect", prepare)
     sqlite.dispose()
     assert store.jobs.state(create(store, large)) == large
-
-
-@pytest.fixture
-def sqlite(sqlite_template: Path, tmp_path: Path) -> Iterator[Engine]:
-    """An engine on an SQLite file with the schema."""
-    (tmp_path / "tpo.db").write_bytes(sqlite_template.read_bytes())
-    engine = connect(f"sqlite:///{tmp_path / 'tpo.db'}")
-    yield engine
-    engine.dispose()
-
-
-def test_sqlite_writers_lose_no_update(sqlite: Engine) -> None:
-    job_id = create(Store(sqlite))
-
-    def count() -> None:
-        for _ in range(25):
-            with writing(sqlite) as session:
-                read = session.scalars(select(Job.input_tokens).where(Job.id == job_id)).one()
-                session.execute(update(Job).where(Job.id == job_id).values(input_tokens=read + 1))
-
-    at_once(*[count] * 4)
-    assert Store(sqlite).jobs.get(job_id).input_tokens == 100
-
-
-def test_sqlite_readers_do_not_wait_for_a_writer(sqlite: Engine) -> None:
-    store = Store(sqlite)
-    job_id = create(store)
-    impatient = connect(str(make_url(sqlite.url)))
-    with writing(sqlite) as session:
-        session.execute(update(Job).where(Job.id == job_id).values(model="uncommitted"))
-        reader = Store(impatient)  # whoever waits for the writer here fails, for it goes on only afterwards
-        assert reader.jobs.get(job_id).model == "policy"
-        assert reader.jobs.state(job_id).params.sample_size == 2
-        assert [job.id for job in reader.jobs.page(limit=9)] == [job_id]
-        assert len(reader.jobs.events(job_id)) == 1
-        assert reader.leases.check("worker-1", [job_id]) == {}
-    impatient.dispose()
-
-
-def test_a_reader_sees_one_moment(engine: Engine, store: Store) -> None:
-    lease, state = claim(store, create(store))
-    with reading(engine) as session:
-        seen = session.scalars(select(Job.phase).where(Job.id == lease.job_id)).one()
-        store.leases.checkpoint(lease, make_step(state))
-        assert session.scalars(select(Job.phase).where(Job.id == lease.job_id)).one() == seen == "sampling"
-    assert store.jobs.get(lease.job_id).phase == "scoring"
-
-
-def test_work_whose_rows_are_refused_at_its_end_is_told_so_and_nobody_else(engine: Engine) -> None:
-    """What an ORM session holds back until its commit fails there, after the work itself has returned."""
-
-    def add(session: Session, name: str) -> str:
-        session.add(Tenant(id=name, created_at=0.0))
-        return name
-
-    assert write(engine, lambda session: add(session, "first")) == "first"
-    with ThreadPoolExecutor(8) as pool:
-        names = ["first", *(f"tenant-{i}" for i in range(7))]
-        done = [pool.submit(write, engine, lambda session, name=name: add(session, name)) for name in names]
-        with pytest.raises(IntegrityError):
-            done[0].result(30)
-        assert [each.result(30) for each in done[1:]] == names[1:]

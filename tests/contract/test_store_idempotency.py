@@ -1,4 +1,4 @@
-"""Requests said twice, and quotas, on both databases."""
+"""Idempotent requests, quotas and retention, on both databases."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,16 +24,17 @@ STATE = new_state(sample_size=2)
 def submit(
     store: Store, once: IdempotencyRequest | None = None, limits: Limits | None = None, external_id: str | None = None
 ) -> Submitted:
+    """Submit a job."""
     return store.jobs.submit(
         STATE, once=once, limits=limits, max_attempts=3, external_id=external_id, model="policy", reward_model="reward"
     )
 
 
-def test_the_same_key_and_body_give_the_first_job(engine: Engine, store: Store) -> None:
+def test_same_key_and_body_return_first_job(engine: Engine, store: Store) -> None:
     first = submit(store, IdempotencyRequest("body", "key"))
     before = rows(engine)
-    again = submit(store, IdempotencyRequest("body", "key"))
-    assert (first.new, again.new, again.job.id) == (True, False, first.job.id)
+    second = submit(store, IdempotencyRequest("body", "key"))
+    assert (first.new, second.new, second.job.id) == (True, False, first.job.id)
     with pytest.raises(IdempotencyConflictError):
         submit(store, IdempotencyRequest("another body", "key"))
     assert rows(engine) == before
@@ -41,7 +42,7 @@ def test_the_same_key_and_body_give_the_first_job(engine: Engine, store: Store) 
     assert submit(store, IdempotencyRequest("body", "another key")).new
 
 
-def test_a_key_is_forgotten_in_time_and_with_its_job(engine: Engine, store: Store) -> None:
+def test_idempotency_key_expires_or_goes_with_its_job(engine: Engine, store: Store) -> None:
     first = submit(store, IdempotencyRequest("body", "key"))
     execute(engine, "UPDATE idempotency_keys SET created_at = created_at - 100")
     assert not submit(store, IdempotencyRequest("body", "key", keep_seconds=200)).new
@@ -53,7 +54,7 @@ def test_a_key_is_forgotten_in_time_and_with_its_job(engine: Engine, store: Stor
     assert store.jobs.get(first.job.id)
 
 
-def test_an_external_id_names_one_job_of_a_tenant(engine: Engine, store: Store) -> None:
+def test_external_id_is_unique_per_tenant(engine: Engine, store: Store) -> None:
     first = submit(store, IdempotencyRequest("body"), external_id="mine")
     before = rows(engine)
     assert submit(store, IdempotencyRequest("body"), external_id="mine").job.id == first.job.id
@@ -65,7 +66,7 @@ def test_an_external_id_names_one_job_of_a_tenant(engine: Engine, store: Store) 
     assert [submit(store, IdempotencyRequest("body")).new for _ in range(2)] == [True, True]
 
 
-def test_equal_requests_at_once_make_one_job(store: Store) -> None:
+def test_concurrent_equal_requests_create_one_job(store: Store) -> None:
     with ThreadPoolExecutor(16) as threads:
         by_key = list(threads.map(lambda _i: submit(store, IdempotencyRequest("body", "key")), range(48)))
         by_name = list(threads.map(lambda _i: submit(store, IdempotencyRequest("body"), external_id="mine"), range(48)))
@@ -76,11 +77,12 @@ def test_equal_requests_at_once_make_one_job(store: Store) -> None:
 
 
 def end(store: Store, job_id: str) -> None:
+    """Claim a job and fail it."""
     held: Lease = claim(store, job_id)[0]
     store.leases.finish(held, Outcome("failed", error_code="x", error_message="x"))
 
 
-def test_jobs_in_flight_are_counted_for_each_tenant(engine: Engine, store: Store) -> None:
+def test_in_flight_limit_counts_per_tenant(engine: Engine, store: Store) -> None:
     limits = Limits(in_flight=2)
     first = submit(store, limits=limits).job
     claim(store, submit(store, IdempotencyRequest("body", "key"), limits).job.id)
@@ -91,16 +93,16 @@ def test_jobs_in_flight_are_counted_for_each_tenant(engine: Engine, store: Store
     assert rows(engine) == before
     assert not submit(
         store, IdempotencyRequest("body", "key"), limits
-    ).new  # what was taken is not refused when it comes again
+    ).new  # a repeated request that was accepted is not refused
     assert submit(store.for_tenant("acme"), limits=limits).new
     end(store, first.id)
     assert submit(store, limits=limits).new
 
 
-def test_jobs_a_minute_are_counted(engine: Engine, store: Store) -> None:
+def test_rate_limit_counts_jobs_per_minute(engine: Engine, store: Store) -> None:
     limits = Limits(per_minute=3)
-    rooms = [submit(store, limits=limits).room for _ in range(3)]
-    assert [(room.limit, room.remaining) for room in rooms if room] == [(3, 2), (3, 1), (3, 0)]
+    statuses = [submit(store, limits=limits).room for _ in range(3)]
+    assert [(status.limit, status.remaining) for status in statuses if status] == [(3, 2), (3, 1), (3, 0)]
     with pytest.raises(QuotaExceededError) as refused:
         submit(store, limits=limits)
     assert refused.value.code == "rate_limit_exceeded"
@@ -116,7 +118,7 @@ def test_jobs_a_minute_are_counted(engine: Engine, store: Store) -> None:
     assert submit(store, limits=limits).new
 
 
-def test_a_tenant_can_have_limits_of_its_own(store: Store) -> None:
+def test_tenant_limits_override_defaults(store: Store) -> None:
     store.tenants.set_limits("acme", Limits(in_flight=1))
     acme = store.for_tenant("acme")
     for defaults in (Limits(), Limits(in_flight=100)):
@@ -128,18 +130,18 @@ def test_a_tenant_can_have_limits_of_its_own(store: Store) -> None:
     assert [submit(acme, limits=Limits()).new for _ in range(3)] == [True] * 3
 
 
-def test_the_last_place_is_given_once(store: Store) -> None:
-    def ask(_i: int) -> bool:
+def test_concurrent_submits_respect_in_flight_limit(store: Store) -> None:
+    def try_submit(_i: int) -> bool:
         try:
             return submit(store, limits=Limits(in_flight=5)).new
         except QuotaExceededError:
             return False
 
     with ThreadPoolExecutor(12) as threads:
-        assert sum(threads.map(ask, range(24))) == 5
+        assert sum(threads.map(try_submit, range(24))) == 5
 
 
-def test_a_purge_forgets_what_ended_long_ago_and_nothing_that_lives(engine: Engine, store: Store) -> None:
+def test_purge_removes_old_ended_jobs_only(engine: Engine, store: Store) -> None:
     old, fresh, live, running, held, unwanted = (create(store) for _ in range(6))
     for job_id in (old, fresh):
         end(store, job_id)
@@ -148,7 +150,7 @@ def test_a_purge_forgets_what_ended_long_ago_and_nothing_that_lives(engine: Engi
     store.jobs.pause(held)
     store.jobs.cancel(unwanted)
     execute(engine, f"UPDATE jobs SET completed_at = completed_at - 1000 WHERE id = '{old}'")
-    # A live job that pretends to have ended long ago: its state is what counts.
+    # Live jobs get an old end time, but only the status decides.
     execute(engine, f"UPDATE jobs SET completed_at = 1 WHERE id <> '{old}' AND id <> '{fresh}'")
     submit(store, IdempotencyRequest("body", "key"))
     execute(engine, "UPDATE idempotency_keys SET created_at = 1")
@@ -163,7 +165,7 @@ def test_a_purge_forgets_what_ended_long_ago_and_nothing_that_lives(engine: Engi
     assert statuses[1:] == ["queued", "in_progress", "paused", "cancelling"]
 
 
-def test_the_purger_goes_on_until_nothing_is_left(engine: Engine, store: Store) -> None:
+def test_cleaner_purges_until_nothing_is_left(engine: Engine, store: Store) -> None:
     fill(engine, 300)
     Cleaner(Settings(retention_days=1e-9, idempotency_hours=1e-9), store).purge()
     assert {job.status for job in store.jobs.page(limit=300)} == {"queued"}

@@ -1,4 +1,4 @@
-"""Pause, resume, retry, extend and forget, on both databases."""
+"""Pause, resume, retry, extend and delete, on both databases."""
 
 import random
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine
 
-from testing.fakes import FakePolicy, FakeReward, go_on, make_step, new_state, step
+from testing.fakes import FakePolicy, FakeReward, make_step, new_state, proceed, step
 from testing.jobs import SERVES, claim, claim_one, create, drive, event_types, put, rows
-from tests.contract.test_store_faults import at_once
+from tests.support.concurrency import run_together
 from tpo.core.errors import JobNotFoundError, WrongStateError
 from tpo.core.run import run
 from tpo.core.state import State
@@ -22,17 +22,19 @@ from tpo.store import Store
 
 
 def sweep(store: Store) -> list[str]:
-    return [bell.job_id for bell in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
+    """Run one sweep and return the ids of the jobs to notify workers of."""
+    return [wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
 
 
-def go_on_from(store: Store, job_id: str, state: State) -> Job:
+def continue_from(store: Store, job_id: str, state: State) -> Job:
+    """Create a job that continues from the state of another one."""
     made = store.jobs.create_from(
         job_id, state, once=None, limits=None, max_attempts=3, model="policy", reward_model="reward"
     )
     return made.job
 
 
-def test_a_queued_job_is_paused_at_once_and_resumed(engine: Engine, store: Store) -> None:
+def test_queued_job_pauses_at_once_and_resumes(engine: Engine, store: Store) -> None:
     job_id = create(store)
     assert store.jobs.pause(job_id).status == "paused"
     paused = rows(engine)
@@ -46,7 +48,7 @@ def test_a_queued_job_is_paused_at_once_and_resumed(engine: Engine, store: Store
     assert claim(store, job_id)
 
 
-def test_a_running_job_is_paused_when_its_worker_hands_it_back(store: Store) -> None:
+def test_running_job_pauses_on_release(store: Store) -> None:
     lease, state = claim(store, create(store))
     store.leases.checkpoint(lease, made := make_step(state))
     after = made.after
@@ -62,7 +64,7 @@ def test_a_running_job_is_paused_when_its_worker_hands_it_back(store: Store) -> 
     assert (again.attempt, resumed) == (1, after)
 
 
-def test_a_pause_is_taken_back(store: Store) -> None:
+def test_resume_withdraws_pause_request(store: Store) -> None:
     lease, _ = claim(store, create(store))
     store.jobs.pause(lease.job_id)
     assert store.jobs.resume(lease.job_id).pause_requested_at is None
@@ -71,7 +73,7 @@ def test_a_pause_is_taken_back(store: Store) -> None:
 
 
 @pytest.mark.parametrize("how", ["failed attempt", "lost worker"])
-def test_a_pause_outlives_the_worker(store: Store, how: str) -> None:
+def test_pause_request_outlives_worker(store: Store, how: str) -> None:
     lease, _ = claim(store, create(store), seconds=-1)
     store.jobs.pause(lease.job_id)
     if how == "lost worker":
@@ -83,7 +85,7 @@ def test_a_pause_outlives_the_worker(store: Store, how: str) -> None:
     store.jobs.resume(job.id)
 
 
-def test_a_paused_job_has_a_deadline_and_an_end(engine: Engine, store: Store) -> None:
+def test_paused_job_can_expire_or_be_cancelled(engine: Engine, store: Store) -> None:
     late, unwanted = create(store, deadline_seconds=600), create(store)
     for job_id in (late, unwanted):
         store.jobs.pause(job_id)
@@ -93,28 +95,28 @@ def test_a_paused_job_has_a_deadline_and_an_end(engine: Engine, store: Store) ->
     assert store.jobs.cancel(unwanted).status == "cancelled"
 
 
-def test_cancel_wins_over_pause(store: Store) -> None:
+def test_cancel_overrides_pause(store: Store) -> None:
     lease, _ = claim(store, create(store))
     store.jobs.pause(lease.job_id)
     assert store.jobs.cancel(lease.job_id).pause_requested_at is None
-    for ask in (store.jobs.pause, store.jobs.resume):
+    for change in (store.jobs.pause, store.jobs.resume):
         with pytest.raises(WrongStateError):
-            ask(lease.job_id)
+            change(lease.job_id)
     assert store.leases.release(lease) == "cancelled"
 
 
 @pytest.mark.parametrize("status", TERMINAL)
-def test_what_has_ended_is_neither_paused_nor_resumed(engine: Engine, store: Store, status: Status) -> None:
+def test_ended_job_cannot_be_paused_or_resumed(engine: Engine, store: Store, status: Status) -> None:
     lease, _ = claim(store, create(store))
     store.leases.finish(lease, Outcome(status))
     before = rows(engine)
-    for ask in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now):
+    for change in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now):
         with pytest.raises(WrongStateError):
-            ask(lease.job_id)
+            change(lease.job_id)
     assert rows(engine) == before
 
 
-def test_pause_resume_and_cancel_race_with_work(store: Store) -> None:
+def test_pause_and_resume_race_with_work(store: Store) -> None:
     for _ in range(10):
         lease, state = claim(store, create(store, new_state(sample_size=1, max_iterations=1)))
         actions: list[Callable[[], object]] = [
@@ -124,14 +126,14 @@ def test_pause_resume_and_cancel_race_with_work(store: Store) -> None:
             partial(store.leases.release, lease),
         ]
         random.shuffle(actions)
-        at_once(*actions)
+        run_together(*actions)
         job = store.jobs.get(lease.job_id)
         assert job.status in ("queued", "paused")
         types = event_types(store, job.id)
         assert types.count("job.paused") - types.count("job.resumed") == (job.status == "paused")
 
 
-def test_a_job_that_waits_is_retried_at_once(store: Store) -> None:
+def test_retry_now_ends_back_off(store: Store) -> None:
     lease, _ = claim(store, create(store))
     store.leases.release(lease, delay_seconds=500)
     assert claim_one(store, lease.job_id, "worker-1", 30, **SERVES) is None
@@ -139,13 +141,13 @@ def test_a_job_that_waits_is_retried_at_once(store: Store) -> None:
     assert claim(store, lease.job_id)[0].attempt == 2
 
 
-def test_retrying_goes_on_from_the_record_in_a_new_job(store: Store) -> None:
+def test_retried_job_continues_from_record(store: Store) -> None:
     lease, state = claim(store, create(store))
     store.leases.checkpoint(lease, made := make_step(state))
     after = made.after
     store.leases.finish(lease, Outcome("failed", error_code="worker_lost", error_message="lost"))
     old = store.jobs.get(lease.job_id)
-    new = go_on_from(store, old.id, retried(old, store.jobs.state(old.id)))
+    new = continue_from(store, old.id, retried(old, store.jobs.state(old.id)))
     assert (new.status, new.source_id, new.input_tokens) == ("queued", old.id, 0)
     assert store.jobs.state(new.id) == after.model_copy(update={"calls": ()})
     assert store.jobs.get(old.id).status == "failed"
@@ -153,7 +155,7 @@ def test_retrying_goes_on_from_the_record_in_a_new_job(store: Store) -> None:
         retried(new, state)
 
 
-def test_a_job_without_usable_samples_is_retried_with_another_seed(store: Store) -> None:
+def test_retry_without_usable_sample_changes_seed(store: Store) -> None:
     lease, state = claim(store, create(store))
     store.leases.checkpoint(lease, made := make_step(state))
     after = made.after
@@ -164,45 +166,45 @@ def test_a_job_without_usable_samples_is_retried_with_another_seed(store: Store)
 
 
 @pytest.mark.parametrize("mode", ["tpo", "revision"])
-def test_extending_gives_what_a_longer_job_would_have_given(store: Store, mode: str) -> None:
+def test_extended_job_equals_longer_job(store: Store, mode: str) -> None:
     lease, state = claim(store, create(store, new_state(mode=mode, sample_size=3, max_iterations=1, seed=5)))
     ended = drive(store, lease, state)
     store.leases.finish(lease, Outcome("completed", output="short"))
     old = store.jobs.get(lease.job_id)
     more = extended(old, ended, 2)
-    made = go_on_from(store, old.id, more)
+    made = continue_from(store, old.id, more)
     assert (made.iteration, made.best_candidate, made.best_reward) == (2, old.best_candidate, old.best_reward)
     held, begun = claim(store, made.id)
     assert begun.calls == ()
     last = drive(store, held, begun)
-    straight = run(
+    uninterrupted = run(
         new_state(mode=mode, sample_size=3, max_iterations=3, seed=5),
         FakePolicy(),
         FakeReward(),
         lambda _s: None,
-        go_on,
+        proceed,
     )
-    assert (last.candidates, last.iterations) == (straight.candidates, straight.iterations)
-    assert last.calls[-1].number == len(last.calls) == len(straight.calls) - len(ended.calls)
+    assert (last.candidates, last.iterations) == (uninterrupted.candidates, uninterrupted.iterations)
+    assert last.calls[-1].number == len(last.calls) == len(uninterrupted.calls) - len(ended.calls)
     assert store.jobs.state(old.id) == ended
 
 
-def falls(text: str) -> float:
-    """Rewards that fall from step to step."""
+def falling_reward(text: str) -> float:
+    """Return a reward that falls with each iteration."""
     return -float(text.split()[1].partition("-")[0])
 
 
-def test_a_decline_stands_in_the_record_and_among_the_events(store: Store) -> None:
+def test_decline_is_recorded_and_published(store: Store) -> None:
     lease, state = claim(store, create(store, new_state(sample_size=2, max_iterations=2)))
     seen = []
     for _ in range(10):
-        made = make_step(state, reward=FakeReward(falls))
+        made = make_step(state, reward=FakeReward(falling_reward))
         store.leases.checkpoint(lease, made)
         state = made.after
         seen.append(store.jobs.get(lease.job_id).declined_iteration)
     assert seen == [None] * 5 + [1] * 4 + [2]
-    told = [e for e in store.jobs.events(lease.job_id) if e.type == "job.iteration.declined"]
-    assert [e.data for e in told] == [
+    events = [e for e in store.jobs.events(lease.job_id) if e.type == "job.iteration.declined"]
+    assert [e.data for e in events] == [
         {"iteration": 1, "mean_reward": -1.0, "mean_reward_before": 0.0},
         {"iteration": 2, "mean_reward": -2.0, "mean_reward_before": -1.0},
     ]
@@ -210,7 +212,7 @@ def test_a_decline_stands_in_the_record_and_among_the_events(store: Store) -> No
     assert types[types.index("job.iteration.declined") - 1] == "job.iteration.completed"
 
 
-def test_a_job_that_was_given_up_can_be_extended(store: Store) -> None:
+def test_early_stopped_job_can_be_extended(store: Store) -> None:
     rule = {"patience": 1, "min_gain": 1000.0}
     lease, state = claim(store, create(store, new_state(sample_size=2, max_iterations=3, early_stop=rule)))
     ended = drive(store, lease, state)
@@ -218,13 +220,13 @@ def test_a_job_that_was_given_up_can_be_extended(store: Store) -> None:
     store.leases.finish(lease, outcome_of_run(ended))
     old = store.jobs.get(lease.job_id)
     assert (old.status, old.stop_reason) == ("completed", "early_stop")
-    made = go_on_from(store, old.id, extended(old, ended, 1))
+    made = continue_from(store, old.id, extended(old, ended, 1))
     assert (made.iteration, made.phase, made.stop_reason) == (2, "critique", None)
     held, begun = claim(store, made.id)
     assert len(drive(store, held, begun).iterations) == 2
 
 
-def test_a_budget_in_the_middle_of_an_iteration_completes_none(store: Store) -> None:
+def test_budget_within_iteration_leaves_it_incomplete(store: Store) -> None:
     state = new_state(sample_size=2, max_iterations=2, max_seconds=0.4)
     lease, state = claim(store, create(store, state))
     ended = drive(store, lease, state)
@@ -234,12 +236,12 @@ def test_a_budget_in_the_middle_of_an_iteration_completes_none(store: Store) -> 
     assert (job.status, job.incomplete_reason, job.iteration) == ("incomplete", "max_seconds", 1)
     types = event_types(store, job.id)
     assert types.count("job.iteration.completed") == 1
-    again = go_on_from(store, job.id, retried(job, ended))
+    again = continue_from(store, job.id, retried(job, ended))
     held, begun = claim(store, again.id)
     assert [c.kind for c in drive(store, held, begun).calls] == ["gradient", "update", "score"]
 
 
-def test_a_cancel_beside_the_end_of_a_run_tells_no_other_reason(store: Store) -> None:
+def test_cancelled_job_has_no_stop_reason(store: Store) -> None:
     lease, _ = claim(store, create(store))
     store.jobs.cancel(lease.job_id)
     store.leases.finish(lease, Outcome("completed", output="x", stop_reason="decline"))
@@ -248,7 +250,7 @@ def test_a_cancel_beside_the_end_of_a_run_tells_no_other_reason(store: Store) ->
     assert store.jobs.events(job.id)[-1].data == {}
 
 
-def test_what_cannot_be_extended(store: Store) -> None:
+def test_extend_refuses_ineligible_jobs(store: Store) -> None:
     lease, state = claim(store, create(store))
     with pytest.raises(WrongStateError):
         extended(store.jobs.get(lease.job_id), state, 1)
@@ -263,7 +265,7 @@ def test_what_cannot_be_extended(store: Store) -> None:
         extended(job, scored.model_copy(update={"params": scored.params.model_copy(update={"mode": "bon"})}), 1)
 
 
-def test_a_job_is_forgotten_with_all_its_texts(engine: Engine, store: Store) -> None:
+def test_delete_removes_all_rows_of_job(engine: Engine, store: Store) -> None:
     empty = rows(engine)
     lease, state = claim(store, create(store))
     with pytest.raises(WrongStateError):
@@ -278,11 +280,11 @@ def test_a_job_is_forgotten_with_all_its_texts(engine: Engine, store: Store) -> 
         store.jobs.delete(lease.job_id)
 
 
-def test_the_reader_s_news(store: Store) -> None:
+def test_new_events_lists_events_and_deleted_jobs(store: Store) -> None:
     first, second = create(store), create(store)
     claim(store, first)
-    news = store.events.new_events({first: 1, second: 1, "job_none": 0})
-    assert [(e.job_id, e.number) for e in news.events] == [(first, 2), (first, 3)]
-    assert news.gone == {"job_none"}
+    found = store.events.new_events({first: 1, second: 1, "job_none": 0})
+    assert [(e.job_id, e.number) for e in found.events] == [(first, 2), (first, 3)]
+    assert found.gone == {"job_none"}
     assert store.events.new_events({}).events == ()
     assert len(store.events.new_events({**{f"job_{i}": 0 for i in range(1000)}, second: 0}).events) == 1

@@ -1,4 +1,4 @@
-"""The sweeper, on both databases: lost workers, deadlines and doorbells. And any order of events at all."""
+"""The rescuer, on both databases: lost workers, deadlines and notifications; and invariants for any sequence."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ from tpo.store import Store
 
 
 def sweep(store: Store, renotify_seconds: float = 60) -> list[str]:
-    """The jobs that were rung for."""
-    bells = store.maintenance.sweep(renotify_seconds=renotify_seconds, forget_worker_seconds=60)
-    assert all(bell.model == "policy" for bell in bells)
-    return [bell.job_id for bell in bells]
+    """Run one sweep and return the ids of the jobs to notify workers of."""
+    wake_ups = store.maintenance.sweep(renotify_seconds=renotify_seconds, forget_worker_seconds=60)
+    assert all(wake_up.model == "policy" for wake_up in wake_ups)
+    return [wake_up.job_id for wake_up in wake_ups]
 
 
-def test_a_sweep_with_nothing_to_do_changes_nothing(engine: Engine, store: Store) -> None:
+def test_idle_sweep_changes_nothing(engine: Engine, store: Store) -> None:
     create(store)
     claim(store, create(store))
     store.workers.register("worker-1", concurrency=1, **SERVES)
@@ -32,7 +32,7 @@ def test_a_sweep_with_nothing_to_do_changes_nothing(engine: Engine, store: Store
     assert rows(engine) == before
 
 
-def test_a_lost_lease_brings_the_job_back_and_rings(store: Store) -> None:
+def test_sweep_requeues_and_notifies_lost_lease(store: Store) -> None:
     lease, state = claim(store, create(store), seconds=500)
     store.leases.checkpoint(lease, made := make_step(state))
     after = made.after
@@ -47,7 +47,7 @@ def test_a_lost_lease_brings_the_job_back_and_rings(store: Store) -> None:
     assert (again.attempt, again.fence, resumed) == (2, 2, after)
 
 
-def test_a_job_that_loses_every_worker_fails(store: Store) -> None:
+def test_sweep_fails_job_after_last_lost_worker(store: Store) -> None:
     job_id = create(store, max_attempts=2)
     for attempt in (1, 2):
         assert claim(store, job_id, seconds=-1)[0].attempt == attempt
@@ -59,7 +59,7 @@ def test_a_job_that_loses_every_worker_fails(store: Store) -> None:
     assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
 
 
-def test_a_poison_job_does_not_take_those_beside_it_down(store: Store) -> None:
+def test_poison_job_does_not_fail_other_jobs(store: Store) -> None:
     poison, *innocent = [create(store, max_attempts=2) for _ in range(3)]
     for _ in range(2):
         for job_id in innocent:
@@ -72,7 +72,7 @@ def test_a_poison_job_does_not_take_those_beside_it_down(store: Store) -> None:
     assert [len(store.jobs.state(job_id).calls) for job_id in innocent] == [2, 2]
 
 
-def test_jobs_that_were_lost_together_twice_come_back_apart(store: Store) -> None:
+def test_sweep_spreads_retries_of_jobs_lost_together(store: Store) -> None:
     job_ids = [create(store, max_attempts=5) for _ in range(3)]
     for _ in range(2):
         for job_id in job_ids:
@@ -82,7 +82,7 @@ def test_jobs_that_were_lost_together_twice_come_back_apart(store: Store) -> Non
     assert len(due) == 3
 
 
-def test_a_late_job_that_cannot_be_read_keeps_nobody_from_their_turn(store: Store, engine: Engine) -> None:
+def test_sweep_expires_unreadable_job_without_blocking_others(store: Store, engine: Engine) -> None:
     late, waiting = create(store, deadline_seconds=-1), create(store)
     put(engine, late, prompts={"of": "another version"})
     put(engine, waiting, queued_at=0)
@@ -90,7 +90,7 @@ def test_a_late_job_that_cannot_be_read_keeps_nobody_from_their_turn(store: Stor
     assert store.jobs.get(late).status == "expired"
 
 
-def test_a_job_that_was_being_cancelled_when_its_worker_was_lost(store: Store) -> None:
+def test_sweep_cancels_lost_job_being_cancelled(store: Store) -> None:
     lease, _ = claim(store, create(store), seconds=-1)
     store.jobs.cancel(lease.job_id)
     assert sweep(store) == []
@@ -98,46 +98,46 @@ def test_a_job_that_was_being_cancelled_when_its_worker_was_lost(store: Store) -
     assert event_types(store, lease.job_id)[-1] == "job.cancelled"
 
 
-def test_a_queued_job_past_its_deadline(engine: Engine, store: Store) -> None:
-    nothing = create(store, deadline_seconds=-1)
-    begun = create(store, deadline_seconds=600)
-    lease, state = claim(store, begun)
+def test_sweep_ends_queued_job_past_deadline(engine: Engine, store: Store) -> None:
+    unstarted = create(store, deadline_seconds=-1)
+    started = create(store, deadline_seconds=600)
+    lease, state = claim(store, started)
     last = drive(store, lease, state)
     store.leases.release(lease)
     in_time = create(store, deadline_seconds=600)
     assert sweep(store) == []
-    assert store.jobs.get(nothing).status == "expired"
-    assert store.jobs.get(nothing).output is None
-    assert store.jobs.get(begun).status == "queued"
-    put(engine, begun, deadline_at=1.0)
+    assert store.jobs.get(unstarted).status == "expired"
+    assert store.jobs.get(unstarted).output is None
+    assert store.jobs.get(started).status == "queued"
+    put(engine, started, deadline_at=1.0)
     sweep(store)
-    job = store.jobs.get(begun)
+    job = store.jobs.get(started)
     assert last.best is not None
     assert (job.status, job.output, job.incomplete_reason) == ("incomplete", last.best.text, "deadline")
-    assert event_types(store, begun)[-1] == "job.incomplete"
+    assert event_types(store, started)[-1] == "job.incomplete"
     assert store.jobs.get(in_time).status == "queued"
 
 
-def test_a_pause_between_attempts_ends_in_the_line(engine: Engine, store: Store) -> None:
+def test_sweep_requeues_job_after_back_off(engine: Engine, store: Store) -> None:
     waits, due = (create(store) for _ in range(2))
     for job_id in (waits, due):
         store.leases.release(claim(store, job_id)[0], delay_seconds=600)
     assert sweep(store, renotify_seconds=-1) == []
     put(engine, due, next_attempt_at=1.0)
-    assert store.leases.claim("worker-1", 30, **SERVES) is None, "the sweeper puts it back"
+    assert store.leases.claim("worker-1", 30, **SERVES) is None, "the sweep requeues it first"
     assert sweep(store) == [due]
     assert store.jobs.get(due).next_attempt_at is None
     assert claim(store, due)[0].attempt == 2
 
 
-def test_a_lost_job_past_its_deadline_ends_in_the_same_sweep(engine: Engine, store: Store) -> None:
+def test_sweep_expires_lost_job_past_deadline(engine: Engine, store: Store) -> None:
     lease, _ = claim(store, create(store), seconds=-1)
     put(engine, lease.job_id, deadline_at=1.0)
     assert sweep(store) == []
     assert store.jobs.get(lease.job_id).status == "expired"
 
 
-def test_doorbells_that_were_lost_are_rung_again(store: Store) -> None:
+def test_sweep_repeats_lost_notifications(store: Store) -> None:
     jobs = sorted(create(store) for _ in range(3))
     claim(store, jobs[0])
     assert sweep(store) == []
@@ -145,18 +145,18 @@ def test_doorbells_that_were_lost_are_rung_again(store: Store) -> None:
     assert sweep(store) == []
 
 
-def test_each_line_has_its_bell_whoever_else_waits(engine: Engine, store: Store) -> None:
+def test_sweep_notifies_each_queue(engine: Engine, store: Store) -> None:
     jobs = sorted(create(store) for _ in range(6))
     for job_id in jobs[:4]:
         put(engine, job_id, model="nobody serves it")
     for job_id in jobs[4:5]:
         put(engine, job_id, reward_model="another")
-    bells = store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
-    heard = {(bell.job_id, bell.model) for bell in bells}
-    assert heard == {(jobs[0], "nobody serves it"), (jobs[4], "policy"), (jobs[5], "policy")}
+    wake_ups = store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
+    notified = {(wake_up.job_id, wake_up.model) for wake_up in wake_ups}
+    assert notified == {(jobs[0], "nobody serves it"), (jobs[4], "policy"), (jobs[5], "policy")}
 
 
-def test_workers_that_are_silent_are_forgotten(store: Store) -> None:
+def test_sweep_removes_silent_workers(store: Store) -> None:
     store.workers.register("worker-1", concurrency=1, **SERVES)
     store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
     assert len(store.workers.live(60)) == 1
@@ -165,7 +165,7 @@ def test_workers_that_are_silent_are_forgotten(store: Store) -> None:
 
 
 ENDS = st.sampled_from(TERMINAL).map(Outcome)
-DONE = (
+ACTIONS = (
     st.tuples(st.just("claim"), st.sampled_from([-1.0, 60.0]))
     | st.tuples(st.just("step"), st.integers(0, 3))
     | st.tuples(st.just("release"), st.sampled_from([None, -1.0, 60.0]))
@@ -173,7 +173,7 @@ DONE = (
     | st.tuples(st.sampled_from(["cancel", "pause", "resume", "pause", "resume"]), st.none())
     | st.tuples(st.just("sweep"), st.none())
 )
-MAY_FOLLOW: dict[str, set[str]] = {
+ALLOWED_TRANSITIONS: dict[str, set[str]] = {
     "queued": {"in_progress", "paused", "cancelled"},
     "in_progress": {"queued", "paused", "cancelling", "failed", *TERMINAL},
     "paused": {"queued", "cancelled"},
@@ -181,22 +181,22 @@ MAY_FOLLOW: dict[str, set[str]] = {
 }
 
 
-class Life:
-    """One job, and every lease that anybody ever had on it: the old ones are used as well."""
+class JobUnderTest:
+    """A job with every lease that was ever held on it; actions use the old leases too."""
 
     def __init__(self, store: Store, state: State) -> None:
         self.store = store
         self.job_id = create(store, state, max_attempts=3)
         self.leases: list[Lease] = []
 
-    def do(self, what: str, how: Any, which: int) -> None:
-        """One thing that may happen to a job, by the lease counted from the last."""
+    def apply(self, action: str, argument: Any, lease_index: int) -> None:
+        """Apply an action, with the lease of this index counted from the last."""
         store = self.store
-        lease = self.leases[-1 - which % len(self.leases)] if self.leases else None
+        lease = self.leases[-1 - lease_index % len(self.leases)] if self.leases else None
         try:
-            match what:
+            match action:
                 case "claim":
-                    claimed = claim_one(store, self.job_id, "worker-1", how, **SERVES)
+                    claimed = claim_one(store, self.job_id, "worker-1", argument, **SERVES)
                     self.leases += [claimed[0]] if claimed else []
                 case "cancel":
                     store.jobs.cancel(self.job_id)
@@ -210,9 +210,9 @@ class Life:
                     state = store.jobs.state(self.job_id)
                     store.leases.checkpoint(lease, make_step(state))
                 case "release" if lease:
-                    store.leases.release(lease, delay_seconds=how)
+                    store.leases.release(lease, delay_seconds=argument)
                 case "finish" if lease:
-                    store.leases.finish(lease, how)
+                    store.leases.finish(lease, argument)
         except WrongStateError:
             assert store.jobs.get(self.job_id).status in ("cancelling", *TERMINAL)
         except LeaseLostError:
@@ -222,17 +222,17 @@ class Life:
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(DONE, st.sampled_from([0, 0, 0, 1, 2])), max_size=25))
-def test_whatever_happens(store: Store, happens: list[tuple[tuple[str, Any], int]]) -> None:
-    life = Life(store, new_state(sample_size=1, max_iterations=1))
-    before = store.jobs.get(life.job_id)
-    recorded = store.jobs.state(life.job_id)
-    for (what, how), which in happens:
-        life.do(what, how, which)
-        after, record = store.jobs.get(life.job_id), store.jobs.state(life.job_id)
+@given(st.lists(st.tuples(ACTIONS, st.sampled_from([0, 0, 0, 1, 2])), max_size=25))
+def test_job_invariants_hold_for_any_sequence(store: Store, actions: list[tuple[tuple[str, Any], int]]) -> None:
+    job = JobUnderTest(store, new_state(sample_size=1, max_iterations=1))
+    before = store.jobs.get(job.job_id)
+    recorded = store.jobs.state(job.job_id)
+    for (action, argument), lease_index in actions:
+        job.apply(action, argument, lease_index)
+        after, record = store.jobs.get(job.job_id), store.jobs.state(job.job_id)
         if after.status != before.status:
             assert before.status not in TERMINAL
-            assert after.status in MAY_FOLLOW[before.status]
+            assert after.status in ALLOWED_TRANSITIONS[before.status]
         if before.status in TERMINAL:
             assert record == recorded
         assert after.fence == before.fence + (before.status == "queued" and after.status == "in_progress")
@@ -241,6 +241,6 @@ def test_whatever_happens(store: Store, happens: list[tuple[tuple[str, Any], int
         assert (after.status in ("in_progress", "cancelling")) == (after.lease_owner is not None)
         assert (after.status in TERMINAL) == (after.completed_at is not None)
         assert after.pause_requested_at is None or after.status == "in_progress"
-        ends = [t for t in event_types(store, life.job_id) if t.removeprefix("job.") in TERMINAL]
+        ends = [t for t in event_types(store, job.job_id) if t.removeprefix("job.") in TERMINAL]
         assert ends == ([f"job.{after.status}"] if after.status in TERMINAL else [])
         before, recorded = after, record

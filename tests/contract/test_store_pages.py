@@ -1,4 +1,4 @@
-"""Lists by age, status and metadata, on both databases: whatever is asked, what a plain look through all jobs gives."""
+"""Lists by age, status and metadata, on both databases, compared with filtering all jobs in Python."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -20,7 +20,7 @@ METADATA: tuple[dict[str, str], ...] = ({}, {"a": "1"}, {"b": "2", "a": "1"}, {"
 
 @pytest.fixture(scope="module", params=DATABASES)
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    """A store for all tests here, which change nothing in it."""
+    """Yield a store shared by all tests of this module, which do not change it."""
     with migrated_database(request.param, request, tmp_path_factory.mktemp("pages")) as url:
         engine = connect(url)
         yield Store(engine)
@@ -29,7 +29,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def jobs(store: Store) -> list[Job]:
-    """Jobs of one tenant among those of another, the oldest first."""
+    """Return jobs of one tenant, the oldest first, created in between jobs of another tenant."""
     ids = []
     for number, metadata in enumerate([*METADATA, *METADATA, *METADATA]):
         create(store.for_tenant("other"), metadata=metadata)
@@ -44,7 +44,7 @@ def jobs(store: Store) -> list[Job]:
 @pytest.mark.parametrize("order", ["asc", "desc"])
 @pytest.mark.parametrize("statuses", [[], ["completed"], ["queued", "failed", "queued"], ["paused"], [*STATUSES]])
 @pytest.mark.parametrize("metadata", METADATA)
-def test_any_filter(
+def test_page_matches_filtered_list(
     store: Store, jobs: list[Job], order: Literal["asc", "desc"], statuses: list[Status], metadata: dict[str, str]
 ) -> None:
     ordered = jobs if order == "asc" else jobs[::-1]
@@ -54,6 +54,6 @@ def test_any_filter(
         if (not statuses or job.status in statuses) and metadata.items() <= job.job_metadata.items()
     ]
     for after, limit in product((None, ordered[0].id, ordered[7].id, ordered[-1].id), (1, 4, 99)):
-        follow = [i for i in matching if after is None or (i > after if order == "asc" else i < after)]
+        expected = [i for i in matching if after is None or (i > after if order == "asc" else i < after)]
         found = store.jobs.page(limit=limit, after=after, order=order, statuses=statuses, metadata=metadata)
-        assert [job.id for job in found] == follow[:limit]
+        assert [job.id for job in found] == expected[:limit]

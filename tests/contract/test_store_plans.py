@@ -1,4 +1,4 @@
-"""That the store costs no more as it grows, on both databases: by its plans and by what it reads, not by a clock."""
+"""The cost of the store does not grow with its size, on both databases, by query plans and rows read, not by time."""
 
 import contextlib
 import secrets
@@ -14,26 +14,34 @@ from testing.jobs import claim_one
 from testing.seeding import SERVES, Filled, fill, new_job, policy
 from testing.services import new_database
 from tests.support.plans import SMALL_TABLES, counted_steps, recorded, rows_read, scans
-from tpo.batches.steps import NewLine
+from tests.support.worker_harness import RecordingNotifier
+from tpo.batches.advance import BatchAdvancer
+from tpo.batches.lines import RawLine
+from tpo.batches.tables import BatchLine
+from tpo.core.errors import InvalidInputError
 from tpo.core.loop import pending
 from tpo.core.status import Status
 from tpo.db import Base, connect, schema
 from tpo.jobs.outcomes import Outcome
+from tpo.jobs.submission import Submit
+from tpo.jobs.tables import Job
+from tpo.settings import Settings
 from tpo.store import Store
 from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
 
 JOBS = 2000
-TIMES = 8
-"""How much smaller the other database is."""
+SIZE_RATIO = 8
+"""Ratio of the sizes of the large and the small database."""
 LISTED = 5
 A_FEW_ROWS = {"sqlite": 100, "postgresql": 20}
-"""Steps, or rows, of a page that holds some jobs in the one and none in the other."""
+"""Steps (SQLite) or rows (PostgreSQL) by which pages may differ that contain a few jobs in one database and none in
+the other."""
 Operation = Callable[[Store, Filled], object]
 
 
 def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> str:
-    """A job as it goes from a client through a worker."""
+    """Take a job from its submission through a worker to its end, and return its id."""
     once = IdempotencyRequest("body", secrets.token_hex(8))
     metadata = {"run": filled.run, "more": "x"}
     job = store.jobs.submit(
@@ -58,34 +66,36 @@ def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> s
 
 
 def client_changes(store: Store, filled: Filled) -> None:
-    """What clients do to a job that waits, and to one that has ended."""
+    """Apply every change that clients can make to a waiting job, and delete it after its end."""
     job_id = whole_job(store, filled)
     for change in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now, store.jobs.cancel, store.jobs.delete):
         change(job_id)
 
 
 def sweep_lost(store: Store, filled: Filled) -> None:
+    """Sweep with one expired job and one lost job."""
     job = store.jobs.submit(new_job(), max_attempts=3, deadline_seconds=-1, **SERVES).job
     lost = store.jobs.submit(new_job(), max_attempts=3, **SERVES).job.id
     assert claim_one(store, lost, "worker-2", -1, **SERVES)
-    bells = store.maintenance.sweep(renotify_seconds=3600, forget_worker_seconds=60)
-    assert [bell.model for bell in bells] == [SERVES["model"]]
+    wake_ups = store.maintenance.sweep(renotify_seconds=3600, forget_worker_seconds=60)
+    assert [wake_up.model for wake_up in wake_ups] == [SERVES["model"]]
     assert store.jobs.get(lost).status == "queued"
     assert store.jobs.get(job.id).status == "expired"
     store.jobs.cancel(lost)
 
 
 def webhooks(store: Store, filled: Filled) -> None:
+    """Use every operation on webhooks and deliveries."""
     hook = store.webhooks.create("https://example.com/", ["job.completed"]).row
     whole_job(store, filled, Outcome("completed"))
     store.webhooks.ping(hook.id)
     assert store.webhooks.deliveries_page(hook.id, limit=LISTED)
     first, second = store.deliveries.due(9)
-    parcel, other = store.deliveries.claim(first, 60), store.deliveries.claim_next(hook.id, 60)
-    assert parcel
+    delivery, other = store.deliveries.claim(first, 60), store.deliveries.claim_next(hook.id, 60)
+    assert delivery
     assert other
     assert other.delivery_id == second
-    store.deliveries.record_success(parcel)
+    store.deliveries.record_success(delivery)
     store.deliveries.record_failure(other, "timeout", 5)
     store.webhooks.page(limit=LISTED)
     store.webhooks.update(hook.id, {"enabled": False})
@@ -93,7 +103,28 @@ def webhooks(store: Store, filled: Filled) -> None:
     store.webhooks.delete(hook.id)
 
 
+class Lines:
+    """A format of batches in which every line requests the same job."""
+
+    custom_id = "a"
+
+    def parse(self, line: RawLine, endpoint: str) -> "Lines":
+        return self
+
+    def submission(self) -> Submit:
+        return Submit(model=SERVES["model"], input="Hello")
+
+    def as_sent(self, error: InvalidInputError) -> InvalidInputError:
+        return error
+
+    def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
+        return b"{}\n"
+
+
 def batches(store: Store, filled: Filled) -> None:
+    """Take a batch from the upload of its input to its cancellation."""
+    settings = Settings(policy=SERVES["model"], reward_model=SERVES["reward_model"])
+    advancer = BatchAdvancer(store.engine, settings, RecordingNotifier(), Lines())
     file_id = store.files.begin("lines.jsonl", "batch")
     store.files.append_part(file_id, b"{}\n")
     store.files.complete(file_id)
@@ -101,34 +132,26 @@ def batches(store: Store, filled: Filled) -> None:
     made = store.batches.create(
         endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=3600, metadata={}
     ).batch
-    store.batch_steps.due(0)
-    store.batch_steps.begin(made, 1)
-    work = store.batch_steps.count_finished(made.id)
-    assert work
-    wanted: Any = (new_job(), {"max_attempts": 3, "metadata": None, **SERVES})
-    store.batch_steps.create_jobs(work.batch, [NewLine(1, "a", wanted)], 3, 1)
-    (job_id,) = store.batch_steps.open_jobs(made.id, 9, waiting_only=True)
-    store.jobs.cancel(job_id)
-    work = store.batch_steps.count_finished(made.id)
-    assert work
-    store.batch_steps.begin_results(work.batch)
-    batch = store.batch_steps.unended(made.id)
-    assert batch
-    store.batch_steps.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
-    batch = store.batch_steps.unended(made.id)
-    assert batch
-    store.batch_steps.write_results(batch, lambda line, job: b"{}\n", lambda job: True)
+    advancer.due(0)
+    assert advancer.advance(made.id), "its requests are counted"
+    assert advancer.advance(made.id), "its job is created"
+    assert not advancer.advance(made.id), "its job has not ended"
+    store.batches.cancel(made.id)
+    for _ in range(9):
+        advancer.advance(made.id)
     ended = store.batches.get(made.id)
-    assert ended.status == "completed"
+    assert (ended.status, ended.failed) == ("cancelled", 1)
     store.batches.page(limit=LISTED)
     store.files.delete(file_id)
 
 
-def page(**how: Any) -> Operation:
+def page(**options: Any) -> Operation:
+    """Return an operation that lists one page of jobs."""
+
     def read(store: Store, filled: Filled) -> None:
-        after = filled.middle if how.get("from_the_middle") else None
-        metadata = {key: filled.run if value == "RUN" else value for key, value in how.get("metadata", {}).items()}
-        known = {key: value for key, value in how.items() if key not in ("from_the_middle", "metadata")}
+        after = filled.middle if options.get("from_the_middle") else None
+        metadata = {key: filled.run if value == "RUN" else value for key, value in options.get("metadata", {}).items()}
+        known = {key: value for key, value in options.items() if key not in ("from_the_middle", "metadata")}
         store.jobs.page(limit=LISTED, after=after, metadata=metadata, **known)
 
     return read
@@ -142,22 +165,22 @@ READS: dict[str, Operation] = {
     "newest": page(),
     "middle": page(from_the_middle=True),
     "middle, oldest first": page(from_the_middle=True, order="asc"),
-    "a status that many have": page(statuses=["completed"], from_the_middle=True),
-    "a status that few have": page(statuses=["expired"], order="asc"),
-    "a status that none has": page(statuses=["cancelling"]),
-    "several": page(statuses=["queued", "failed", "failed", "expired"], from_the_middle=True),
-    "several that few have": page(statuses=["expired", "paused", "cancelled"], from_the_middle=True),
-    "all": page(statuses=STATUSES),
+    "common status": page(statuses=["completed"], from_the_middle=True),
+    "rare status": page(statuses=["expired"], order="asc"),
+    "unused status": page(statuses=["cancelling"]),
+    "several statuses": page(statuses=["queued", "failed", "failed", "expired"], from_the_middle=True),
+    "several rare statuses": page(statuses=["expired", "paused", "cancelled"], from_the_middle=True),
+    "all statuses": page(statuses=STATUSES),
     "metadata": page(metadata={"run": "RUN"}, from_the_middle=True),
-    "metadata that no job has": page(metadata={"run": "none"}),
-    "two pairs, first rare": page(metadata={"more": "x", "run": "RUN"}),
+    "unused metadata": page(metadata={"run": "none"}),
+    "two metadata pairs": page(metadata={"more": "x", "run": "RUN"}),
     "quotas": lambda store, filled: store.jobs.free_slots(Limits(in_flight=LISTED)),
     "workers": lambda store, filled: store.workers.live(60),
     "key": lambda store, filled: store.keys.tenant_of("nobody"),
 }
 WRITES: dict[str, Operation] = {
-    "a whole job": lambda store, filled: whole_job(store, filled, Outcome("completed", output="Draft")),
-    "client's changes": client_changes,
+    "whole job": lambda store, filled: whole_job(store, filled, Outcome("completed", output="Draft")),
+    "client changes": client_changes,
     "sweep": sweep_lost,
     "purge": lambda store, filled: (store.maintenance.purge(1.0, batch=2), store.idempotency_keys.purge(1.0, batch=2)),
     "webhooks": webhooks,
@@ -170,20 +193,20 @@ Sizes = list[tuple[Engine, Filled]]
 
 @pytest.fixture(scope="module")
 def sqlite_sizes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sizes]:
-    """A small and a large SQLite database."""
+    """Yield a small and a large SQLite database."""
     folder: Path = tmp_path_factory.mktemp("plans")
     urls = (f"sqlite:///{folder}/small.db", f"sqlite:///{folder}/large.db")
-    with _filled(urls[0], JOBS // TIMES) as small, _filled(urls[1], JOBS) as large:
+    with _filled(urls[0], JOBS // SIZE_RATIO) as small, _filled(urls[1], JOBS) as large:
         yield [small, large]
 
 
 @pytest.fixture(scope="module")
 def postgres_sizes(postgres_admin_url: str) -> Iterator[Sizes]:
-    """A small and a large PostgreSQL database."""
+    """Yield a small and a large PostgreSQL database."""
     with (
         new_database(postgres_admin_url) as first,
         new_database(postgres_admin_url) as second,
-        _filled(first, JOBS // TIMES) as small,
+        _filled(first, JOBS // SIZE_RATIO) as small,
         _filled(second, JOBS) as large,
     ):
         yield [small, large]
@@ -191,7 +214,7 @@ def postgres_sizes(postgres_admin_url: str) -> Iterator[Sizes]:
 
 @pytest.fixture(scope="module", params=["sqlite_sizes", "postgres_sizes"])
 def sizes(request: pytest.FixtureRequest) -> Sizes:
-    """A small and a large database of one kind."""
+    """Return a small and a large database of one kind."""
     found: Sizes = request.getfixturevalue(request.param)
     return found
 
@@ -205,7 +228,7 @@ def _filled(url: str, jobs: int) -> Iterator[tuple[Engine, Filled]]:
 
 
 @pytest.mark.parametrize("name", [*READS, *WRITES])
-def test_nothing_scans_a_table(sizes: Sizes, name: str) -> None:
+def test_operations_scan_no_table(sizes: Sizes, name: str) -> None:
     for engine, filled in sizes:
         with recorded(engine) as statements:
             (READS | WRITES)[name](Store(engine), filled)
@@ -214,36 +237,36 @@ def test_nothing_scans_a_table(sizes: Sizes, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READS)
-def test_a_read_reads_no_more_where_there_is_more(sizes: Sizes, name: str) -> None:
-    work = []
+def test_read_cost_does_not_grow_with_table(sizes: Sizes, name: str) -> None:
+    costs = []
     for engine, filled in sizes:
         READS[name](Store(engine), filled)
         if engine.dialect.name == "sqlite":
             with counted_steps(engine) as steps:
                 READS[name](Store(engine), filled)
-            work.append(steps[0])
+            costs.append(steps[0])
         else:
             with recorded(engine) as statements:
                 READS[name](Store(engine), filled)
             assert statements
-            work.append(sum(rows_read(engine, s) for s in statements))
-    small, large = work
+            costs.append(sum(rows_read(engine, s) for s in statements))
+    small, large = costs
     assert large <= 1.5 * small + A_FEW_ROWS[sizes[0][0].dialect.name]
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_write_takes_no_more_steps_where_there_is_more(sqlite_sizes: Sizes, name: str) -> None:
-    work = []
+def test_write_cost_does_not_grow_with_table(sqlite_sizes: Sizes, name: str) -> None:
+    costs = []
     for engine, filled in sqlite_sizes:
         with counted_steps(engine) as steps:
             WRITES[name](Store(engine), filled)
-        work.append(steps[0])
-    small, large = work
+        costs.append(steps[0])
+    small, large = costs
     assert 0 < large <= 1.2 * small
 
 
-def test_what_refers_to_a_row_is_found_by_an_index(sizes: Sizes) -> None:
-    """Or deleting the row would scan for it."""
+def test_foreign_keys_are_indexed(sizes: Sizes) -> None:
+    """Check that deleting a row does not scan the tables that reference it."""
     found = inspect(sizes[0][0])
     for table in Base.metadata.sorted_tables:
         leading = {index["column_names"][0] for index in found.get_indexes(table.name)}

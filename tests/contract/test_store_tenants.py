@@ -1,4 +1,4 @@
-"""Tenants and their keys, on both databases."""
+"""Tenants and their API keys, on both databases."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,12 +8,12 @@ from sqlalchemy import Engine, event
 
 from testing.fakes import new_state
 from testing.jobs import claim, create, drive, execute, rows
-from tests.contract.test_store_faults import at_once
+from tests.support.concurrency import run_together
 from tpo.core.errors import InvalidInputError, JobNotFoundError, KeyNotFoundError, NotFoundError
 from tpo.store import Store
 
 
-def test_a_key_opens_its_tenant_and_stands_nowhere(engine: Engine, store: Store) -> None:
+def test_key_identifies_tenant_and_is_not_stored(engine: Engine, store: Store) -> None:
     assert not store.keys.any_exists()
     row, secret = store.keys.create("laptop", "acme")
     assert (row.tenant, row.name, row.revoked_at) == ("acme", "laptop", None)
@@ -25,9 +25,9 @@ def test_a_key_opens_its_tenant_and_stands_nowhere(engine: Engine, store: Store)
     assert secret[4:] not in str(rows(engine))
 
 
-def test_a_revoked_key_opens_nothing_and_does_not_open_the_server(engine: Engine, store: Store) -> None:
+def test_revoked_key_is_rejected_and_server_stays_protected(engine: Engine, store: Store) -> None:
     first, second = store.keys.create("one", "acme"), store.keys.create("two", "acme")
-    # Keys of one millisecond have an order of their own.
+    # Keys of the same millisecond sort in random order.
     execute(engine, "UPDATE api_keys SET created_at = created_at - 1 WHERE id = :id", id=first.row.id)
     revoked = store.keys.revoke(first.row.id)
     assert revoked.revoked_at is not None
@@ -44,37 +44,37 @@ def test_a_revoked_key_opens_nothing_and_does_not_open_the_server(engine: Engine
 
 
 @pytest.mark.parametrize("tenant", ["", "a b", "x" * 65, "-x", "a\x00", "ä", "a\n"])
-def test_a_tenant_has_a_plain_name(store: Store, tenant: str) -> None:
+def test_key_creation_refuses_invalid_tenant_name(store: Store, tenant: str) -> None:
     with pytest.raises(InvalidInputError):
         store.keys.create("k", tenant)
 
 
-def test_a_stranger_s_job_is_not_there(engine: Engine, store: Store) -> None:
+def test_other_tenants_job_is_not_found(engine: Engine, store: Store) -> None:
     acme, other = store.for_tenant("acme"), store.for_tenant("other")
     job_id = create(acme, new_state(sample_size=1, max_iterations=1))
     drive(acme, *claim(store, create(acme)))
     before = rows(engine)
-    for stranger in (other, store):
-        for ask in (stranger.jobs.get, stranger.jobs.state, stranger.jobs.cancel):
+    for other_tenant in (other, store):
+        for query in (other_tenant.jobs.get, other_tenant.jobs.state, other_tenant.jobs.cancel):
             with pytest.raises(JobNotFoundError):
-                ask(job_id)
-        assert stranger.jobs.events(job_id) == []
-        assert stranger.jobs.page(limit=9) == []
-        assert stranger.jobs.page(limit=9, statuses=["queued"]) == []
+                query(job_id)
+        assert other_tenant.jobs.events(job_id) == []
+        assert other_tenant.jobs.page(limit=9) == []
+        assert other_tenant.jobs.page(limit=9, statuses=["queued"]) == []
     assert rows(engine) == before
     assert len(acme.jobs.page(limit=9)) == 2
     assert acme.jobs.get(job_id).tenant == "acme"
 
 
-def test_workers_work_for_every_tenant(store: Store) -> None:
+def test_workers_serve_every_tenant(store: Store) -> None:
     for tenant in ("acme", "other"):
         assert claim(store, create(store.for_tenant(tenant)))
     create(store.for_tenant("acme"))
-    bells = store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
-    assert len(bells) == 1
+    wake_ups = store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
+    assert len(wake_ups) == 1
 
 
-def test_a_list_is_read_off_an_index(engine: Engine) -> None:
+def test_job_list_uses_tenant_index(engine: Engine) -> None:
     plans = {
         "sqlite": ("EXPLAIN QUERY PLAN ", "jobs_by_tenant"),
         "postgresql": ("EXPLAIN ", "jobs_by_tenant"),
@@ -93,18 +93,18 @@ def test_a_list_is_read_off_an_index(engine: Engine) -> None:
     assert "TEMP B-TREE" not in plan
 
 
-def test_the_database_does_the_same_for_a_stranger_s_job_as_for_none(engine: Engine, store: Store) -> None:
+def test_other_tenants_job_costs_same_queries_as_unknown_job(engine: Engine, store: Store) -> None:
     job_id = create(store.for_tenant("acme"))
-    asked: list[str] = []
-    event.listen(engine, "before_cursor_execute", lambda _c, _r, statement, *_: asked.append(statement))
+    executed: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda _c, _r, statement, *_: executed.append(statement))
 
-    def statements(ask: Callable[[str], object], job_id: str) -> list[str]:
-        asked.clear()
+    def statements(query: Callable[[str], object], job_id: str) -> list[str]:
+        executed.clear()
         with pytest.raises(JobNotFoundError):
-            ask(job_id)
-        return list(asked)
+            query(job_id)
+        return list(executed)
 
-    asks = (
+    queries = (
         store.jobs.get,
         store.jobs.state,
         store.jobs.cancel,
@@ -113,11 +113,11 @@ def test_the_database_does_the_same_for_a_stranger_s_job_as_for_none(engine: Eng
         store.jobs.retry_now,
         store.jobs.delete,
     )
-    for ask in asks:
-        assert statements(ask, job_id) == statements(ask, "job_" + "0" * 32) != []
+    for query in queries:
+        assert statements(query, job_id) == statements(query, "job_" + "0" * 32) != []
 
 
-def test_so_it_does_for_files_batches_and_webhooks(engine: Engine, store: Store) -> None:
+def test_other_tenants_resources_cost_same_queries_as_unknown(engine: Engine, store: Store) -> None:
     theirs = store.for_tenant("acme")
     file_id = theirs.files.begin("a", "batch")
     theirs.files.complete(file_id)
@@ -125,33 +125,33 @@ def test_so_it_does_for_files_batches_and_webhooks(engine: Engine, store: Store)
         endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=9, metadata={}
     ).batch.id
     webhook_id = theirs.webhooks.create("https://example.org", ["job.completed"]).row.id
-    asked: list[str] = []
-    event.listen(engine, "before_cursor_execute", lambda _c, _r, statement, *_: asked.append(statement))
+    executed: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda _c, _r, statement, *_: executed.append(statement))
 
-    def statements(ask: Callable[[str], object], unknown: str) -> list[str]:
-        asked.clear()
+    def statements(query: Callable[[str], object], unknown: str) -> list[str]:
+        executed.clear()
         with pytest.raises(NotFoundError):
-            ask(unknown)
-        return list(asked)
+            query(unknown)
+        return list(executed)
 
     def start(file_id: str) -> object:
         return store.batches.create(
             endpoint="/v1/responses", input_file_id=file_id, window="24h", seconds=9, metadata={}
         )
 
-    asks: list[tuple[str, Callable[[str], object]]] = [
-        *((file_id, ask) for ask in (store.files.get, store.files.delete, start)),
-        *((batch_id, ask) for ask in (store.batches.get, store.batches.cancel, store.batches.delete)),
-        *((webhook_id, ask) for ask in (store.webhooks.get, store.webhooks.delete, store.webhooks.ping)),
-        (webhook_id, lambda which: store.webhooks.deliveries_page(which, limit=9)),
-        (webhook_id, lambda which: store.webhooks.update(which, {"enabled": False})),
-        (webhook_id, lambda which: store.webhooks.rotate_secret(which, 0)),
+    queries: list[tuple[str, Callable[[str], object]]] = [
+        *((file_id, query) for query in (store.files.get, store.files.delete, start)),
+        *((batch_id, query) for query in (store.batches.get, store.batches.cancel, store.batches.delete)),
+        *((webhook_id, query) for query in (store.webhooks.get, store.webhooks.delete, store.webhooks.ping)),
+        (webhook_id, lambda webhook: store.webhooks.deliveries_page(webhook, limit=9)),
+        (webhook_id, lambda webhook: store.webhooks.update(webhook, {"enabled": False})),
+        (webhook_id, lambda webhook: store.webhooks.rotate_secret(webhook, 0)),
     ]
-    for real, ask in asks:
-        assert statements(ask, real) == statements(ask, real[:-4] + "0000") != []
+    for real, query in queries:
+        assert statements(query, real) == statements(query, real[:-4] + "0000") != []
 
 
-def test_many_make_keys_of_a_new_tenant_at_once(store: Store) -> None:
-    made = at_once(*[partial(store.keys.create, f"key {i}", "acme") for i in range(8)])
+def test_concurrent_key_creation_for_new_tenant(store: Store) -> None:
+    made = run_together(*[partial(store.keys.create, f"key {i}", "acme") for i in range(8)])
     assert len({new.secret for new in made}) == 8  # type: ignore[attr-defined]
     assert {key.tenant for key in store.keys.page()} == {"acme"}

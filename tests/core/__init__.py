@@ -1,1 +1,1 @@
-"""Tests that take seconds: no servers, no models."""
+"""Fast tests that need no server and no model."""

@@ -1,4 +1,4 @@
-"""The lines of a batch's input, as they are cut out of parts and read."""
+"""Input lines of a batch: splitting the chunks of a file into lines, and reading each line."""
 
 import json
 from typing import Any
@@ -7,20 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpo.openai.batch_lines import RawLine, Refused, Request, is_blank, read, split
+from tpo.batches.lines import RawLine, RefusedLine, split_lines
+from tpo.openai.batch_lines import OpenAILines, RequestLine
 
 RESPONSES = "/v1/responses"
 
 
 def line(**more: Any) -> bytes:
+    """Return a valid line, with more or other fields."""
     return json.dumps(
         {"custom_id": "a", "method": "POST", "url": RESPONSES, "body": {"input": "Hello"}, **more}
     ).encode()
 
 
-def refused(text: bytes | None) -> Refused:
-    found = read(RawLine(text, 0), RESPONSES)
-    assert isinstance(found, Refused)
+def refused(text: bytes | None) -> RefusedLine:
+    """Parse a line that must be refused."""
+    found = OpenAILines().parse(RawLine(text, 0), RESPONSES)
+    assert isinstance(found, RefusedLine)
     return found
 
 
@@ -29,37 +32,37 @@ def refused(text: bytes | None) -> Refused:
     st.lists(st.integers(1, 7), min_size=1),
     st.booleans(),
 )
-def test_lines_do_not_depend_on_the_parts(texts: list[bytes], sizes: list[int], ended: bool) -> None:
+def test_split_does_not_depend_on_chunk_boundaries(texts: list[bytes], sizes: list[int], ended: bool) -> None:
     data = b"\n".join(texts) + (b"\n" if ended else b"")
     parts: list[bytes] = []
-    at = 0
-    while at < len(data):
+    offset = 0
+    while offset < len(data):
         size = sizes[len(parts) % len(sizes)]
-        parts.append(data[at : at + size])
-        at += size
+        parts.append(data[offset : offset + size])
+        offset += size
     expected = data.split(b"\n")
     if not expected[-1]:
         expected.pop()
-    found = list(split(parts, longest=8))
-    assert [f.text for f in found] == [e if len(e) <= 8 else None for e in expected]
-    assert sum(f.size for f in found) == len(data)
+    found = list(split_lines(parts, longest=8))
+    assert [line.text for line in found] == [each if len(each) <= 8 else None for each in expected]
+    assert sum(line.size for line in found) == len(data)
 
 
-def test_a_line_without_end_is_not_kept() -> None:
-    found = list(split((b"x" * 1000 for _ in range(1000)), longest=5000))
+def test_split_drops_text_of_overlong_line() -> None:
+    found = list(split_lines((b"x" * 1000 for _ in range(1000)), longest=5000))
     assert found == [RawLine(None, 1_000_000)]
     assert refused(None).custom_id is None
 
 
 @pytest.mark.parametrize("text", [b"", b" ", b"\r", b"\xef\xbb\xbf", b"\t\r"])
-def test_blank(text: bytes) -> None:
-    assert is_blank(RawLine(text, 1))
+def test_is_blank_accepts_whitespace_and_bom(text: bytes) -> None:
+    assert RawLine(text, 1).is_blank
 
 
 @pytest.mark.parametrize("text", [line(), line() + b"\r", b"\xef\xbb\xbf" + line(), b"  " + line()])
-def test_reads(text: bytes) -> None:
-    found = read(RawLine(text, 0), RESPONSES)
-    assert isinstance(found, Request)
+def test_parse_accepts_valid_line(text: bytes) -> None:
+    found = OpenAILines().parse(RawLine(text, 0), RESPONSES)
+    assert isinstance(found, RequestLine)
     assert found.custom_id == "a"
     assert found.body.submission().input == "Hello"
 
@@ -87,11 +90,11 @@ def test_reads(text: bytes) -> None:
         (line(body={"input": "\ud800"}), None, None),
     ],
 )
-def test_refuses(text: bytes, custom_id: str | None, param: str | None) -> None:
+def test_parse_refuses_invalid_line(text: bytes, custom_id: str | None, param: str | None) -> None:
     found = refused(text)
     assert (found.custom_id, found.error.param) == (custom_id, param)
 
 
 @pytest.mark.parametrize("text", [b"[]", b'"x"', b"5", b"null", b"true"])
-def test_what_is_no_object_is_told_in_the_words_of_its_writer(text: bytes) -> None:
+def test_parse_refuses_line_that_is_not_an_object(text: bytes) -> None:
     assert str(refused(text).error) == "The line must be a JSON object."

@@ -1,4 +1,4 @@
-"""What a round of the purger forgets, and after how long."""
+"""The cleaner: what one round purges, and after which time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,23 +13,23 @@ from worker.tasks.cleaner import Cleaner
 DAY = 24 * 3600.0
 
 
-class Recording:
-    """A store that has so many batches of each kind to forget, and remembers what it was asked."""
+class RecordingStore:
+    """A store with a number of full batches of each kind to purge, which records the calls."""
 
     def __init__(self, batches: int) -> None:
         self._batches = batches
-        self.asked: list[tuple[str, float | None]] = []
+        self.calls: list[tuple[str, float | None]] = []
 
     def __getattr__(self, part: str) -> "_Part":
         return _Part(part, self._purge)
 
     def _purge(self, name: str, seconds: float | None) -> int:
-        self.asked.append((name, seconds))
-        return 5 if self.asked.count((name, seconds)) <= self._batches else 0
+        self.calls.append((name, seconds))
+        return 5 if self.calls.count((name, seconds)) <= self._batches else 0
 
 
 class _Part:
-    """A part of that store, whose methods all purge."""
+    """A part of the store, each of whose methods is a purge."""
 
     def __init__(self, name: str, purge: Callable[[str, float | None], int]) -> None:
         self._name = name
@@ -39,32 +39,31 @@ class _Part:
         return partial(self._purge, f"{self._name}.{method}")
 
 
-def asked(batches: int = 0, **settings: Any) -> list[tuple[str, float | None]]:
-    store: Any = Recording(batches)
+def purges(batches: int = 0, **settings: Any) -> list[tuple[str, float | None]]:
+    """Run one round and return the purges with their retention in seconds."""
+    store: Any = RecordingStore(batches)
     Cleaner(Settings(**settings), store).purge()
-    return sorted(store.asked)
+    return sorted(store.calls)
 
 
-def test_each_kind_has_its_own_time() -> None:
+def test_cleaner_uses_retention_of_each_kind() -> None:
     always = [
         ("deliveries.purge", 7 * DAY),
         ("idempotency_keys.purge", 3 * 3600.0),
         ("maintenance.purge_last_claims", DAY),
     ]
-    assert asked(idempotency_hours=3) == sorted([*always, ("files.purge", None)])
+    assert purges(idempotency_hours=3) == sorted([*always, ("files.purge", None)])
     kept = [(name, 2 * DAY) for name in ("maintenance.purge", "batches.purge", "files.purge")]
-    assert asked(idempotency_hours=3, retention_days=2) == sorted([*always, *kept])
+    assert purges(idempotency_hours=3, retention_days=2) == sorted([*always, *kept])
 
 
-def test_a_round_goes_on_until_nothing_is_left() -> None:
-    assert asked(2, retention_days=2) == sorted(3 * asked(retention_days=2))
+def test_cleaner_repeats_until_nothing_is_left() -> None:
+    assert purges(2, retention_days=2) == sorted(3 * purges(retention_days=2))
 
 
 @pytest.mark.parametrize("error", [StoreUnavailableError(), ValueError("a text of a user")])
-def test_a_round_that_fails_says_so_and_leaves_it_to_the_next(
-    error: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Failing(Recording):
+def test_cleaner_logs_failure_without_raising(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(RecordingStore):
         def _purge(self, name: str, seconds: float | None) -> int:
             raise error
 

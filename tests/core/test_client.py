@@ -1,4 +1,4 @@
-"""The client's rules beside a server that a test makes up: what is tried again, and where a stream goes on."""
+"""The client with a fake server: which requests are retried, and where a stream is resumed."""
 
 import json
 from collections.abc import Callable
@@ -11,64 +11,66 @@ import pytest
 from tpo.client import Client
 from tpo.client.errors import APIError, InternalServerError, NotFoundError
 
-Answer = Callable[[httpx.Request], httpx.Response]
+Respond = Callable[[httpx.Request], httpx.Response]
 
 
-class Made(Client):
-    """A client whose server is a function. It remembers what it was asked."""
+class FakeServerClient(Client):
+    """A client whose server is a function. It records the requests."""
 
-    def __init__(self, answer: Answer, retries: int = 5) -> None:
+    def __init__(self, respond: Respond, retries: int = 5) -> None:
         super().__init__("http://test", retries=retries)
-        self.asked: list[httpx.Request] = []
+        self.requests: list[httpx.Request] = []
 
-        def remembered(request: httpx.Request) -> httpx.Response:
-            self.asked.append(request)
-            return answer(request)
+        def record(request: httpx.Request) -> httpx.Response:
+            self.requests.append(request)
+            return respond(request)
 
-        self._transport._http = httpx.Client(base_url="http://test", transport=httpx.MockTransport(remembered))
+        self._transport._http = httpx.Client(base_url="http://test", transport=httpx.MockTransport(record))
 
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses that nobody has to wait for."""
+    """Replace the client's sleep, and return the list of the pauses that it asks for."""
     made: list[float] = []
     monkeypatch.setattr("tpo.client.transport.time", SimpleNamespace(sleep=made.append))
     return made
 
 
 def stream(*events: dict[str, Any]) -> httpx.Response:
+    """Return a stream of these events that ends after the last one."""
     return httpx.Response(200, text="".join(f"data: {json.dumps(event)}\n\n" for event in events))
 
 
 def closed(reason: str) -> dict[str, Any]:
+    """Return the event that closes a stream."""
     return {"type": "stream.closed", "reason": reason}
 
 
-def test_a_stream_that_ends_early_goes_on_although_the_job_has_ended_meanwhile() -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
+def test_events_resume_stream_closed_early_after_job_ended() -> None:
+    def respond(request: httpx.Request) -> httpx.Response:
         if not request.url.path.endswith("/events"):
             return httpx.Response(200, json={"status": "completed"})
         number = int(request.headers["last-event-id"]) + 1
         event = {"type": "job.phase" if number < 9 else "job.completed", "sequence_number": number}
         return stream(event, closed("slow_listener"))
 
-    # More ends than tries: each event begins their count anew.
-    assert [e["sequence_number"] for e in Made(answer, retries=1).events("job_1")] == list(range(1, 10))
+    # The stream is cut more often than the client retries: each event resets the count of retries.
+    assert [e["sequence_number"] for e in FakeServerClient(respond, retries=1).events("job_1")] == list(range(1, 10))
 
 
-def test_a_stream_after_the_last_event_has_nothing_and_one_of_a_deleted_job_is_an_error() -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
+def test_events_end_after_last_and_raise_for_deleted_job() -> None:
+    def respond(request: httpx.Request) -> httpx.Response:
         return stream() if request.url.path.endswith("/events") else httpx.Response(200, json={"status": "failed"})
 
-    assert list(Made(answer).events("job_1", starting_after=7)) == []
-    client = Made(lambda _: stream(closed("job_deleted")))
+    assert list(FakeServerClient(respond).events("job_1", starting_after=7)) == []
+    client = FakeServerClient(lambda _: stream(closed("job_deleted")))
     with pytest.raises(NotFoundError, match="deleted"):
         list(client.events("job_1"))
-    assert len(client.asked) == 1
+    assert len(client.requests) == 1
 
 
 @pytest.mark.parametrize(
-    ("status", "headers", "asked"),
+    ("status", "headers", "requests"),
     [
         (503, {}, 3),
         (503, {"x-should-retry": "false"}, 1),
@@ -78,39 +80,41 @@ def test_a_stream_after_the_last_event_has_nothing_and_one_of_a_deleted_job_is_a
         (429, {"retry-after": "121"}, 1),
     ],
 )
-def test_what_is_tried_again_and_when(status: int, headers: dict[str, str], asked: int, pauses: list[float]) -> None:
-    client = Made(lambda _: httpx.Response(status, headers=headers, json={"detail": "no"}), retries=2)
+def test_client_retries_by_status_and_headers(
+    status: int, headers: dict[str, str], requests: int, pauses: list[float]
+) -> None:
+    client = FakeServerClient(lambda _: httpx.Response(status, headers=headers, json={"detail": "no"}), retries=2)
     with pytest.raises(APIError, match="no"):
         client.get("job_1")
-    assert len(client.asked) == asked
-    assert len(pauses) == asked - 1
+    assert len(client.requests) == requests
+    assert len(pauses) == requests - 1
     assert all(pause > float(headers.get("retry-after", 0)) for pause in pauses)
 
 
-def test_what_is_gone_at_a_second_try_was_deleted_by_the_first() -> None:
-    answers = iter([httpx.Response(503), httpx.Response(404)])
-    Made(lambda _: next(answers)).delete("job_1")
+def test_delete_treats_not_found_on_retry_as_success() -> None:
+    responses = iter([httpx.Response(503), httpx.Response(404)])
+    FakeServerClient(lambda _: next(responses)).delete("job_1")
     with pytest.raises(NotFoundError):
-        Made(lambda _: httpx.Response(404)).delete("job_1")
+        FakeServerClient(lambda _: httpx.Response(404)).delete("job_1")
     with pytest.raises(InternalServerError):
-        Made(lambda _: httpx.Response(500), retries=0).delete("job_1")
+        FakeServerClient(lambda _: httpx.Response(500), retries=0).delete("job_1")
 
 
-def test_fields_stand_where_the_body_has_none_and_a_key_is_the_same_at_each_try() -> None:
-    answers = iter([httpx.Response(500), httpx.Response(202, json={"id": "job_1"})])
-    client = Made(lambda _: next(answers))
+def test_submit_merges_fields_and_reuses_idempotency_key() -> None:
+    responses = iter([httpx.Response(500), httpx.Response(202, json={"id": "job_1"})])
+    client = FakeServerClient(lambda _: next(responses))
     client.submit({"input": "Why?", "priority": 5}, priority=1, external_id="mine")
-    first, second = client.asked
+    first, second = client.requests
     assert json.loads(second.content) == {"input": "Why?", "priority": 5, "external_id": "mine"}
     assert first.headers["idempotency-key"] == second.headers["idempotency-key"]
 
 
-def test_a_list_ends_at_its_limit_over_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        begin = int(request.url.params.get("after", 0))
-        data = [{"id": str(begin + i + 1)} for i in range(int(request.url.params["limit"]))]
-        return httpx.Response(200, json={"data": data, "has_more": begin < 1000, "last_id": data[-1]["id"]})
+def test_list_stops_at_limit_across_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def respond(request: httpx.Request) -> httpx.Response:
+        start = int(request.url.params.get("after", 0))
+        data = [{"id": str(start + i + 1)} for i in range(int(request.url.params["limit"]))]
+        return httpx.Response(200, json={"data": data, "has_more": start < 1000, "last_id": data[-1]["id"]})
 
-    client = Made(answer)
+    client = FakeServerClient(respond)
     assert [job["id"] for job in client.list(limit=250)] == [str(i + 1) for i in range(250)]
-    assert [request.url.params["limit"] for request in client.asked] == ["100", "100", "50"]
+    assert [request.url.params["limit"] for request in client.requests] == ["100", "100", "50"]

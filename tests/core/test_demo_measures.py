@@ -1,4 +1,4 @@
-"""The measures of the demo's models: errors over queries, equal tokens, and bars that can fail."""
+"""Measures of the demo models: errors over queries, equal tokens, and acceptance bars that can fail."""
 
 import re
 from collections.abc import Callable
@@ -21,6 +21,7 @@ GOOD, NONE = Estimate(1.0, 0.0), Estimate(0.0, 0.0)
 
 
 def make_run(query: int, tokens: tuple[int, ...] = ()) -> Run:
+    """Return a run whose candidates have these numbers of tokens."""
     (facts,) = experiment.held_out_facts(1)
     state = experiment.start(experiment.BEST_OF_N, facts, seed=0)
     candidates = tuple(
@@ -30,14 +31,14 @@ def make_run(query: int, tokens: tuple[int, ...] = ()) -> Run:
     return Run(query, 0, facts, state.model_copy(update={"candidates": candidates}))
 
 
-def test_seeds_are_averaged_before_the_error_is_taken() -> None:
+def test_by_query_averages_seeds_before_error() -> None:
     runs = [make_run(query) for _ in range(3) for query in range(4)]
     values = iter((1.0, 2.0, 3.0, 4.0) * 3)
     found = judge.estimate(measures.by_query(runs, lambda run: next(values)))
     assert found == Estimate(2.5, stdev((1, 2, 3, 4)) / 2)
 
 
-def test_a_share_has_its_error_over_queries_whose_flags_stand_or_fall_together() -> None:
+def test_share_takes_error_over_queries() -> None:
     together = judge.share([[True] * 4, [True] * 4, [False] * 4, [False] * 4])
     assert together == judge.estimate([1, 1, 0, 0])
     assert judge.share([[True, False] * 2] * 4) == Estimate(0.5, 0.0)
@@ -45,7 +46,7 @@ def test_a_share_has_its_error_over_queries_whose_flags_stand_or_fall_together()
     assert isnan(judge.share([[], []]).mean)
 
 
-def test_equal_tokens_are_at_least_as_many_or_none() -> None:
+def test_samples_for_rounds_up_to_equal_tokens() -> None:
     runs = [make_run(0, (10, 20) * (experiment.BEST_OF // 2))]
     assert measures.samples_for(10, runs) == 1
     assert measures.samples_for(11, runs) == 2
@@ -55,7 +56,7 @@ def test_equal_tokens_are_at_least_as_many_or_none() -> None:
         measures.samples_for(every + 1, runs)
 
 
-def test_text_of_a_critique_that_claims_nothing_is_false() -> None:
+def test_critique_without_claim_does_not_hold() -> None:
     (facts,) = experiment.held_out_facts(1)
     claims = judge.read_critique("Greet Omar. The chosen reply lacks a reason. Say", facts)
     assert [claim.holds("There is no charge.", None, facts) for claim in claims] == [True, False]
@@ -65,7 +66,7 @@ def test_text_of_a_critique_that_claims_nothing_is_false() -> None:
 
 
 def all_good() -> Results:
-    """Results that are just good enough for every bar."""
+    """Return results that just meet every bar."""
     final = Outcome(12, 700.0, GOOD, GOOD, Estimate(0.029, 0.0), NONE, GOOD, 0)
     truth = Truth(
         critiques=360,
@@ -95,7 +96,7 @@ def all_good() -> Results:
     )
 
 
-def test_every_bar_holds_where_it_is_just_met() -> None:
+def test_bars_hold_when_just_met() -> None:
     assert all(bar.holds for bar in report.bars(all_good()))
 
 
@@ -121,32 +122,36 @@ WORSE: dict[str, Callable[[Results], Results]] = {
 
 
 def with_truth(results: Results, **figures: Any) -> Results:
+    """Return the results with other figures on the truth of critiques."""
     return replace(results, truths={TPO: replace(results.truths[TPO], **figures)})
 
 
 def with_final(results: Results, **figures: Any) -> Results:
+    """Return the results with other figures on the final answers."""
     return replace(results, outcomes={TPO: replace(results.outcomes[TPO], **figures)})
 
 
-def test_every_bar_can_fail() -> None:
+def test_bars_each_have_a_failing_case() -> None:
     assert len(report.bars(all_good())) == len(WORSE)
 
 
 @pytest.mark.parametrize("name", WORSE)
-def test_a_bar_fails_where_it_is_just_missed(name: str) -> None:
+def test_bar_fails_when_just_missed(name: str) -> None:
     (failed,) = [bar for bar in report.bars(WORSE[name](all_good())) if not bar.holds]
     assert failed.name.startswith(name)
 
 
 def rows(document: Path) -> list[list[str]]:
-    """The rows of the tables of a document that hold a figure with its error, without bold type."""
+    """Return the table rows of a document that contain a figure with its error, without bold markup."""
     lines = document.read_text(encoding="utf-8").replace("**", "").splitlines()
     return [re.split(r" *\| *", line.strip("| ")) for line in lines if line.startswith("|") and " ± " in line]
 
 
-@pytest.mark.parametrize("name", ["README.md", "demo/models/policy/README.md", "demo/models/reward/README.md"])
-def test_figures_shown_elsewhere_are_those_of_the_results(name: str) -> None:
-    """A shorter table shows the first columns, and may leave out the errors of some."""
+@pytest.mark.parametrize(
+    "name", ["docs/measurements.md", "demo/models/policy/README.md", "demo/models/reward/README.md"]
+)
+def test_documented_figures_match_results(name: str) -> None:
+    """Check that each row repeats the first columns of a measured row, with or without the errors."""
     measured = rows(FOLDER / "RESULTS.md")
     shown = rows(FOLDER.parent / name)
     assert shown

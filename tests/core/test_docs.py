@@ -1,4 +1,4 @@
-"""The documents say what the code does."""
+"""The documentation matches the code: settings, commands, files, links and guarantees."""
 
 import ast
 import importlib.util
@@ -16,24 +16,25 @@ from tpo.cli import app
 from tpo.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP_LEVEL = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
+DOCUMENTS = [*(ROOT / name for name in TOP_LEVEL), *sorted((ROOT / "docs").glob("*.md"))]
 CARDS = sorted((ROOT / "demo").glob("**/*.md"))
 BENCHES = sorted((ROOT / "bench").glob("*.py"))
 WITH_SETTINGS = [
     *DOCUMENTS,
     *CARDS,
-    *(ROOT / name for name in ("CHANGELOG.md", ".env.example", "docker-compose.yml", "Makefile", "Dockerfile")),
+    *(ROOT / name for name in (".env.example", "docker-compose.yml", "Makefile", "Dockerfile")),
 ]
 OTHER_VARIABLES = {"TPO_URL", "TPO_KEY", "TPO_VERSION", "TPO_PUBLISH"}
-"""Of clients and of Compose: no process of the server reads them."""
+"""Variables of clients and of Compose, which no process of the server reads."""
 
-IN_THESE = ("", "tpo", "tpo/backends/local", "tests", "docs", "demo")
-"""Folders below which the documents name files; what they name elsewhere is no file of ours."""
-ELSEWHERE = {"generation_config.json", "docker-compose.override.yml"}
+BASE_FOLDERS = ("", "tpo", "tpo/backends/local", "tests", "docs", "demo")
+"""Folders that the paths of files in documents are relative to."""
+FOREIGN_FILES = {"generation_config.json", "docker-compose.override.yml"}
 
 
 def shown(default: Any) -> str:
-    """A default as a table shows it."""
+    """Return a default as the table of settings shows it."""
     if isinstance(default, SecretStr):
         default = default.get_secret_value()
     if default is None:
@@ -41,12 +42,12 @@ def shown(default: Any) -> str:
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
-def test_every_setting_is_documented_with_its_default() -> None:
+def test_settings_are_documented_with_defaults() -> None:
     table = re.findall(
         r"^\| `(TPO_.*?)` \| (.*?) \| (.*) \|$", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE
     )
     settings = Settings.model_fields.items()
-    assert [(name, default.strip(), what) for name, default, what in table] == [
+    assert [(name, default.strip(), description) for name, default, description in table] == [
         (f"TPO_{name.upper()}", shown(field.default), field.description) for name, field in settings
     ]
 
@@ -66,29 +67,31 @@ def test_named_make_targets_exist(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
 def test_linked_files_exist(document: Path) -> None:
-    for link, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", document.read_text()):
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", document.read_text()):
         if "://" not in link:
             target = document.parent / link if link else document
             assert target.exists(), link
-            assert not place or place in headings(target), f"{link}#{place}"
+            assert not anchor or anchor in headings(target), f"{link}#{anchor}"
 
 
 def headings(document: Path) -> set[str]:
-    """The headings of a page as links name them."""
+    """Return the anchors of the headings of a page."""
     titles = re.findall(r"^#+ (.*)", document.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, *CARDS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_named_files_exist(document: Path) -> None:
-    named = set(re.findall(r"`(\w[\w./-]*(?:\.(?:py|md|json|toml|png|txt|yml)|/))`", document.read_text())) - ELSEWHERE
-    missing = {name for name in named if not any((ROOT / folder / name).exists() for folder in IN_THESE)}
+    named = (
+        set(re.findall(r"`(\w[\w./-]*(?:\.(?:py|md|json|toml|png|txt|yml)|/))`", document.read_text())) - FOREIGN_FILES
+    )
+    missing = {name for name in named if not any((ROOT / folder / name).exists() for folder in BASE_FOLDERS)}
     assert not missing
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, *CARDS, *BENCHES], ids=lambda p: str(p.relative_to(ROOT)))
 def test_named_commands_know_their_options(document: Path) -> None:
-    """`tpo` by its own description; a module by what its source says."""
+    """Check options of `tpo` against its commands, and options of a module against its source."""
     text = document.read_text()
     if document.suffix == ".py":
         text = re.sub(r"[][]", "", ast.get_docstring(ast.parse(text)) or "")
@@ -104,7 +107,7 @@ def test_named_commands_know_their_options(document: Path) -> None:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The calls of `tpo` and of our modules in code."""
+    """Yield the words of each call of `tpo`, or of a module of this project, in code blocks and inline code."""
     blocks = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
     lines = [line for language, code in blocks.findall(text) if language in ("", "sh") for line in code.splitlines()]
     lines += re.findall(r"(?:(?<=`)|(?<=^ {4}))[^`\n]+(?=`|$)", blocks.sub("", text), re.MULTILINE)
@@ -115,44 +118,45 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def options_of(words: list[str]) -> list[str]:
-    """What a command of `tpo` knows. Fails where there is no such command."""
+    """Return the options of a command of `tpo`, and fail if there is no such command."""
     command: Any = typer.main.get_command(app)
     for word in words:
         if not hasattr(command, "commands"):
             break
         if re.fullmatch(r"[a-z-]+", word) and not word.startswith("-"):
-            assert word in command.commands, f"tpo knows no {word}"
+            assert word in command.commands, f"tpo has no command {word}"
             command = command.commands[word]
     return [option for parameter in command.params for option in parameter.opts]
 
 
 def source_of(module: str) -> str:
+    """Return the source of a module, or of `__main__` of a package."""
     folder = ROOT / module.replace(".", "/")
     return (folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")).read_text()
 
 
-def all_of(command: Any) -> Iterator[Any]:
-    """A command and all that stand below it."""
+def walk(command: Any) -> Iterator[Any]:
+    """Yield a command and all its subcommands."""
     yield command
     for each in getattr(command, "commands", {}).values():
-        yield from all_of(each)
+        yield from walk(each)
 
 
-def test_every_command_knows_json() -> None:
-    found = [command for command in all_of(typer.main.get_command(app)) if not hasattr(command, "commands")]
+def test_commands_support_json() -> None:
+    found = [command for command in walk(typer.main.get_command(app)) if not hasattr(command, "commands")]
     assert len(found) > 20
     for command in found:
         assert any("--json" in parameter.opts for parameter in command.params), command.name
 
 
-def test_no_help_hides_a_word_in_brackets() -> None:
-    """They are read as a style, and not shown."""
-    for command in all_of(typer.main.get_command(app)):
+def test_help_contains_no_brackets() -> None:
+    """Check for brackets, which rich would read as markup and not show."""
+    for command in walk(typer.main.get_command(app)):
         for text in (command.help, *(getattr(parameter, "help", None) for parameter in command.params)):
             assert "[" not in (text or ""), text
 
 
-def test_every_guarantee_names_tests_that_exist() -> None:
+def test_guarantees_name_existing_tests() -> None:
     table, _, _ = (ROOT / "docs" / "guarantees.md").read_text().partition("\n## ")
     rows = re.findall(r"^\| \*\*.*", table, re.MULTILINE)
     assert rows

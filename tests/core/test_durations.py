@@ -1,4 +1,4 @@
-"""Long tests are run first, and a run says how far it is."""
+"""Durations of tests: long tests run first, and a run reports its progress."""
 
 import re
 from pathlib import Path
@@ -31,28 +31,29 @@ def test_two():
 
 
 def items(*ids: str) -> list[Any]:
+    """Return fake test items with these ids."""
     return [SimpleNamespace(nodeid=each) for each in ids]
 
 
-def test_long_tests_have_a_line_each_and_others_the_mean_of_their_file() -> None:
+def test_summarised_lists_long_tests_and_file_means() -> None:
     seconds = {"tests/a.py::one": 1.0, "tests/a.py::two": 2.0, "tests/a.py::long": 7.04, "tests/b.py::one": 0.25}
     assert summarised(seconds) == {"tests/a.py": 1.5, "tests/a.py::long": 7.0, "tests/b.py": 0.25}
 
 
-def test_expected_seconds_of_known_and_new_tests() -> None:
+def test_expected_falls_back_to_file_then_overall_mean() -> None:
     durations = Durations({"tests/a.py": 1.5, "tests/a.py::long": 7.0, "tests/b.py": 0.5})
     names = ("tests/a.py::long", "tests/a.py::new", "tests/new.py::new")
     assert [durations.expected(name) for name in names] == [7.0, 1.5, 1.0]
 
 
-def test_long_tests_come_first_and_others_keep_their_order() -> None:
+def test_order_puts_long_tests_first() -> None:
     durations = Durations({"a.py": 4.0, "a.py::long": 7.0, "b.py::longest": 9.0, "b.py": 0.1})
     found = items("a.py::one", "a.py::long", "b.py::two", "b.py::longest", "a.py::three")
     durations.order(found)
     assert [item.nodeid for item in found] == ["b.py::longest", "a.py::long", "a.py::one", "b.py::two", "a.py::three"]
 
 
-def test_durations_of_this_project_name_tests_that_exist() -> None:
+def test_durations_file_names_existing_tests() -> None:
     root = FILE.parents[2]
     for name in Durations.load().names:
         file, _, test = name.partition("::")

@@ -1,4 +1,4 @@
-"""A forked Python process is what a started one would be."""
+"""Forked Python processes behave like newly started ones."""
 
 import os
 import signal
@@ -19,6 +19,7 @@ PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "s
 
 
 def forked(*command: str, **more: Any) -> ForkedPython:
+    """Return a process that was forked, not started as a new interpreter."""
     process = ForkedPython(command, **{"env": {**os.environ, **more.pop("env", {})}, **PIPES, **more})
     assert process._forks
     return process
@@ -39,7 +40,7 @@ def forked(*command: str, **more: Any) -> ForkedPython:
         "import os; os.kill(os.getpid(), 2)",
     ],
 )
-def test_program_gives_what_a_started_one_gives(program: str, tmp_path: Path) -> None:
+def test_forked_program_behaves_like_started_one(program: str, tmp_path: Path) -> None:
     environment = {**os.environ, "A_VARIABLE": "of this process"}
     results = []
     for process in (
@@ -51,13 +52,13 @@ def test_program_gives_what_a_started_one_gives(program: str, tmp_path: Path) ->
     assert results[0] == results[1]
 
 
-def test_module_is_run_with_its_arguments(tmp_path: Path) -> None:
+def test_forked_module_receives_arguments(tmp_path: Path) -> None:
     (tmp_path / "own_module.py").write_text("import sys; print(__name__, sys.argv[1:], __file__)")
     process = forked("-m", "own_module", "a", "b", cwd=tmp_path)
     assert process.communicate(timeout=HANG_SECONDS)[0] == f"__main__ ['a', 'b'] {tmp_path}/own_module.py\n"
 
 
-def test_process_is_a_child_of_this_one_and_can_be_killed() -> None:
+def test_forked_process_is_a_child_and_can_be_killed() -> None:
     process = forked("-c", "import os; print(os.getppid(), flush=True); input()")
     assert process.stdout
     assert int(process.stdout.readline()) == os.getpid()
@@ -67,13 +68,13 @@ def test_process_is_a_child_of_this_one_and_can_be_killed() -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_two_processes_share_no_random_numbers() -> None:
+def test_forked_processes_share_no_random_numbers() -> None:
     program = "import random, uuid, tempfile; print(random.random(), uuid.uuid4(), tempfile.mktemp())"
     first, second = (forked("-c", program).communicate(timeout=HANG_SECONDS)[0].split() for _ in range(2))
     assert not set(first) & set(second)
 
 
 @pytest.mark.parametrize("variable", ["PYTHONPATH", "PYTHONWARNINGS", "LC_ALL", "TZ"])
-def test_process_with_other_interpreter_settings_is_started(variable: str, tmp_path: Path) -> None:
+def test_other_interpreter_settings_start_new_process(variable: str, tmp_path: Path) -> None:
     with ForkedPython(["-c", "pass"], env={**os.environ, variable: str(tmp_path)}) as process:
         assert not process._forks

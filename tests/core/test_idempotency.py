@@ -1,4 +1,4 @@
-"""What makes two requests one: the same key, the same path, and the same that is said, however it is written."""
+"""Fingerprints of requests: equal for the same path and the same body, in any order of fields."""
 
 from typing import Any
 
@@ -8,14 +8,15 @@ from api.idempotency import once
 from tpo.settings import Settings
 
 
-def fingerprint(path: str, said: Any) -> str:
+def fingerprint(path: str, body: Any) -> str:
+    """Return the fingerprint of a POST request."""
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "server": ("here", 80)}
-    return once(Request({**scope, "headers": [(b"idempotency-key", b"key")]}), Settings(), said).fingerprint
+    return once(Request({**scope, "headers": [(b"idempotency-key", b"key")]}), Settings(), body).fingerprint
 
 
-def test_the_order_of_fields_says_nothing_and_the_path_does() -> None:
-    said = {"input": "Why?", "parameters": {"seed": 1, "sample_size": 2}}
+def test_fingerprint_ignores_field_order_but_not_path() -> None:
+    body = {"input": "Why?", "parameters": {"seed": 1, "sample_size": 2}}
     same = {"parameters": {"sample_size": 2, "seed": 1}, "input": "Why?"}
-    assert fingerprint("/v1/jobs", said) == fingerprint("/v1/jobs", same)
-    assert fingerprint("/v1/jobs", said) != fingerprint("/v1/jobs", {**same, "input": "How?"})
+    assert fingerprint("/v1/jobs", body) == fingerprint("/v1/jobs", same)
+    assert fingerprint("/v1/jobs", body) != fingerprint("/v1/jobs", {**same, "input": "How?"})
     assert fingerprint("/v1/jobs/job_1/retry", None) != fingerprint("/v1/jobs/job_2/retry", None)

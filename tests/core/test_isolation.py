@@ -1,4 +1,4 @@
-"""A test run sees nothing of the machine but what it started itself."""
+"""A test run uses nothing of the machine except what it started itself."""
 
 import os
 import signal
@@ -15,11 +15,11 @@ from tests.support import isolation
 from tests.support.isolation import isolated_environment
 
 ROOT = Path(__file__).parents[2]
-HOLD_A_BLOCK = "from tests.support.isolation import PortBlock; print(PortBlock().ports.start, flush=True); input()"
+HOLD_A_BLOCK = "from testing.ports import PortBlock; print(PortBlock().ports.start, flush=True); input()"
 
 
-def test_environment_has_nothing_that_configures_the_product_or_its_clients() -> None:
-    somebody = {
+def test_isolated_environment_drops_configuration() -> None:
+    inherited = {
         "TPO_API_KEY": "x",
         "TPO_BROKER_URL": "redis://elsewhere/0",
         "HTTP_PROXY": "http://127.0.0.1:9",
@@ -34,7 +34,7 @@ def test_environment_has_nothing_that_configures_the_product_or_its_clients() ->
         "PATH": "/bin",
         "OPENBLAS_CORETYPE": "Haswell",
     }
-    isolated = isolated_environment(somebody, Path("/home/of/the/run"))
+    isolated = isolated_environment(inherited, Path("/home/of/the/run"))
     assert isolated == {
         "PATH": "/bin",
         "OPENBLAS_CORETYPE": "Haswell",
@@ -45,7 +45,7 @@ def test_environment_has_nothing_that_configures_the_product_or_its_clients() ->
     }
 
 
-def test_this_run_is_isolated(tmp_path: Path) -> None:
+def test_current_run_is_isolated(tmp_path: Path) -> None:
     assert os.environ.items() >= isolation.FIXED.items()
     others = [name for name in os.environ if name not in isolation.FIXED and not isolation.is_kept(name)]
     assert not [n for n in others if n.startswith(("TPO_", "FLOWER_", "PG")) or n.lower().endswith("_proxy")]
@@ -56,7 +56,7 @@ def test_this_run_is_isolated(tmp_path: Path) -> None:
 
 @pytest.fixture
 def other_process() -> Iterator["subprocess.Popen[str]"]:
-    """Another test process of the machine, which holds a block of ports."""
+    """Yield another test process of this machine, which holds a block of ports."""
     command = [sys.executable, "-c", HOLD_A_BLOCK]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -73,7 +73,7 @@ def test_two_processes_share_no_port(other_process: "subprocess.Popen[str]") -> 
 
 
 @pytest.mark.processes
-def test_block_of_killed_process_is_free_again(other_process: "subprocess.Popen[str]") -> None:
+def test_port_block_of_killed_process_is_released(other_process: "subprocess.Popen[str]") -> None:
     assert other_process.stdout
     theirs = (int(other_process.stdout.readline()) - FIRST_PORT) // BLOCK_SIZE
     name = f"\0tpo-tests-ports-{theirs}"
@@ -85,14 +85,14 @@ def test_block_of_killed_process_is_free_again(other_process: "subprocess.Popen[
         taken.bind(name)
 
 
-def test_port_that_is_in_use_is_not_given() -> None:
+def test_port_block_skips_port_in_use() -> None:
     block = PortBlock()
     with socket.create_server(("127.0.0.1", block.ports[0])):
         assert block.next_free() == block.ports[1]
 
 
 @pytest.mark.parametrize("port", [5432, 5555, 6379, 6479, 8000])
-def test_server_of_somebody_else_is_never_connected_to(port: int) -> None:
+def test_foreign_connection_is_refused(port: int) -> None:
     with pytest.raises(ConnectionRefusedError, match="no test has started a server"):
         socket.create_connection(("127.0.0.1", port))
     assert isolation.foreign_connections == [f"127.0.0.1:{port}"]

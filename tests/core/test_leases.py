@@ -1,4 +1,4 @@
-"""How leases are renewed, lost and looked at, in process, on SQLite."""
+"""A worker renews, checks and loses leases, in process, on SQLite."""
 
 import dataclasses
 import threading
@@ -17,44 +17,45 @@ from tpo.jobs.leases import Flags, Lease
 from worker.drain import Drain
 from worker.leases import Held, Leases
 
-GO_ON = Flags(cancel_requested=False, past_deadline=False)
+CONTINUE = Flags(cancel_requested=False, past_deadline=False)
 PAUSE = Flags(cancel_requested=False, past_deadline=False, pause_requested=True)
 
 
 def held_for(seconds: float, drain: Drain | None = None) -> Held:
+    """Return a held lease of this duration."""
     return Held(Lease("job_1", "worker", 1, 1, 1, 3, seconds), drain or Drain())
 
 
-def test_a_lease_that_nobody_could_renew_is_taken_as_lost() -> None:
+def test_unrenewed_lease_is_treated_as_lost() -> None:
     held = held_for(0.01)
     time.sleep(0.02)
     with pytest.raises(CallInterruptedError, match="lease_lost"):
         held.interrupt()
     held = held_for(30)
-    held.update(GO_ON, time.monotonic() - 31, renewed=True)
-    held.interrupt()  # that renewal began before the job was claimed
-    held.update(GO_ON, time.monotonic(), renewed=True)
+    held.update(CONTINUE, time.monotonic() - 31, renewed=True)
+    held.interrupt()  # ignored: that renewal began before the job was claimed
+    held.update(CONTINUE, time.monotonic(), renewed=True)
     held.interrupt()
 
 
-def test_a_checkpoint_renews_the_lease_from_before_it_was_written(bench: Bench) -> None:
+def test_checkpoint_renews_lease_from_before_write(bench: Bench) -> None:
     called: dict[str, float] = {}
     renewed: dict[str, float] = {}
     written: dict[str, float] = {}
 
-    def look(request: Generate, _interrupt: Interrupt) -> None:
+    def record_renewal(request: Generate, _interrupt: Interrupt) -> None:
         with bench.leases._lock:
             (held,) = bench.leases._held
         renewed[request.kind] = held._renewed
         called[request.kind] = time.monotonic()
 
-    bench.policy.before = look
+    bench.policy.before = record_renewal
     bench.store.watch = lambda after: written.update({after.calls[-1].kind: time.monotonic()})
     bench.run(bench.create())
     assert called["critique"] < renewed["gradient"] < written["critique"]
 
 
-def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
+def test_cancel_precedes_deadline_precedes_pause() -> None:
     held = held_for(30)
     for flags, reason in (
         (Flags(cancel_requested=True, past_deadline=True, pause_requested=True), "cancelled"),
@@ -65,37 +66,37 @@ def test_who_cancels_comes_before_a_deadline_and_that_before_a_pause() -> None:
             held.interrupt()
 
 
-def test_late_answer_of_older_query_does_not_revoke_pause() -> None:
+def test_older_query_result_does_not_revoke_pause() -> None:
     held = held_for(30)
     asked_before_pause = time.monotonic()
     held.update(PAUSE, time.monotonic())
-    held.update(GO_ON, asked_before_pause)
+    held.update(CONTINUE, asked_before_pause)
     with pytest.raises(CallInterruptedError, match="paused"):
         held.interrupt()
-    held.update(GO_ON, time.monotonic())  # a query that began later: the pause was taken back
+    held.update(CONTINUE, time.monotonic())  # a later query: the pause was withdrawn
     held.interrupt()
 
 
-def test_late_answer_of_older_query_does_not_revoke_pause_of_queue() -> None:
+def test_older_query_result_does_not_revoke_queue_pause() -> None:
     held = held_for(30)
     asked_before_pause = time.monotonic()
-    held.update(dataclasses.replace(GO_ON, queue_paused=True), time.monotonic())
-    held.update(GO_ON, asked_before_pause)
+    held.update(dataclasses.replace(CONTINUE, queue_paused=True), time.monotonic())
+    held.update(CONTINUE, asked_before_pause)
     with pytest.raises(CallInterruptedError, match="queue_paused"):
         held.between_calls()
-    held.update(GO_ON, time.monotonic())
+    held.update(CONTINUE, time.monotonic())
     held.between_calls()
 
 
-def test_a_lease_of_another_worker_stays_lost() -> None:
+def test_lost_lease_stays_lost() -> None:
     held = held_for(30)
     held.update(None, time.monotonic())
-    held.update(GO_ON, time.monotonic())
+    held.update(CONTINUE, time.monotonic())
     with pytest.raises(CallInterruptedError, match="lease_lost"):
         held.interrupt()
 
 
-def test_a_job_that_this_worker_has_claimed_anew_is_lost_to_its_first_thread(bench: Bench) -> None:
+def test_job_reclaimed_by_same_worker_is_lost_to_first_thread(bench: Bench) -> None:
     job_id = bench.create()
 
     def claim() -> Lease:
@@ -112,33 +113,31 @@ def test_a_job_that_this_worker_has_claimed_anew_is_lost_to_its_first_thread(ben
         new.interrupt()
 
 
-def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keeper_survives_errors_and_applies_flags(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     claimed = claim_one(bench.store, job_id := bench.create(), "worker", 30, model="scripted", reward_model="scripted")
     assert claimed
-    troubles = [ValueError(SECRET), StoreUnavailableError()]
-    leased: list[float] = []
-    renewed_often = threading.Event()
+    errors = [ValueError(SECRET), StoreUnavailableError()]
+    expiries: list[float] = []
+    renewed_thrice = threading.Event()
     renew = bench.store.leases.renew
 
-    def look_on(*args: Any) -> dict[str, tuple[int, Flags]]:
-        if troubles:
-            raise troubles.pop()
+    def renew_after_errors(*args: Any) -> dict[str, tuple[int, Flags]]:
+        if errors:
+            raise errors.pop()
         owned = renew(*args)
-        leased.append(bench.store.jobs.get(job_id).lease_until or 0)
-        if len(leased) == 3:
-            renewed_often.set()
+        expiries.append(bench.store.jobs.get(job_id).lease_until or 0)
+        if len(expiries) == 3:
+            renewed_thrice.set()
         return owned
 
-    monkeypatch.setattr(bench.store.leases, "renew", look_on)
+    monkeypatch.setattr(bench.store.leases, "renew", renew_after_errors)
     leases = Leases(bench.store, bench.drain, "worker", bench.settings.model_copy(update={"lease_seconds": 0.3}))
     with leases.holding(claimed[0]) as held:
         leases.start()
         try:
-            assert renewed_often.wait(HANG_SECONDS)
+            assert renewed_thrice.wait(HANG_SECONDS)
             held.interrupt()
-            seen = list(leased)
+            seen = list(expiries)
             assert seen == sorted(set(seen))
             assert [worker.id for worker in bench.store.workers.live(60)] == ["worker"]
             bench.store.jobs.cancel(job_id)
@@ -148,7 +147,7 @@ def test_the_keeper_renews_whatever_happens_and_carries_flags_back(
             leases.stop()
 
 
-def test_who_waits_for_the_last_job_is_told_when_it_ends(bench: Bench) -> None:
+def test_wait_until_idle_returns_after_last_job(bench: Bench) -> None:
     waiting = threading.Thread(target=bench.leases.wait_until_idle, args=(3600,), daemon=True)
     with bench.leases.holding(Lease("job_1", "worker", 1, 1, 1, 3, 30)):
         waiting.start()
@@ -158,38 +157,37 @@ def test_who_waits_for_the_last_job_is_told_when_it_ends(bench: Bench) -> None:
 
 
 def interrupted_within(held: Held, seconds: float) -> None:
+    """Wait until the lease raises its interrupt, at most these seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         held.interrupt()
         time.sleep(0.01)
 
 
-def test_a_lease_is_renewed_each_third_of_its_time_and_looked_at_in_between(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lease_is_renewed_each_third_and_checked_in_between(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease("job_1", "worker", 1, 1, 1, 3, 30)
     owned = {lease.job_id: (lease.fence, Flags(cancel_requested=False, past_deadline=False))}
     clock = 0.0
-    asked: list[tuple[str, float]] = []
+    queries: list[tuple[str, float]] = []
     leases = Leases(bench.store, bench.drain, "worker", bench.settings.model_copy(update={"lease_seconds": 30}))
 
-    def asks(what: str) -> Any:
-        def answer(*_: Any) -> dict[str, tuple[int, Flags]]:
-            asked.append((what, clock))
+    def recorder(query: str) -> Any:
+        def record(*_: Any) -> dict[str, tuple[int, Flags]]:
+            queries.append((query, clock))
             return owned
 
-        return answer
+        return record
 
-    def rest(seconds: float) -> None:
+    def sleep(seconds: float) -> None:
         nonlocal clock
         clock += seconds
         if clock > 25:
             leases.stop()
 
     monkeypatch.setattr("worker.leases.time", SimpleNamespace(monotonic=lambda: clock))
-    monkeypatch.setattr(leases._stopping, "wait", rest)
-    monkeypatch.setattr(bench.store.leases, "renew", asks("renew"))
-    monkeypatch.setattr(bench.store.leases, "check", asks("check"))
+    monkeypatch.setattr(leases._stopping, "wait", sleep)
+    monkeypatch.setattr(bench.store.leases, "renew", recorder("renew"))
+    monkeypatch.setattr(bench.store.leases, "check", recorder("check"))
     with leases.holding(lease):
         leases._keep()
-    assert asked == [("check" if second % 10 else "renew", second) for second in range(26)]
+    assert queries == [("check" if second % 10 else "renew", second) for second in range(26)]

@@ -1,53 +1,31 @@
-"""The algorithm: each rule that it states, and that a run goes on from any checkpoint as if it had never stopped."""
+"""The algorithm: the order of calls, the inputs of each call, seeds, and resuming from any checkpoint."""
 
-import json
 import math
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, plain, said, step, tagged
+from testing.fakes import FakePolicy, FakeReward, new_state, plain, proceed, sample_text, step, tagged
+from tests.support.runs import call_kinds, finish, reward_by_first_word
 from tpo.core import loop
-from tpo.core.errors import BadReplyError, NoUsableSampleError
-from tpo.core.loop import Position, apply, locate, pending
-from tpo.core.ports import Generate, Generation, Rewards, Score, Text
+from tpo.core.errors import NoUsableSampleError
+from tpo.core.loop import Position, locate, pending
+from tpo.core.ports import Generate, Score, Text
 from tpo.core.prompts import PromptSet, load, names
 from tpo.core.requests import SHOWN_TOKENS, derived_seed, query_text
 from tpo.core.run import run
-from tpo.core.state import EarlyStop, Message, Params, RewardPart, State
+from tpo.core.state import EarlyStop, Message, Params, State
+
+# Order of calls
 
 
-def finish(state: State, policy: FakePolicy | None = None, reward: FakeReward | None = None) -> State:
-    """The state at the end of a run."""
-    return run(state, policy or FakePolicy(), reward or FakeReward(), lambda _: None, go_on)
-
-
-def kinds(state: State) -> list[tuple[str, int, int]]:
-    """The calls that were made: kind, iteration, n."""
-    return [(c.kind, c.iteration, c.n) for c in state.calls]
-
-
-def by_name(values: dict[str, float], otherwise: float = 0.0) -> FakeReward:
-    """Rewards by the text's first word."""
-    return FakeReward(lambda text: values.get(text.split()[0], otherwise))
-
-
-def updates(answer: Callable[[int], Text]) -> FakePolicy:
-    """A policy whose updates are answered by a function of the sample's number."""
-    return FakePolicy(lambda r, s: answer(s) if r.kind == "update" else plain(r, s))
-
-
-# The order of things
-
-
-def test_a_run_in_its_order() -> None:
+def test_run_makes_calls_in_order() -> None:
     last = finish(new_state(sample_size=3, max_iterations=2))
     one = [("critique", 1), ("gradient", 1), ("update", 3), ("score", 3)]
-    assert kinds(last) == [("sample", 0, 3), ("score", 0, 3)] + [(k, i, n) for i in (1, 2) for k, n in one]
+    assert call_kinds(last) == [("sample", 0, 3), ("score", 0, 3)] + [(k, i, n) for i in (1, 2) for k, n in one]
     assert [c.number for c in last.calls] == list(range(1, 11))
     assert [c.id for c in last.candidates] == [f"{i}-{s}" for i in range(3) for s in range(3)]
     assert pending(last) is None
@@ -59,10 +37,10 @@ def test_depth_zero_is_best_of_n() -> None:
     bon = finish(new_state(sample_size=4, max_iterations=9, mode="bon"))
     assert zero.candidates == bon.candidates
     assert zero.calls == bon.calls
-    assert kinds(zero) == [("sample", 0, 4), ("score", 0, 4)]
+    assert call_kinds(zero) == [("sample", 0, 4), ("score", 0, 4)]
 
 
-def test_sampling_settings_of_each_call() -> None:
+def test_calls_use_their_sampling_settings() -> None:
     policy = FakePolicy()
     params = Params(
         max_iterations=1,
@@ -76,9 +54,9 @@ def test_sampling_settings_of_each_call() -> None:
     )
     finish(new_state().model_copy(update={"params": params}), policy)
     for request in policy.asked:
-        asked = (request.temperature, request.top_p, request.max_tokens)
-        assert asked == ((0.5, 0.6, 70) if request.kind in ("sample", "update") else (0.8, 0.9, 100))
-        # An answer in tags ends with its tag, and a critique may quote what ends a response.
+        used = (request.temperature, request.top_p, request.max_tokens)
+        assert used == ((0.5, 0.6, 70) if request.kind in ("sample", "update") else (0.8, 0.9, 100))
+        # An answer in tags ends with its closing tag, and a critique may quote the stop string.
         assert request.stop == (("END",) if request.kind == "sample" else ())
     assert (Params().temperature, Params().top_p, Params().critique_top_p, Params().max_tokens) == (
         0.7,
@@ -88,22 +66,24 @@ def test_sampling_settings_of_each_call() -> None:
     )
 
 
-def test_chosen_and_rejected_come_from_the_whole_pool() -> None:
+def test_chosen_and_rejected_come_from_whole_pool() -> None:
     texts = {(0, 0): "middle", (0, 1): "low", (1, 0): "high", (1, 1): "lowest", (2, 0): "x", (2, 1): "y"}
     policy = FakePolicy(
         lambda r, s: (
             plain(r, s)
             if r.kind in ("critique", "gradient")
-            else said(tagged(texts[r.iteration, s]) if r.kind == "update" else texts[r.iteration, s])
+            else sample_text(tagged(texts[r.iteration, s]) if r.kind == "update" else texts[r.iteration, s])
         )
     )
-    last = finish(new_state(sample_size=2), policy, by_name({"high": 3, "middle": 2, "low": 1, "lowest": -5}))
+    last = finish(
+        new_state(sample_size=2), policy, reward_by_first_word({"high": 3, "middle": 2, "low": 1, "lowest": -5})
+    )
     assert [(i.chosen, i.rejected) for i in last.iterations] == [("0-0", "0-1"), ("1-0", "1-1")]
     assert last.best is not None
     assert last.best.text == "high"
 
 
-def test_of_equals_the_first_wins() -> None:
+def test_first_of_equal_rewards_wins() -> None:
     last = finish(new_state(sample_size=3), reward=FakeReward(lambda _: 1.5))
     assert [(i.chosen, i.rejected) for i in last.iterations] == [("0-0", "0-0"), ("0-0", "0-0")]
     assert last.best is last.candidates[0]
@@ -118,17 +98,17 @@ def test_revision_sees_no_rejected_response() -> None:
         assert last.worst.text not in "".join(m.content for m in request.messages)
 
 
-# The input
+# Inputs
 
 
-def test_samples_get_the_conversation_unchanged() -> None:
+def test_sample_receives_conversation_unchanged() -> None:
     turns = [("system", "Be brief."), ("user", "Hello {x} $query"), ("assistant", "Hi!"), ("user", "And now?")]
     messages = tuple(Message(role=r, content=c) for r, c in turns)
     policy, reward = FakePolicy(), FakeReward()
     state = new_state(sample_size=2, max_iterations=1).model_copy(update={"input": messages})
     finish(state, policy, reward)
     assert policy.asked[0].messages == messages
-    assert all(asked.messages == messages for asked in reward.asked)
+    assert all(request.messages == messages for request in reward.asked)
     shown = "[system]\nBe brief.\n\n[user]\nHello {x} $query\n\n[assistant]\nHi!\n\n[user]\nAnd now?"
     assert query_text(messages) == shown
     assert shown in policy.asked[1].messages[0].content
@@ -136,9 +116,9 @@ def test_samples_get_the_conversation_unchanged() -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_texts_with_template_signs_reach_the_critic_as_they_are(name: str) -> None:
+def test_template_signs_reach_critic_unchanged(name: str) -> None:
     awkward = "costs $5, $query, ${critique} {0} <SEP> %s"
-    policy = FakePolicy(lambda r, s: said(f"{awkward} {s}" if r.kind == "sample" else f"{r.kind} {awkward}"))
+    policy = FakePolicy(lambda r, s: sample_text(f"{awkward} {s}" if r.kind == "sample" else f"{r.kind} {awkward}"))
     finish(new_state(f"why {awkward}", load(name), sample_size=2, max_iterations=1), policy)
     critique, gradient, update = policy.asked[1:4]
     assert f"why {awkward}" in critique.messages[-1].content
@@ -147,9 +127,9 @@ def test_texts_with_template_signs_reach_the_critic_as_they_are(name: str) -> No
     assert f"gradient {awkward}" in "".join(m.content for m in update.messages)
 
 
-def test_a_long_response_is_cut_for_the_critic_and_whole_in_the_pool() -> None:
+def test_long_candidate_is_cut_only_for_critic() -> None:
     long = "".join(f"word{i} " for i in range(4 * SHOWN_TOKENS)).strip()
-    policy = FakePolicy(lambda r, s: said(long, tokens=4 * SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text(long, tokens=4 * SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
     last = finish(new_state(sample_size=1, max_iterations=1), policy)
     prompt = policy.asked[1].messages[0].content
     assert long[: len(long) // 4] + " […]" in prompt
@@ -157,219 +137,22 @@ def test_a_long_response_is_cut_for_the_critic_and_whole_in_the_pool() -> None:
     assert last.candidates[0].text == long
 
 
-def test_a_response_of_just_the_length_is_shown_whole_and_once() -> None:
+def test_candidate_at_length_limit_is_shown_whole() -> None:
     text = "Just as long as it may be."
-    policy = FakePolicy(lambda r, s: said(text, tokens=SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text(text, tokens=SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
     finish(new_state(sample_size=1, max_iterations=1), policy)
     assert policy.asked[1].messages[0].content.count(text) == 1
     assert "[…]" not in policy.asked[1].messages[0].content
 
 
-# Replies that are no answers
-
-
-def test_one_sample_is_enough() -> None:
+def test_run_works_with_one_sample() -> None:
     last = finish(new_state(sample_size=1))
     assert len(last.candidates) == 3
     assert last.iterations[0].rejected == "0-0"
     assert last.best is not None
 
 
-def test_first_samples_that_are_all_unusable_are_asked_for_once_more() -> None:
-    policy = FakePolicy(lambda r, s: said("") if r.kind == "sample" and s < 3 else plain(r, s))
-    last = finish(new_state(sample_size=3, max_iterations=0), policy)
-    assert kinds(last) == [("sample", 0, 3), ("sample", 0, 3), ("score", 0, 3)]
-    assert [c.unusable for c in last.candidates] == ["empty"] * 3 + [None] * 3
-    assert len({s for r in policy.asked for s in r.seeds}) == 6
-
-
-def test_without_any_usable_first_sample_the_job_fails_and_the_record_says_why() -> None:
-    saved: list[State] = []
-    cut = FakePolicy(lambda r, s: said("cut o", "length" if s % 2 else "stop"))
-    nan = FakeReward(lambda _: math.nan)
-    with pytest.raises(NoUsableSampleError, match=r"all 4 are cut_off, reward_not_finite.*max_tokens \(now 2048\)"):
-        run(new_state(sample_size=2), cut, nan, lambda made: saved.append(made.after), go_on)
-    assert kinds(saved[-1]) == [("sample", 0, 2), ("score", 0, 1)] * 2
-    position = locate(saved[-1])
-    assert position.failure
-    assert position._replace(failure=None) == Position(0, None, complete=1)
-
-
-def test_an_update_without_a_usable_sample_is_asked_for_once_more_and_then_left() -> None:
-    policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
-    last = finish(new_state(sample_size=2), policy)
-    expected = [("critique", 1, 1), ("gradient", 1, 1), ("update", 1, 2), ("update", 1, 2), ("critique", 2, 1)]
-    assert kinds(last)[2:7] == expected
-    assert [c.unusable for c in last.of_iteration(1)] == ["no_answer_tags"] * 4
-    assert last.mean_reward(1) is None
-    assert len(list(last.of_iteration(2))) == 2
-    first, second = (r.seeds for r in policy.asked if r.kind == "update" and r.iteration == 1)
-    assert not set(first) & set(second)
-
-
-def test_the_second_round_of_an_update_counts() -> None:
-    last = finish(
-        new_state(sample_size=2, max_iterations=1), updates(lambda s: said(tagged("ok") if s == 3 else "no tags"))
-    )
-    assert [(c.text, c.unusable) for c in last.of_iteration(1)][2:] == [("no tags", "no_answer_tags"), ("ok", None)]
-    assert kinds(last)[-1] == ("score", 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("reply", "finish_reason", "text", "unusable"),
-    [
-        (tagged("good"), "stop", "good", None),
-        (f"Sure: {tagged(' good ')} Bye.", "stop", "good", None),
-        (tagged("good") + " and then it went o", "length", "good", None),
-        (tagged("draft") + "<improved_response>cut o", "length", None, "cut_off"),
-        ("<improved_response>cut o", "length", None, "cut_off"),
-        ("<improved_response>never closed", "stop", None, "no_answer_tags"),
-        ("no tags", "stop", None, "no_answer_tags"),
-        ("no tags", "length", None, "cut_off"),
-        (tagged(""), "stop", None, "no_answer_tags"),
-        (tagged("  \n"), "stop", None, "no_answer_tags"),
-        ("  ", "stop", "", "empty"),
-        ("", "length", "", "cut_off"),
-        (f"I answer between {tagged(' and ')}: {tagged('good')}", "stop", "good", None),
-        (tagged("a <SEP> b"), "stop", "a <SEP> b", None),
-    ],
-)
-def test_what_an_update_says(reply: str, finish_reason: Any, text: str | None, unusable: str | None) -> None:
-    last = finish(
-        new_state(sample_size=2, max_iterations=1),
-        updates(lambda s: said(reply if s == 0 else tagged("x"), finish_reason)),
-    )
-    first = next(last.of_iteration(1))
-    assert (first.text, first.unusable) == (reply if text is None else text, unusable)
-    assert (first.reward is None) == (unusable is not None)
-
-
-def test_a_first_sample_that_was_cut_off_is_no_candidate() -> None:
-    policy = FakePolicy(lambda r, s: said("cut o", "length") if s == 0 else said(f" whole {s}\n"))
-    reward = FakeReward()
-    last = finish(new_state(sample_size=3, max_iterations=0), policy, reward)
-    assert [(c.text, c.unusable) for c in last.candidates] == [
-        ("cut o", "cut_off"),
-        ("whole 1", None),
-        ("whole 2", None),
-    ]
-    assert reward.asked[0].responses == ("whole 1", "whole 2")
-
-
-def test_tags_in_a_first_sample_are_part_of_it() -> None:
-    last = finish(new_state(sample_size=1, max_iterations=0), FakePolicy(lambda _r, _s: said(tagged("inside"))))
-    assert last.candidates[0].text == tagged("inside")
-
-
-def test_the_parts_of_a_reward_stay_with_its_candidate() -> None:
-    def parts(text: str) -> tuple[RewardPart, ...]:
-        return (RewardPart(name="a", value=float(len(text)), weight=2.0), RewardPart(name="b", value=math.nan))
-
-    last = finish(new_state(sample_size=3, max_iterations=1), reward=FakeReward(parts=parts))
-    assert len(last.candidates) == 6
-    for candidate in last.candidates:
-        first, second = candidate.parts
-        assert (first.value, first.weight) == (len(candidate.text), 2.0)
-        assert second.value is None
-    assert State.model_validate_json(last.model_dump_json()) == last
-
-
-def test_a_state_that_was_written_before_rewards_had_parts_is_read() -> None:
-    last = finish(new_state(sample_size=2, max_iterations=1))
-    old = last.model_dump(mode="json")
-    for candidate in old["candidates"]:
-        assert candidate.pop("parts") == []
-    assert State.model_validate(old) == last
-
-
-def test_parts_of_some_responses_alone_are_no_reply() -> None:
-    state = step(new_state(sample_size=2))
-    part = RewardPart(name="a", value=1.0)
-    request = pending(state)
-    assert request
-    with pytest.raises(BadReplyError, match="2 scores, and the parts of 1"):
-        apply(state, request, Rewards(values=(1.0, 2.0), input_tokens=1, seconds=0.1, parts=((part,),)))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_reward_that_is_not_finite_never_wins(value: float) -> None:
-    policy = FakePolicy(lambda r, s: said(f"{s} of {r.kind}" if r.kind == "sample" else tagged(f"{s} again")))
-    last = finish(new_state(sample_size=3), policy, by_name({"0": value, "1": 1.0, "2": 2.0}))
-    assert [c.unusable for c in last.of_iteration(0)] == ["reward_not_finite", None, None]
-    assert last.best is not None
-    assert last.worst is not None
-    assert (last.best.id, last.worst.id) == ("0-2", "0-1")
-    assert State.model_validate_json(last.model_dump_json()) == last
-
-
-@pytest.mark.parametrize("kind", ["critique", "gradient"])
-@pytest.mark.parametrize("cuts", [1, 2])
-def test_a_note_cut_off_at_its_limit_is_asked_for_once_more(kind: str, cuts: int) -> None:
-    def answer(request: Generate, sample: int) -> Text:
-        if request.kind == kind and sample < cuts:
-            return said(f"cut {sample}", "length")
-        return plain(request, sample)
-
-    last = finish(new_state(max_iterations=1), FakePolicy(answer))
-    note = getattr(last.iterations[0], kind)
-    assert note.attempt == 1
-    assert (note.text == "cut 1") == (cuts == 2)
-    assert list(last.of_iteration(1))
-
-
-def test_reasoning_is_paid_for_and_does_not_shorten_what_the_critic_sees() -> None:
-    state = new_state(sample_size=1, max_iterations=1)
-    reply = Generation(texts=(said("Short. " * 50, tokens=100),), input_tokens=1, seconds=0, reasoning_tokens=8000)
-    for each in (reply, Rewards(values=(1.0,), input_tokens=1, seconds=0)):
-        asked = pending(state)
-        assert asked
-        state = apply(state, asked, each)
-    assert state.usage.output_tokens == 8100
-    request = pending(state)
-    assert isinstance(request, Generate)
-    assert ("Short. " * 50).strip() in request.messages[0].content
-
-
-@pytest.mark.parametrize("blanks", [1, 2])
-@pytest.mark.parametrize("kind", ["critique", "gradient"])
-def test_a_blank_note_is_asked_for_once_more_and_then_the_iteration_is_left(kind: str, blanks: int) -> None:
-    policy = FakePolicy(lambda r, s: said(" \n") if r.kind == kind and r.iteration == 1 and s < blanks else plain(r, s))
-    last = finish(new_state(sample_size=2), policy)
-    asked = [r for r in policy.asked if r.kind == kind and r.iteration == 1]
-    assert [r.first_sample for r in asked] == [0, 1]
-    assert asked[0].seeds != asked[1].seeds
-    assert bool(list(last.of_iteration(1))) == (blanks == 1)
-    assert len(list(last.of_iteration(2))) == 2
-
-
-def test_what_no_database_holds_is_replaced() -> None:
-    policy = FakePolicy(lambda r, s: said("nul \x00 half \ud83d" if r.kind == "sample" else tagged("\x00")))
-    last = finish(new_state(sample_size=1, max_iterations=1), policy)
-    assert last.candidates[0].text == "nul \ufffd half ?"
-    json.loads(last.model_dump_json())
-
-
-def test_replies_that_answer_another_request_are_refused() -> None:
-    state = new_state(sample_size=2)
-    request = pending(state)
-    assert request
-    text = said("text")
-    rewards = Rewards(values=(1.0,), input_tokens=0, seconds=0)
-    for count in (0, 1, 3):
-        with pytest.raises(BadReplyError, match=f"asked for 2 responses and gave {count}"):
-            apply(state, request, Generation(texts=(text,) * count, input_tokens=0, seconds=0))
-    with pytest.raises(BadReplyError, match="Rewards is no reply to Generate"):
-        apply(state, request, rewards)
-    sampled = step(state)
-    request = pending(sampled)
-    assert request
-    with pytest.raises(BadReplyError, match="given 2 responses and gave 1 scores"):
-        apply(sampled, request, rewards)
-    with pytest.raises(BadReplyError, match="Generation is no reply to Score"):
-        apply(sampled, request, Generation(texts=(text, text), input_tokens=0, seconds=0))
-
-
-def test_prompt_is_rendered_once_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_is_rendered_once_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
     rendered: list[str] = []
     located: list[State] = []
     render, find = PromptSet.render, loop.locate
@@ -390,26 +173,26 @@ def test_prompt_is_rendered_once_for_each_call(monkeypatch: pytest.MonkeyPatch) 
     assert len(located) == len(last.calls) + 1
 
 
-# Seeds, and going on
+# Seeds and resuming
 
 
-def test_seeds_come_from_the_job_and_the_place_alone() -> None:
-    # The value itself: jobs that were begun by an earlier version must go on with the same seeds.
+def test_derived_seed_depends_on_job_and_position_only() -> None:
+    # A literal value, because jobs of an earlier version must continue with the same seeds.
     assert derived_seed(0, 0, "sample", 0) == 984332543912391782
     assert derived_seed(7, 1, "critique", 0) == derived_seed(7, 1, "critique", 0)
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 8), st.integers(0, 4))
 @settings(max_examples=30)
-def test_no_two_samples_of_a_run_share_a_seed(seed: int, n: int, depth: int) -> None:
-    policy = FakePolicy(lambda r, s: said("") if s < r.n and r.kind == "update" else plain(r, s))
+def test_seeds_are_unique_within_a_run(seed: int, n: int, depth: int) -> None:
+    policy = FakePolicy(lambda r, s: sample_text("") if s < r.n and r.kind == "update" else plain(r, s))
     finish(new_state(sample_size=n, max_iterations=depth, seed=seed), policy)
     seeds = [s for r in policy.asked for s in r.seeds]
     assert len(seeds) == len(set(seeds)) == n + depth * (2 + 2 * n)
     assert all(0 <= s < 2**63 for s in seeds)
     for request in policy.asked:
-        places = range(request.first_sample, request.first_sample + request.n)
-        assert request.seeds == tuple(derived_seed(seed, request.iteration, request.kind, s) for s in places)
+        samples = range(request.first_sample, request.first_sample + request.n)
+        assert request.seeds == tuple(derived_seed(seed, request.iteration, request.kind, s) for s in samples)
 
 
 REPLIES = ["{}", "same", "", " ", "untagged {}", "cut {}", "{} \x00 🎉"]
@@ -428,31 +211,31 @@ RULES = st.fixed_dictionaries(
 
 
 def scripted(replies: list[str]) -> FakePolicy:
-    """A policy that picks its reply by the request's kind, place and seed."""
+    """Return a policy that picks its reply by the kind, position and seed of the request."""
 
-    def answer(request: Generate, sample: int) -> Text:
-        place = f"{request.kind} {request.iteration} {sample} {request.seeds[sample - request.first_sample]}"
-        reply = replies[zlib.crc32(place.encode()) % len(replies)]
-        text = reply.format(place)
+    def reply_to(request: Generate, sample: int) -> Text:
+        position = f"{request.kind} {request.iteration} {sample} {request.seeds[sample - request.first_sample]}"
+        reply = replies[zlib.crc32(position.encode()) % len(replies)]
+        text = reply.format(position)
         if request.kind == "update" and text.strip() and not reply.startswith("untagged"):
             text = tagged(text)
-        return said(text, "length" if reply.startswith("cut") else "stop")
+        return sample_text(text, "length" if reply.startswith("cut") else "stop")
 
-    return FakePolicy(answer)
+    return FakePolicy(reply_to)
 
 
-def within_a_budget(last: State) -> None:
-    """No call of the policy was begun when a budget was used up."""
+def assert_within_budget(last: State) -> None:
+    """Assert that no call of the policy was started after a budget was used up."""
     before = last.model_copy(
         update={"calls": last.calls[: max(i for i, c in enumerate(last.calls) if c.kind != "score")]}
     )
     params, used = last.params, before.usage
-    for most, spent in (
+    for limit, spent in (
         (params.max_output_tokens, used.output_tokens),
         (params.max_total_tokens, used.total_tokens),
         (params.max_seconds, used.model_seconds),
     ):
-        assert most is None or spent < most
+        assert limit is None or spent < limit
 
 
 @settings(max_examples=150)
@@ -466,7 +249,7 @@ def within_a_budget(last: State) -> None:
     st.sampled_from(names()),
     RULES,
 )
-def test_from_any_checkpoint_a_run_goes_on_to_the_same_end(
+def test_run_resumes_identically_from_any_checkpoint(
     replies: list[str],
     rewards: list[float],
     mode: str,
@@ -476,37 +259,37 @@ def test_from_any_checkpoint_a_run_goes_on_to_the_same_end(
     prompts: str,
     rules: dict[str, Any],
 ) -> None:
-    def go(state: State) -> tuple[list[State], str | None]:
-        """Every checkpoint, and the words of the failure where it ends in one."""
+    def resume(state: State) -> tuple[list[State], str | None]:
+        """Return every checkpoint, and the message of the failure if the run ends in one."""
         saved: list[State] = []
         reward = FakeReward(lambda text: rewards[zlib.crc32(text.encode()) % len(rewards)])
         try:
-            last = run(state, scripted(replies), reward, lambda made: saved.append(made.after), go_on)
+            last = run(state, scripted(replies), reward, lambda made: saved.append(made.after), proceed)
         except NoUsableSampleError as error:
             return saved, str(error)
         assert last == (saved[-1] if saved else state)
         return saved, None
 
     state = new_state("Why? $x", load(prompts), mode=mode, sample_size=n, max_iterations=depth, seed=seed, **rules)
-    saved, failure = go(state)
+    saved, failure = resume(state)
     for done, checkpoint in enumerate([state, *saved]):
         back = State.model_validate_json(checkpoint.model_dump_json())
         assert back == checkpoint
-        assert go(back) == (saved[done:], failure)
+        assert resume(back) == (saved[done:], failure)
     last = saved[-1]
     assert (failure is None) == (last.best is not None)
-    # Everything twice at most: samples and scores, and in each iteration critique, gradient, update and scores.
+    # Each call happens at most twice: samples and scores, and critique, gradient, update and scores per iteration.
     assert len(last.calls) <= 4 + 8 * last.params.iterations
     assert [locate(s).stopped for s in saved[:-1]] == [None] * (len(saved) - 1)
     if not rules:
         assert locate(last).stopped is None
-    within_a_budget(last)
+    assert_within_budget(last)
     if last.best:
         assert all(math.isfinite(c.reward or 0) and not c.unusable for c in last.pool)
         assert last.best == next(c for c in last.pool if c.reward == max(c.reward or 0 for c in last.pool))
 
 
-def test_usage_is_the_sum_of_the_calls() -> None:
+def test_usage_is_sum_of_calls() -> None:
     last = finish(new_state(sample_size=2, max_iterations=1))
     assert last.usage.output_tokens == sum(c.tokens for c in last.candidates) + sum(
         c.output_tokens for c in last.calls if c.kind in ("critique", "gradient")
@@ -517,7 +300,7 @@ def test_usage_is_the_sum_of_the_calls() -> None:
     assert last.mean_reward(0) == pytest.approx(sum(scored) / 2)
 
 
-def test_asking_what_is_next_changes_nothing() -> None:
+def test_pending_changes_nothing() -> None:
     state = step(new_state(sample_size=2))
     assert pending(state) == pending(state)
     assert isinstance(pending(state), Score)

@@ -1,4 +1,4 @@
-"""The rows that people watch."""
+"""The table of jobs that the CLI shows."""
 
 import io
 from typing import Any
@@ -10,7 +10,7 @@ from tpo.cli.ui.progress import table
 
 
 @pytest.mark.parametrize("width", [45, 80])
-def test_no_window_is_too_narrow_for_an_id(width: int) -> None:
+def test_table_shows_whole_id_at_any_width(width: int) -> None:
     job: Any = {
         "id": "job_" + "a" * 32,
         "status": "in_progress",

@@ -1,4 +1,4 @@
-"""Prompt sets: what is sent for each step, and the answer that is found in a reply."""
+"""Prompt sets: the prompts of each step, and the extraction of the answer from a reply."""
 
 from typing import Any
 
@@ -9,26 +9,26 @@ from tpo.core.errors import InvalidInputError
 from tpo.core.prompts import STEPS, PromptSet, load, names
 
 TEXTS = {"query": "QUERY", "chosen": "CHOSEN", "rejected": "REJECTED", "critique": "LOSS", "gradient": "GRADIENT"}
-KNOWN_AT = {"critique": 3, "gradient": 4, "update": 5}
+TEXTS_BEFORE = {"critique": 3, "gradient": 4, "update": 5}
 
 
 def texts_for(step: str, **changed: str) -> dict[str, str]:
-    """What exists when a step is asked for."""
-    return dict(list((TEXTS | changed).items())[: KNOWN_AT[step]])
+    """Return the texts that exist before a step."""
+    return dict(list((TEXTS | changed).items())[: TEXTS_BEFORE[step]])
 
 
 def custom(**changed: Any) -> PromptSet:
-    """A set of separate prompts, with changes."""
-    one = {
+    """Return a prompt set of the style `separate`, with changes."""
+    steps = {
         "critique": "L $query $chosen",
         "gradient": "G $critique",
         "update": "U $gradient $answer_open $answer_close",
     }
     values = {"name": "mine", "version": 1, "style": "separate", "answer_tags": ("<a>", "</a>")}
-    return PromptSet.model_validate(values | {"tpo": one, "revision": one} | changed)
+    return PromptSet.model_validate(values | {"tpo": steps, "revision": steps} | changed)
 
 
-def test_the_sets_that_ship() -> None:
+def test_load_finds_shipped_prompt_sets() -> None:
     assert {"conversation", "separate", "tiny"} <= set(names())
     for name in names():
         assert load(name).name == name
@@ -39,7 +39,7 @@ def test_the_sets_that_ship() -> None:
 
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("compared", [True, False], ids=["tpo", "revision"])
-def test_each_step_shows_what_it_works_on(name: str, compared: bool) -> None:
+def test_render_includes_texts_of_each_step(name: str, compared: bool) -> None:
     prompts = load(name)
     for step in STEPS:
         texts = texts_for(step)
@@ -55,7 +55,7 @@ def test_each_step_shows_what_it_works_on(name: str, compared: bool) -> None:
         assert ("REJECTED" in everything) <= compared
 
 
-def test_a_conversation_only_grows() -> None:
+def test_conversation_steps_extend_previous_turns() -> None:
     prompts = load("conversation")
     critique, gradient, update = (prompts.render(step, texts_for(step)) for step in STEPS)
     assert gradient[:-1] == [*critique, ("assistant", "LOSS")]
@@ -66,7 +66,7 @@ def test_a_conversation_only_grows() -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_texts_are_put_in_as_they_are(name: str) -> None:
+def test_render_inserts_texts_unchanged(name: str) -> None:
     hostile = "$query ${chosen} $$ $ {query} {0} %s \\1 <SEP> </improved_response> $rejected"
     for step in STEPS:
         for field in texts_for(step):
@@ -98,31 +98,31 @@ def test_texts_are_put_in_as_they_are(name: str) -> None:
         ("<a>one\n\ntwo</a>", "one\n\ntwo"),
     ],
 )
-def test_the_last_complete_pair_holds_the_answer(reply: str, answer: str | None) -> None:
+def test_extract_uses_last_complete_pair(reply: str, answer: str | None) -> None:
     assert custom().extract(reply) == answer
 
 
-def test_an_answer_that_was_begun_last_is_unfinished() -> None:
+def test_is_unfinished_when_last_answer_is_open() -> None:
     assert custom().is_unfinished("<a>draft</a><a>cut o")
     assert custom().is_unfinished("<a>cut o")
     assert not custom().is_unfinished("<a>whole</a> and some mo")
     assert not custom().is_unfinished("none")
 
 
-def one_for_each(**changed: str) -> dict[str, str]:
-    """Templates with one that is not valid."""
+def templates(**changed: str) -> dict[str, str]:
+    """Return templates for the three steps, with changes."""
     return {"critique": "L", "gradient": "G", "update": "U"} | changed
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "message"),
     [
-        ({"tpo": one_for_each(critique="it costs $ 5")}, "doubled"),
-        ({"tpo": one_for_each(critique="$answer")}, r"tpo.critique uses \['answer'\]"),
-        ({"tpo": one_for_each(critique="$gradient")}, "tpo.critique uses"),
-        ({"tpo": one_for_each(gradient="$gradient")}, "tpo.gradient uses"),
-        ({"revision": one_for_each(update="$rejected")}, "revision.update uses"),
-        ({"tpo": one_for_each(update=" ")}, "at least 1 character"),
+        ({"tpo": templates(critique="it costs $ 5")}, "doubled"),
+        ({"tpo": templates(critique="$answer")}, r"tpo.critique uses \['answer'\]"),
+        ({"tpo": templates(critique="$gradient")}, "tpo.critique uses"),
+        ({"tpo": templates(gradient="$gradient")}, "tpo.gradient uses"),
+        ({"revision": templates(update="$rejected")}, "revision.update uses"),
+        ({"tpo": templates(update=" ")}, "at least 1 character"),
         ({"answer_tags": ("<a>", "<a>")}, "two different"),
         ({"answer_tags": ("<a>", " ")}, "non-empty"),
         ({"version": 0}, "version"),
@@ -130,11 +130,11 @@ def one_for_each(**changed: str) -> dict[str, str]:
         ({"more": 1}, "more"),
     ],
 )
-def test_a_set_that_could_not_be_sent_is_refused(changed: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+def test_prompt_set_refuses_invalid_templates(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         custom(**changed)
 
 
-def test_a_doubled_dollar_is_a_dollar() -> None:
-    prompts = custom(tpo=one_for_each(critique="costs $$5 $query"))
+def test_render_unescapes_doubled_dollar() -> None:
+    prompts = custom(tpo=templates(critique="costs $$5 $query"))
     assert prompts.render("critique", texts_for("critique")) == [("user", "costs $5 QUERY")]

@@ -1,4 +1,4 @@
-"""What servers say, read: refusals for length, pauses, chat completions; and the circuit breaker by itself."""
+"""Responses of model servers: context-length refusals, retry pauses and chat completions; and the circuit breaker."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,7 @@ from tpo.core.ports import Score
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "means"),
+    ("message", "code", "expected"),
     [
         (
             (
@@ -101,11 +101,11 @@ from tpo.core.ports import Score
         ("top_p must be in (0, 1], got 0.", "BadRequestError", None),
     ],
 )
-def test_what_does_not_fit(said: str, code: str, means: TooLong | None) -> None:
-    assert too_long(Refused(400, said, code)) == means
+def test_too_long_reads_server_messages(message: str, code: str, expected: TooLong | None) -> None:
+    assert too_long(Refused(400, message, code)) == expected
 
 
-def test_another_status_is_no_matter_of_length() -> None:
+def test_too_long_ignores_other_statuses() -> None:
     assert too_long(Refused(401, "maximum context length is 5", "")) is None
 
 
@@ -122,11 +122,11 @@ def test_another_status_is_no_matter_of_length() -> None:
         ({"retry-after": "1e"}, None),
     ],
 )
-def test_a_pause_that_is_asked_for(headers: dict[str, str], seconds: float | None) -> None:
+def test_retry_after_reads_headers(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after(httpx.Headers(headers)) == seconds
 
 
-def test_a_pause_until_a_date() -> None:
+def test_retry_after_reads_date() -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
     assert retry_after(httpx.Headers({"retry-after": date})) == pytest.approx(90, abs=30)
 
@@ -142,64 +142,65 @@ def test_a_pause_until_a_date() -> None:
         ("", "", ""),
     ],
 )
-def test_thinking_within_the_text(content: str, answer: str, reasoning: str) -> None:
+def test_split_reasoning_separates_thinking(content: str, answer: str, reasoning: str) -> None:
     assert split_reasoning(content) == (answer, reasoning)
 
 
 def completion(*contents: str | None, usage: Any = None, **message: Any) -> dict[str, Any]:
+    """Return the body of a chat completion with one choice for each content."""
     choices = [{"message": {"content": c, **message}, "finish_reason": "stop"} for c in contents]
     return {"choices": choices, "usage": usage}
 
 
-def test_tokens_add_up_to_what_the_server_counted() -> None:
+def test_completion_tokens_add_up_to_server_count() -> None:
     usage = {"prompt_tokens": 5, "completion_tokens": 17, "completion_tokens_details": {"reasoning_tokens": 6}}
     reply = read_completion(completion("a" * 10, "b" * 33, "", usage=usage, reasoning_content="why " * 9))
     assert sum(t.tokens for t in reply.texts) == 11
     assert reply.reasoning_tokens == 6
     assert reply.texts[1].tokens > reply.texts[0].tokens > reply.texts[2].tokens == 0
-    alone = read_completion(completion("four", usage={"prompt_tokens": 5, "completion_tokens": 17}))
-    assert alone.texts[0].tokens == 17
+    single = read_completion(completion("four", usage={"prompt_tokens": 5, "completion_tokens": 17}))
+    assert single.texts[0].tokens == 17
 
 
-@pytest.mark.parametrize(("reasoned", "left"), [(2990, 10), (3001, 0), (0, 3000)])
-def test_reasoning_that_is_counted_and_not_sent_is_no_part_of_the_answer(reasoned: int, left: int) -> None:
-    details = {"reasoning_tokens": reasoned}
+@pytest.mark.parametrize(("reasoning", "answer"), [(2990, 10), (3001, 0), (0, 3000)])
+def test_completion_excludes_hidden_reasoning_tokens(reasoning: int, answer: int) -> None:
+    details = {"reasoning_tokens": reasoning}
     usage = {"prompt_tokens": 5, "completion_tokens": 3000, "completion_tokens_details": details}
     reply = read_completion(completion("a" * 40, "", usage=usage))
-    assert ([t.tokens for t in reply.texts], reply.reasoning_tokens) == ([left, 0], 3000 - left)
+    assert ([t.tokens for t in reply.texts], reply.reasoning_tokens) == ([answer, 0], 3000 - answer)
 
 
-def test_what_a_server_broke_off_has_no_share_in_its_count() -> None:
-    answer = completion("a" * 40, "b" * 400, usage={"prompt_tokens": 5, "completion_tokens": 110})
-    answer["choices"][1]["finish_reason"] = "abort"
-    assert [t.tokens for t in read_completion(answer).texts] == [10]
+def test_completion_ignores_aborted_choice_in_token_count() -> None:
+    body = completion("a" * 40, "b" * 400, usage={"prompt_tokens": 5, "completion_tokens": 110})
+    body["choices"][1]["finish_reason"] = "abort"
+    assert [t.tokens for t in read_completion(body).texts] == [10]
 
 
-def test_answers_in_parts_and_answers_without_text() -> None:
+def test_completion_joins_parts_and_accepts_empty_content() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     reply = read_completion({"choices": [{"message": {"content": parts}}, {"message": {"content": None}}]})
     assert [(t.text, t.finish_reason) for t in reply.texts] == [("one two", "stop"), ("", "stop")]
     assert reply.input_tokens is None
 
 
-@pytest.mark.parametrize("answer", [None, [], {}, {"choices": [{}]}, {"choices": [{"message": {"content": 5}}]}])
-def test_what_is_no_completion(answer: Any) -> None:
+@pytest.mark.parametrize("body", [None, [], {}, {"choices": [{}]}, {"choices": [{"message": {"content": 5}}]}])
+def test_read_completion_refuses_malformed_body(body: Any) -> None:
     with pytest.raises(Malformed, match="not with a chat completion"):
-        read_completion(answer)
+        read_completion(body)
 
 
-def test_an_open_circuit_lets_one_through_at_a_time_until_one_succeeds() -> None:
+def test_open_breaker_admits_one_request_at_a_time() -> None:
     async def run() -> tuple[int, int]:
         breaker = Breaker(0.01, 0.02)
         up = asyncio.Event()
-        inside, most, asked = 0, 0, 0
+        inside, most, requests = 0, 0, 0
 
-        async def request() -> None:
-            nonlocal inside, most, asked
+        async def send() -> None:
+            nonlocal inside, most, requests
             while True:
                 try:
                     async with breaker.turn():
-                        inside, asked = inside + 1, asked + 1
+                        inside, requests = inside + 1, requests + 1
                         most = max(most, inside if breaker.is_open else 0)
                         try:
                             await asyncio.sleep(0.001)
@@ -209,7 +210,7 @@ def test_an_open_circuit_lets_one_through_at_a_time_until_one_succeeds() -> None
                             inside -= 1
                         return
                 except ServerDownError:
-                    if asked > 5 * FAILURES:
+                    if requests > 5 * FAILURES:
                         up.set()
 
         async with asyncio.timeout(30):
@@ -218,27 +219,29 @@ def test_an_open_circuit_lets_one_through_at_a_time_until_one_succeeds() -> None
                     async with breaker.turn():
                         raise ServerDownError
             assert breaker.is_open
-            await asyncio.gather(*(request() for _ in range(20)))
+            await asyncio.gather(*(send() for _ in range(20)))
         assert not breaker.is_open
-        return most, asked
+        return most, requests
 
-    most, asked = asyncio.run(run())
+    most, requests = asyncio.run(run())
     assert most == 1
-    assert asked > 5 * FAILURES + 1
+    assert requests > 5 * FAILURES + 1
 
 
 async def one_fails(breaker: Breaker) -> None:
+    """Fail one request through the breaker."""
     async with breaker.turn():
-        await asyncio.sleep(0)  # where several fail at once, all are on their way before the first one has
+        await asyncio.sleep(0)  # with several requests, all are sent before the first one fails
         raise ServerDownError
 
 
 async def all_fail(breaker: Breaker, requests: int) -> None:
+    """Fail this number of concurrent requests."""
     failed = await asyncio.gather(*(one_fails(breaker) for _ in range(requests)), return_exceptions=True)
     assert all(isinstance(error, ServerDownError) for error in failed)
 
 
-def test_the_pause_grows_by_who_asks_alone_and_begins_anew_with_the_next_outage() -> None:
+def test_breaker_pause_grows_per_probe_and_resets() -> None:
     async def run() -> None:
         breaker = Breaker(0.01, 64.0)
         await all_fail(breaker, 3 * FAILURES)
@@ -253,6 +256,7 @@ def test_the_pause_grows_by_who_asks_alone_and_begins_anew_with_the_next_outage(
 
 
 async def pass_through(breaker: Breaker, begun: asyncio.Event, end: asyncio.Event, error: Exception | None) -> None:
+    """Hold a request through the breaker until `end`, then raise the error if there is one."""
     async with breaker.turn():
         begun.set()
         await end.wait()
@@ -260,8 +264,8 @@ async def pass_through(breaker: Breaker, begun: asyncio.Event, end: asyncio.Even
             raise error
 
 
-@pytest.mark.parametrize("was_open", [True, False], ids=["who asked has failed", "a request of before succeeds"])
-def test_who_waits_has_its_turn_as_soon_as(was_open: bool) -> None:
+@pytest.mark.parametrize("was_open", [True, False], ids=["probe_fails", "earlier_request_succeeds"])
+def test_breaker_admits_waiting_request_as_soon_as(was_open: bool) -> None:
     async def run() -> None:
         breaker = Breaker(0.01 if was_open else 3600.0, 3600.0)
         begun, end, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -283,7 +287,7 @@ def test_who_waits_has_its_turn_as_soon_as(was_open: bool) -> None:
     asyncio.run(run())
 
 
-def test_a_refusal_closes_the_circuit_and_a_cancelled_request_says_nothing() -> None:
+def test_breaker_closes_on_refusal_but_not_on_cancellation() -> None:
     async def run() -> None:
         breaker = Breaker(0.0, 0.0)
         for _ in range(FAILURES):
@@ -303,14 +307,14 @@ def test_a_refusal_closes_the_circuit_and_a_cancelled_request_says_nothing() -> 
 
 
 class Refusing:
-    """A server whose model has become another one."""
+    """A server whose model has been replaced by another one."""
 
     def call(self, work: Any, _interrupt: Any) -> Any:
         work.close()
         raise ModelRefusedError("The reward model's server gives 2 numbers for a response.")
 
 
-def test_one_score_outside_begins_the_watch_for_a_sigmoid_anew() -> None:
+def test_sigmoid_watch_restarts_after_score_outside_range() -> None:
     server: Any = Refusing()
     reward = RemoteRewardModel("m", server, VllmClassify(), bounded=False)
     for _ in range(3):
@@ -323,7 +327,7 @@ def test_one_score_outside_begins_the_watch_for_a_sigmoid_anew() -> None:
     assert (reward.healthy, bounded.healthy) == (False, True)
 
 
-def test_a_reward_model_that_has_become_another_one_ends_the_worker() -> None:
+def test_changed_reward_model_becomes_unhealthy() -> None:
     server: Any = Refusing()
     reward = RemoteRewardModel("m", server, VllmClassify(), bounded=False)
     with pytest.raises(BackendUnavailableError, match="gives 2 numbers"):

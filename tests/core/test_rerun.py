@@ -1,4 +1,4 @@
-"""Failed tests are run again once, alone, and the closing line speaks for both runs."""
+"""Reruns: failed tests are rerun once, separately, and the summary line covers both runs."""
 
 from pathlib import Path
 
@@ -55,10 +55,10 @@ def test_crash():
 
 
 class Project(PytestProject):
-    """The tests above."""
+    """A project with the tests above."""
 
     def run_tests(self, tests: str, *options: str) -> tuple[int, list[str]]:
-        """Run some of them."""
+        """Run some of its tests, by name without `test_`."""
         return self.run(*(f"test_it.py::test_{name}" for name in tests.split()), *options)
 
     def runs(self, name: str) -> int:
@@ -71,17 +71,17 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path, CONFTEST, test_it=TESTS)
 
 
-def test_flaky_tests_are_named_and_do_not_fail_the_run(project: Project) -> None:
+def test_rerun_reports_flaky_tests_without_failing_the_run(project: Project) -> None:
     code, lines = project.run_tests("good flaky flaky_teardown", "--rerun-failed", "-n", "2")
     assert code == 0
     assert " 4 passed, 3 rerun in " in lines[-1]
-    flaky = {line.partition(" (a bug to find")[0] for line in lines if line.startswith("flaky: ")}
+    flaky = {line.partition(" (a bug in")[0] for line in lines if line.startswith("flaky: ")}
     names = ("test_flaky[a b]", "test_flaky[c::d]", "test_flaky_teardown")
     assert flaky == {f"flaky: test_it.py::{name}" for name in names}
     assert any("def test_flaky(value):" in line for line in lines), "the traceback of the first failure is shown"
 
 
-def test_what_fails_again_fails_the_run(project: Project) -> None:
+def test_rerun_fails_when_test_fails_again(project: Project) -> None:
     code, lines = project.run_tests("good bad flaky_teardown", "--rerun-failed")
     assert code == 1
     assert " 1 failed, 2 passed, 1 rerun in " in lines[-1]
@@ -89,23 +89,23 @@ def test_what_fails_again_fails_the_run(project: Project) -> None:
     assert project.runs("bad") == 2
 
 
-def test_more_than_three_failures_are_not_run_again(project: Project) -> None:
+def test_rerun_is_skipped_after_too_many_failures(project: Project) -> None:
     code, lines = project.run_tests("good many", "--rerun-failed")
     assert code == 1
     assert " 4 failed, 1 passed in " in lines[-1]
-    assert "Nothing is run again: 4 tests failed, over 3." in lines
+    assert "Nothing is rerun: 4 tests failed, more than 3." in lines
     assert [project.runs(f"many-{number}") for number in range(4)] == [1] * 4
 
 
-def test_nothing_is_run_again_after_a_crash(project: Project) -> None:
+def test_rerun_is_skipped_after_a_crash(project: Project) -> None:
     code, lines = project.run_tests("good crash", "--rerun-failed", "-n", "2")
     assert code == 1
     assert " 1 failed, 1 passed in " in lines[-1]
-    assert "Nothing is run again: a test process crashed." in lines
+    assert "Nothing is rerun: a test process crashed." in lines
     assert project.runs("crash") == 1
 
 
-def test_nothing_is_run_again_unless_asked(project: Project) -> None:
+def test_rerun_is_off_by_default(project: Project) -> None:
     code, lines = project.run_tests("flaky_teardown")
     assert code == 1
     assert " 1 passed, 1 error in " in lines[-1]

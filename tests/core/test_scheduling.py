@@ -1,4 +1,4 @@
-"""Promise 11, on a simulated clock: a higher priority goes first, and neither a tenant nor a priority starves."""
+"""Fair scheduling on a simulated clock: priorities are respected, and no tenant and no priority starves."""
 
 import heapq
 from collections import Counter, defaultdict
@@ -14,8 +14,8 @@ MINUTE = 60.0
 
 
 @dataclass(frozen=True, order=True)
-class Wanted:
-    """A job of the simulation: when it comes, and how long it runs."""
+class SimulatedJob:
+    """A job of the simulation: its arrival time, tenant, priority and duration, in seconds."""
 
     arrives: float
     tenant: str
@@ -24,53 +24,53 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A turn that was given."""
+class SimulatedClaim:
+    """A claim of a job: its time, the jobs that were waiting, and the running jobs of each tenant."""
 
-    job: Wanted
+    job: SimulatedJob
     at: float
-    waiting: tuple[Wanted, ...]
+    waiting: tuple[SimulatedJob, ...]
     running: Counter[str]
 
 
-def simulate(jobs: Sequence[Wanted], slots: int = 1, rules: Rules | None = None) -> list[Ran]:
-    """All turns, in their order, of a queue with so many slots. What the database does is done in lists here."""
+def simulate(jobs: Sequence[SimulatedJob], slots: int = 1, rules: Rules | None = None) -> list[SimulatedClaim]:
+    """Return all claims, in order, of a queue with this number of slots. Lists replace the database."""
     rules = rules or Rules()
-    coming = sorted(jobs)
-    line: dict[tuple[str, int], list[Wanted]] = defaultdict(list)
+    arriving = sorted(jobs)
+    queues: dict[tuple[str, int], list[SimulatedJob]] = defaultdict(list)
     served: dict[tuple[str, int], float] = {}
-    last: dict[str, float] = defaultdict(float)
+    last_claims: dict[str, float] = defaultdict(float)
     running: list[tuple[float, str]] = []
-    turns: list[Ran] = []
+    claims: list[SimulatedClaim] = []
     clock = 1.0
-    while coming or any(line.values()):
-        while coming and coming[0].arrives <= clock:
-            job = coming.pop(0)
-            line[job.tenant, job.priority].append(job)
+    while arriving or any(queues.values()):
+        while arriving and arriving[0].arrives <= clock:
+            job = arriving.pop(0)
+            queues[job.tenant, job.priority].append(job)
         counts = Counter(tenant for _, tenant in running)
         heads = [
-            QueueHead(f"{waiting[0].arrives:012.3f}", *key, waiting[0].arrives, served.get(key), last[key[0]])
-            for key, waiting in line.items()
+            QueueHead(f"{waiting[0].arrives:012.3f}", *key, waiting[0].arrives, served.get(key), last_claims[key[0]])
+            for key, waiting in queues.items()
             if waiting
         ]
         head = pick_next(with_capacity(heads, counts, rules), counts, clock, rules) if len(running) < slots else None
         if head is None:
             events = [running[0][0]] if running else []
-            clock = min(events + [job.arrives for job in coming[:1] if job.arrives > clock])
+            clock = min(events + [job.arrives for job in arriving[:1] if job.arrives > clock])
             while running and running[0][0] <= clock:
                 heapq.heappop(running)
             continue
-        waiting = tuple(job for jobs in line.values() for job in jobs)
-        job = line[head.tenant, head.priority].pop(0)
-        served[head.tenant, head.priority] = last[head.tenant] = clock
-        turns.append(Ran(job, clock, waiting, counts))
+        waiting = tuple(job for jobs in queues.values() for job in jobs)
+        job = queues[head.tenant, head.priority].pop(0)
+        served[head.tenant, head.priority] = last_claims[head.tenant] = clock
+        claims.append(SimulatedClaim(job, clock, waiting, counts))
         heapq.heappush(running, (clock + job.seconds, job.tenant))
-    return turns
+    return claims
 
 
 JOBS = st.lists(
     st.builds(
-        Wanted,
+        SimulatedJob,
         arrives=st.integers(0, 600).map(float),
         tenant=st.sampled_from("abcd"),
         priority=st.sampled_from([-3, 0, 0, 0, 2, 100]),
@@ -84,94 +84,97 @@ SLOTS = st.integers(1, 5)
 
 @settings(max_examples=300)
 @given(JOBS, SLOTS)
-def test_promise_11_nothing_is_left_or_given_two_turns(jobs: list[Wanted], slots: int) -> None:
-    turns = simulate(jobs, slots)
-    assert Counter(turn.job for turn in turns) == Counter(jobs)
-    assert max(turn.running.total() for turn in turns) < slots
+def test_scheduling_claims_each_job_exactly_once(jobs: list[SimulatedJob], slots: int) -> None:
+    claims = simulate(jobs, slots)
+    assert Counter(claim.job for claim in claims) == Counter(jobs)
+    assert max(claim.running.total() for claim in claims) < slots
 
 
 @settings(max_examples=300)
 @given(JOBS, SLOTS)
-def test_promise_11_a_lower_priority_goes_first_only_after_its_wait(jobs: list[Wanted], slots: int) -> None:
-    for turn in simulate(jobs, slots):
-        above = max(job.priority for job in turn.waiting) - turn.job.priority
-        assert turn.at - turn.job.arrives >= above * MINUTE
+def test_scheduling_lower_priority_needs_longer_wait(jobs: list[SimulatedJob], slots: int) -> None:
+    for claim in simulate(jobs, slots):
+        above = max(job.priority for job in claim.waiting) - claim.job.priority
+        assert claim.at - claim.job.arrives >= above * MINUTE
 
 
 @settings(max_examples=300)
 @given(JOBS, SLOTS)
-def test_promise_11_of_equal_priority_no_turn_goes_to_whom_has_more(jobs: list[Wanted], slots: int) -> None:
-    equal = [Wanted(job.arrives, job.tenant, 0, job.seconds) for job in jobs]
-    for turn in simulate(equal, slots):
-        fewest = min(turn.running[job.tenant] for job in turn.waiting)
-        assert turn.running[turn.job.tenant] == fewest
+def test_scheduling_prefers_tenant_with_fewest_running_jobs(jobs: list[SimulatedJob], slots: int) -> None:
+    equal = [SimulatedJob(job.arrives, job.tenant, 0, job.seconds) for job in jobs]
+    for claim in simulate(equal, slots):
+        fewest = min(claim.running[job.tenant] for job in claim.waiting)
+        assert claim.running[claim.job.tenant] == fewest
 
 
 @settings(max_examples=200)
 @given(JOBS, SLOTS)
-def test_promise_11_of_one_tenant_and_priority_the_oldest_goes_first(jobs: list[Wanted], slots: int) -> None:
+def test_scheduling_is_fifo_per_tenant_and_priority(jobs: list[SimulatedJob], slots: int) -> None:
     seen: dict[tuple[str, int], float] = {}
-    for turn in simulate(jobs, slots):
-        key = (turn.job.tenant, turn.job.priority)
-        assert seen.get(key, 0.0) <= turn.job.arrives
-        seen[key] = turn.job.arrives
+    for claim in simulate(jobs, slots):
+        key = (claim.job.tenant, claim.job.priority)
+        assert seen.get(key, 0.0) <= claim.job.arrives
+        seen[key] = claim.job.arrives
 
 
-def positions(turns: Sequence[Ran], tenant: str) -> list[int]:
-    return [number for number, turn in enumerate(turns, 1) if turn.job.tenant == tenant]
+def positions(claims: Sequence[SimulatedClaim], tenant: str) -> list[int]:
+    """Return the numbers of the claims of a tenant, counted from 1."""
+    return [number for number, claim in enumerate(claims, 1) if claim.job.tenant == tenant]
 
 
-def test_promise_11_a_tenant_with_ten_jobs_waits_at_most_twice_as_long_beside_one_with_many() -> None:
-    small = [Wanted(10.0, "small", seconds=5) for _ in range(10)]
-    big = [Wanted(0.0, "big", seconds=5) for _ in range(1000)]
+def test_scheduling_small_tenant_waits_at_most_twice_as_long() -> None:
+    small = [SimulatedJob(10.0, "small", seconds=5) for _ in range(10)]
+    big = [SimulatedJob(0.0, "big", seconds=5) for _ in range(1000)]
     for slots in (1, 4):
-        alone = positions(simulate(small, slots), "small")
-        before = sum(1 for turn in simulate(big, slots) if turn.at < 10.0)
-        beside = [at - before for at in positions(simulate(small + big, slots), "small")]
-        assert all(b <= 2 * a for a, b in zip(alone, beside, strict=True)), (alone, beside)
+        expected = positions(simulate(small, slots), "small")
+        before = sum(1 for claim in simulate(big, slots) if claim.at < 10.0)
+        shared = [at - before for at in positions(simulate(small + big, slots), "small")]
+        assert all(b <= 2 * a for a, b in zip(expected, shared, strict=True)), (expected, shared)
 
 
-def test_promise_11_a_tenant_shares_with_the_tenants_that_wait_not_with_their_jobs() -> None:
-    jobs = [Wanted(0.0, tenant) for tenant, count in (("a", 300), ("b", 100), ("c", 60)) for _ in range(count)]
-    turns = simulate(jobs)
-    assert Counter(turn.job.tenant for turn in turns[:180]) == {"a": 60, "b": 60, "c": 60}
-    assert Counter(turn.job.tenant for turn in turns[180:260]) == {"a": 40, "b": 40}
+def test_scheduling_shares_by_waiting_tenants_not_jobs() -> None:
+    jobs = [SimulatedJob(0.0, tenant) for tenant, count in (("a", 300), ("b", 100), ("c", 60)) for _ in range(count)]
+    claims = simulate(jobs)
+    assert Counter(claim.job.tenant for claim in claims[:180]) == {"a": 60, "b": 60, "c": 60}
+    assert Counter(claim.job.tenant for claim in claims[180:260]) == {"a": 40, "b": 40}
 
 
-def test_promise_11_long_jobs_do_not_take_the_slots_of_others() -> None:
-    long = [Wanted(0.0, "long", seconds=10_000) for _ in range(50)]
-    short = [Wanted(0.0, "short", seconds=1) for _ in range(500)]
-    turns = simulate(long + short, slots=4)
-    begun = [turn for turn in turns if turn.at < 200]
-    assert Counter(turn.job.tenant for turn in begun)["long"] == 2
+def test_scheduling_long_jobs_leave_slots_to_others() -> None:
+    long = [SimulatedJob(0.0, "long", seconds=10_000) for _ in range(50)]
+    short = [SimulatedJob(0.0, "short", seconds=1) for _ in range(500)]
+    claims = simulate(long + short, slots=4)
+    started = [claim for claim in claims if claim.at < 200]
+    assert Counter(claim.job.tenant for claim in started)["long"] == 2
 
 
-def test_promise_11_a_low_priority_has_its_turns_under_an_endless_flood_of_a_higher_one() -> None:
-    flood = [Wanted(float(second), "flood", 5, 1.0) for second in range(2000)]
-    low = [Wanted(0.0, "low", 0, 1.0) for _ in range(3)]
-    own = [Wanted(0.0, "flood", 3, 1.0) for _ in range(3)]
-    turns = simulate(flood + low + own)
-    waited = {key: [t.at for t in turns if (t.job.tenant, t.job.priority) == key] for key in (("low", 0), ("flood", 3))}
+def test_scheduling_low_priority_is_not_starved_by_flood() -> None:
+    flood = [SimulatedJob(float(second), "flood", 5, 1.0) for second in range(2000)]
+    low = [SimulatedJob(0.0, "low", 0, 1.0) for _ in range(3)]
+    own = [SimulatedJob(0.0, "flood", 3, 1.0) for _ in range(3)]
+    claims = simulate(flood + low + own)
+    waited = {
+        key: [t.at for t in claims if (t.job.tenant, t.job.priority) == key] for key in (("low", 0), ("flood", 3))
+    }
     for (_, priority), times in waited.items():
         pause = (5 - priority) * MINUTE
         assert [round(at / pause) for at in times] == [1, 2, 3], times
 
 
-def test_promise_11_a_tenant_of_many_priorities_has_no_more_turns_than_one_of_a_single_one() -> None:
-    many = [Wanted(0.0, "many", priority) for priority in range(-9, 1) for _ in range(30)]
-    one = [Wanted(0.0, "one", 0) for _ in range(30)]
-    turns = simulate(many + one)
-    assert positions(turns, "one")[-1] <= 60
+def test_scheduling_many_priorities_gain_no_share() -> None:
+    many = [SimulatedJob(0.0, "many", priority) for priority in range(-9, 1) for _ in range(30)]
+    one = [SimulatedJob(0.0, "one", 0) for _ in range(30)]
+    claims = simulate(many + one)
+    assert positions(claims, "one")[-1] <= 60
 
 
-def test_a_limit_of_running_jobs_leaves_the_slots_to_others() -> None:
-    jobs = [Wanted(0.0, tenant, 50 * (tenant == "a"), 10) for tenant in "ab" for _ in range(20)]
-    turns = simulate(jobs, slots=4, rules=Rules(max_running=3))
-    assert {turn.running["a"] for turn in turns if turn.job.tenant == "a"} == {0, 1, 2}
-    assert [turn.job.tenant for turn in turns[:4]] == ["a", "a", "a", "b"]
+def test_running_limit_leaves_slots_to_others() -> None:
+    jobs = [SimulatedJob(0.0, tenant, 50 * (tenant == "a"), 10) for tenant in "ab" for _ in range(20)]
+    claims = simulate(jobs, slots=4, rules=Rules(max_running=3))
+    assert {claim.running["a"] for claim in claims if claim.job.tenant == "a"} == {0, 1, 2}
+    assert [claim.job.tenant for claim in claims[:4]] == ["a", "a", "a", "b"]
 
 
-def test_a_tenant_s_own_limit_comes_before_the_general_one() -> None:
+def test_tenant_limit_overrides_general_limit() -> None:
     heads = [
         QueueHead("1", "a", 0, 0.0, max_running=5),
         QueueHead("2", "b", 0, 0.0),

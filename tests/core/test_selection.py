@@ -1,4 +1,4 @@
-"""Fast tests start no process and import no model, and the longest tests are run only when asked."""
+"""Selection: fast tests start no process and import no model, and the longest tests run only on request."""
 
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def outcomes(lines: list[str]) -> dict[str, str]:
     return {name: outcome.lower() for name, outcome, *_ in words}
 
 
-def test_process_of_an_unmarked_test_fails_it(project: PytestProject) -> None:
+def test_unmarked_test_that_starts_process_fails(project: PytestProject) -> None:
     _, lines = project.run("-v", "--deselect", "test_it.py::test_model")
     assert outcomes(lines) == {
         "plain": "passed",
@@ -89,12 +89,12 @@ def test_process_of_an_unmarked_test_fails_it(project: PytestProject) -> None:
     assert any("mark it with pytest.mark.processes" in line for line in lines)
 
 
-def test_fast_selects_and_refuses_models(project: PytestProject) -> None:
+def test_fast_option_selects_and_refuses_models(project: PytestProject) -> None:
     _, lines = project.run("-v", "--fast", "--deselect", "test_it.py::test_unmarked_fork")
     found = outcomes(lines)
     assert found == {"plain": "passed", "database[sqlite]": "passed", "unmarked": "failed", "model": "failed"}
-    assert any("ImportError: the fast tests import no torch" in line for line in lines)
+    assert any("ImportError: fast tests must not import torch" in line for line in lines)
 
 
-def test_long_tests_are_run_when_asked(project: PytestProject) -> None:
+def test_long_option_runs_long_tests(project: PytestProject) -> None:
     assert outcomes(project.run("-v", "--long", "-k", "plain or long")[1]) == {"plain": "passed", "long": "passed"}

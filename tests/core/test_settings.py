@@ -1,4 +1,4 @@
-"""The environment: what is refused, and that no secret is told."""
+"""Settings: defaults, refused values, and secrets that are never shown."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def _no_other_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def test_without_variables_everything_is_on_this_machine() -> None:
+def test_defaults_stay_on_this_machine() -> None:
     settings = Settings()
     assert settings.database_url.get_secret_value() == "sqlite:///.tpo/tpo.db"
     assert settings.broker_url.get_secret_value() == "redis://127.0.0.1:6379/0"
@@ -28,7 +28,7 @@ def test_without_variables_everything_is_on_this_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "says"),
+    ("variables", "message"),
     [
         ({"TPO_DATABASE_URL": "mysql://127.0.0.1/tpo"}, "TPO_DATABASE_URL must start with"),
         ({"TPO_DATABASE_URL": "postgresql://127.0.0.1/tpo"}, r"postgresql\+psycopg://"),
@@ -38,7 +38,7 @@ def test_without_variables_everything_is_on_this_machine() -> None:
         ({"TPO_API_KEY": "short"}, "at least 16"),
         ({"TPO_FLOWER_HOST": "::"}, "set TPO_FLOWER_BASIC_AUTH"),
         ({"TPO_FLOWER_BASIC_AUTH": "user:short"}, "8 characters"),
-        ({"TPO_CONCURRENCY": "0"}, "slots"),
+        ({"TPO_CONCURRENCY": "0"}, "concurrency"),
         ({"TPO_LEASE_SECONDS": "0"}, "lease_seconds"),
         ({"TPO_MAX_ATTEMPTS": "0"}, "max_attempts"),
         ({"TPO_PORT": "70000"}, "port"),
@@ -66,28 +66,28 @@ def test_without_variables_everything_is_on_this_machine() -> None:
         ({"TPO_PROMPT_SET": "nope"}, "TPO_PROMPT_SET: no such prompt_set; there are conversation"),
     ],
 )
-def test_unsafe_values_are_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str) -> None:
+def test_unsafe_values_are_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValidationError, match=says):
+    with pytest.raises(ValidationError, match=message):
         Settings()
 
 
 @pytest.mark.parametrize(
     "url", ["redis://h", "redis://:word@h:1/15", "rediss://h/0?ssl_cert_reqs=none&ssl_ca_certs=/ca"]
 )
-def test_what_a_broker_may_be_called(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_broker_url_accepts_redis_urls(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("TPO_BROKER_URL", url)
     assert Settings().broker_url.get_secret_value() == url
 
 
-def test_with_a_key_the_api_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_allows_public_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPO_HOST", "0.0.0.0")
     monkeypatch.setenv("TPO_API_KEY", SECRET)
     assert Settings().host == "0.0.0.0"
 
 
-def test_no_secret_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPO_API_KEY", SECRET)
     monkeypatch.setenv("TPO_BROKER_URL", f"redis://:{SECRET}@127.0.0.1:6379/0")
     monkeypatch.setenv("TPO_DATABASE_URL", f"postgresql+psycopg://me:{SECRET}@127.0.0.1/tpo")
@@ -105,7 +105,7 @@ def test_no_secret_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SECRET not in str(raised.value)
 
 
-def test_the_default_prompts_fit_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_prompt_set_follows_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPO_POLICY", "some/model")
     assert Settings().default_prompt_set == "conversation"
     monkeypatch.setenv("TPO_PROMPT_SET", "separate")
@@ -113,10 +113,10 @@ def test_the_default_prompts_fit_the_policy(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_what_only_this_machine_can_reach(host: str) -> None:
+def test_is_loopback_accepts_local_hosts(host: str) -> None:
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
-def test_what_others_can_reach(host: str) -> None:
+def test_is_loopback_rejects_reachable_hosts(host: str) -> None:
     assert not is_loopback(host)

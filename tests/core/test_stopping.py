@@ -1,11 +1,11 @@
-"""When a run ends before its last iteration, and that what was paid for is not thrown away."""
+"""Rules that end a run before its last iteration, which keep all results so far."""
 
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from testing.fakes import FakePolicy, FakeReward, go_on, new_state, plain, said, step
+from testing.fakes import FakePolicy, FakeReward, new_state, plain, proceed, sample_text, step
 from tpo.core.errors import NoUsableSampleError
 from tpo.core.loop import Position, locate, pending
 from tpo.core.run import run
@@ -13,60 +13,58 @@ from tpo.core.state import Decline, Params, State
 
 
 def finish(state: State, *means: float, policy: FakePolicy | None = None) -> State:
-    """The state at the end of a run in which each response of iteration i is worth means[i], the last for the rest."""
+    """Run to the end with reward means[i] for the samples of iteration i, and the last mean for later ones."""
 
-    def worth(text: str) -> float:
+    def reward(text: str) -> float:
         return means[min(int(text.split()[1].split("-")[0]), len(means) - 1)]
 
-    return run(state, policy or FakePolicy(), FakeReward(worth if means else float), lambda _: None, go_on)
+    return run(state, policy or FakePolicy(), FakeReward(reward if means else float), lambda _: None, proceed)
 
 
-def kinds(state: State) -> str:
-    """The calls by their first letters."""
+def call_letters(state: State) -> str:
+    """Return one letter for each call: S(ample), r (score), l (critique), g(radient), U(pdate)."""
     return "".join(
         {"sample": "S", "score": "r", "critique": "l", "gradient": "g", "update": "U"}[c.kind] for c in state.calls
     )
 
 
-WHOLE = "SrlgUrlgUr"
+ALL_CALLS = "SrlgUrlgUr"
 
 
 @pytest.mark.parametrize(
-    ("budget", "calls", "where"),
+    ("budget", "calls", "position"),
     [
-        # 2 samples of 5 tokens, notes of 5; each policy call takes 0.25 s, each score 0.125 s.
+        # 2 samples of 5 tokens each, notes of 5 tokens. A policy call takes 0.25 s and a score 0.125 s.
         ({"max_output_tokens": 1}, "Sr", Position(0, None, 1, "max_output_tokens")),
         ({"max_output_tokens": 10}, "Sr", Position(0, None, 1, "max_output_tokens")),
         ({"max_output_tokens": 11}, "Srl", Position(1, None, 1, "max_output_tokens")),
         ({"max_output_tokens": 20}, "Srlg", Position(1, None, 1, "max_output_tokens")),
         ({"max_output_tokens": 21}, "SrlgUr", Position(1, None, 2, "max_output_tokens")),
-        ({"max_output_tokens": 10_000}, WHOLE, Position(2, None, 3)),
+        ({"max_output_tokens": 10_000}, ALL_CALLS, Position(2, None, 3)),
         ({"max_total_tokens": 11}, "Sr", Position(0, None, 1, "max_total_tokens")),
         ({"max_seconds": 0.2}, "Sr", Position(0, None, 1, "max_seconds")),
         ({"max_seconds": 0.376}, "Srl", Position(1, None, 1, "max_seconds")),
-        ({"max_seconds": 60.0}, WHOLE, Position(2, None, 3)),
+        ({"max_seconds": 60.0}, ALL_CALLS, Position(2, None, 3)),
     ],
 )
-def test_a_budget_ends_the_run_before_the_next_call_of_the_policy(
-    budget: dict[str, Any], calls: str, where: Position
-) -> None:
+def test_budget_ends_run_before_next_policy_call(budget: dict[str, Any], calls: str, position: Position) -> None:
     last = finish(new_state(sample_size=2, max_iterations=2, **budget), 1.0, 2.0, 3.0)
-    assert kinds(last) == calls
-    assert locate(last) == where
+    assert call_letters(last) == calls
+    assert locate(last) == position
     assert last.best is not None
-    assert all(c.reward is not None for c in last.candidates), "what was sampled is scored"
+    assert all(c.reward is not None for c in last.candidates), "all samples are scored"
 
 
-def test_the_prompts_count_in_the_budget_of_all_tokens_alone() -> None:
+def test_prompts_count_in_total_token_budget_only() -> None:
     state = new_state("word " * 100, sample_size=1, max_iterations=3)
-    written = state.params.model_copy(update={"max_output_tokens": 100})
-    both = state.params.model_copy(update={"max_total_tokens": 100})
-    assert kinds(finish(state.model_copy(update={"params": both}), 1.0)) == "Sr"
-    assert len(kinds(finish(state.model_copy(update={"params": written}), 1.0))) > 6
+    output_only = state.params.model_copy(update={"max_output_tokens": 100})
+    total = state.params.model_copy(update={"max_total_tokens": 100})
+    assert call_letters(finish(state.model_copy(update={"params": total}), 1.0)) == "Sr"
+    assert len(call_letters(finish(state.model_copy(update={"params": output_only}), 1.0))) > 6
 
 
-def test_a_budget_that_ends_before_anything_is_usable_fails_and_says_so() -> None:
-    policy = FakePolicy(lambda _r, _s: said("cut o", "length"))
+def test_budget_without_usable_sample_fails_with_reason() -> None:
+    policy = FakePolicy(lambda _r, _s: sample_text("cut o", "length"))
     with pytest.raises(NoUsableSampleError, match="budget max_output_tokens left no second try"):
         finish(new_state(max_output_tokens=1), 1.0, policy=policy)
     assert len(policy.asked) == 1
@@ -86,16 +84,16 @@ def test_a_budget_that_ends_before_anything_is_usable_fails_and_says_so() -> Non
         ({"patience": 3, "min_gain": 2}, (1, 1.5, 2, 2.5, 3, 3.5), 3),
     ],
 )
-def test_early_stop(rule: dict[str, Any], means: tuple[float, ...], iterations: int) -> None:
+def test_early_stop_ends_run_without_gain(rule: dict[str, Any], means: tuple[float, ...], iterations: int) -> None:
     last = finish(new_state(sample_size=2, max_iterations=5, early_stop=rule), *means)
     assert len(last.iterations) == iterations
     assert locate(last) == Position(iterations, None, iterations + 1, "early_stop" if iterations < 5 else None)
 
 
-def test_early_stop_looks_at_the_best_and_decline_at_the_mean() -> None:
+def test_early_stop_uses_best_and_decline_uses_mean() -> None:
     # The best rises and the mean falls, then the other way round.
     def run_with(rewards: FakeReward, **params: Any) -> State:
-        return run(new_state(sample_size=3, max_iterations=4, **params), FakePolicy(), rewards, lambda _: None, go_on)
+        return run(new_state(sample_size=3, max_iterations=4, **params), FakePolicy(), rewards, lambda _: None, proceed)
 
     worse = FakeReward(
         lambda text: {"0-0": 1.0, "1-0": 2.0}.get(text.split()[1], 0.9 if text.split()[1][0] == "0" else 0.0)
@@ -112,20 +110,20 @@ def test_early_stop_looks_at_the_best_and_decline_at_the_mean() -> None:
     assert locate(run_with(worse)).stopped is None
 
 
-def test_an_iteration_without_a_candidate_brings_no_gain_and_is_no_decline() -> None:
-    policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" else plain(r, s))
+def test_iteration_without_candidate_is_neither_gain_nor_decline() -> None:
+    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" else plain(r, s))
     last = finish(new_state(max_iterations=4, early_stop={"patience": 2}, stop_on_decline=True), 1.0, policy=policy)
     assert (len(last.iterations), locate(last).stopped) == (2, "early_stop")
     assert last.declines == {}
 
 
-def test_a_decline_is_told_from_the_last_step_that_has_rewards() -> None:
-    policy = FakePolicy(lambda r, s: said("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
+def test_decline_compares_with_last_scored_iteration() -> None:
+    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
     last = finish(new_state(sample_size=2, max_iterations=3), 5.0, 0.0, 4.0, 4.5, policy=policy)
     assert last.declines == {2: Decline(2, 4.0, 5.0)}
 
 
-def test_a_job_judges_and_pays_for_its_own_iterations_alone() -> None:
+def test_extended_job_counts_own_iterations_only() -> None:
     params: dict[str, Any] = {"early_stop": {"patience": 2}, "stop_on_decline": True, "max_output_tokens": 60}
     ended = finish(new_state(sample_size=2, max_iterations=2), 3.0, 2.0, 1.0)
     assert ended.usage.output_tokens == 50
@@ -137,9 +135,9 @@ def test_a_job_judges_and_pays_for_its_own_iterations_alone() -> None:
     assert locate(last).stopped == "early_stop"
 
 
-def test_nothing_ends_early_by_itself() -> None:
+def test_stop_rules_are_off_by_default() -> None:
     assert (Params().early_stop, Params().stop_on_decline) == (None, False)
-    assert kinds(finish(new_state(sample_size=2, max_iterations=2), 3.0, 2.0, 1.0)) == WHOLE
+    assert call_letters(finish(new_state(sample_size=2, max_iterations=2), 3.0, 2.0, 1.0)) == ALL_CALLS
 
 
 @pytest.mark.parametrize(
@@ -159,12 +157,12 @@ def test_nothing_ends_early_by_itself() -> None:
         {"early_stop": True},
     ],
 )
-def test_values_that_make_no_sense_are_refused(params: dict[str, Any]) -> None:
+def test_params_refuse_invalid_stop_rules(params: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Params(**params)
 
 
-def test_where_a_state_stands_at_each_step() -> None:
+def test_locate_reports_position_at_each_step() -> None:
     state = new_state(sample_size=2, max_iterations=1)
     seen = [locate(state)]
     while pending(state) is not None:

@@ -1,4 +1,4 @@
-"""When a consumer is taken for silent."""
+"""The watch for a silent consumer: messages wait, a thread is free, and none arrives."""
 
 import contextlib
 from collections.abc import Callable
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from tpo.core.errors import BrokerUnavailableError
 from worker.celery.consumer_watch import Consumer
 
-LOOKS = 6
+CHECKS = 6
 
 
-def looks(consumer: Consumer, times: int = LOOKS, between: Callable[[], object] = lambda: None) -> list[bool]:
+def checks(consumer: Consumer, times: int = CHECKS, between: Callable[[], object] = lambda: None) -> list[bool]:
+    """Check the consumer repeatedly, and return whether it was silent each time."""
     found = []
     for _ in range(times):
         between()
@@ -17,41 +18,41 @@ def looks(consumer: Consumer, times: int = LOOKS, between: Callable[[], object] 
     return found
 
 
-def test_messages_wait_a_thread_is_free_and_none_comes() -> None:
-    assert looks(Consumer(2, lambda: 1)) == [False] * (LOOKS - 1) + [True]
+def test_consumer_is_silent_when_messages_wait_and_none_arrives() -> None:
+    assert checks(Consumer(2, lambda: 1)) == [False] * (CHECKS - 1) + [True]
 
 
-def test_nothing_waits() -> None:
-    assert not any(looks(Consumer(2, lambda: 0), 3 * LOOKS))
+def test_consumer_is_not_silent_when_queue_is_empty() -> None:
+    assert not any(checks(Consumer(2, lambda: 0), 3 * CHECKS))
 
 
-def test_one_that_hears_now_and_then_is_not_silent() -> None:
+def test_consumer_is_not_silent_while_messages_arrive() -> None:
     consumer = Consumer(2, lambda: 1)
     task = consumer.track(lambda _job_id: None)
-    assert not any(looks(consumer, 3 * LOOKS, lambda: task("job")))
+    assert not any(checks(consumer, 3 * CHECKS, lambda: task("job")))
 
 
-def test_one_whose_threads_are_all_busy_is_not_silent() -> None:
+def test_consumer_is_not_silent_while_all_threads_are_busy() -> None:
     consumer = Consumer(1, lambda: 1)
     seen: list[bool] = []
-    consumer.track(lambda: seen.extend(looks(consumer, 3 * LOOKS)))()
+    consumer.track(lambda: seen.extend(checks(consumer, 3 * CHECKS)))()
     assert not any(seen)
-    assert looks(consumer, LOOKS + 1)[-1]
+    assert checks(consumer, CHECKS + 1)[-1]
 
 
-def test_a_broker_that_is_away_makes_nobody_silent() -> None:
-    answers = [1] * (LOOKS - 1) + [None] + [1] * (LOOKS - 1)
+def test_consumer_is_not_silent_when_broker_is_unavailable() -> None:
+    counts = [1] * (CHECKS - 1) + [None] + [1] * (CHECKS - 1)
 
     def waiting() -> int:
-        answer = answers.pop(0)
-        if answer is None:
+        count = counts.pop(0)
+        if count is None:
             raise BrokerUnavailableError()
-        return answer
+        return count
 
-    assert not any(looks(Consumer(1, waiting), len(answers)))
+    assert not any(checks(Consumer(1, waiting), len(counts)))
 
 
-def test_a_task_that_fails_is_over() -> None:
+def test_failed_task_frees_its_thread() -> None:
     consumer = Consumer(1, lambda: 1)
 
     def fails() -> None:
@@ -59,4 +60,4 @@ def test_a_task_that_fails_is_over() -> None:
 
     with contextlib.suppress(ValueError):
         consumer.track(fails)()
-    assert looks(consumer, LOOKS + 1)[-1]
+    assert checks(consumer, CHECKS + 1)[-1]

@@ -177,12 +177,12 @@ def test_a_request_larger_than_the_batch_runs_alone(llama: Any) -> None:
 
 def test_a_cancelled_request_leaves_between_two_tokens(engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = engine._runner.decode
-    writes, go_on = threading.Event(), threading.Event()
+    writes, proceed = threading.Event(), threading.Event()
 
     def held(rows: Any) -> Any:
         if len(rows) == 5:
             writes.set()
-            go_on.wait(HANG_SECONDS)
+            proceed.wait(HANG_SECONDS)
         return decode(rows)
 
     with monkeypatch.context() as patch:
@@ -191,7 +191,7 @@ def test_a_cancelled_request_leaves_between_two_tokens(engine: StepEngine, monke
         other = engine.submit(greedy(PROMPTS[1], 1, 200))
         assert writes.wait(HANG_SECONDS)
         endless.cancel()
-        go_on.set()
+        proceed.set()
         whole = other.result(60).completions
     assert engine.steps < 1000
     assert whole == results(engine, greedy(PROMPTS[1], 1, 200))[0]
@@ -417,11 +417,11 @@ def test_a_request_is_cancelled_in_the_middle_of_its_prompt(
     engine: StepEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = engine._runner.prefill
-    reached, go_on = threading.Event(), threading.Event()
+    reached, proceed = threading.Event(), threading.Event()
 
     def slow(chunks: Any) -> Any:
         reached.set()
-        go_on.wait(HANG_SECONDS)
+        proceed.wait(HANG_SECONDS)
         return read(chunks)
 
     with monkeypatch.context() as patch:
@@ -429,7 +429,7 @@ def test_a_request_is_cancelled_in_the_middle_of_its_prompt(
         long = engine.submit(greedy(tuple(i % 250 for i in range(3000)), 4))
         assert reached.wait(HANG_SECONDS)
         long.cancel()
-        go_on.set()
+        proceed.set()
     assert len(results(engine, greedy(PROMPTS[0]))) == 1
     assert not engine._scheduler.readings
     assert 3000 not in [len(tokens) for tokens in engine._scheduler.prefixes._kept]

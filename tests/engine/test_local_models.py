@@ -36,7 +36,7 @@ from tpo.settings import Settings
 TOKENIZER = make_tokenizer()
 
 
-def go_on() -> None:
+def proceed() -> None:
     """Nothing stops the job."""
 
 
@@ -93,7 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def replied(model: Model, reply: str, reason: FinishReason = "stop") -> tuple[str, str]:
-    (text,) = LocalPolicy(model, RecordingEngine(reply, reason)).generate(ask(*turns("Hi")), go_on).texts
+    (text,) = LocalPolicy(model, RecordingEngine(reply, reason)).generate(ask(*turns("Hi")), proceed).texts
     return text.text, text.finish_reason
 
 
@@ -172,7 +172,7 @@ def test_reasoning_is_counted_and_a_template_may_begin_it(model: Model, tmp_path
     thinker = load_policy_model(str(save_llama(tmp_path, template=opening)), Settings())
     assert replied(thinker, "hm</think>Yes<end>") == ("Yes", "stop")
     engine = RecordingEngine("hm</think>Yes<end>")
-    generation = LocalPolicy(thinker, engine).generate(ask(*turns("Hi")), go_on)
+    generation = LocalPolicy(thinker, engine).generate(ask(*turns("Hi")), proceed)
     assert [text.tokens for text in generation.texts] == [len("Yes")]
     assert generation.reasoning_tokens == len("hm") + 1 + 1
 
@@ -180,20 +180,20 @@ def test_reasoning_is_counted_and_a_template_may_begin_it(model: Model, tmp_path
 def test_max_tokens_end_where_the_context_ends(model: Model) -> None:
     engine = RecordingEngine("Yes")
     policy = LocalPolicy(model, engine)
-    read = policy.generate(ask(*turns("x" * 100), max_tokens=9999), go_on).input_tokens
+    read = policy.generate(ask(*turns("x" * 100), max_tokens=9999), proceed).input_tokens
     assert engine.requests[0].max_tokens == CONTEXT - read
-    policy.generate(ask(*turns("x" * 100), max_tokens=5), go_on)
+    policy.generate(ask(*turns("x" * 100), max_tokens=5), proceed)
     assert engine.requests[1].max_tokens == 5
 
 
 def test_a_prompt_without_room_for_an_answer_ends_its_job_alone(model: Model) -> None:
     engine = RecordingEngine("Yes")
     policy = LocalPolicy(model, engine)
-    frame = policy.generate(ask(*turns("")), go_on).input_tokens
+    frame = policy.generate(ask(*turns("")), proceed).input_tokens
     room = CONTEXT - frame - 1
-    assert policy.generate(ask(*turns("x" * room)), go_on).input_tokens == CONTEXT - 1
+    assert policy.generate(ask(*turns("x" * room)), proceed).input_tokens == CONTEXT - 1
     with pytest.raises(ContextTooLongError, match=f"has {CONTEXT} tokens.*at most {CONTEXT - 1} fit"):
-        policy.generate(ask(*turns("x" * (room + 1))), go_on)
+        policy.generate(ask(*turns("x" * (room + 1))), proceed)
     assert len(engine.requests) == 2
 
 
@@ -211,7 +211,7 @@ def test_an_interrupt_takes_the_rows_out_of_the_batch(tmp_path: Path) -> None:
     with pytest.raises(CallInterruptedError):
         policy.generate(ask(*turns("Hi"), max_tokens=90_000, n=64), stop_later)
     # The whole batch was taken: an answer soon shows that it is free again.
-    assert len(policy.generate(ask(*turns("Hi"), n=64), go_on).texts) == 64
+    assert len(policy.generate(ask(*turns("Hi"), n=64), proceed).texts) == 64
     policy.close()
     assert not policy.healthy
 
@@ -227,11 +227,11 @@ def without_marks(folder: Path) -> str:
 def test_a_tokenizer_without_begin_end_and_padding_is_enough(tmp_path: Path) -> None:
     none: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     policy = LocalPolicy.load(without_marks(save_llama(tmp_path / "policy", **none)), Settings())
-    texts = policy.generate(ask(*turns("Hi"), max_tokens=9, n=2), go_on).texts
+    texts = policy.generate(ask(*turns("Hi"), max_tokens=9, n=2), proceed).texts
     policy.close()
     assert [(text.tokens, text.finish_reason) for text in texts] == [(9, "length")] * 2
     reward = LocalRewardModel.load(without_marks(save_reward(tmp_path / "reward", pad=None, **none)), Settings())
-    values = reward.score(Score(iteration=0, messages=turns("Hi"), responses=RESPONSES), go_on).values
+    values = reward.score(Score(iteration=0, messages=turns("Hi"), responses=RESPONSES), proceed).values
     assert values == pytest.approx([by_hand(reward._model.network, r) for r in RESPONSES], abs=1e-4)
     reward.close()
 
@@ -239,8 +239,8 @@ def test_a_tokenizer_without_begin_end_and_padding_is_enough(tmp_path: Path) -> 
 def test_a_token_that_the_policy_does_not_know_ends_its_job_alone(tmp_path: Path) -> None:
     policy = LocalPolicy.load(str(save_llama(tmp_path, vocab_size=len(TOKENIZER) - 1)), Settings())
     with pytest.raises(PromptRefusedError, match="knows only"):
-        policy.generate(ask(*turns("</think>")), go_on)
-    assert policy.generate(ask(*turns("Hi")), go_on).texts
+        policy.generate(ask(*turns("</think>")), proceed)
+    assert policy.generate(ask(*turns("Hi")), proceed).texts
     policy.close()
 
 
@@ -267,7 +267,7 @@ def by_hand(network: Any, response: str) -> float:
 
 def test_a_score_is_the_raw_logit_at_the_last_token(reward: tuple[LocalRewardModel, Any]) -> None:
     loaded, network = reward
-    scores = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=RESPONSES), go_on)
+    scores = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=RESPONSES), proceed)
     assert scores.values == pytest.approx([by_hand(network, r) for r in RESPONSES], abs=1e-4)
     assert len({round(v, 3) for v in scores.values}) == 4
     assert scores.input_tokens == sum(len(f"user: Hiassistant: {r}") + 5 for r in RESPONSES)
@@ -276,7 +276,7 @@ def test_a_score_is_the_raw_logit_at_the_last_token(reward: tuple[LocalRewardMod
 def test_more_than_one_batch_comes_back_in_order(reward: tuple[LocalRewardModel, Any]) -> None:
     loaded, network = reward
     responses = tuple("ab" * (i * 37 % 90) + str(i) for i in range(64))
-    values = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=responses), go_on).values
+    values = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=responses), proceed).values
     for i in (0, 17, len(responses) - 1):
         assert values[i] == pytest.approx(by_hand(network, responses[i]), abs=1e-4)
 
@@ -298,7 +298,7 @@ def test_a_response_beyond_the_window_is_scored_by_its_beginning_and_named(
     loaded, network = reward
     frame = len(TOKENIZER.encode("<bos><turn>user: Hi<end><turn>assistant: <end>", add_special_tokens=False))
     long = "b" * 300
-    scores = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=("a", long)), go_on)
+    scores = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=("a", long)), proceed)
     assert [part.name for part in scores.parts[1]] == ["reward", "share_read"]
     assert [candidate[1].value for candidate in scores.parts] == [1.0, pytest.approx((CONTEXT - frame) / 300)]
     assert [candidate[1].weight for candidate in scores.parts] == [0.0, 0.0]
@@ -311,15 +311,15 @@ def test_a_conversation_without_room_for_any_response_is_said_with_numbers(
     reward: tuple[LocalRewardModel, Any],
 ) -> None:
     with pytest.raises(ContextTooLongError, match=f"has 3.. tokens.*at most {CONTEXT}"):
-        reward[0].score(Score(iteration=0, messages=turns("H" * 300), responses=("a",)), go_on)
+        reward[0].score(Score(iteration=0, messages=turns("H" * 300), responses=("a",)), proceed)
 
 
 def test_in_less_than_float32_a_score_does_not_move_with_its_company(tmp_path: Path) -> None:
     loaded = LocalRewardModel.load(str(save_reward(tmp_path)), Settings(reward_dtype="bfloat16"))
     responses = tuple("ab" * (i * 37 % 90) + str(i) for i in range(40))
-    together = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=responses), go_on).values
+    together = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=responses), proceed).values
     for i in range(0, 40, 5):
-        alone = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=responses[i : i + 1]), go_on)
+        alone = loaded.score(Score(iteration=0, messages=turns("Hi"), responses=responses[i : i + 1]), proceed)
         assert alone.values == together[i : i + 1]
     assert len(set(together)) > 30
     loaded.close()
@@ -351,7 +351,7 @@ def test_in_less_than_float32_each_row_has_padding(monkeypatch: pytest.MonkeyPat
 def test_the_system_turn_reaches_a_reward_model_that_knows_none(tmp_path: Path) -> None:
     loaded = LocalRewardModel.load(str(save_reward(tmp_path, template=NO_SYSTEM_TEMPLATE)), Settings())
     values = [
-        loaded.score(Score(iteration=0, messages=messages, responses=("Yes.",)), go_on).values
+        loaded.score(Score(iteration=0, messages=messages, responses=("Yes.",)), proceed).values
         for messages in (turns("Hi", system="Be brief."), turns("Be brief.\n\nHi"), turns("Hi"))
     ]
     loaded.close()

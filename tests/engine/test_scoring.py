@@ -26,14 +26,14 @@ class Network:
         self.config = SimpleNamespace(get_text_config=lambda: text)
         self.passes: list[list[list[int]]] = []
         self.begun = threading.Event()
-        self.go_on = threading.Event()
+        self.proceed = threading.Event()
         self.error: BaseException = ValueError("?")
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_more: Any) -> Any:
         rows = [r[m.bool()].tolist() for r, m in zip(input_ids, attention_mask, strict=True)]
         self.passes.append(rows)
         self.begun.set()
-        assert self.go_on.wait(HANG_SECONDS)
+        assert self.proceed.wait(HANG_SECONDS)
         if any(POISON in row for row in rows):
             raise self.error
         return SimpleNamespace(logits=torch.tensor([[float(sum(row))] for row in rows]))
@@ -51,13 +51,13 @@ def busy(network: Network) -> Iterator[RewardEngine]:
     engine.submit([[1]])
     assert network.begun.wait(HANG_SECONDS)
     yield engine
-    network.go_on.set()
+    network.proceed.set()
     engine.close()
 
 
 def test_whoever_waits_longest_comes_first_with_neighbours_in_length(busy: RewardEngine, network: Network) -> None:
     long, short = busy.submit([[2] * 400]), [busy.submit([[3] * 300] * 2) for _ in range(3)]
-    network.go_on.set()
+    network.proceed.set()
     assert long.result(60) == (800,)
     assert [future.result(60) for future in short] == [(900, 900)] * 3
     assert network.passes[1] == [[2] * 400]
@@ -66,7 +66,7 @@ def test_whoever_waits_longest_comes_first_with_neighbours_in_length(busy: Rewar
 
 def test_a_conversation_that_breaks_the_model_fails_alone(busy: RewardEngine, network: Network) -> None:
     first, broken, last = busy.submit([[1], [2]]), busy.submit([[3], [POISON]]), busy.submit([[4]])
-    network.go_on.set()
+    network.proceed.set()
     assert (first.result(60), last.result(60)) == ((1, 2), (4,))
     with pytest.raises(BackendUnavailableError, match="failed: ValueError"):
         broken.result(60)
@@ -77,7 +77,7 @@ def test_a_conversation_that_breaks_the_model_fails_alone(busy: RewardEngine, ne
 def test_what_nobody_waits_for_is_not_scored(busy: RewardEngine, network: Network) -> None:
     gone, stays = busy.submit([[5]]), busy.submit([[6]])
     gone.cancel()
-    network.go_on.set()
+    network.proceed.set()
     assert stays.result(60) == (6,)
     assert network.passes[1:] == [[[6]]]
 
@@ -85,7 +85,7 @@ def test_what_nobody_waits_for_is_not_scored(busy: RewardEngine, network: Networ
 def test_when_the_device_fails_everyone_is_told(busy: RewardEngine, network: Network) -> None:
     network.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     futures = [busy.submit([[POISON]]), busy.submit([[7] * 500, [8] * 500]), busy.submit([[9] * 500])]
-    network.go_on.set()
+    network.proceed.set()
     for future in futures:
         with pytest.raises(BackendUnavailableError, match="illegal memory access"):
             future.result(60)

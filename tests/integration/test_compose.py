@@ -101,7 +101,7 @@ def test_the_image_has_what_it_copies_and_runs_as_nobody_special() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {w for line in lines if line.startswith("COPY ") and "--from" not in line for w in line.split()[1:-1]}
-    assert copied == allowed
+    assert {name.partition("/")[0] for name in copied} == allowed
     assert all((ROOT / name).exists() for name in copied)
     last_user = [line for line in lines if line.startswith("USER")][-1]
     assert last_user == "USER tpo"

@@ -94,7 +94,7 @@ def test_a_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
     system.pause(first)
     system.worker(scripted_latency=0.5, lease_seconds=30)
     wait_for_claim(system, job_id, 2)
-    first.go_on()
+    first.proceed()
     first.wait_for(f"{job_id} left: another worker has it")
     assert system.store.jobs.get(job_id).status == "in_progress"
     assert worker_pid(system.store.jobs.get(job_id)) != first.pid

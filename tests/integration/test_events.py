@@ -182,7 +182,7 @@ def test_a_listener_that_stops_reading_is_dropped_and_its_memory_bounded(
     sqlite_system: System,
 ) -> None:
     program = (
-        "import sys, api.events, api.streaming.broadcaster; api.events.SEND_SECONDS = 1.0;"
+        "import sys, api.streaming.sse; api.streaming.sse.SEND_SECONDS = 1.0;"
         "from api.__main__ import main; sys.exit(main())"
     )
     port = free_port()

@@ -47,7 +47,7 @@ def test_every_answer_is_as_described(sqlite_system: System, tmp_path: Path) -> 
             env={
                 **os.environ,
                 "PYTHONPATH": str(ROOT),
-                "SCHEMATHESIS_HOOKS": str(ROOT / "tests" / "known_ids.py"),
+                "SCHEMATHESIS_HOOKS": str(ROOT / "tests" / "support" / "known_ids.py"),
                 "FUZZ_API": api.url,
                 "FUZZ_DATABASE": str(sqlite_system.engine.url),
                 "FUZZ_LOG": str(log),

@@ -75,7 +75,7 @@ def test_killed_children_are_restarted(tmp_path: Path) -> None:
         for pid in before.values():
             os.kill(pid, signal.SIGKILL)
         started: set[str] = set()
-        for fact in up.told():
+        for fact in up.events():
             if fact["event"] == "started":
                 started.add(fact["service"])
             if started == SERVICES:
@@ -166,7 +166,7 @@ def test_a_model_that_is_not_there_ends_it_with_the_reason(tmp_path: Path) -> No
     ports = {"port": free_port(), "flower-port": free_port(), "broker-port": free_port()}
     up = Up(tmp_path / "data", ports, environment(TPO_POLICY=str(tmp_path / "no-such-model")))
     with up.process:
-        told = list(up.told())
+        told = list(up.events())
         family = set(up.pids.values())
         assert up.process.wait(HANG_SECONDS) == 1
         assert "no-such-model" in up.errors()

@@ -75,14 +75,14 @@ def test_a_certificate_of_another_name(
     finish(sqlite_store)
     works = courier(sqlite_store, webhook_ca_file=AUTHORITY)
 
-    def told() -> bool:
+    def one_of_two_arrives() -> bool:
         works.notify_due()
         return (
             delivery(sqlite_store, right).status == "delivered"
             and delivery(sqlite_store, wrong).last_error == "tls_failed"
         )
 
-    eventually(told, why="one arrives, the other does not")
+    eventually(one_of_two_arrives, why="one arrives, the other does not")
     assert len(receiver.received) == 1
 
 

@@ -123,7 +123,7 @@ def test_an_idle_worker_ends_at_once(sqlite_system: System, number: int) -> None
 @pytest.mark.parametrize(
     ("module", "settings", "code", "message"),
     [
-        ("worker", {"slots": 0}, 2, "TPO_CONCURRENCY: Input should be greater than or equal to 1"),
+        ("worker", {"concurrency": 0}, 2, "TPO_CONCURRENCY: Input should be greater than or equal to 1"),
         ("worker.maintenance", {"database_url": "mysql://u:secret@h/d"}, 2, "TPO_DATABASE_URL must start with"),
         ("worker", {"policy": "/no/such/folder"}, 1, "/no/such/folder"),
         ("worker", {"database_url": "sqlite:///empty.db"}, 1, "tpo db upgrade"),

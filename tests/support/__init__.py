@@ -1,1 +1,1 @@
-"""Parts of the test runner: isolation from the machine, reruns, progress and the order of tests."""
+"""Test support: isolation, selection, reruns and progress of a run, and fakes and servers shared by suites."""

@@ -1,4 +1,4 @@
-"""The API in process for tests, and what every error of it must look like."""
+"""An in-process API client for tests, and the assertion that every error response must pass."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ UNKNOWN_ID = "job_" + "0" * 32
 
 @contextlib.contextmanager
 def api_client(**settings: Any) -> Iterator[TestClient]:
-    """A client of an API that serves the scripted models."""
+    """Yield a client of an API that serves the scripted models."""
     values = {
         "policy": "scripted",
         "reward_model": "scripted",
@@ -27,7 +27,10 @@ def api_client(**settings: Any) -> Iterator[TestClient]:
 
 
 def assert_problem(response: Any, status: int, code: str, param: str | None = None) -> dict[str, Any]:
-    """Every error has both shapes, which say the same, and nothing of the framework's own."""
+    """Assert that an error response has both error formats with equal content, and return its body.
+
+    The formats are RFC 9457 problem details and the `error` object of the OpenAI API.
+    """
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["x-request-id"]
@@ -42,6 +45,7 @@ def assert_problem(response: Any, status: int, code: str, param: str | None = No
 
 
 def submit(client: TestClient, **body: Any) -> dict[str, Any]:
+    """Submit a job and return it."""
     response = client.post("/v1/jobs", json={"input": "Hello", **body})
     assert response.status_code == 202, response.text
     job: dict[str, Any] = response.json()

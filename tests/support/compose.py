@@ -1,4 +1,4 @@
-"""Reads docker-compose.yml and runs a service's own command natively, with its own environment and nothing else."""
+"""Read docker-compose.yml, and run the command of a service natively with only the environment of that service."""
 
 import contextlib
 import os
@@ -17,11 +17,14 @@ _VARIABLE = re.compile(r"\$\$|\$\{(\w+)(?:(:[-?])([^}]*))?\}")
 
 
 class Unset(Exception):
-    """A variable that the file wants set is not."""
+    """A variable that the Compose file requires is not set."""
 
 
 def read(variables: Mapping[str, str]) -> dict[str, Any]:
-    """The file as compose understands it: anchors merged, variables put in. Raises Unset."""
+    """Return the Compose file with anchors merged and variables substituted.
+
+    Raises Unset if a required variable has no value.
+    """
     return dict(_interpolated(yaml.safe_load((ROOT / "docker-compose.yml").read_text()), variables))
 
 
@@ -33,7 +36,7 @@ def _interpolated(value: Any, variables: Mapping[str, str]) -> Any:
     if not isinstance(value, str):
         return value
 
-    def put_in(match: re.Match[str]) -> str:
+    def substitute(match: re.Match[str]) -> str:
         name, operator, word = match.groups()
         if name is None:
             return "$"
@@ -43,12 +46,15 @@ def _interpolated(value: Any, variables: Mapping[str, str]) -> Any:
             raise Unset(word)
         return word if operator == ":-" else ""
 
-    return _VARIABLE.sub(put_in, value)
+    return _VARIABLE.sub(substitute, value)
 
 
 @dataclass(frozen=True)
 class Native:
-    """This machine in the place of the containers: addresses rewritten, programs found on a path of our own."""
+    """The services of the Compose file as processes of this machine.
+
+    `rewrites` maps addresses and paths of the containers to those of this machine. `programs` comes first on PATH.
+    """
 
     services: Mapping[str, Any]
     rewrites: Mapping[str, str]
@@ -56,24 +62,24 @@ class Native:
     folder: Path
 
     def command(self, name: str) -> tuple[list[str], dict[str, str]]:
-        """A service's command and environment."""
+        """Return the command and the environment of a service."""
         service = self.services[name]
-        return [self._here(word) for word in service["command"]], self.environment(name)
+        return [self._rewrite(word) for word in service["command"]], self.environment(name)
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the service is told, and a path."""
-        told = {key: self._here(value) for key, value in self.services[name]["environment"].items()}
-        return {"PATH": f"{self.programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", **told}
+        """Return the environment of a service, with PATH."""
+        values = {key: self._rewrite(value) for key, value in self.services[name]["environment"].items()}
+        return {"PATH": f"{self.programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", **values}
 
     def start(self, name: str) -> "subprocess.Popen[bytes]":
-        """Start a service as `docker compose up` would."""
+        """Start a service as `docker compose up` does. Its output goes to a log file."""
         command, environment = self.command(name)
         with (self.folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(command, env=environment, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT)
 
     def is_healthy(self, name: str) -> bool:
-        """What the service's own health check says."""
-        kind, *words = (self._here(word) for word in self.services[name]["healthcheck"]["test"])
+        """Run the health check of the service and return whether it passed."""
+        kind, *words = (self._rewrite(word) for word in self.services[name]["healthcheck"]["test"])
         command = ["sh", "-c", *words] if kind == "CMD-SHELL" else words
         seconds = float(self.services[name]["healthcheck"]["timeout"].removesuffix("s"))
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -82,18 +88,18 @@ class Native:
         return False
 
     def log(self, name: str) -> str:
-        """What the service wrote."""
+        """Return the output of a service so far."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def _here(self, word: str) -> str:
-        for container, here in self.rewrites.items():
-            word = word.replace(container, here)
+    def _rewrite(self, word: str) -> str:
+        for container, local in self.rewrites.items():
+            word = word.replace(container, local)
         return word
 
 
 @contextlib.contextmanager
 def ended(processes: Mapping[str, "subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """Leaves no process behind."""
+    """Kill the processes that still run at the end of the block, in reverse order."""
     try:
         yield
     finally:

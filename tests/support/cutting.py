@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts connections, and one that answers errors in front of the real server."""
+"""A TCP proxy in front of a real server that cuts connections, answers with errors and loses responses."""
 
 import contextlib
 import socket
@@ -9,11 +9,12 @@ from testing.ports import free_port
 
 
 class Cutter:
-    """Carries bytes between clients and a server; each connection is cut as it is told.
+    """A proxy that forwards bytes between clients and a server, with the faults that the test configures.
 
-    `budgets`: for each connection in turn, how many bytes of answers get through; None for all, and for all that
-    come later. `refusals`: so many requests are answered with `refusal` first. `lost`: so many requests reach the
-    server whole, and their answers nobody.
+    budgets: for each connection, in order, the bytes of responses that are forwarded before it is cut; None forwards
+        all. Connections beyond the end of the list are not cut.
+    refusals: the number of next connections that are answered with `refusal`.
+    lost: the number of next requests that reach the server and whose responses are dropped.
     """
 
     def __init__(self, port: int) -> None:
@@ -32,11 +33,11 @@ class Cutter:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def freeze(self) -> None:
-        """Carry nothing more on the connections that are open, and leave them open; later ones are as good as new."""
+        """Stop forwarding on the connections that are open now, and keep them open. Later ones work."""
         self._frozen = self.connections
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Accept no more connections."""
         self._listener.close()
 
     def _accept(self) -> None:
@@ -46,14 +47,14 @@ class Cutter:
             except OSError:
                 return
             self.connections += 1
-            threading.Thread(target=self._carry, args=(client, self.connections), daemon=True).start()
+            threading.Thread(target=self._forward, args=(client, self.connections), daemon=True).start()
 
-    def _carry(self, client: socket.socket, number: int) -> None:
+    def _forward(self, client: socket.socket, number: int) -> None:
         with client, contextlib.suppress(OSError):
-            self._answer(client, number)
-            client.shutdown(socket.SHUT_RDWR)  # closing alone does nothing while a thread reads from it
+            self._relay(client, number)
+            client.shutdown(socket.SHUT_RDWR)  # close() alone has no effect while a thread reads from the socket
 
-    def _answer(self, client: socket.socket, number: int) -> None:
+    def _relay(self, client: socket.socket, number: int) -> None:
         with contextlib.suppress(OSError):
             if self.refusals:
                 self.refusals -= 1
@@ -65,21 +66,21 @@ class Cutter:
                 threading.Thread(target=self._pump, args=(client, server, number), daemon=True).start()
                 if self.lost:
                     self.lost -= 1
-                    server.recv(65536)  # the answer: the request was carried out
+                    server.recv(65536)  # a response: the request was processed
                     return
                 while budget is None or budget > 0:
-                    piece = server.recv(65536 if budget is None else min(65536, budget))
-                    if not piece:
+                    chunk = server.recv(65536 if budget is None else min(65536, budget))
+                    if not chunk:
                         return
                     self._wait_while_frozen(number)
-                    client.sendall(piece)
-                    budget = budget and budget - len(piece)
+                    client.sendall(chunk)
+                    budget = budget and budget - len(chunk)
 
     def _pump(self, source: socket.socket, target: socket.socket, number: int) -> None:
         with contextlib.suppress(OSError):
-            while piece := source.recv(65536):
+            while chunk := source.recv(65536):
                 self._wait_while_frozen(number)
-                target.sendall(piece)
+                target.sendall(chunk)
 
     def _wait_while_frozen(self, number: int) -> None:
         if number <= self._frozen:
@@ -88,7 +89,7 @@ class Cutter:
 
 @contextlib.contextmanager
 def cutter(port: int) -> Iterator[Cutter]:
-    """A proxy before the server on that port."""
+    """Yield a proxy in front of the server on that port."""
     proxy = Cutter(port)
     try:
         yield proxy

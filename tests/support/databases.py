@@ -1,4 +1,4 @@
-"""Databases that the migrations have built, each a copy of one that every test process makes once."""
+"""Databases with the schema, copied from a template that each test process builds once by the migrations."""
 
 import contextlib
 import shutil
@@ -14,7 +14,7 @@ DATABASES = ("sqlite", "postgresql")
 
 @contextlib.contextmanager
 def migrated_database(kind: str, request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
-    """A database with the schema and nothing in it; one of SQLite lies in the folder."""
+    """Yield the URL of a database with the schema and no rows. An SQLite file is created in the folder."""
     if kind == "sqlite":
         shutil.copy(request.getfixturevalue("sqlite_template"), folder / "tpo.db")
         yield f"sqlite:///{folder}/tpo.db"

@@ -1,6 +1,6 @@
 """A worker whose model call never returns and cannot be interrupted: `python -m tests.support.hanging_worker`.
 
-With the word `stuck`, the policy knows that it hangs.
+With the argument `stuck`, the policy reports that it is unhealthy.
 """
 
 import sys
@@ -15,20 +15,23 @@ from worker.startup import start
 
 
 class HangingPolicy:
-    """A policy that is stuck."""
+    """A policy whose calls hang."""
 
     healthy = True
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
+        """Wait and ignore interrupts."""
         self.healthy = "stuck" not in sys.argv
         threading.Event().wait()
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        raise AssertionError("unreachable: the process leaves its thread behind")
+        """Fail: the process exits without waiting for its thread."""
+        raise AssertionError("unreachable: the process exits without waiting for its thread")
 
 
 def main(settings: Settings, store: Store) -> int:
+    """Run the worker and return its exit code."""
     return serve(settings, store, HangingPolicy(), ScriptedRewardModel())
 
 

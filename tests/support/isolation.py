@@ -1,4 +1,4 @@
-"""Keep a test run apart from the rest of the machine: its environment, home, working folder, ports and servers."""
+"""Isolate a test run from the rest of the machine: environment, home folder, ports and servers."""
 
 import os
 import shutil
@@ -11,38 +11,38 @@ from typing import Any
 from testing.ports import own_ports
 
 _KEPT = (
-    # What any program needs to run.
+    # Needed by any program.
     "PATH", "USER", "LOGNAME", "SHELL", "TERM", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CI",
     # Python, pytest and coverage.
     "PYTHONPATH", "PYTHONHASHSEED", "PYTEST_*", "COV_*", "COVERAGE_*",
-    # How numerical libraries use this machine's processor.
+    # Use of this machine's processor by numerical libraries.
     "CUDA_VISIBLE_DEVICES", "OPENBLAS_*", "MKL_*", "NVPL_*", "OMP_NUM_THREADS",
-    # What the tests themselves are asked to do.
+    # Options of the tests themselves.
     "FUZZ_EXAMPLES", "FUZZ_SECONDS", "TPO_TRAJECTORIES", "VLLM_PYTHON",
 )  # fmt: skip
-"""Variables that tests may see; `*` stands for any ending. All others would make a run depend on somebody's shell."""
+"""Variables that tests inherit; `*` matches any ending. Any other would make a run depend on the caller's shell."""
 
 FIXED = {
     "LC_ALL": "C.UTF-8",
     "HF_HUB_OFFLINE": "1",
-    # Nobody listens on port 1. A test that needs a broker starts one and says so.
+    # Nothing listens on port 1. A test that needs a broker starts one and sets this variable.
     "TPO_BROKER_URL": "redis://127.0.0.1:1/0",
 }
-"""Variables that are the same in every run."""
+"""Variables with the same value in every run."""
 
 
 def isolated_environment(inherited: Mapping[str, str], home: Path) -> dict[str, str]:
-    """Return the environment of a test run, given the one that it was started in."""
+    """Return the environment of a test run that was started in the inherited one."""
     return {name: value for name, value in inherited.items() if is_kept(name)} | FIXED | {"HOME": str(home)}
 
 
 def is_kept(name: str) -> bool:
-    """Whether tests may see a variable as it was."""
+    """Return whether tests inherit a variable."""
     return any(name.startswith(kept[:-1]) if kept.endswith("*") else name == kept for kept in _KEPT)
 
 
 def enter_own_home() -> Path:
-    """Take the isolated environment, with an empty home folder, and return that folder."""
+    """Switch to the isolated environment with a new, empty home folder, and return that folder."""
     home = Path(tempfile.mkdtemp(prefix="tpo-tests-"))
     isolated = isolated_environment(os.environ, home)
     os.environ.clear()
@@ -51,28 +51,28 @@ def enter_own_home() -> Path:
 
 
 def leave_home(home: Path) -> None:
-    """Remove what programs left in the home folder of a run."""
+    """Remove the home folder of a run."""
     shutil.rmtree(home, ignore_errors=True)
 
 
-_NOBODY = 1
-"""The port that tests use for a server that is not there."""
+_UNUSED_PORT = 1
+"""The port of a server that does not exist, for tests of failing connections."""
 
 foreign_connections: list[str] = []
-"""Connections of this process to servers that no test has started; each was refused."""
+"""Refused connections of this process to servers that no test started, as `host:port`."""
 
 
 def refuse_foreign_connections() -> None:
-    """Refuse and record connections of this process to anything but servers of tests, for as long as it lives."""
+    """Refuse and record connections to servers that no test started, until this process ends."""
     first_ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 
-    def look(event: str, arguments: tuple[Any, ...]) -> None:
+    def check(event: str, arguments: tuple[Any, ...]) -> None:
         if event != "socket.connect" or not isinstance(arguments[1], tuple):
             return
         host, port = arguments[1][:2]
-        if port >= first_ephemeral or port in own_ports() or port == _NOBODY:
+        if port >= first_ephemeral or port in own_ports() or port == _UNUSED_PORT:
             return
         foreign_connections.append(f"{host}:{port}")
         raise ConnectionRefusedError(f"no test has started a server on {host}:{port}")
 
-    sys.addaudithook(look)
+    sys.addaudithook(check)

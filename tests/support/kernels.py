@@ -1,6 +1,6 @@
-"""The runner for a GPU beside the plain one: on a GPU where there is one, else in Triton's interpreter.
+"""Compare the GPU runner with the plain runner, on a GPU if there is one, else in Triton's interpreter.
 
-A process of its own, because Triton is interpreted or compiled as the environment says when it is first imported.
+This runs in a separate process, because Triton reads the environment only when it is first imported:
 
     TRITON_INTERPRET=1 python -m tests.support.kernels
 """
@@ -24,13 +24,13 @@ from tpo.backends.local.scheduler import ActiveSequence, Limits, PrefillChunk, P
 
 _ROWS = 8
 _LENGTHS = (3, 40, 100)
-"""Of prompts: a part of the kernel's tile of 64 tokens, and more than one tile."""
+"""Lengths of prompts in tokens: shorter than one kernel tile (64 tokens), and longer."""
 
 Completions = Sequence[tuple[Completion, ...]]
 
 
 def requests(lengths: Sequence[int], longest: int) -> list[TokenRequest]:
-    """Greedy ones and sampled ones of different lengths."""
+    """Return greedy and sampled requests of different lengths."""
     prompts = [tuple((7 * i + 3 * j) % 250 for j in range(length)) for i, length in enumerate(lengths)]
     return [
         *(TokenRequest(prompt, (0, 1), 0.0, 1.0, longest - 5 + 2 * i) for i, prompt in enumerate(prompts)),
@@ -38,8 +38,8 @@ def requests(lengths: Sequence[int], longest: int) -> list[TokenRequest]:
     ]
 
 
-def written(runner: Runner, slots: int, lengths: Sequence[int], longest: int) -> Completions:
-    """What the requests get, all submitted at once."""
+def completions(runner: Runner, slots: int, lengths: Sequence[int], longest: int) -> Completions:
+    """Submit all requests at once and return their completions."""
     engine = StepEngine(runner, Limits(_ROWS, slots, 64), frozenset())
     try:
         return [
@@ -49,14 +49,14 @@ def written(runner: Runner, slots: int, lengths: Sequence[int], longest: int) ->
         engine.close()
 
 
-def apart(runner: Runner) -> torch.Tensor:
-    """Logits of two samples of one prompt, of which one is three tokens ahead."""
+def staggered_logits(runner: Runner) -> torch.Tensor:
+    """Return the logits of two samples of one prompt, one of them three tokens ahead of the other."""
     ticket = Ticket(TokenRequest(tuple(range(20)), (0, 1), 0.0, 1.0, 8), 0, Timings(0.0))
-    reading = PrefillRequest(ticket, [0, 1], (Piece(Segment(2, 20, 20), 20),), 0)
-    rows = [ActiveSequence(ticket, i, reading.chain, [], [Segment(22 + 8 * i, 8)]) for i in range(2)]
+    prefill = PrefillRequest(ticket, [0, 1], (Piece(Segment(2, 20, 20), 20),), 0)
+    rows = [ActiveSequence(ticket, i, prefill.chain, [], [Segment(22 + 8 * i, 8)]) for i in range(2)]
     logits = []
     with torch.inference_mode():
-        runner.prefill([PrefillChunk(reading, 0, 20)])
+        runner.prefill([PrefillChunk(prefill, 0, 20)])
         for token, step in enumerate([rows[1:]] * 3 + [rows] * 3):
             for row in step:
                 row.tokens.append(token)
@@ -66,7 +66,7 @@ def apart(runner: Runner) -> torch.Tensor:
 
 
 def differences(kind: str) -> list[str]:
-    """Where the two runners part, for one kind of attention, in much memory and in little."""
+    """Return the differences between the two runners, one a line, for one kind of attention."""
     with tempfile.TemporaryDirectory() as folder:
         model: Any = load_kind(kind, Path(folder)).to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -78,23 +78,25 @@ def differences(kind: str) -> list[str]:
         own = copy.deepcopy(model)
         return CudaRunner(own, install_attention(own, kind), slots, _ROWS, CONTEXT)
 
-    # The first kind is tried with more requests than run at once, in much memory and in little; of the others, what
-    # differs from it: the attention.
+    # The first kind runs with more requests than fit at once, with ample and with scarce memory. The other kinds
+    # differ from it only in their attention, so one size is enough for them.
     first = kind == KINDS[0]
     sizes, lengths, longest = ((2000, 150), _LENGTHS, 9) if first else ((2000,), _LENGTHS[1:], 6)
-    expected = written(plain(), 2000, lengths, longest)
-    farthest = float((apart(fast(2000)) - apart(plain())).abs().max())
-    # 150 slots hold the longest request and little more: samples are put back and begin again.
+    expected = completions(plain(), 2000, lengths, longest)
+    farthest = float((staggered_logits(fast(2000)) - staggered_logits(plain())).abs().max())
+    # 150 slots hold little more than the longest request, so samples are preempted and restarted.
     return ([f"{kind}: logits {farthest} apart"] if farthest > 1e-4 else []) + [
         f"{kind}, {slots} slots, request {i}: {[c.tokens for c in mine]} instead of {[c.tokens for c in theirs]}"
         for slots in sizes
-        for i, (mine, theirs) in enumerate(zip(written(fast(slots), slots, lengths, longest), expected, strict=True))
+        for i, (mine, theirs) in enumerate(
+            zip(completions(fast(slots), slots, lengths, longest), expected, strict=True)
+        )
         if mine != theirs
     ]
 
 
 def main() -> int:
-    """Print every difference; gives how many there are."""
+    """Print the differences and return their number."""
     found = [line for kind in KINDS for line in differences(kind)]
     print(*found, f"{len(found)} differences", sep="\n")
     return len(found)

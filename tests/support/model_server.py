@@ -1,8 +1,8 @@
-"""A stand-in for vLLM, SGLang and other model servers, in a process of its own, that misbehaves when it is told to.
+"""A fake of vLLM, SGLang and other model servers in a separate process, with configurable faults.
 
-Run `python -m tests.support.model_server PORT [demo]`. `POST /control` with {"faults": […], "options": {…}}: each fault
-meets one of the next requests; options hold until they are changed. `GET /seen` returns the requests that came. With
-`demo` the shipped models answer; else texts and scores come from the scripted back end.
+Run `python -m tests.support.model_server PORT [demo]`. `POST /control` takes {"faults": […], "options": {…}}: each
+fault applies to one of the next requests, in order, and options apply until they are changed. `GET /seen` returns the
+requests received since then. With `demo` the shipped models answer; otherwise the scripted back end does.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ MODEL = "a-model"
 _TAGS = re.compile(r"<(\w+)> and </\1>")
 
 
-class Answering:
-    """What the server knows."""
+class ServerState:
+    """Models, faults, options and recorded requests of the server."""
 
     def __init__(self, models: str) -> None:
         self.policy = load_policy(models, Settings(threads=1))
@@ -41,17 +41,18 @@ class Answering:
         self.options: dict[str, Any] = {}
         self.seen: list[dict[str, Any]] = []
         self.left = 0
-        """Clients that went away from a request that hung."""
+        """Number of clients that disconnected from a hanging request."""
 
-    def chat(self, body: dict[str, Any], most: int) -> tuple[int, dict[str, Any]]:
+    def chat(self, body: dict[str, Any], max_choices: int) -> tuple[int, dict[str, Any]]:
+        """Return the status and the body of a chat completion."""
         messages = tuple(Message.model_validate(m) for m in body["messages"])
-        n = min(body.get("n", 1), 1 if self.options.get("ignores_n") else most)
+        n = min(body.get("n", 1), 1 if self.options.get("ignores_n") else max_choices)
         if n > (slots := self.options.get("slots", n)):
-            said = f"Field 'n': Value must be between 1 <= value <= {slots}, but got {n}"
-            return 400, {"error": {"code": 400, "message": said, "type": "invalid_request_error"}}
-        read = sum(len(m.content.split()) for m in messages)
+            message = f"Field 'n': Value must be between 1 <= value <= {slots}, but got {n}"
+            return 400, {"error": {"code": 400, "message": message, "type": "invalid_request_error"}}
+        input_tokens = sum(len(m.content.split()) for m in messages)
         limit = int(body.get("max_tokens") or body["max_completion_tokens"])
-        if refusal := self.too_long(read, limit):
+        if refusal := self.too_long(input_tokens, limit):
             return 400, refusal
         request = Generate(
             kind="update" if _TAGS.search(messages[-1].content) else "sample",
@@ -67,49 +68,56 @@ class Answering:
         reply = self.policy.generate(request, lambda: None)
         choices = []
         for index, text in enumerate(reply.texts):
-            message: dict[str, Any] = {"role": "assistant", "content": text.text}
+            choice: dict[str, Any] = {"role": "assistant", "content": text.text}
             if self.options.get("keeps_stop") and text.finish_reason == "stop":
-                message["content"] += "".join(request.stop[:1])
+                choice["content"] += "".join(request.stop[:1])
             match self.options.get("thinking"):
                 case "field":
-                    message["reasoning_content"] = "secret thoughts " * 3
+                    choice["reasoning_content"] = "secret thoughts " * 3
                 case "tags":
-                    message["content"] = f"<think>secret thoughts</think>\n\n{text.text}"
+                    choice["content"] = f"<think>secret thoughts</think>\n\n{text.text}"
             finish = self.options.get("finish_reason", text.finish_reason)
-            choices.append({"index": index, "message": message, "finish_reason": finish})
+            choices.append({"index": index, "message": choice, "finish_reason": finish})
         usage = {"prompt_tokens": reply.input_tokens, "completion_tokens": sum(t.tokens for t in reply.texts)}
         answer = {"object": "chat.completion", "model": MODEL, "choices": choices, "usage": usage}
         if self.options.get("counts_nothing"):
             del answer["usage"]
         return 200, answer
 
-    def too_long(self, read: int, limit: int = 0) -> dict[str, Any] | None:
+    def too_long(self, input_tokens: int, limit: int = 0) -> dict[str, Any] | None:
+        """Return the error body for a request beyond the context window, or None if it fits."""
         window = self.options.get("window")
-        if window is None or read + limit <= window:
+        if window is None or input_tokens + limit <= window:
             return None
         if self.options.get("lowers"):
-            return self.too_long_for_vllm(read, limit, window)
-        said = f"This model's maximum context length is {window} tokens and your request has {read} input tokens"
+            return self.too_long_for_vllm(input_tokens, limit, window)
+        message = (
+            f"This model's maximum context length is {window} tokens and your request has {input_tokens} input tokens"
+        )
         if self.options.get("says_no_numbers"):
-            said = "This does not fit the context length."
-        return {"error": {"message": said, "type": "BadRequestError", "code": 400}}
+            message = "This does not fit the context length."
+        return {"error": {"message": message, "type": "BadRequestError", "code": 400}}
 
-    def too_long_for_vllm(self, read: int, limit: int, window: int) -> dict[str, Any] | None:
-        """vLLM 0.32: a limit within the window is lowered without a word, and a prompt is not read to its end."""
+    def too_long_for_vllm(self, input_tokens: int, limit: int, window: int) -> dict[str, Any] | None:
+        """Return the error body of vLLM 0.32, or None if the request is accepted.
+
+        vLLM silently lowers a limit that is within the window, and stops counting a prompt beyond it.
+        """
         if limit > window:
-            said = (
+            message = (
                 f"max_tokens={limit} cannot be greater than max_model_len={window}. Please request fewer output tokens."
             )
-        elif read > window:
-            said = (
+        elif input_tokens > window:
+            message = (
                 f"This model's maximum context length is {window} tokens. However, your prompt contains at least "
                 f"{window + 1} input tokens, which exceeds this limit even without any output tokens."
             )
         else:
             return None
-        return {"error": {"message": said, "type": "BadRequestError", "code": 400}}
+        return {"error": {"message": message, "type": "BadRequestError", "code": 400}}
 
     def score(self, body: dict[str, Any]) -> tuple[float, int]:
+        """Return the reward of a request and its number of input tokens."""
         if "input_ids" in body:
             return sum(body["input_ids"]) % 97 / 10 - 4, len(body["input_ids"])
         messages = tuple(Message.model_validate(m) for m in body["messages"])
@@ -123,6 +131,7 @@ class Answering:
         return (1 / (1 + math.exp(-value)) if applies else value), rewards.input_tokens
 
     def scored(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Return the status and the body of a reward response in the format of the endpoint."""
         words = sum(len(m["content"].split()) for m in body.get("messages", []))
         if refusal := self.too_long(words):
             return 400, refusal
@@ -138,19 +147,19 @@ class Answering:
 
 
 def serve(port: int, models: str) -> None:
-    """Answer for ever."""
-    answering = Answering(models)
+    """Serve until the process is killed."""
+    state = ServerState(models)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             if self.path == "/seen":
-                self._json(200, {"seen": answering.seen, "left": answering.left})
+                self._json(200, {"seen": state.seen, "left": state.left})
             elif self._has_wrong_key():
                 self._json(401, {"error": {"message": "Incorrect API key provided"}})
-            elif self.path == "/v1/models" and not answering.options.get("lists_no_models"):
-                window = answering.options.get("lists_window")
+            elif self.path == "/v1/models" and not state.options.get("lists_no_models"):
+                window = state.options.get("lists_window")
                 self._json(200, {"object": "list", "data": [{"id": MODEL, "max_model_len": window}]})
             else:
                 self._json(404, {"detail": "Not Found"})
@@ -158,15 +167,15 @@ def serve(port: int, models: str) -> None:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             if self.path == "/control":
-                answering.faults = body.get("faults", answering.faults)
-                answering.options = body.get("options", answering.options)
-                answering.seen, answering.left = [], 0
+                state.faults = body.get("faults", state.faults)
+                state.options = body.get("options", state.options)
+                state.seen, state.left = [], 0
                 self._json(200, {})
                 return
-            with answering.lock:
+            with state.lock:
                 key = self.headers.get("authorization")
-                answering.seen.append({"path": self.path, "body": body, "key": key})
-                fault = answering.faults.pop(0) if answering.faults else {}
+                state.seen.append({"path": self.path, "body": body, "key": key})
+                fault = state.faults.pop(0) if state.faults else {}
             if "status" in fault:
                 self._json(fault["status"], fault.get("body", {"error": {"message": "no"}}), fault.get("headers", {}))
             elif "raw" in fault:
@@ -175,24 +184,24 @@ def serve(port: int, models: str) -> None:
                 self.close_connection = True
             elif fault.get("hangs"):
                 select.select([self.connection], [], [], 60)
-                answering.left += 1
+                state.left += 1
                 self.close_connection = True
             else:
                 status, answer = self._answer(body, fault.get("choices", 64))
                 text = json.dumps(answer).encode()
                 self._send(status, text, cut=len(text) // 2 if fault.get("half") else None)
 
-        def _answer(self, body: dict[str, Any], most: int) -> tuple[int, Any]:
+        def _answer(self, body: dict[str, Any], max_choices: int) -> tuple[int, Any]:
             if self._has_wrong_key():
                 return 401, {"error": {"message": "Incorrect API key provided"}}
             if body["model"] != MODEL:
                 return 404, {"error": {"message": "The model does not exist."}}
             if self.path == "/v1/chat/completions":
-                return answering.chat(body, most)
-            return answering.scored(self.path, body)
+                return state.chat(body, max_choices)
+            return state.scored(self.path, body)
 
         def _has_wrong_key(self) -> bool:
-            key = answering.options.get("key")
+            key = state.options.get("key")
             return key is not None and self.headers.get("authorization") != f"Bearer {key}"
 
         def _json(self, status: int, answer: Any, headers: dict[str, str] | None = None) -> None:
@@ -219,7 +228,7 @@ def serve(port: int, models: str) -> None:
 
 
 class ModelServer:
-    """The process, seen from a test."""
+    """Handle of a test on the server process."""
 
     def __init__(self, models: str = "scripted") -> None:
         self.port = free_port()
@@ -229,14 +238,14 @@ class ModelServer:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it accepts requests."""
         command = [sys.executable, "-m", "tests.support.model_server", str(self.port), self._models]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == "ready\n"
 
     def kill(self) -> None:
-        """End it without a word, and everything that it was doing."""
+        """Kill the server with all requests in flight."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
@@ -244,25 +253,25 @@ class ModelServer:
         self._process.stdout.close()
 
     def control(self, *faults: dict[str, Any], **options: Any) -> None:
-        """What meets the next requests, and how it behaves from now on; what it has seen is forgotten."""
+        """Set the faults of the next requests and the options, and clear the recorded requests."""
         body = {"faults": list(faults), "options": options}
         httpx.post(f"{self.root}/control", json=body, trust_env=False).raise_for_status()
 
     def seen(self) -> list[dict[str, Any]]:
-        """The requests that came, each with its `path`, `body` and `key`."""
-        return list(self._told()["seen"])
+        """Return the recorded requests, each with its `path`, `body` and `key`."""
+        return list(self._recorded()["seen"])
 
     def left(self) -> int:
-        """How many clients went away from a request that hung."""
-        return int(self._told()["left"])
+        """Return how many clients disconnected from a hanging request."""
+        return int(self._recorded()["left"])
 
-    def _told(self) -> dict[str, Any]:
+    def _recorded(self) -> dict[str, Any]:
         return dict(httpx.get(f"{self.root}/seen", trust_env=False).json())
 
 
 @contextlib.contextmanager
 def model_server(models: str = "scripted") -> Iterator[ModelServer]:
-    """A running server."""
+    """Yield a running server, which is killed at the end of the block."""
     server = ModelServer(models)
     server.start()
     try:

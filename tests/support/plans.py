@@ -1,4 +1,4 @@
-"""What a database does for a statement: its plan, and how much it reads, without a clock."""
+"""The cost of a statement in query plans, rows read and machine steps, which do not depend on the clock."""
 
 import contextlib
 import json
@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, event, inspect
 
-SMALL_TABLES = {"workers", "alembic_version", "queues", "turns"}
-"""With a row for each live process, policy, or line of jobs: read as a whole."""
+SMALL_TABLES = {"workers", "alembic_version", "queues", "last_claims"}
+"""Tables with one row for each live process, policy or queue; they may be read whole."""
 
 SMALL_INDEXES = {"jobs_running"}
-"""Of the jobs that run now, as many as there are slots: read as a whole."""
+"""Indexes of the running jobs, at most one for each slot; they may be read whole."""
 
 
 class Statement(NamedTuple):
-    """A statement as it went to the driver."""
+    """A statement as it was passed to the driver."""
 
     sql: str
     values: Any
@@ -24,36 +24,36 @@ class Statement(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(engine: Engine) -> Iterator[list[Statement]]:
-    """The statements that go to the database within the block; of many rows at once, the first."""
+    """Yield the list of the statements executed within the block. Of executemany, only the first row is recorded."""
     found: list[Statement] = []
 
-    def note(_c: Any, _cursor: Any, sql: str, values: Any, _context: Any, executemany: bool) -> None:
+    def record(_c: Any, _cursor: Any, sql: str, values: Any, _context: Any, executemany: bool) -> None:
         if sql.lstrip().upper().startswith(("SELECT", "INSERT", "UPDATE", "DELETE", "WITH")):
             found.append(Statement(sql, values[0] if executemany else values))
 
-    event.listen(engine, "before_cursor_execute", note)
+    event.listen(engine, "before_cursor_execute", record)
     try:
         yield found
     finally:
-        event.remove(engine, "before_cursor_execute", note)
+        event.remove(engine, "before_cursor_execute", record)
 
 
 def scans(engine: Engine, statement: Statement) -> list[str]:
-    """The parts of a statement's plan that read a table, or an index, from one end to the other."""
+    """Return the steps of a statement's plan that read a whole table or index."""
     with engine.connect() as connection:
         if engine.dialect.name == "sqlite":
             rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement.sql}", statement.values).all()
-            # What has no name in the schema is a list of values, or a subquery that is explained beside it.
+            # A name that is not in the schema is a list of values, or a subquery that has its own plan.
             names = set(inspect(connection).get_table_names())
             found = (re.match(r"SCAN (\w+)", row[3]) for row in rows)
-            # A name that is in the statement alone may stand for a table too: aliases end with a number.
+            # An alias may stand for a table: aliases end with a number.
             return [m.string for m in found if m and re.sub(r"_\d+$", "", m[1]) in names and not _small(m.string)]
-        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # tables of a test are small enough to be read
+        connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # small tables would be scanned
         return [_named(node) for node in _nodes(_explained(connection, "", statement)) if _reads_all(node)]
 
 
 def rows_read(engine: Engine, statement: Statement) -> int:
-    """How many rows PostgreSQL reads from tables and indexes for a query."""
+    """Return the number of rows that PostgreSQL reads from tables and indexes for a query."""
     with engine.connect() as connection:
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
         nodes = [n for n in _nodes(_explained(connection, "ANALYZE, ", statement)) if n["Node Type"].endswith("Scan")]
@@ -66,7 +66,10 @@ def rows_read(engine: Engine, statement: Statement) -> int:
 
 @contextlib.contextmanager
 def counted_steps(engine: Engine) -> Iterator[list[int]]:
-    """How many steps SQLite's machine takes within the block, triggers and cascades included."""
+    """Yield a one-item list with the steps of SQLite's virtual machine within the block.
+
+    Steps of triggers and cascades are included.
+    """
     steps = [0]
 
     def step() -> int:

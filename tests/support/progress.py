@@ -1,7 +1,7 @@
-"""Show how far a run is, by area of the suite, and about how long it still takes.
+"""Progress of a run by area of the suite, with an estimate of the remaining time.
 
 `--show-progress` replaces the dots: one line that is rewritten on a terminal, and a line every half minute elsewhere.
-The estimate comes from `durations.json`, corrected by how fast this machine is so far.
+The estimate comes from `durations.json`, scaled by the speed of this machine so far.
 """
 
 import time
@@ -13,17 +13,17 @@ import pytest
 from tests.support.durations import Durations
 
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.5, 30.0
-_FIRST_LOOK = 0.25
-"""Share of the work after which this machine's own speed is believed."""
+_CALIBRATION_SHARE = 0.25
+"""Share of the expected work after which the measured speed of this machine is used."""
 
 
 def add_option(parser: pytest.Parser) -> None:
     """Add the option that replaces the dots."""
-    parser.addoption("--show-progress", action="store_true", help="show progress by area and the time that is left")
+    parser.addoption("--show-progress", action="store_true", help="show progress by area and the remaining time")
 
 
 class Progress:
-    """The plugin, for the process that controls a run."""
+    """Plugin of the process that controls a run."""
 
     def __init__(self, config: pytest.Config, durations: Durations) -> None:
         self._config = config
@@ -51,7 +51,7 @@ class Progress:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        """Count the tests of a run in several processes; each of them collects the same."""
+        """Count the tests of a run in several processes. Each process collects the same tests."""
         if not self._total:
             self._begin(ids)
 
@@ -66,13 +66,13 @@ class Progress:
         )
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:
-        """Write no letters: the lines of this plugin take their place."""
+        """Suppress the progress letters, which the lines of this plugin replace."""
         if report.when == "call" or report.skipped:
             return report.outcome, "", ""
         return "error" if report.failed else "", "", ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count a test that has ended and name one that has failed."""
+        """Count a finished test, and print the name of a failed one."""
         if report.failed:
             self._failed += 1
             self._reporter.ensure_newline()
@@ -85,7 +85,7 @@ class Progress:
             self._show()
 
     def pytest_sessionfinish(self) -> None:
-        """Show the last state, above the failures."""
+        """Show the final counts above the failures."""
         if self._total:
             self._show()
             self._reporter.ensure_newline()
@@ -106,13 +106,13 @@ class Progress:
         if self._done == self._total:
             return "done"
         left = self._expected - self._expected_done
-        if self._expected_done > _FIRST_LOOK * self._expected:
+        if self._expected_done > _CALIBRATION_SHARE * self._expected:
             return f"{_about(left * seconds / self._expected_done / 60)} left"
         return f"{_about((self._expected / self._processes - seconds) / 60)} left"
 
 
 def _area(test: str) -> str:
-    """Return the folder below `tests` that a test is in."""
+    """Return the folder below `tests` that contains the test."""
     parts = test.partition("::")[0].split("/")
     return parts[1] if len(parts) > 2 else parts[0]
 

@@ -1,4 +1,4 @@
-"""A small project of tests, run by a pytest of its own, for the tests of our plugins."""
+"""A small project with its own pytest process, for the tests of the plugins in tests/support."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 class PytestProject:
-    """A folder with a `conftest.py` and files of tests."""
+    """A folder with a `conftest.py` and test files."""
 
     def __init__(self, folder: Path, conftest: str, **files: str) -> None:
         self.folder = folder
@@ -19,7 +19,7 @@ class PytestProject:
             (folder / f"{name}.py").write_text(text)
 
     def run(self, *words: str) -> tuple[int, list[str]]:
-        """Run pytest, which loads no other plugin than pytest-xdist; return its exit code and the lines it printed."""
+        """Run pytest with pytest-xdist as its only plugin, and return its exit code and the lines of its output."""
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "xdist", *words]
         environment = {**os.environ, "PYTHONPATH": str(_ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A real receiver of webhooks for tests: a server in a thread, which answers as it is told and keeps what came."""
+"""A webhook receiver for tests: an HTTP server in a thread with configurable statuses that records requests."""
 
 import contextlib
 import ssl
@@ -12,14 +12,19 @@ from testing.waiting import HANG_SECONDS
 
 
 class Received(NamedTuple):
-    """One request."""
+    """A recorded request."""
 
     headers: dict[str, str]
     body: bytes
 
 
 class Receiver:
-    """What the server knows: the answers that come next (then 200 for ever), and what came."""
+    """State of the server.
+
+    answers: statuses of the next responses; 200 after the last one.
+    received: requests so far.
+    hangs: while it is set, requests are not answered until `released` is set.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -31,12 +36,12 @@ class Receiver:
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
 AUTHORITY = TLS / "authority.pem"
-"""Vouches for the receivers of tests and for nobody else: hooks.example, localhost and 127.0.0.1."""
+"""Certificate authority of test receivers only, for hooks.example, localhost and 127.0.0.1."""
 
 
 @contextlib.contextmanager
 def receiving(*, tls: bool = False) -> Iterator[Receiver]:
-    """A running receiver; with `tls`, one that speaks HTTPS."""
+    """Yield a running receiver, with HTTPS if `tls` is set."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

@@ -1,7 +1,7 @@
-"""Run the tests that failed once more, each alone, after the run: what passes then is flaky, not broken.
+"""Rerun failed tests once after the run, each in its own process; a test that passes then is reported as flaky.
 
-`--rerun-failed` switches it on. The closing line, the exit status and the list of failures speak for both runs. Nothing
-is run again where more than three tests failed or a test process crashed: that is no rare accident.
+`--rerun-failed` enables it. The summary line, the exit status and the list of failures cover both runs. Nothing is
+rerun if more than three tests failed or a test process crashed, because such failures are not flaky tests.
 """
 
 import subprocess
@@ -9,21 +9,21 @@ import sys
 
 import pytest
 
-MOST_FAILED = 3
+MAX_FAILED = 3
 _PASSED, _FAILED = "passed", ("failed", "error")
 
 
 def add_option(parser: pytest.Parser) -> None:
-    """Add the option that switches reruns on."""
+    """Add the option that enables reruns."""
     parser.addoption(
         "--rerun-failed",
         action="store_true",
-        help=f"run failed tests once more, each alone, where no more than {MOST_FAILED} failed and no process crashed",
+        help=f"rerun failed tests once, each in its own process, if at most {MAX_FAILED} failed and no process crashed",
     )
 
 
 class RerunFailed:
-    """The plugin, for the process that controls a run."""
+    """Plugin of the process that controls a run."""
 
     def __init__(self) -> None:
         self._session: pytest.Session | None = None
@@ -34,23 +34,25 @@ class RerunFailed:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, error: object | None) -> None:
-        """Note that a process of pytest-xdist crashed."""
+        """Record that a process of pytest-xdist crashed."""
         self._crashed = self._crashed or error is not None
 
     def pytest_terminal_summary(
         self, terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
     ) -> None:
-        """Run what failed again, between the tracebacks of the failures and the closing line."""
+        """Rerun the failed tests, between the tracebacks of the failures and the summary line."""
         failed = _failed_tests(terminalreporter)
         if self._session is None or exitstatus != pytest.ExitCode.TESTS_FAILED or failed is None:
             return
-        if self._crashed or len(failed) > MOST_FAILED:
-            reason = "a test process crashed" if self._crashed else f"{len(failed)} tests failed, over {MOST_FAILED}"
+        if self._crashed or len(failed) > MAX_FAILED:
+            reason = (
+                "a test process crashed" if self._crashed else f"{len(failed)} tests failed, more than {MAX_FAILED}"
+            )
             terminalreporter.section("no reruns")
-            terminalreporter.line(f"Nothing is run again: {reason}.")
+            terminalreporter.line(f"Nothing is rerun: {reason}.")
             return
-        terminalreporter.section(f"{len(failed)} failed, run again alone")
-        flaky = [test for test in failed if _passes_alone(test, config, terminalreporter)]
+        terminalreporter.section(f"{len(failed)} failed, rerun separately")
+        flaky = [test for test in failed if _passes_in_rerun(test, config, terminalreporter)]
         for test in flaky:
             _count_as_flaky(test, terminalreporter)
         if flaky == failed:
@@ -58,14 +60,14 @@ class RerunFailed:
 
 
 def _failed_tests(reporter: pytest.TerminalReporter) -> list[str] | None:
-    """Return the ids of the tests that failed, or None if something other than a test did."""
+    """Return the ids of the failed tests, or None if something other than a test failed."""
     reports = [report for outcome in _FAILED for report in reporter.stats.get(outcome, [])]
     if not reports or any(isinstance(report, pytest.CollectReport) for report in reports):
         return None
     return list(dict.fromkeys(report.nodeid for report in reports))
 
 
-def _passes_alone(test: str, config: pytest.Config, reporter: pytest.TerminalReporter) -> bool:
+def _passes_in_rerun(test: str, config: pytest.Config, reporter: pytest.TerminalReporter) -> bool:
     reporter.line(f"{test} ...")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--quiet", test],
@@ -77,7 +79,7 @@ def _passes_alone(test: str, config: pytest.Config, reporter: pytest.TerminalRep
     )
     last_line = done.stdout.rstrip().rpartition("\n")[2]
     if done.returncode == pytest.ExitCode.OK and " passed" in last_line:
-        reporter.line(f"flaky: {test} (a bug to find, in the product or in the test)", yellow=True)
+        reporter.line(f"flaky: {test} (a bug in the product or in the test)", yellow=True)
         return True
     reporter.line(f"failed again: {test}", red=True)
     reporter.line(done.stdout)
@@ -85,15 +87,15 @@ def _passes_alone(test: str, config: pytest.Config, reporter: pytest.TerminalRep
 
 
 def _count_as_flaky(test: str, reporter: pytest.TerminalReporter) -> None:
-    """Move the reports of a test from the failures to what passed and was rerun."""
-    moved: list[pytest.TestReport] = []
+    """Move the reports of a test from the failures to the passed and rerun ones."""
+    reports_of_test: list[pytest.TestReport] = []
     for outcome in _FAILED:
         reports = reporter.stats.get(outcome, [])
-        moved += [report for report in reports if report.nodeid == test]
-        if kept := [report for report in reports if report.nodeid != test]:
-            reporter.stats[outcome] = kept
+        reports_of_test += [report for report in reports if report.nodeid == test]
+        if remaining := [report for report in reports if report.nodeid != test]:
+            reporter.stats[outcome] = remaining
         else:
             reporter.stats.pop(outcome, None)
     if not any(report.nodeid == test for report in reporter.stats.get(_PASSED, [])):
-        reporter._add_stats(_PASSED, moved[:1])
-    reporter._add_stats("rerun", moved[:1])
+        reporter._add_stats(_PASSED, reports_of_test[:1])
+    reporter._add_stats("rerun", reports_of_test[:1])

@@ -1,4 +1,4 @@
-"""A real `tpo up` for tests, in a folder of its own on free ports, with the scripted back end."""
+"""A real `tpo up` for tests, with its own folder, free ports and the scripted back end."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ TPO = (sys.executable, "-m", "tpo.cli")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This environment with the scripted back end, and with neither the broker nor the default ports of a machine."""
+    """Return this environment with the scripted back end and free ports, without inherited settings."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TPO_", "FLOWER_"))}
     settings = {
         "TPO_POLICY": "scripted",
@@ -33,17 +33,17 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def tpo_up(data_dir: Path, *words: str, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
-    """Run a `tpo up` that ends by itself, with a broker on a free port."""
+    """Run a `tpo up` that ends by itself, with a broker on a free port, and return its result."""
     return tpo("up", "--data-dir", str(data_dir), "--broker-port", str(free_port()), *words, env=env)
 
 
 def tpo(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
-    """Run one command to its end."""
+    """Run one command to its end and return its result."""
     return run_python("-m", "tpo.cli", *words, env=env or environment(), stdin=stdin)
 
 
 class Up:
-    """A running `tpo up`; what it tells is read as JSON lines."""
+    """A running `tpo up` whose output is read as JSON lines."""
 
     def __init__(self, data_dir: Path, ports: Mapping[str, int], env: Mapping[str, str], *words: str) -> None:
         options = [word for name, port in ports.items() for word in (f"--{name}", str(port))]
@@ -59,8 +59,8 @@ class Up:
         self.facts: dict[str, Any] = {}
         self.env = {**env, "TPO_URL": f"http://127.0.0.1:{ports['port']}"}
 
-    def told(self) -> Iterator[dict[str, Any]]:
-        """What it tells, as it tells it, until it ends."""
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield the events of its output until it ends."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             fact = json.loads(line)
@@ -69,32 +69,32 @@ class Up:
             yield fact
 
     def wait_for(self, event: str) -> dict[str, Any]:
-        """The next thing of that name that it tells."""
-        for fact in self.told():
+        """Return the next event of that name. Raises AssertionError if the process ends first."""
+        for fact in self.events():
             if fact["event"] == event:
                 return fact
         raise AssertionError(f"ended without {event}: {self.errors()}")
 
     def errors(self) -> str:
-        """What it wrote to stderr, once it has ended."""
+        """Return its stderr, after it has ended."""
         assert self.process.stderr is not None
         return self.process.stderr.read()
 
     def stop(self, number: int = signal.SIGINT) -> tuple[int, list[dict[str, Any]]]:
-        """Ask for the end; gives the exit code and what was told on the way."""
+        """Send a signal and return the exit code and the remaining events."""
         self.process.send_signal(number)
-        rest = list(self.told())
+        rest = list(self.events())
         return self.process.wait(HANG_SECONDS), rest
 
     def family(self) -> list[psutil.Process]:
-        """The process and all that came out of it."""
+        """Return the process and all its descendants."""
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
 
 
 @contextlib.contextmanager
 def running_up(data_dir: Path, *words: str, **more: str) -> Iterator[Up]:
-    """A `tpo up` that is ready. Killed at the end if the test has not stopped it."""
+    """Yield a `tpo up` that is ready. It is terminated at the end unless the test stopped it."""
     ports = {"port": free_port(), "flower-port": free_port(), "broker-port": free_port()}
     up = Up(data_dir, ports, environment(**more), *words)
     with up.process:
@@ -104,16 +104,16 @@ def running_up(data_dir: Path, *words: str, **more: str) -> Iterator[Up]:
         finally:
             if up.process.poll() is None:
                 up.process.terminate()
-                for _ in up.told():
+                for _ in up.events():
                     pass
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
-    """Whether every one of them has ended; waits for it."""
-    return eventually(lambda: not any(map(_lives, processes)), why="all processes have ended")
+    """Wait until all processes have ended, and return whether they have."""
+    return eventually(lambda: not any(map(_is_alive, processes)), why="all processes have ended")
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

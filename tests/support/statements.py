@@ -1,7 +1,7 @@
 """Compile each SQL statement once for all engines of a test process.
 
-Each test has a database and an engine of its own. SQLAlchemy keeps what it has compiled for each engine, so that a
-third of the time of such a test would be the compilation of the same statements.
+Each test has its own database and engine, and SQLAlchemy caches compiled statements by engine. Without a shared cache,
+a third of the time of such a test would go into compiling the same statements again.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ _caches: defaultdict[type, LRUCache[Any, Any]] = defaultdict(lambda: LRUCache(_S
 
 
 def share_compiled_statements() -> None:
-    """Let the engines that the product creates from now on share their caches, by the kind of database."""
+    """Share the statement caches of all engines that the product creates from now on, by kind of database."""
     names = vars(tpo.db.engine)
     create = names["create_engine"]
 
@@ -28,6 +28,6 @@ def share_compiled_statements() -> None:
         return engine
 
     names["create_engine"] = create_with_shared_cache
-    # A statement's key in the cache holds its dialect: those of one kind are alike here.
+    # The dialect is part of the cache key, so dialects of one kind must compare equal.
     DefaultDialect.__eq__ = lambda self, other: type(self) is type(other)  # type: ignore[method-assign]
     DefaultDialect.__hash__ = lambda self: hash(type(self))  # type: ignore[method-assign]

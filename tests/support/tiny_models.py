@@ -1,4 +1,4 @@
-"""Random models of some thousand parameters with a tokenizer of bytes, saved as real ones are, nothing downloaded."""
+"""Random models of a few thousand parameters with a byte-level tokenizer, saved like real models without a download."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ ALTERNATING_TEMPLATE = (
 
 
 def make_tokenizer(template: str | None = TEMPLATE, pad: str | None = PAD) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer that writes one BOS of its own accord, as Llama's does."""
+    """Return a byte-level tokenizer whose chat template adds one BOS token, like that of Llama."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -68,7 +68,7 @@ def _config(**changes: Any) -> dict[str, Any]:
 
 
 def save_llama(folder: Path, *, template: str | None = TEMPLATE, pad: str | None = PAD, **changes: Any) -> Path:
-    """A policy: Llama with grouped key/value heads."""
+    """Save a policy: Llama with grouped key/value heads."""
     torch.manual_seed(7)
     LlamaForCausalLM(LlamaConfig(**_config(**changes))).save_pretrained(folder)
     make_tokenizer(template, pad).save_pretrained(folder)
@@ -76,7 +76,7 @@ def save_llama(folder: Path, *, template: str | None = TEMPLATE, pad: str | None
 
 
 def save_sliding(folder: Path, *, mixed: bool) -> Path:
-    """A policy that looks back eight tokens: in each layer (Mistral), or in one of two (Qwen 2)."""
+    """Save a policy with a sliding window of eight tokens in each layer (Mistral), or in one of two (Qwen 2)."""
     torch.manual_seed(8)
     if mixed:
         config = Qwen2Config(
@@ -90,7 +90,7 @@ def save_sliding(folder: Path, *, mixed: bool) -> Path:
 
 
 def save_capped(folder: Path) -> Path:
-    """A policy whose attention logits are capped (Gemma 2), and which looks back eight tokens in one of two layers."""
+    """Save a policy with capped attention logits and a window of eight tokens in one of two layers (Gemma 2)."""
     torch.manual_seed(8)
     config = Gemma2Config(**_config(head_dim=8, sliding_window=8, attn_logit_softcapping=0.5))
     Gemma2ForCausalLM(config).save_pretrained(folder)
@@ -99,11 +99,11 @@ def save_capped(folder: Path) -> Path:
 
 
 KINDS = ("llama", "sliding", "mixed", "capped")
-"""Policies whose attention differs."""
+"""Kinds of policies, which differ in their attention."""
 
 
 def load_kind(kind: str, folder: Path) -> Any:
-    """A policy of one of these kinds, in float32, with the attention that transformers itself computes exactly."""
+    """Return a policy of one of these kinds in float32, with an attention that transformers computes exactly."""
     match kind:
         case "llama":
             save_llama(folder)
@@ -117,7 +117,7 @@ def load_kind(kind: str, folder: Path) -> Any:
 
 
 def save_reward(folder: Path, *, template: str | None = TEMPLATE, pad: str | None = PAD, **changes: Any) -> Path:
-    """A reward model: Llama with a head for one label."""
+    """Save a reward model: Llama with a head for one label."""
     torch.manual_seed(9)
     config = LlamaConfig(**_config(**{"num_labels": 1, **changes}))
     LlamaForSequenceClassification(config).save_pretrained(folder)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A worker whose policy is away for as long as it lives: `python -m tests.support.unavailable_worker`."""
+"""A worker whose policy is never available: `python -m tests.support.unavailable_worker`."""
 
 import sys
 
@@ -12,18 +12,20 @@ from worker.startup import start
 
 
 class UnavailablePolicy:
-    """A policy behind a server that answers 503."""
+    """A policy whose server always answers 503."""
 
     healthy = True
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
+        """Raise BackendUnavailableError."""
         raise BackendUnavailableError("The policy's server answered 503.")
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Do nothing: there is nothing to release."""
 
 
 def main(settings: Settings, store: Store) -> int:
+    """Run the worker and return its exit code."""
     return serve(settings, store, UnavailablePolicy(), ScriptedRewardModel())
 
 

@@ -1,4 +1,4 @@
-"""A worker without its process: one thread's work, with models and a database that fail when a test says so."""
+"""A worker without its process, for tests: one thread, with models and a database that fail on request."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ SECRET = "a text of a user"
 
 
 class RecordingNotifier(JobNotifier):
-    """A notifier that remembers."""
+    """A notifier that records the jobs it was asked to notify workers of."""
 
     def __init__(self) -> None:
-        self.rung: list[str] = []
+        self.notified: list[str] = []
         self.broken = False
 
     def notify_job(self, job_id: str, model: str) -> None:
         if self.broken:
             raise BrokerUnavailableError()
-        self.rung.append(job_id)
+        self.notified.append(job_id)
 
 
 class Policy(ScriptedPolicy):
-    """The scripted policy, that fails when the test says so."""
+    """The scripted policy, with a hook that runs before each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Policy(ScriptedPolicy):
 
 
 class Reward(ScriptedRewardModel):
-    """The scripted reward model, that does what the test says before it scores."""
+    """The scripted reward model, with a hook that runs before each call."""
 
     before: Callable[[Score, Interrupt], None] = staticmethod(lambda _request, _interrupt: None)
 
@@ -64,7 +64,12 @@ class Reward(ScriptedRewardModel):
 
 
 class FlakyStore(Store):
-    """A store whose database goes away for some calls."""
+    """A store whose database is unavailable for some calls.
+
+    fails: number of calls that fail, by name of the operation.
+    on_failure: called before each failure.
+    watch: called with the state after each checkpoint.
+    """
 
     def __init__(self, engine: Engine, tenant: str = DEFAULT_TENANT) -> None:
         super().__init__(engine, tenant)
@@ -75,7 +80,7 @@ class FlakyStore(Store):
         self.queues = _FlakyQueues(self)
 
     def maybe_fail(self, name: str) -> None:
-        """Fail where the test said so."""
+        """Raise StoreUnavailableError if a failure of this operation is left."""
         if self.fails.get(name, 0):
             self.fails[name] -= 1
             self.on_failure()
@@ -104,7 +109,7 @@ class _FlakyLeases(LeaseQueries):
     def checkpoint(self, lease: Lease, step: Step) -> Flags:
         self._store.maybe_fail("checkpoint")
         flags = super().checkpoint(lease, step)
-        self._store.maybe_fail("answer of checkpoint")
+        self._store.maybe_fail("acknowledgement of checkpoint")
         self._store.watch(step.after)
         return flags
 
@@ -120,13 +125,14 @@ class Bench:
     store: FlakyStore
     policy: Policy
     reward: Reward
-    bells: RecordingNotifier
+    notifier: RecordingNotifier
     drain: Drain
     leases: Leases
     runner: JobRunner
     settings: Settings
 
     def create(self, max_attempts: int = 3, deadline_seconds: float | None = None, **params: Any) -> str:
+        """Submit a job and return its id."""
         state = State(
             input=(Message(role="user", content=SECRET),),
             params=Params.model_validate({"sample_size": 2, "max_iterations": 1, **params}),
@@ -142,6 +148,7 @@ class Bench:
         return submitted.job.id
 
     def run(self, job_id: str) -> Job:
+        """Pass a wake-up for the job to the worker, and return the job afterwards."""
         self.runner.run_job(job_id)
         assert self.leases.held() == []
         return self.store.jobs.get(job_id)

@@ -1,4 +1,4 @@
-"""Files in the database, in parts: none is ever held whole.
+"""Files in the database, in parts: none is ever loaded whole.
 
 Clients see their tenant's own, and only those that are complete and whose time is not over.
 """
@@ -15,32 +15,32 @@ from tpo.db import Queries, new_id, now, reading, writing
 from tpo.tenants.idempotency import IdempotencyRequest, create_idempotently, find_existing, record_key
 
 PART_BYTES = 256 * 1024
-"""A part is one row and one transaction: large enough to be few, small enough not to keep others waiting."""
+"""Size of a part, which is one row and one transaction: few parts for a file, short waits for other writers."""
 
 _ABANDONED_SECONDS = 24 * 3600
 
 
 class FileQueries(Queries):
-    """The part of the store that keeps files."""
+    """The part of the store that holds files."""
 
     def find_existing(self, once: IdempotencyRequest) -> File | None:
-        """The file that the same request has made before. Raises IdempotencyConflictError."""
+        """Return the file that the same request created before. Raises IdempotencyConflictError."""
         with writing(self._engine) as session:
             return _made_before(session, self.tenant, once)
 
     def begin(self, filename: str, purpose: Purpose, keep_seconds: float | None = None) -> str:
-        """Begin to write a file, which nobody sees before it is complete. Gives its id."""
+        """Begin a file, which is hidden until it is complete, and return its id."""
         with writing(self._engine) as session:
             _forget_abandoned(session)
             return insert_file(session, self.tenant, filename, purpose, keep_seconds)
 
     def append_part(self, file_id: str, data: bytes) -> None:
-        """Write the next bytes of a file."""
+        """Append the next bytes to a file."""
         with writing(self._engine) as session:
             append(session, file_id, data)
 
     def complete(self, file_id: str, once: IdempotencyRequest | None = None) -> File:
-        """Let a file be seen; where the same request made one meanwhile, that one is given and this one dropped.
+        """Show a file. If the same request created one in the meantime, discard this one and return that one.
 
         Raises IdempotencyConflictError.
         """
@@ -56,12 +56,12 @@ class FileQueries(Queries):
         return create_idempotently(self._engine, complete)
 
     def discard(self, file_id: str) -> None:
-        """Forget a file that was not completed."""
+        """Delete a file that was not completed."""
         with writing(self._engine) as session:
             session.execute(delete(File).where(File.id == file_id, File.complete.is_(False)))
 
     def get(self, file_id: str) -> File:
-        """One file. Raises UploadNotFoundError."""
+        """Return one file. Raises UploadNotFoundError."""
         with reading(self._engine) as session:
             return own_file(session, self.tenant, file_id)
 
@@ -73,7 +73,7 @@ class FileQueries(Queries):
         order: Literal["asc", "desc"] = "desc",
         purpose: Purpose | None = None,
     ) -> Sequence[File]:
-        """A page of files by their age; `after` is the id that the last page ended with."""
+        """Return a page of files by age. `after` is the last id of the previous page."""
         query = select(File).where(File.tenant == self.tenant, _is_there())
         if after is not None:
             query = query.where(File.id > after if order == "asc" else File.id < after)
@@ -83,7 +83,7 @@ class FileQueries(Queries):
             return session.scalars(query.order_by(File.id if order == "asc" else File.id.desc()).limit(limit)).all()
 
     def content(self, file_id: str, offset: int = 0) -> Iterator[bytes]:
-        """The bytes of a file from an offset on, a part at a time, each read when it is asked for."""
+        """Iterate over the bytes of a file from an offset on. Each part is read when it is needed."""
         while True:
             with reading(self._engine) as session:
                 part = session.scalars(
@@ -99,7 +99,7 @@ class FileQueries(Queries):
             offset += len(data)
 
     def delete(self, file_id: str) -> None:
-        """Forget a file and its content. Raises UploadNotFoundError, and ConflictError while a batch reads it."""
+        """Delete a file and its content. Raises UploadNotFoundError, and ConflictError while a batch reads it."""
         with writing(self._engine) as session:
             own_file(session, self.tenant, file_id)
             if session.scalars(_read_now().where(Batch.input_file_id == file_id).limit(1)).one_or_none() is not None:
@@ -107,7 +107,7 @@ class FileQueries(Queries):
             session.execute(delete(File).where(File.id == file_id))
 
     def purge(self, retention_seconds: float | None, limit: int = 10) -> int:
-        """Forget some files whose time is over, of every tenant; none that a batch still reads. How many."""
+        """Delete some expired files of all tenants, except those that a batch still reads. Returns how many."""
         over = File.expires_at < now()
         if retention_seconds is not None:
             over = or_(over, File.created_at < now() - retention_seconds)
@@ -119,7 +119,7 @@ class FileQueries(Queries):
 
 
 def own_file(session: Session, tenant: str, file_id: str) -> File:
-    """A tenant's complete file. Raises UploadNotFoundError."""
+    """Return a complete file of a tenant. Raises UploadNotFoundError."""
     query = select(File).where(File.id == file_id, File.tenant == tenant, _is_there())
     found = session.scalars(query).one_or_none()
     if found is None:
@@ -130,7 +130,7 @@ def own_file(session: Session, tenant: str, file_id: str) -> File:
 def insert_file(
     session: Session, tenant: str, filename: str, purpose: Purpose, keep_seconds: float | None = None
 ) -> str:
-    """Insert the row of an empty file. Gives its id, which sorts by time and cannot be guessed."""
+    """Insert the row of an empty file and return its id."""
     seconds = session.execute(select(now())).scalar_one()
     file_id = new_id("file-", seconds)
     session.execute(
@@ -160,16 +160,16 @@ def _is_there() -> ColumnElement[bool]:
 
 
 def _read_now() -> Select[str]:
-    """The files that batches still read."""
+    """Match files that batches still read."""
     return select(Batch.input_file_id).where(Batch.status.not_in(ENDED))
 
 
 def _made_before(session: Session, tenant: str, once: IdempotencyRequest | None) -> File | None:
-    said = find_existing(session, tenant, once)
-    return session.get_one(File, said.file_id) if said else None
+    known = find_existing(session, tenant, once)
+    return session.get_one(File, known.file_id) if known else None
 
 
 def _forget_abandoned(session: Session) -> None:
-    """Uploads whose process died in the middle."""
+    """Delete uploads whose process died before they were complete."""
     old = (File.complete.is_(False), File.purpose == "batch", File.created_at < now() - _ABANDONED_SECONDS)
     session.execute(delete(File).where(*old))

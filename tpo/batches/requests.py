@@ -1,4 +1,4 @@
-"""Batches, as their owners ask for them. Nobody sees another tenant's."""
+"""Batches of a tenant: create, read, cancel and delete them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from tpo.tenants.idempotency import IdempotencyRequest, create_idempotently, fin
 
 
 class NewBatch(NamedTuple):
-    """A batch that was asked for."""
+    """A requested batch, and whether it is new."""
 
     batch: Batch
     new: bool
 
 
 class BatchQueries(Queries):
-    """The part of the store that keeps batches for those who ask for them."""
+    """The part of the store that holds a tenant's batches."""
 
     def create(
         self,
@@ -34,14 +34,14 @@ class BatchQueries(Queries):
         output_seconds: float | None = None,
         once: IdempotencyRequest | None = None,
     ) -> NewBatch:
-        """Commit a new batch, or give the one that the same request has made before.
+        """Commit a new batch, or return the one that the same request created before.
 
         Raises UploadNotFoundError, IdempotencyConflictError, InvalidInputError if the file is not for batches.
         """
 
         def create(session: Session) -> NewBatch:
-            if said := find_existing(session, self.tenant, once):
-                return NewBatch(session.get_one(Batch, said.batch_id), new=False)
+            if known := find_existing(session, self.tenant, once):
+                return NewBatch(session.get_one(Batch, known.batch_id), new=False)
             if own_file(session, self.tenant, input_file_id).purpose != "batch":
                 raise InvalidInputError("input_file_id: the file's purpose must be batch.", "input_file_id")
             batch_id = new_id("batch_", session.execute(select(now())).scalar_one())
@@ -65,12 +65,12 @@ class BatchQueries(Queries):
         return create_idempotently(self._engine, create)
 
     def get(self, batch_id: str) -> Batch:
-        """One batch. Raises BatchNotFoundError."""
+        """Return one batch. Raises BatchNotFoundError."""
         with reading(self._engine) as session:
             return self._own_batch(session, batch_id)
 
     def page(self, *, limit: int, after: str | None = None) -> Sequence[Batch]:
-        """A page of batches, the newest first; `after` is the id that the last page ended with."""
+        """Return a page of batches, the newest first. `after` is the last id of the previous page."""
         query = select(Batch).where(Batch.tenant == self.tenant)
         if after is not None:
             query = query.where(Batch.id < after)
@@ -78,7 +78,7 @@ class BatchQueries(Queries):
             return session.scalars(query.order_by(Batch.id.desc()).limit(limit)).all()
 
     def cancel(self, batch_id: str) -> Batch:
-        """Ask for a batch's end; one that has nothing left to do is not changed. Raises BatchNotFoundError."""
+        """Cancel a batch; one that has nothing left to do is not changed. Raises BatchNotFoundError."""
         with writing(self._engine) as session:
             self._own_batch(session, batch_id)
             which = and_(Batch.id == batch_id, Batch.status.in_(("validating", "in_progress")))
@@ -86,7 +86,7 @@ class BatchQueries(Queries):
             return self._own_batch(session, batch_id)
 
     def delete(self, batch_id: str) -> None:
-        """Forget a batch that has ended, with its output and its errors. Raises BatchNotFoundError, WrongStateError."""
+        """Delete an ended batch with its output and errors. Raises BatchNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             batch = self._own_batch(session, batch_id)
             if batch.status not in ENDED:
@@ -94,7 +94,7 @@ class BatchQueries(Queries):
             _forget(session, [batch])
 
     def purge(self, retention_seconds: float, limit: int = 5) -> int:
-        """Forget some batches that ended before the retention began, of every tenant. How many."""
+        """Delete some batches of all tenants that ended before the retention period. Returns how many."""
         over = select(Batch).where(Batch.ended_at < now() - retention_seconds).order_by(Batch.ended_at)
         with writing(self._engine) as session:
             batches = session.scalars(over.limit(limit).with_for_update(skip_locked=True)).all()

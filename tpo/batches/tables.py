@@ -1,4 +1,4 @@
-"""Files and batches as typed models."""
+"""Tables of files and batches."""
 
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ ENDED: tuple[BatchStatus, ...] = ("completed", "failed", "cancelled", "expired")
 
 
 class File(Base):
-    """What was uploaded, or written by a batch. Its content stands in parts."""
+    """A file that was uploaded, or written by a batch. Its content is in parts."""
 
     __tablename__ = "files"
     __table_args__ = (
@@ -36,14 +36,14 @@ class File(Base):
     filename: Mapped[str]
     bytes: Mapped[int] = mapped_column(BigInteger, default=0)
     complete: Mapped[bool] = mapped_column(default=False)
-    """False while it is written: nobody sees it yet."""
+    """False while it is written: it is hidden until then."""
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
-    """When it goes, where its owner said so."""
+    """When it is deleted, if its owner set a time."""
 
 
 class FilePart(Base):
-    """Some bytes of a file, which begin at `start`."""
+    """Bytes of a file, from offset `start`."""
 
     __tablename__ = "file_parts"
 
@@ -53,7 +53,7 @@ class FilePart(Base):
 
 
 class Batch(Base):
-    """Requests that are read from a file: how far they are read, what came of them, and how far that is written."""
+    """A batch: how far its requests are read, their results, and how far those are written."""
 
     __tablename__ = "batches"
     __table_args__ = (
@@ -72,7 +72,7 @@ class Batch(Base):
     error_file_id: Mapped[str | None] = mapped_column(String(40))
     completion_window: Mapped[str] = mapped_column(String(16))
     output_seconds: Mapped[float | None]
-    """How long its output and errors are kept once they are made; None where nothing was said."""
+    """How long its output and error files are kept; None if its owner set no time."""
     batch_metadata: Mapped[dict[str, Any]] = mapped_column("metadata", default=dict)
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
@@ -84,16 +84,16 @@ class Batch(Base):
     cancelling_at: Mapped[float | None]
     ended_at: Mapped[float | None]
     advanced_at: Mapped[float]
-    """When the last step was taken; the sweeper rings for those that nobody advanced for a while."""
+    """When the last step was taken. Batches that are not advanced for a while are notified again."""
 
     step: Mapped[int] = mapped_column(default=0)
-    """Steps taken: each is written only where no other was taken meanwhile."""
+    """Number of steps. A step is written only if no other one came first."""
     offset: Mapped[int] = mapped_column(BigInteger, default=0)
-    """Bytes of the input that are read, up to the end of a line."""
+    """Bytes of the input that have been read, up to the end of a line."""
     line: Mapped[int] = mapped_column(default=0)
-    """Lines that are read, blank ones included."""
+    """Lines that have been read, blank ones included."""
     written: Mapped[int] = mapped_column(default=0)
-    """The last line whose result stands in a file."""
+    """The last line whose result has been written."""
 
     total: Mapped[int] = mapped_column(default=0)
     completed: Mapped[int] = mapped_column(default=0)
@@ -103,7 +103,7 @@ class Batch(Base):
 
 
 class BatchLine(Base):
-    """One request of a batch: the job that was made of it, or why there is none."""
+    """One request of a batch: its job, or why there is none."""
 
     __tablename__ = "batch_lines"
     __table_args__ = (
@@ -116,7 +116,7 @@ class BatchLine(Base):
     custom_id: Mapped[str | None]
     job_id: Mapped[str | None] = mapped_column(String(40))
     settled: Mapped[bool] = mapped_column(default=False)
-    """Whether it is counted as completed or failed."""
+    """True once it counts as completed or failed."""
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     error_param: Mapped[str | None]

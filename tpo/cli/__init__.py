@@ -1,7 +1,10 @@
-"""The command `tpo`: what people type. Each command is a small file that imports what it needs when it runs."""
+"""The command `tpo`. Each command is a small file that imports heavy modules only when it runs."""
+
+from typing import Annotated
 
 import typer
 
+from tpo import __version__
 from tpo.cli.commands.database import database
 from tpo.cli.commands.demo import demo
 from tpo.cli.commands.doctor import doctor
@@ -16,11 +19,28 @@ from tpo.cli.ui.output import Commands
 app = typer.Typer(
     name="tpo",
     cls=Commands,
-    help="Test-Time Preference Optimization: a model improves its own answer under a reward model.",
+    help="Test-Time Preference Optimization: a model improves its own answers, guided by a reward model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        print(f"tpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Add the options that `tpo` itself has."""
+
+
 for command in (run, up, submit, jobs, show, cancel, pause, resume, retry, extend, delete, doctor, demo):
     app.command()(command)
 app.add_typer(database, name="db")

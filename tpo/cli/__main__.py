@@ -1,4 +1,4 @@
-"""`python -m tpo.cli` is `tpo`."""
+"""Entry point of `python -m tpo.cli`, which is the same as `tpo`."""
 
 from tpo.cli import app
 

@@ -1,4 +1,4 @@
-"""What `tpo doctor` looks at. A check never changes anything and says what to do about what it finds."""
+"""Checks of `tpo doctor`. A check changes nothing, and its message says what to do about a problem."""
 
 import os
 import socket
@@ -30,12 +30,12 @@ from tpo.db import connect, schema
 from tpo.settings import DEMO, OPENAI, REMOTE_REWARDS, SCRIPTED, Settings
 
 _PACKAGES = ("celery", "fastapi", "flower", "httpx", "redis", "sqlalchemy", "uvicorn")
-_SECONDS = 3.0
+_TIMEOUT_SECONDS = 3.0
 _LOCAL_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")
 
 
 class Finding(NamedTuple):
-    """One line of the doctor."""
+    """The result of one check."""
 
     verdict: Literal["ok", "warn", "fail"]
     what: str
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Everything, in the order in which one would mend it."""
+    """Run all checks, in the order in which problems should be fixed."""
     findings = [*_python(), *_packages(_PACKAGES)]
     try:
         settings = read_settings()
@@ -62,7 +62,7 @@ def examine() -> list[Finding]:
 
 
 def _python() -> Iterator[Finding]:
-    # An older one does not get this far: the package refuses to install.
+    # An older Python does not get this far: the package cannot be installed on it.
     yield Finding("ok", "python", ".".join(str(part) for part in sys.version_info[:3]))
 
 
@@ -75,9 +75,9 @@ def _packages(names: tuple[str, ...]) -> Iterator[Finding]:
 
 
 def _local(settings: Settings) -> Iterator[Finding]:
-    """torch and its device, where a model of this environment needs them."""
-    elsewhere = (SCRIPTED, OPENAI, *REMOTE_REWARDS)
-    if settings.policy.startswith(elsewhere) and (settings.reward_file or settings.reward_model.startswith(elsewhere)):
+    """Check torch and its device if a model of this environment runs in this process."""
+    not_local = (SCRIPTED, OPENAI, *REMOTE_REWARDS)
+    if settings.policy.startswith(not_local) and (settings.reward_file or settings.reward_model.startswith(not_local)):
         return
     findings = list(_packages(_LOCAL_PACKAGES))
     yield from findings
@@ -89,7 +89,7 @@ def _local(settings: Settings) -> Iterator[Finding]:
     if settings.device not in ("auto", "cpu", found):
         yield Finding("fail", "device", f"TPO_DEVICE={settings.device}, but torch {torch.__version__} finds {found}")
     elif found == "cpu":
-        yield Finding("ok", "device", f"cpu, {os.cpu_count()} cores; the models that ship need no more")
+        yield Finding("ok", "device", f"cpu, {os.cpu_count()} cores; enough for the demo models")
     else:
         yield Finding("ok", "device", found if settings.device == "auto" else settings.device)
 
@@ -98,7 +98,7 @@ def _policy(settings: Settings) -> Iterator[Finding]:
     if not settings.policy.startswith(OPENAI):
         yield from _model("policy", settings.policy)
         return
-    yield _answers("policy", settings.policy, settings.openai_url, settings.openai_api_key, "OPENAI", "models")
+    yield _model_server("policy", settings.policy, settings.openai_url, settings.openai_api_key, "OPENAI", "models")
 
 
 def _reward(settings: Settings) -> Iterator[Finding]:
@@ -111,18 +111,19 @@ def _reward(settings: Settings) -> Iterator[Finding]:
             yield Finding("ok", "reward", f"{settings.reward_file}: {names}")
     elif settings.reward_model.startswith(REMOTE_REWARDS):
         key = settings.reward_api_key
-        yield _answers("reward", settings.reward_model, settings.reward_url, key, "REWARD", "v1/models")
+        yield _model_server("reward", settings.reward_model, settings.reward_url, key, "REWARD", "v1/models")
     else:
         yield from _model("reward", settings.reward_model)
 
 
-def _answers(what: str, spec: str, url: str | None, key: SecretStr | None, prefix: str, path: str) -> Finding:
-    """Whether a model's server is there, takes the key and has the model."""
+def _model_server(what: str, spec: str, url: str | None, key: SecretStr | None, prefix: str, path: str) -> Finding:
+    """Check that a model's server is reachable, accepts the key and serves the model."""
     if url is None:
-        return Finding("fail", what, f"{spec} needs TPO_{prefix}_URL, the address of its server")
-    server = Server(url, secret(key), Limits(connect=_SECONDS, read=_SECONDS, call=_SECONDS, tries=1))
+        return Finding("fail", what, f"{spec} needs TPO_{prefix}_URL, the URL of its server")
+    limits = Limits(connect=_TIMEOUT_SECONDS, read=_TIMEOUT_SECONDS, call=_TIMEOUT_SECONDS, tries=1)
+    server = Server(url, secret(key), limits)
     try:
-        connect_to(server, spec.partition(":")[2], _SECONDS, setting=f"TPO_{prefix}_API_KEY", path=path)
+        connect_to(server, spec.partition(":")[2], _TIMEOUT_SECONDS, setting=f"TPO_{prefix}_API_KEY", path=path)
     except ModelRefusedError as error:
         return Finding("fail", what, str(error))
     finally:
@@ -132,15 +133,15 @@ def _answers(what: str, spec: str, url: str | None, key: SecretStr | None, prefi
 
 def _model(what: str, spec: str) -> Iterator[Finding]:
     if spec == SCRIPTED:
-        yield Finding("ok", what, "scripted: a fake for tests; TPO_POLICY and TPO_REWARD_MODEL choose another")
+        yield Finding("ok", what, "scripted: a fake for tests; choose another with TPO_POLICY or TPO_REWARD_MODEL")
         return
     folder = Path(str(resources.files("demo") / "models" / what)) if spec == DEMO else Path(spec)
     if not folder.is_dir():
         yield _hub_model(what, spec, looks_local=spec == DEMO or spec.startswith((".", "/", "~")))
     elif not (folder / "config.json").is_file():
-        yield Finding("fail", what, f"{folder} has no config.json: it is not a model of transformers")
+        yield Finding("fail", what, f"{folder} has no config.json, so it is not a transformers model")
     elif not list(folder.glob("*.safetensors")):
-        yield Finding("fail", what, f"{folder} has no .safetensors; no other format of weights is read")
+        yield Finding("fail", what, f"{folder} has no .safetensors file, the only supported format of weights")
     else:
         yield Finding("ok", what, f"{spec}: {folder}" if spec == DEMO else spec)
 
@@ -150,11 +151,11 @@ def _hub_model(what: str, spec: str, *, looks_local: bool) -> Finding:
         hint = "; run `make demo-models`" if spec == DEMO else ""
         return Finding("fail", what, f"there is no folder {spec}{hint}")
     if util.find_spec("huggingface_hub") is None:
-        return Finding("fail", what, f"{spec} is no folder, and huggingface_hub is missing; run `make install`")
+        return Finding("fail", what, f"{spec} is not a folder, and huggingface_hub is missing; run `make install`")
     from huggingface_hub import try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(spec, "config.json"), str):
-        return Finding("ok", what, f"{spec}: in this machine's cache")
+        return Finding("ok", what, f"{spec} is in this machine's cache")
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
         return Finding("fail", what, f"{spec} is not in this machine's cache, and HF_HUB_OFFLINE is set")
     return Finding("warn", what, f"{spec} is not in this machine's cache: the first start downloads it")
@@ -162,7 +163,7 @@ def _hub_model(what: str, spec: str, *, looks_local: bool) -> Finding:
 
 def _database(settings: Settings) -> Iterator[Finding]:
     if "TPO_DATABASE_URL" not in os.environ:
-        yield Finding("ok", "database", "tpo up brings its own (SQLite); TPO_DATABASE_URL names another")
+        yield Finding("ok", "database", "`tpo up` uses its own SQLite; set TPO_DATABASE_URL for another database")
         return
     url = settings.database_url.get_secret_value()
     if url.startswith("sqlite:///") and not Path(url[10:]).exists():
@@ -175,7 +176,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         return
     try:
         schema.check(engine)
-        yield Finding("ok", "database", f"reached, with the schema of this version ({engine.dialect.name})")
+        yield Finding("ok", "database", f"reachable, with the schema of this version ({engine.dialect.name})")
     except (DatabaseRefusedError, SchemaOutOfDateError) as error:
         yield Finding("fail", "database", str(error))
     except StoreUnavailableError as error:
@@ -191,12 +192,12 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         except Exception as error:
             yield Finding("warn", "broker", f"no embedded broker for this machine ({error}): set TPO_BROKER_URL")
         else:
-            yield Finding("ok", "broker", "tpo up brings its own (Valkey); TPO_BROKER_URL names another")
+            yield Finding("ok", "broker", "`tpo up` uses its own Valkey; set TPO_BROKER_URL for another broker")
         return
     notifier = JobNotifier(settings.broker_url.get_secret_value())
     try:
         notifier.ping()
-        yield Finding("ok", "broker", "reached")
+        yield Finding("ok", "broker", "reachable")
     except BrokerUnavailableError as error:
         yield Finding("fail", "broker", f"{error} Is TPO_BROKER_URL right, and does the server run?")
     finally:
@@ -204,18 +205,16 @@ def _broker(settings: Settings) -> Iterator[Finding]:
 
 
 def _ports(settings: Settings) -> Iterator[Finding]:
-    for what, host, port, path in (
-        ("API", settings.host, settings.port, "/readyz"),
+    for service, host, port, path in (
+        ("the API", settings.host, settings.port, "/readyz"),
         ("Flower", settings.flower_host, settings.flower_port, "/healthcheck"),
     ):
         if _is_free(host, port):
-            yield Finding(
-                "ok", "ports", f"{port} is free for the {what}" if what == "API" else f"{port} is free for {what}"
-            )
+            yield Finding("ok", "ports", f"{port} is free for {service}")
         elif _is_ours(port, path):
-            yield Finding("ok", "ports", f"{port}: {what} runs and is ready")
+            yield Finding("ok", "ports", f"{port}: {service} is running and ready")
         else:
-            yield Finding("warn", "ports", f"{port} is taken: choose another for {what} when you start `tpo up`")
+            yield Finding("warn", "ports", f"{port} is in use: choose another for {service} when you start `tpo up`")
 
 
 def _is_free(host: str, port: int) -> bool:

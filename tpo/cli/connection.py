@@ -1,4 +1,4 @@
-"""The server as the commands use it: the client, and each way to fail as one clear line."""
+"""The client as the commands use it: every failure becomes one line on stderr."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,19 @@ from tpo.cli.ui.output import USAGE, Failure
 from tpo.client import APIConnectionError, AuthenticationError, BadRequestError, Client, ClientError
 
 _RETRIES = 2
-"""Of a person who waits for a line."""
+"""Few retries, because somebody waits at the terminal."""
 
 
 @contextmanager
 def connected(url: str, api_key: str | None) -> Iterator[Client]:
-    """A client of that server."""
+    """Open a client for a server. Turns its errors into Failure."""
     try:
         with Client(url, api_key, retries=_RETRIES) as client:
             yield client
     except APIConnectionError as error:
-        raise Failure(f"{error}; start one with `tpo up`, or name another by --url or TPO_URL") from None
+        raise Failure(f"{error}; start one with `tpo up`, or choose another with --url or TPO_URL") from None
     except AuthenticationError as error:
-        raise Failure(f"{error} (set TPO_API_KEY, or give --api-key)") from None
+        raise Failure(f"{error} (set TPO_API_KEY, or use --api-key)") from None
     except BadRequestError as error:
         raise Failure(str(error), USAGE) from None
     except ClientError as error:

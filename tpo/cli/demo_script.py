@@ -1,4 +1,4 @@
-"""What `tpo demo` shows: a stack of its own in a temporary folder, three jobs over HTTP, one kill -9."""
+"""The script of `tpo demo`: a temporary stack, three jobs over HTTP, and one kill -9."""
 
 import json
 import os
@@ -21,50 +21,50 @@ from tpo.client import TERMINAL, Client, Job
 
 SAMPLE_SIZE = 4
 ITERATIONS = 2
-# A lost worker is noticed within this time; the default of 30 s is made for networks that stutter.
+# A short lease, so that the lost worker is noticed soon. The default of 30 s tolerates an unstable network.
 _SHORT_LEASE = {"TPO_LEASE_SECONDS": "3", "TPO_SWEEP_SECONDS": "0.5", "TPO_RENOTIFY_SECONDS": "2"}
-_MIDDLE = ("gradient", "update")
-_LOOK_SECONDS = 0.02
+_KILL_PHASES = ("gradient", "update")
+_POLL_SECONDS = 0.02
 
 
-def showcase(*, kill_worker: bool, as_json: bool) -> int:
-    """Run the demo. Gives the exit code."""
+def run_demo(*, kill_worker: bool, as_json: bool) -> int:
+    """Run the demo and return the exit code."""
     with _interruptible(), tempfile.TemporaryDirectory(prefix="tpo-demo-") as folder:
-        began = time.monotonic()
-        messages().print("Starting the API, a worker, the sweeper, Flower and their broker ...")
-        with temporary_stack(Path(folder), _SHORT_LEASE) as stack, connected(stack.facts["api"], None) as server:
-            messages().print(f"Ready after {time.monotonic() - began:.0f} s. Three jobs, sent over HTTP:\n")
-            return _show(server, stack, kill_worker=kill_worker, as_json=as_json)
+        started = time.monotonic()
+        messages().print("Starting the API, a worker, the maintenance worker, Flower and the broker ...")
+        with temporary_stack(Path(folder), _SHORT_LEASE) as stack, connected(stack.facts["api"], None) as client:
+            messages().print(f"Ready after {time.monotonic() - started:.0f} s. Submitting three jobs over HTTP:\n")
+            return _run_jobs(client, stack, kill_worker=kill_worker, as_json=as_json)
 
 
-def _show(server: Client, stack: Stack, *, kill_worker: bool, as_json: bool) -> int:
+def _run_jobs(client: Client, stack: Stack, *, kill_worker: bool, as_json: bool) -> int:
     prompts: list[str] = json.loads(resources.files("demo").joinpath("prompts.json").read_text(encoding="utf-8"))
     bodies = [_body(prompt, seed) for seed, prompt in enumerate(prompts)]
     *first, last = bodies
     done: list[Job] = []
-    with JobTable(messages()) as board:
-        done += server.wait_all([server.submit(body) for body in first], progress=board.show)
+    with JobTable(messages()) as table:
+        done += client.wait_all([client.submit(body) for body in first], progress=table.show)
     for job in done:
-        _report(server, job, as_json)
+        _report(client, job, as_json)
     same = True
-    with JobTable(messages()) as board:
-        submitted = server.submit(last)
-        killed = kill_worker and _kill_in_the_middle(server, stack, submitted["id"], board)
-        done.append(server.wait(submitted, progress=board.show))
-    _report(server, done[-1], as_json)
+    with JobTable(messages()) as table:
+        submitted = client.submit(last)
+        killed = kill_worker and _kill_worker_during(client, stack, submitted["id"], table)
+        done.append(client.wait(submitted, progress=table.show))
+    _report(client, done[-1], as_json)
     if killed:
-        with JobTable(messages()) as board:
-            messages().print("The same job once more, with nobody killed:")
-            undisturbed = server.wait(server.submit(last), progress=board.show)
+        with JobTable(messages()) as table:
+            messages().print("The same job again, without a kill:")
+            undisturbed = client.wait(client.submit(last), progress=table.show)
         same = undisturbed["output"] == done[-1]["output"]
         attempts = done[-1]["attempt"]
         messages().print(
             f"[bold]The killed job took {attempts} attempts and gave "
-            f"{'the same answer, word for word' if same else 'another answer: that is a defect'}.[/]\n"
+            f"{'the same answer, word for word' if same else 'another answer: this is a defect'}.[/]\n"
         )
     messages().print(
-        "Now on your own: [bold]make up[/] keeps everything running, with the API docs at http://127.0.0.1:8000/docs\n"
-        'and Flower at http://127.0.0.1:5555; then [bold].venv/bin/tpo submit --wait "…"[/] in another terminal.'
+        "Next: [bold]make up[/] keeps everything running, with the API docs at http://127.0.0.1:8000/docs\n"
+        'and Flower at http://127.0.0.1:5555. Run [bold].venv/bin/tpo submit --wait "…"[/] in another terminal.'
     )
     return 0 if same and all(job["status"] == "completed" for job in done) else FAILED
 
@@ -74,8 +74,8 @@ def _body(prompt: str, seed: int) -> dict[str, Any]:
     return {"input": prompt, "parameters": parameters}
 
 
-def _report(server: Client, job: Job, as_json: bool) -> None:
-    iterations, candidates = server.iterations(job["id"]), server.candidates(job["id"])
+def _report(client: Client, job: Job, as_json: bool) -> None:
+    iterations, candidates = client.iterations(job["id"]), client.candidates(job["id"])
     if as_json:
         print_json({**job, "iterations": iterations, "candidates": candidates})
         return
@@ -88,34 +88,34 @@ def _report(server: Client, job: Job, as_json: bool) -> None:
     console().print()
 
 
-def _kill_in_the_middle(server: Client, stack: Stack, job_id: str, board: JobTable) -> bool:
-    """kill -9 while the job revises its first answers; False where it was too fast for that."""
+def _kill_worker_during(client: Client, stack: Stack, job_id: str, table: JobTable) -> bool:
+    """Kill the worker while the job revises its first answers. Returns False if the job ended too soon."""
     while True:
-        job = server.get(job_id)
-        board.show(job)
+        job = client.get(job_id)
+        table.show(job)
         if job["status"] in TERMINAL:
-            messages().print("The job was done before the worker could be killed.")
+            messages().print("The job ended before the worker could be killed.")
             return False
-        if job["status"] == "in_progress" and job["progress"]["phase"] in _MIDDLE:
+        if job["status"] == "in_progress" and job["progress"]["phase"] in _KILL_PHASES:
             break
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)
     os.kill(stack.pids["worker"], signal.SIGKILL)
-    made = sum(len(i["calls"]) for i in server.iterations(job_id))
+    recorded = sum(len(i["calls"]) for i in client.iterations(job_id))
     messages().print(
         f"[red bold]kill -9[/] of the worker in iteration {job['progress']['iteration']}, phase "
-        f"{job['progress']['phase']}: {made} model calls stand in the database. A new worker goes on from there ..."
+        f"{job['progress']['phase']}: {recorded} model calls are stored. A new worker continues from there ..."
     )
     return True
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the demo as cleanly as Ctrl-C does."""
+    """Treat SIGTERM like Ctrl-C, so that it too stops the stack cleanly."""
 
-    def leave(_number: int, _frame: FrameType | None) -> None:
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    old = signal.signal(signal.SIGTERM, leave)
+    old = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:

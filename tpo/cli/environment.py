@@ -1,4 +1,4 @@
-"""The environment as the commands see it: what is wrong in it is one clear line, not a traceback."""
+"""Settings and store for the commands. An error in the environment becomes one line, not a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def read_settings(**overrides: Any) -> "Settings":
-    """The settings of this environment, changed by what was typed."""
+    """Read the settings from the environment; options of the command line override them. Raises Failure."""
     from pydantic import ValidationError
 
     from tpo.settings import Settings, explained
@@ -25,7 +25,7 @@ def read_settings(**overrides: Any) -> "Settings":
 
 @contextmanager
 def open_store() -> Iterator["Store"]:
-    """The store in the database of TPO_DATABASE_URL. Raises SchemaOutOfDateError."""
+    """Open the store in the database of TPO_DATABASE_URL. Raises SchemaOutOfDateError."""
     from tpo.db import connect, schema
     from tpo.store import Store
 

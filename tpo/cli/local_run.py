@@ -1,4 +1,4 @@
-"""The driver of `tpo run`: models in this process, progress on the terminal, Ctrl-C between two tokens."""
+"""Driver of `tpo run`: models in this process, progress on the terminal, Ctrl-C between two tokens."""
 
 import signal
 import time
@@ -22,7 +22,7 @@ from tpo.settings import Settings
 if TYPE_CHECKING:
     from rich.console import Console
 
-_DOING = {
+_ACTIVITIES = {
     "sampling": "sampling",
     "scoring": "scoring",
     "critique": "writing the critique of",
@@ -34,7 +34,7 @@ _DOING = {
 def optimize(
     settings: Settings, conversation: list[dict[str, str]], parameters: dict[str, Any], console: "Console"
 ) -> tuple[State, bool]:
-    """The last state, and whether Ctrl-C ended it before its time. Raises TPOError."""
+    """Run an optimization. Returns the last state, and whether Ctrl-C interrupted it. Raises Failure and TPOError."""
     state = State(
         input=tuple(Message.model_validate(m) for m in conversation),
         params=_params(settings, parameters),
@@ -44,14 +44,14 @@ def optimize(
         raise Failure("the prompt is empty", USAGE)
     last = state
     with _Progress(console) as progress, _ctrl_c() as interrupt:
-        progress.say("loading the models")
+        progress.show("loading the models")
         try:
             policy, reward = load_models(settings)
             with closing(policy), closing(reward):
 
                 def checkpoint(step: Step) -> None:
                     nonlocal last
-                    progress.recorded(step)
+                    progress.advance(step)
                     last = step.after
 
                 progress.begin(state)
@@ -70,17 +70,17 @@ def _params(settings: Settings, given: dict[str, Any]) -> Params:
 
 @contextmanager
 def _ctrl_c() -> Iterator[Any]:
-    """The first Ctrl-C ends the run at its next token, the second one at once."""
-    asked = False
+    """Handle Ctrl-C: the first one ends the run at its next token, the second one immediately."""
+    interrupted = False
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal interrupted
+        if interrupted:
             raise KeyboardInterrupt
-        asked = True
+        interrupted = True
 
     def interrupt() -> None:
-        if asked:
+        if interrupted:
             raise CallInterruptedError("cancelled")
 
     old = signal.signal(signal.SIGINT, on_signal)
@@ -91,7 +91,7 @@ def _ctrl_c() -> Iterator[Any]:
 
 
 class _Progress:
-    """On a terminal a live table of rewards over a spinner; else a line for each model call."""
+    """Progress display: a live table of rewards above a spinner on a terminal, else a line for each model call."""
 
     def __init__(self, console: "Console") -> None:
         self._console = console
@@ -110,33 +110,33 @@ class _Progress:
         if self._live:
             self._live.stop()
 
-    def say(self, doing: str) -> None:
-        """What is being done now."""
+    def show(self, activity: str) -> None:
+        """Show what is being done now. Does nothing if the output is not a terminal."""
         if not self._live:
             return
         from rich.console import Group
         from rich.spinner import Spinner
 
-        spinner = Spinner("dots", f"{doing} ...")
+        spinner = Spinner("dots", f"{activity} ...")
         has_rewards = self._state is not None and self._state.candidates
         self._live.update(
             Group(rewards_table(Record.of_state(self._state)), spinner) if self._state and has_rewards else spinner
         )
 
     def begin(self, state: State) -> None:
-        """Show what comes first."""
-        self._show(state, locate(state))
+        """Show the first activity of a run."""
+        self._update(state, locate(state))
 
-    def recorded(self, step: Step) -> None:
-        """Show what a model call gave, and what comes next."""
+    def advance(self, step: Step) -> None:
+        """Show the result of a model call and the next activity."""
         if not self._live:
             self._console.print(f"{time.monotonic() - self._started:6.1f} s  {_summary(step)}", markup=False)
-        self._show(step.after, step.position)
+        self._update(step.after, step.position)
 
-    def _show(self, state: State, position: Position) -> None:
+    def _update(self, state: State, position: Position) -> None:
         self._state = state
         if position.phase:
-            self.say(f"{_DOING[position.phase]} iteration {position.iteration}")
+            self.show(f"{_ACTIVITIES[position.phase]} iteration {position.iteration}")
 
 
 def _summary(step: Step) -> str:

@@ -63,7 +63,7 @@ class UnknownModelError(InvalidInputError):
 
 
 class JobError(TPOError):
-    """The job cannot go on; another attempt would end the same way."""
+    """The job cannot continue; another attempt would end in the same way."""
 
     code = "job_error"
 
@@ -87,13 +87,13 @@ class NoUsableSampleError(JobError):
 
 
 class BadReplyError(JobError):
-    """The back end's reply does not answer the request."""
+    """The back end's reply does not fit the request."""
 
     code = "bad_reply"
 
 
 class BackendUnavailableError(TPOError):
-    """The model cannot be used for now; the job will be tried again."""
+    """The model cannot be used for now; the job will be retried."""
 
     code = "backend_unavailable"
 
@@ -103,10 +103,10 @@ class ModelRefusedError(TPOError):
 
 
 class CallInterruptedError(TPOError):
-    """The job was told to stop."""
+    """The job has to stop."""
 
     def __init__(self, reason: InterruptReason) -> None:
-        super().__init__(f"The job was told to stop: {reason}.")
+        super().__init__(f"The job has to stop: {reason}.")
         self.reason: InterruptReason = reason
 
 
@@ -122,7 +122,7 @@ class StoreUnavailableError(TPOError):
 
 
 class DatabaseRefusedError(StoreUnavailableError):
-    """The database's URL or file cannot be used until somebody mends it."""
+    """The database's URL or file cannot be used until somebody fixes it."""
 
 
 class SchemaOutOfDateError(TPOError):
@@ -151,7 +151,7 @@ class ConflictError(TPOError):
 
 
 class ExternalIdTakenError(ConflictError):
-    """Another request made a job with this external_id."""
+    """Another request created a job with this external_id."""
 
     code = "external_id_taken"
 
@@ -163,7 +163,7 @@ class WrongStateError(ConflictError):
 
 
 class QuotaExceededError(TPOError):
-    """The tenant asks for more than it may."""
+    """The tenant requests more than its limits allow."""
 
     status = 429
 
@@ -220,7 +220,7 @@ class WebhookNotFoundError(NotFoundError):
 
 
 def frames(error: BaseException) -> str:
-    """Where an error came from, without its message and values: those of a database or a validator quote texts."""
+    """Format where an error came from, without messages and values: a database or a validator quotes texts in them."""
     return "\ncaused by ".join(
         type(cause).__qualname__ + "\n" + "".join(traceback.format_tb(cause.__traceback__)).rstrip()
         for cause in causes(error)
@@ -228,7 +228,7 @@ def frames(error: BaseException) -> str:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from or while, and so on."""
+    """Iterate over an error and the chain of its causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

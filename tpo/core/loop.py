@@ -14,8 +14,8 @@ from tpo.core.errors import BadReplyError, NoUsableSampleError
 from tpo.core.extraction import extract_answer, storable
 from tpo.core.ports import Generate, Generation, Reply, Request, Rewards, Score
 from tpo.core.requests import NextCall, build_request
-from tpo.core.state import Budget, Call, CallKind, Candidate, GivenUp, Note, RewardPart, State
-from tpo.core.stopping import given_up, used_up
+from tpo.core.state import Budget, Call, CallKind, Candidate, Note, RewardPart, State, StopReason
+from tpo.core.stopping import exhausted_budget, stop_reason_after
 
 Phase = Literal["sampling", "scoring", "critique", "gradient", "update"]
 _PHASES: dict[CallKind, Phase] = {
@@ -28,7 +28,7 @@ _PHASES: dict[CallKind, Phase] = {
 
 
 class Position(NamedTuple):
-    """How far a run is."""
+    """A place in a run: the current iteration, and the call that comes next."""
 
     iteration: int
     """The current iteration, or the last one."""
@@ -36,7 +36,7 @@ class Position(NamedTuple):
     """What comes next in it; None at the end of the run."""
     complete: int
     """Complete iterations, the first sampling counted as one."""
-    stopped: Budget | GivenUp | None = None
+    stopped: Budget | StopReason | None = None
     """Why the run ends although iterations are left."""
     call: NextCall | None = None
     failure: str | None = None
@@ -65,10 +65,10 @@ def locate(state: State) -> Position:
     """Find how far a run is. Renders no prompt, so it costs little."""
     for number in range(state.params.iterations + 1):
         begun = number <= len(state.iterations)
-        if not begun and (reason := given_up(state, number - 1)):
+        if not begun and (reason := stop_reason_after(state, number - 1)):
             return Position(number - 1, None, number, reason)
         call = _due(state, number)
-        spent = used_up(state) if call and call.kind != "score" else None
+        spent = exhausted_budget(state) if call and call.kind != "score" else None
         if number == 0 and not state.pool and (call is None or spent):
             return Position(0, None, complete=1, failure=_why_none(state, spent))
         if call and not spent:

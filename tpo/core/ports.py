@@ -1,4 +1,4 @@
-"""What the core asks of the outside world: two protocols with one method each, and the values that cross them."""
+"""The core's ports: two protocols with one method each, and the values that cross them."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -10,7 +10,7 @@ Interrupt = Callable[[], None]
 
 
 class Generate(Frozen):
-    """Ask the policy for one response for each seed."""
+    """A request to the policy: one sample for each seed."""
 
     kind: PolicyCall
     iteration: int
@@ -21,21 +21,21 @@ class Generate(Frozen):
     top_p: float
     max_tokens: int
     stop: tuple[str, ...] = ()
-    """A response ends before the first of these strings that it would hold; its reasoning may hold them."""
+    """A sample ends before the first of these strings; its reasoning may contain them."""
 
     @property
     def n(self) -> int:
-        """How many responses."""
+        """The number of samples."""
         return len(self.seeds)
 
 
 def cut_at(text: str, stop: Iterable[str]) -> str:
-    """The text up to the first of these strings; the whole text where it holds none."""
+    """Return the text up to the first of these strings, or all of it."""
     return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
 
 class Score(Frozen):
-    """Ask the reward model for one number for each response to the same conversation."""
+    """A request to the reward model: one number for each response to the same conversation."""
 
     iteration: int
     messages: tuple[Message, ...]
@@ -43,7 +43,7 @@ class Score(Frozen):
 
 
 class Text(Frozen):
-    """One response. Reasoning of a thinking model is neither in `text` nor in `tokens`."""
+    """One sample. Reasoning of a thinking model is neither in `text` nor in `tokens`."""
 
     text: str
     finish_reason: FinishReason
@@ -51,7 +51,7 @@ class Text(Frozen):
 
 
 class Generation(Frozen):
-    """The policy's reply: as many texts as seeds, in their order."""
+    """The policy's reply: as many samples as seeds, in the same order."""
 
     texts: tuple[Text, ...]
     input_tokens: int
@@ -60,9 +60,9 @@ class Generation(Frozen):
 
 
 class Rewards(Frozen):
-    """The reward model's reply: raw scores, one for each response, in their order; NaN and infinities as they came.
+    """The reward model's reply: one raw score for each response, in the same order, NaN and infinities included.
 
-    Where a score is a weighted sum, `parts` holds what it is the sum of, for each response; else it is empty.
+    If a score is a weighted sum, `parts` holds its parts for each response; otherwise it is empty.
     """
 
     values: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""The value that travels: one optimization, whole, frozen, to JSON and back.
+"""The state of one optimization: whole, frozen, to JSON and back.
 
 Nothing here decides anything (`tpo.core.loop` does), and nothing is stored twice: the best candidate, the usage and
 the pool are derived from the data.
@@ -19,7 +19,7 @@ CallKind = Literal[PolicyCall, "score"]
 FinishReason = Literal["stop", "length"]
 Unusable = Literal["empty", "cut_off", "no_answer_tags", "reward_not_finite"]
 Budget = Literal["max_output_tokens", "max_total_tokens", "max_seconds"]
-GivenUp = Literal["early_stop", "decline"]
+StopReason = Literal["early_stop", "decline"]
 
 MAX_SAMPLE_SIZE = 64
 MAX_ITERATIONS = 50
@@ -40,94 +40,102 @@ class Message(Frozen):
 
 
 class EarlyStop(Frozen):
-    """When further iterations are given up: the best reward of the whole pool has not risen for a while."""
+    """A rule that ends a run when the best reward of the pool has not risen for a while."""
 
     model_config = ConfigDict(strict=True)
 
-    patience: int = Field(1, ge=1, le=MAX_ITERATIONS, description="iterations in a row that may bring no gain")
+    patience: int = Field(
+        1, ge=1, le=MAX_ITERATIONS, description="number of consecutive iterations without gain after which the job ends"
+    )
     min_gain: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="a rise of the best reward by no more than this is none"
+        0.0, ge=0, allow_inf_nan=False, description="largest rise of the best reward that does not count as a gain"
     )
 
 
 class Params(Frozen):
-    """How to optimize. The defaults are the paper's (arXiv 2501.12895, section 5)."""
+    """Parameters of an optimization. The defaults are the paper's (arXiv 2501.12895, section 5)."""
 
     mode: Mode = "tpo"
     sample_size: int = Field(5, ge=1, le=MAX_SAMPLE_SIZE, description="N: responses sampled in each step")
     max_iterations: int = Field(
         2, ge=0, le=MAX_ITERATIONS, description="D: rounds of critique and revision; 0 is best-of-N"
     )
-    temperature: float = Field(0.7, ge=0, le=2, allow_inf_nan=False, description="of samples and updates")
-    top_p: float = Field(0.95, gt=0, le=1, allow_inf_nan=False, description="of samples and updates")
-    max_tokens: int = Field(2048, ge=1, le=131072, description="longest sampled response, in tokens")
+    temperature: float = Field(0.7, ge=0, le=2, allow_inf_nan=False, description="temperature of samples and updates")
+    top_p: float = Field(0.95, gt=0, le=1, allow_inf_nan=False, description="nucleus (top-p) of samples and updates")
+    max_tokens: int = Field(2048, ge=1, le=131072, description="longest sample, in tokens")
     stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...] = Field(
         (),
         max_length=4,
         strict=False,
-        description="a first sample ends before the first of these strings; a revision ends with its answer tag",
+        description="strings before which a first sample ends; an update ends with its answer tag",
     )
     critique_temperature: float = Field(
-        0.7, ge=0, le=2, allow_inf_nan=False, description="of textual loss and gradient"
+        0.7, ge=0, le=2, allow_inf_nan=False, description="temperature of critiques and gradients"
     )
-    critique_top_p: float = Field(0.99, gt=0, le=1, allow_inf_nan=False, description="of textual loss and gradient")
-    critique_max_tokens: int = Field(8192, ge=1, le=131072, description="longest textual loss or gradient, in tokens")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="every request's own seed is derived from it")
+    critique_top_p: float = Field(
+        0.99, gt=0, le=1, allow_inf_nan=False, description="nucleus (top-p) of critiques and gradients"
+    )
+    critique_max_tokens: int = Field(8192, ge=1, le=131072, description="longest critique or gradient, in tokens")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed from which the seed of every sample is derived")
     max_output_tokens: int | None = Field(
         None,
         ge=1,
         le=MAX_BUDGET,
-        description="budget of the job: what the policy writes in all calls, reasoning too",
+        description="budget of the job: tokens that the policy writes in all calls, reasoning included",
     )
     max_total_tokens: int | None = Field(
-        None, ge=1, le=MAX_BUDGET, description="budget of the job: what the policy reads and writes in all calls"
+        None, ge=1, le=MAX_BUDGET, description="budget of the job: tokens that the policy reads and writes in all calls"
     )
     max_seconds: float | None = Field(
         None, gt=0, le=MAX_BUDGET, allow_inf_nan=False, description="budget of the job: seconds inside its model calls"
     )
-    early_stop: EarlyStop | None = Field(None, description="end when the best reward no longer rises")
-    stop_on_decline: bool = Field(False, description="end when an iteration's mean reward falls below the one before")
+    early_stop: EarlyStop | None = Field(
+        None, description="rule that ends the job when the best reward no longer rises"
+    )
+    stop_on_decline: bool = Field(
+        False, description="whether the job ends when an iteration's mean reward falls below the one before"
+    )
 
     @property
     def iterations(self) -> int:
-        """D as it is run: best-of-N has no iterations."""
+        """The number of iterations to run: none for best-of-N."""
         return 0 if self.mode == "bon" else self.max_iterations
 
 
 class RewardPart(Frozen):
-    """One of the things that a reward is the weighted sum of."""
+    """One term of a reward that is a weighted sum."""
 
     name: str
-    value: float | None = Field(description="before its weight; null where it was not a finite number")
+    value: float | None = Field(description="value before weighting; null if it was not a finite number")
     weight: float = 1.0
 
 
 class Candidate(Frozen):
-    """One sampled response. `text` is the answer; where there is none, the raw reply, and `unusable` says why."""
+    """One sample in the pool. `text` is the answer, or the whole sample if it is `unusable`."""
 
     iteration: int
     sample: int
     text: str
-    tokens: int = Field(description="generated for it, tags counted, reasoning not")
+    tokens: int = Field(description="generated tokens, with tags and without reasoning")
     reward: float | None = None
     unusable: Unusable | None = None
-    parts: tuple[RewardPart, ...] = Field((), description="what the reward is the sum of, where it has several parts")
+    parts: tuple[RewardPart, ...] = Field((), description="terms of the reward, if it has several")
 
     @property
     def id(self) -> str:
-        """Its name within the job: `<iteration>-<sample>`."""
+        """The candidate's name within the job: `<iteration>-<sample>`."""
         return f"{self.iteration}-{self.sample}"
 
 
 class Note(Frozen):
-    """What the policy wrote about a candidate: a textual loss or a textual gradient."""
+    """A critique or a gradient: the paper's "textual loss" and "textual gradient"."""
 
     text: str
     attempt: int = 0
 
 
 class Iteration(Frozen):
-    """One round: whom it compared and what was said. Its candidates stand in `State.candidates`."""
+    """One round: the compared candidates, the critique and the gradient. Its candidates are in `State.candidates`."""
 
     number: int
     chosen: str
@@ -137,7 +145,7 @@ class Iteration(Frozen):
 
 
 class Call(Frozen):
-    """One model call that was made and recorded."""
+    """One recorded model call."""
 
     number: int
     kind: CallKind
@@ -145,25 +153,25 @@ class Call(Frozen):
     n: int
     input_tokens: int
     output_tokens: int
-    seconds: float = Field(description="wall time inside the back end, waiting included")
+    seconds: float = Field(description="wall time inside the back end, queueing included")
 
 
 class Usage(Frozen):
-    """What a job has used so far."""
+    """The usage of a job so far."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     reward_tokens: int = 0
-    model_seconds: float = Field(0.0, description="wall time inside its model calls, whatever they run on")
+    model_seconds: float = Field(0.0, description="wall time inside model calls")
 
     @property
     def total_tokens(self) -> int:
-        """What the policy read and wrote."""
+        """Tokens that the policy read and wrote."""
         return self.input_tokens + self.output_tokens
 
 
 class Decline(NamedTuple):
-    """An iteration whose mean reward fell below that of the last one before it that has any."""
+    """An iteration whose mean reward fell below that of the last iteration before it with scored candidates."""
 
     iteration: int
     mean_reward: float
@@ -171,7 +179,7 @@ class Decline(NamedTuple):
 
 
 class State(Frozen):
-    """One optimization from its input to where it stands now. Resuming is going on from this value alone."""
+    """One optimization from its input to its present step. To resume it, nothing else is needed."""
 
     input: tuple[Message, ...]
     params: Params
@@ -181,7 +189,7 @@ class State(Frozen):
     calls: tuple[Call, ...] = ()
 
     def of_iteration(self, number: int) -> Iterator[Candidate]:
-        """The candidates of one iteration; 0 is the first sampling."""
+        """Iterate over the candidates of one iteration; 0 is the first sampling."""
         return (c for c in self.candidates if c.iteration == number)
 
     def unscored(self, number: int) -> list[Candidate]:
@@ -201,27 +209,27 @@ class State(Frozen):
         return Iteration(number=number, chosen=best.id, rejected=worst.id if self.params.mode == "tpo" else None)
 
     def candidate(self, candidate_id: str) -> Candidate:
-        """The candidate with this id."""
+        """Return the candidate with this id."""
         return next(c for c in self.candidates if c.id == candidate_id)
 
     @property
     def pool(self) -> list[Candidate]:
-        """Every candidate that has a reward, in the order in which they entered."""
+        """All candidates with a reward, in the order in which they entered."""
         return [c for c in self.candidates if c.reward is not None]
 
     @property
     def best(self) -> Candidate | None:
-        """The candidate of the highest reward; of equals, the first."""
+        """The candidate with the highest reward; the first one of equals."""
         return max(self.pool, key=_reward, default=None)
 
     @property
     def worst(self) -> Candidate | None:
-        """The candidate of the lowest reward; of equals, the first."""
+        """The candidate with the lowest reward; the first one of equals."""
         return min(self.pool, key=_reward, default=None)
 
     @property
     def usage(self) -> Usage:
-        """The sum over all calls."""
+        """The usage summed over all calls."""
         policy = [c for c in self.calls if c.kind != "score"]
         return Usage(
             input_tokens=sum(c.input_tokens for c in policy),
@@ -231,13 +239,13 @@ class State(Frozen):
         )
 
     def mean_reward(self, iteration: int) -> float | None:
-        """The mean reward of all scored candidates of one iteration: the honest curve beside the best so far."""
+        """Return the mean reward of the scored candidates of one iteration; None without any."""
         rewards = [c.reward for c in self.of_iteration(iteration) if c.reward is not None]
         return sum(rewards) / len(rewards) if rewards else None
 
     @property
     def declines(self) -> dict[int, Decline]:
-        """The iterations whose mean reward fell below that of the one before: there the policy made it worse."""
+        """Iterations whose mean reward fell below that of the one before, by number."""
         rewards: dict[int, list[float]] = {}
         for candidate in self.pool:
             rewards.setdefault(candidate.iteration, []).append(_reward(candidate))

@@ -1,15 +1,15 @@
-"""When a run ends before its last iteration: a budget is used up, or going on is not worth it. Pure, like the loop.
+"""Rules that end a run before its last iteration: an exhausted budget, no gain, or a decline. Pure, like the loop.
 
-Each rule reads the recorded calls and rewards alone, so that a resumed run ends where an uninterrupted one does.
+Each rule reads only recorded calls and rewards, so a resumed run ends where an uninterrupted one does.
 """
 
-from tpo.core.state import Budget, GivenUp, State
+from tpo.core.state import Budget, State, StopReason
 
 
-def used_up(state: State) -> Budget | None:
-    """The budget that is used up, if one is. What another job has used, whose record this one started from, is its own.
+def exhausted_budget(state: State) -> Budget | None:
+    """Return the exhausted budget, if there is one. The usage of a job that this one started from does not count.
 
-    It is looked at before each call of the policy: what was sampled is always scored, and the last call may exceed it.
+    Budgets are checked before each call of the policy: samples are always scored, and the last call may exceed one.
     """
     params, usage = state.params, state.usage
     used: tuple[tuple[Budget, float | None, float], ...] = (
@@ -20,10 +20,10 @@ def used_up(state: State) -> Budget | None:
     return next((name for name, most, spent in used if most is not None and spent >= most), None)
 
 
-def given_up(state: State, complete: int) -> GivenUp | None:
-    """Why no iteration should follow `complete`, the last one, if there is a reason.
+def stop_reason_after(state: State, complete: int) -> StopReason | None:
+    """Return why no iteration should follow `complete`, the last one; None if one should.
 
-    A job judges by the iterations that it made itself, so that one which extends another is not given up at once.
+    A job judges only by its own iterations, so that one which extends another is not stopped at once.
     """
     rule = state.params.early_stop
     if rule is None and not state.params.stop_on_decline:
@@ -40,5 +40,5 @@ def given_up(state: State, complete: int) -> GivenUp | None:
 
 
 def _best(state: State, iteration: int) -> float:
-    """The highest reward of the pool when that iteration was complete. There is one: the first sampling gave it."""
+    """Return the highest reward of the pool when that iteration was complete. The first sampling gave at least one."""
     return max(c.reward for c in state.pool if c.iteration <= iteration and c.reward is not None)

@@ -8,16 +8,16 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import DeclarativeBase, Session
 
 DEFAULT_TENANT = "default"
-"""Whose jobs are those of a server without keys, and of the key that stands in the settings."""
+"""The tenant of a server without keys, and of the key in the settings."""
 
 
 def partial_index(name: str, *columns: str, where: str) -> Index:
-    """An index of some rows alone: it stays small, however many jobs have ended or wait."""
+    """Define a partial index, which stays small however many jobs have ended or wait."""
     return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
 
 
 class Base(DeclarativeBase):
-    """All tables."""
+    """The base of all tables."""
 
     type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, float: Double, str: Text}  # noqa: RUF012
 
@@ -29,5 +29,5 @@ _INSERT: dict[str, Callable[[type[Base]], postgresql.Insert | sqlite.Insert]] = 
 
 
 def insert_if_new(session: Session, table: type[Base]) -> postgresql.Insert | sqlite.Insert:
-    """An INSERT that does nothing where the row is there."""
+    """Build an INSERT that does nothing if the row exists."""
     return _INSERT[session.get_bind().dialect.name](table).on_conflict_do_nothing()

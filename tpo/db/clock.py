@@ -22,5 +22,5 @@ def _now_sqlite(element: now, compiler: SQLCompiler, **kw: Any) -> str:
 
 @compiles(now, "postgresql")
 def _now_postgresql(element: now, compiler: SQLCompiler, **kw: Any) -> str:
-    # Not clock_timestamp(): it may differ from row to row, so that no index could be searched with it.
+    # Not clock_timestamp(): it may differ from row to row, so no index could be searched with it.
     return "extract(epoch from statement_timestamp())::double precision"

@@ -18,7 +18,7 @@ def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
 
     Raises DatabaseRefusedError.
 
-    No statement takes longer than some seconds, but with `patient`, where it takes as long as it takes.
+    Statements are limited to some seconds, except with `patient`.
     """
     if _checked(url).get_backend_name() == "sqlite":
         engine = create_engine(
@@ -48,12 +48,12 @@ def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
 
 
 def _checked(url: str) -> URL:
-    """The parsed URL: the driver knows its options, and the folder of a file is there. Raises DatabaseRefusedError."""
+    """Parse a URL; check its driver's options, and create the folder of its file. Raises DatabaseRefusedError."""
     parsed = make_url(url)
     file = parsed.database
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", SAWarning)  # SQLAlchemy leaves out what it does not know, with a warning
+            warnings.simplefilter("error", SAWarning)  # SQLAlchemy only warns of unknown options
             _, options = parsed.get_dialect()().create_connect_args(parsed)
         if parsed.get_backend_name() == "sqlite":
             sqlite3.connect(":memory:", **options).close()

@@ -18,13 +18,13 @@ _REASONS: dict[int | str, str] = {
     sqlite3.SQLITE_FULL: _DISK_FULL,
     sqlite3.SQLITE_IOERR: "The disk that holds the database fails.",
     sqlite3.SQLITE_READONLY: "The database can only be read: may this user write to its file and folder?",
-    "0A000": _CANNOT_WRITE,  # what a standby answers to a transaction that is to write
+    "0A000": _CANNOT_WRITE,  # a standby's answer to a transaction that writes
     "25006": _CANNOT_WRITE,
     "42501": "The database's user may not do that: let it own the schema and its tables.",
     "53100": _DISK_FULL,
     "53300": _TOO_MANY,
 }
-"""By SQLite's code or PostgreSQL's SQLSTATE: what hinders the database now, and may pass."""
+"""Reasons by SQLite's code or PostgreSQL's SQLSTATE: what hinders the database now, and may pass."""
 _NOT_LET_IN = {
     "too many": _TOO_MANY,
     "remaining connection slots": _TOO_MANY,
@@ -32,7 +32,7 @@ _NOT_LET_IN = {
     "pg_hba.conf": "The database refuses this user from this machine (pg_hba.conf).",
     "does not exist": "The database's server has no such user or database as TPO_DATABASE_URL names.",
 }
-"""The same where a connection is refused: there, the driver tells no SQLSTATE, and a server in English says it."""
+"""The same for refused connections: the driver gives no SQLSTATE there, and a server's text is in English."""
 _DAMAGED = "The database's file is damaged, or is no SQLite database: restore it, or name another file."
 
 
@@ -52,11 +52,11 @@ def translate_errors() -> Iterator[None]:
 
 
 def _reason(error: DBAPIError) -> str | None:
-    """Why the database does not do what it was asked, in our own words: its own may quote texts and passwords."""
-    for cause in causes(error):  # where SQLite has ended the transaction itself, the rollback fails in its turn
+    """Explain in our own words why the database failed: its messages may quote texts and passwords."""
+    for cause in causes(error):  # where SQLite has ended the transaction itself, the rollback fails too
         if isinstance(cause, sqlite3.Error):
-            why = _REASONS.get(cause.sqlite_errorcode & 0xFF)  # above that, a code says more than we do
-        elif hasattr(cause, "sqlstate") and cause.sqlstate is None:  # of the driver, which got no answer
+            why = _REASONS.get(cause.sqlite_errorcode & 0xFF)  # the extended code has more bits
+        elif hasattr(cause, "sqlstate") and cause.sqlstate is None:  # from the driver, which got no answer
             why = next((why for part, why in _NOT_LET_IN.items() if part in str(cause)), None)
         else:
             why = _REASONS.get(getattr(cause, "sqlstate", None) or "")

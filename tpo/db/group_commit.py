@@ -20,10 +20,10 @@ _JOIN: Literal["create_savepoint"] = "create_savepoint"
 
 
 def write(engine: Engine, work: Callable[[Session], Done]) -> Done:
-    """Do some work in a transaction, and give what it gives. Raises StoreUnavailableError, and what the work raises.
+    """Do some work in a transaction and return its result. Raises StoreUnavailableError, and what the work raises.
 
-    What several threads write to SQLite at once is committed together, for each commit waits for the disk; each piece
-    of work stands or falls alone all the same.
+    On SQLite, concurrent writes of several threads share one commit, because each commit waits for the disk. A failed
+    piece of work is rolled back without the others.
     """
     waiting: deque[_Work] | None = engine.get_execution_options().get(PENDING_WRITES)
     if waiting is None:
@@ -44,7 +44,7 @@ def write(engine: Engine, work: Callable[[Session], Done]) -> Done:
 
 
 class _Work(Future[Any]):
-    """What one thread wants to have written."""
+    """One thread's work, waiting to be committed."""
 
     def __init__(self, work: Callable[[Session], Any]) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _Work(Future[Any]):
 
 
 def _write_together(engine: Engine, group: list[_Work]) -> None:
-    """Do all of it in one transaction, each in a savepoint of its own; nobody is told of success before the commit."""
+    """Do all work in one transaction, each piece in its own savepoint; publish results only after the commit."""
     found: list[Callable[[], None]] = []
     try:
         with engine.begin() as connection:
@@ -65,11 +65,11 @@ def _write_together(engine: Engine, group: list[_Work]) -> None:
                         result = each.work(session)
                 except OperationalError:
                     raise  # the database fails, not the work: nothing of the group is written
-                except Exception as error:  # of the work, or of what its session had held back until here
+                except Exception as error:  # raised by the work, or by what its session flushed at its end
                     found.append(partial(each.set_exception, error))
                 else:
                     found.append(partial(each.set_result, result))
-    except BaseException as error:  # whatever it is: the others wait for an answer
+    except BaseException as error:  # whatever it is: the other threads wait for an answer
         found = [partial(each.set_exception, error) for each in group]
     for tell in found:
         tell()

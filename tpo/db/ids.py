@@ -9,5 +9,5 @@ def new_id(prefix: str, seconds: float) -> str:
 
 
 def id_at(prefix: str, seconds: float) -> str:
-    """Return the prefix of all ids of that moment: every id that sorts after it is as young or younger."""
+    """Return the prefix of all ids of that moment: ids that sort after it are at least as young."""
     return f"{prefix}{int(seconds * 1000):012x}"

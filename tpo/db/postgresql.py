@@ -1,6 +1,6 @@
 """Connections to PostgreSQL: with limits on how long a statement may take, and checked before each use.
 
-Apart from the rest because its driver takes a third of a second to import, which SQLite does not need.
+A module of its own because its driver takes a third of a second to import, which SQLite users should not pay for.
 """
 
 import select
@@ -14,10 +14,10 @@ from sqlalchemy.exc import InvalidatePoolError
 from tpo.core.errors import DatabaseRefusedError
 
 _ANSWER_SECONDS = 12.0
-"""A PostgreSQL that has not answered by then hangs: it would have given up a statement itself before."""
+"""A PostgreSQL that has not answered by then hangs: otherwise it would have cancelled the statement itself."""
 
 CONNECTION: dict[str, Any] = {
-    # A host that has gone is an error within seconds; by default it blocks for hours.
+    # A host that is gone is an error within seconds; by default it blocks for hours.
     "connect_timeout": 5,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
@@ -26,20 +26,20 @@ CONNECTION: dict[str, Any] = {
 }
 _LIMITS = (
     "-c statement_timeout=10000 -c lock_timeout=8000"
-    # A process that is stopped in the middle of a transaction must not keep others from its rows for ever.
+    # A process that is stopped inside a transaction must not lock rows indefinitely.
     " -c idle_in_transaction_session_timeout=15000"
 )
 
 
 class _Impatient(psycopg.Connection[Any]):
-    """A connection that is closed where the server hangs: one that is stopped keeps its sockets, and says nothing."""
+    """A connection that closes itself if the server is too slow. A stopped server keeps its sockets open."""
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        """What the server answers. Raises OperationalError when it does not."""
+        """Wait for the server's answer. Raises OperationalError if there is none in time."""
         try:
             return super().wait(gen, interval, timeout or _ANSWER_SECONDS)
         except psycopg.OperationalError:
-            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # the answer may come yet, to nobody
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # the answer may still come, to nobody
                 self.pgconn.finish()
             raise
 
@@ -57,7 +57,7 @@ def open_connection(
     named: dict[str, Any],
     kind: type[psycopg.Connection[Any]] = psycopg.Connection,
 ) -> Any:
-    """A connection to a database that can hold every text. Raises DatabaseRefusedError."""
+    """Open a connection to a database that can hold every text. Raises DatabaseRefusedError."""
     connection = kind.connect(*args, **named)
     encoding = connection.info.parameter_status("server_encoding")
     if encoding != "UTF8":
@@ -69,7 +69,7 @@ def open_connection(
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError where the driver does not know a connection's options."""
+    """Raise ValueError if the driver does not know a connection's options."""
     try:
         psycopg.conninfo.make_conninfo(**options)
     except psycopg.Error:
@@ -78,7 +78,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 def check_connected(connection: Any, _record: Any, _proxy: Any) -> None:
     """Reconnect if the server has closed the connection: an idle one has data to read only then."""
-    # Looking costs microseconds; to ask the server, as SQLAlchemy's pre-ping does, is a round trip for each query.
+    # This costs microseconds; SQLAlchemy's pre-ping costs a round trip for each query.
     arrived = select.poll()
     arrived.register(connection.fileno(), select.POLLIN)
     if arrived.poll(0):

@@ -1,4 +1,4 @@
-"""Brings a database to the schema of this version, and says whether it has it. The steps stand in `migrations`."""
+"""Migrate a database to the schema of this version, and check that it has it. `migrations` has the steps."""
 
 import logging
 import re
@@ -15,13 +15,13 @@ from tpo.db.sessions import reading, writing
 if TYPE_CHECKING:
     from alembic.config import Config
 
-_LOCK = 0x74706F  # "tpo": any number will do that nobody else locks in the same database
+_LOCK = 0x74706F  # "tpo": any number that nobody else locks in the same database
 
-logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every connection
+logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every connection
 
 
 def upgrade(url: str) -> None:
-    """Bring the database to the schema of this version; all of it or nothing. Safe to repeat, and for many at once.
+    """Migrate the database to the schema of this version, all or nothing. Safe to repeat, and to run concurrently.
 
     Raises SchemaOutOfDateError when a newer version made the database, and StoreUnavailableError.
     """
@@ -31,7 +31,7 @@ def upgrade(url: str) -> None:
 
 
 def downgrade(url: str, revision: str) -> None:
-    """Take the schema back to an earlier revision ("base" for none), and the data that it cannot hold with it."""
+    """Take the schema back to an earlier revision ("base" for none). Data that it cannot hold is lost."""
     from alembic import command
 
     _migrate(url, lambda config: command.downgrade(config, revision))
@@ -61,7 +61,7 @@ def newest_revision() -> str:
 def _migrate(url: str, step: "Callable[[Config], None]") -> None:
     from alembic.util import CommandError
 
-    engine = connect(url, pool_size=1, patient=True)  # an index of millions of rows takes its time
+    engine = connect(url, pool_size=1, patient=True)  # an index of millions of rows takes minutes
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _without_foreign_keys)
     try:
@@ -78,16 +78,16 @@ def _migrate(url: str, step: "Callable[[Config], None]") -> None:
 
 
 def _wait_for_turn(connection: Connection) -> None:
-    """Let one process migrate at a time. On SQLite the transaction has the only write lock already."""
+    """Serialise migrations. On SQLite the transaction already holds the only write lock."""
     if connection.dialect.name == "postgresql":
-        # An index of millions of jobs takes minutes, and so long do the others wait.
+        # An index of millions of jobs takes minutes, and the others wait as long.
         connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text("SET LOCAL lock_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
 
 
 def _without_foreign_keys(connection: Any, _record: Any) -> None:
-    # SQLite alters a table by making a new one and dropping the old one, which would delete what refers to it.
+    # SQLite alters a table by building a new one and dropping the old one, which would delete referring rows.
     connection.execute("PRAGMA foreign_keys = OFF")
 
 

@@ -19,14 +19,14 @@ _ASKS: dict[str, dict[str, Any]] = {"sqlite": {BEGIN: ""}, "postgresql": {"isola
 
 @contextmanager
 def single_query(engine: Engine) -> Iterator[Connection]:
-    """A connection for one query, which needs no transaction for that. Raises StoreUnavailableError."""
+    """Open a connection for a single query, which needs no transaction. Raises StoreUnavailableError."""
     with translate_errors(), engine.connect().execution_options(**_ASKS[engine.dialect.name]) as connection:
         yield connection
 
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Session]:
-    """A session that only reads, all of it from one snapshot. Raises StoreUnavailableError."""
+    """Open a session that reads from one snapshot. Raises StoreUnavailableError."""
     with (
         translate_errors(),
         engine.connect().execution_options(**_READS[engine.dialect.name]) as connection,
@@ -37,6 +37,6 @@ def reading(engine: Engine) -> Iterator[Session]:
 
 @contextmanager
 def writing(engine: Engine) -> Iterator[Session]:
-    """A session that commits at its end and rolls back on any error. Raises StoreUnavailableError."""
+    """Open a session that commits at its end and rolls back on any error. Raises StoreUnavailableError."""
     with translate_errors(), write_lock(engine), Session(engine, expire_on_commit=False) as session, session.begin():
         yield session

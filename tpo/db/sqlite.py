@@ -17,14 +17,14 @@ BUSY_SECONDS = 15
 
 
 def prepare_connection(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # this module says BEGIN, not the driver
+    connection.isolation_level = None  # this module issues BEGIN, not the driver
     _log_ahead(connection)
     for pragma in ("synchronous = FULL", "foreign_keys = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _log_ahead(connection: sqlite3.Connection) -> None:
-    """Turn to write-ahead logging, which a file keeps. Where others do so too, SQLite itself does not wait for them."""
+    """Switch to write-ahead logging, which a file keeps. SQLite does not wait for others that switch too."""
     end = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -37,7 +37,7 @@ def _log_ahead(connection: sqlite3.Connection) -> None:
 
 
 def check_same_file(connection: Any, record: Any, _proxy: Any) -> None:
-    """Connect anew where the file was moved or removed: SQLite would go on writing where nobody looks again."""
+    """Reconnect if the file was moved or replaced: SQLite would continue to write to a file that nobody reads."""
     file = connection.execute("PRAGMA database_list").fetchone()[2]
     seen = _identity(file)
     if record.info.setdefault("file", seen) != seen:
@@ -53,7 +53,7 @@ def _identity(file: str) -> tuple[int, int] | None:
 
 
 def begin(connection: Connection) -> None:
-    # A writer takes the lock at once: one that reads first and upgrades later fails with "database is locked".
+    # A writer takes the lock at once: a transaction that reads first and upgrades later gets "database is locked".
     if begin := connection.get_execution_options().get(BEGIN, "BEGIN IMMEDIATE"):
         connection.exec_driver_sql(begin)
 
@@ -65,7 +65,7 @@ PENDING_WRITES = "tpo_waiting"
 
 @contextmanager
 def write_lock(engine: Engine) -> Iterator[None]:
-    """The place of the one thread of a process that may write to SQLite, which itself lets waiters sleep and poll."""
+    """Serialise writers within this process; SQLite's own busy handler sleeps and polls."""
     turn: threading.Lock | None = engine.get_execution_options().get(WRITE_LOCK)
     if turn is None:
         yield

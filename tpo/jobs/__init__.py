@@ -1,1 +1,1 @@
-"""Jobs in SQL, the only truth: `tables` is the schema, `store` every query, `events` what a job tells of itself."""
+"""Jobs in SQL: submission, claims, scheduling, checkpoints, lifecycle, maintenance and events."""

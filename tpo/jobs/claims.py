@@ -36,42 +36,42 @@ from tpo.tenants.tenants import ensure_tenant
 
 QUEUED: ColumnElement[str] = literal_column("'queued'")
 RUNNING: list[ColumnElement[str]] = [literal_column(f"'{status}'") for status in HELD]
-"""As literals, not as parameters: without them no database sees that its index of those rows alone will do."""
+"""Literals instead of parameters: only then do the databases see that their partial index applies."""
 
 _INDEXED = {"sqlite": "jobs INDEXED BY {}", "postgresql": "jobs"}
-"""Named where SQLite would not claim_job it: by its lights, one that begins with the status is as good."""
+"""Force the index on SQLite: its planner rates any index that starts with the status equally good."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models that a worker serves; its jobs are one line."""
+    """A policy and a reward model that a worker serves. Their jobs form one queue."""
 
     model: str
     reward_model: str
 
 
 class Claimed(NamedTuple):
-    """A job that a worker was given."""
+    """A claimed job."""
 
     lease: Lease
     state: State
     another: str | None
-    """A job that waits as well: ring for it."""
+    """A further job that waits: notify a worker of it."""
 
 
 class LeaseQueries(CheckpointQueries):
-    """The part of the store that workers use: claim a job, and write as the holder of its lease."""
+    """The part of the store that workers use: claim jobs, and write as the holder of their leases."""
 
     def claim(
         self, worker: str, lease_seconds: float, *, model: str, reward_model: str, rules: Rules | None = None
     ) -> Claimed | None:
-        """Take the job whose turn it is among those that this worker can serve; None where none may run."""
+        """Claim the next job that this worker can serve; None if no job may run."""
         with writing(self._engine) as session:
             return _claim(session, Pair(model, reward_model), rules or Rules(), worker, lease_seconds)
 
 
 def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_seconds: float) -> Claimed | None:
-    """Take the first that can be taken."""
+    """Claim the first job that can be claimed."""
     _wait_for_turn(session, pair)
     line = _line(session, pair, rules)
     while head := line.next():
@@ -91,7 +91,7 @@ def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_second
 
 
 def waiting_pairs(session: Session) -> list[Pair]:
-    """The pairs of models for which jobs are in line, found by jumping from one to the next."""
+    """Return the pairs of models for which jobs wait, by jumping through an index from one to the next."""
     found: list[Pair] = []
     dialect = session.get_bind().dialect.name
     while row := session.execute(_next_pair(dialect, found[-1] if found else None)).one_or_none():
@@ -100,7 +100,7 @@ def waiting_pairs(session: Session) -> list[Pair]:
 
 
 def next_waiting_job(session: Session, pair: Pair, rules: Rules, waiting_seconds: float | None = None) -> str | None:
-    """The job whose turn it would be now; with `waiting_seconds`, only where some job is in line for so long."""
+    """Return the job that is next; with `waiting_seconds`, only if some job has waited for so long."""
     line = _line(session, pair, rules)
     if waiting_seconds is not None and not any(h.since <= line.now - waiting_seconds for h in line.heads):
         return None
@@ -112,7 +112,7 @@ def next_waiting_job(session: Session, pair: Pair, rules: Rules, waiting_seconds
 
 
 class _Line:
-    """Who waits, as one claim saw it."""
+    """Snapshot of the waiting tenants, taken at the start of a claim."""
 
     def __init__(self, heads: list[QueueHead], running: Mapping[str, int], now: float, rules: Rules) -> None:
         self.heads = heads
@@ -124,7 +124,7 @@ class _Line:
         return pick_next(self.heads, self._running, self.now, self._rules)
 
     def leave(self, tenant: str, priority: int | None = None) -> None:
-        """Nobody of this tenant can go now, or of this tenant and priority."""
+        """Leave out a tenant, or only its jobs of one priority."""
         self.heads = [h for h in self.heads if h.tenant != tenant or priority not in (None, h.priority)]
 
 
@@ -174,7 +174,7 @@ def _heads() -> Select[*tuple[Any, ...]]:
         return query.limit(1).correlate(last).scalar_subquery()
 
     heads = select(one(first, ~queue_is_paused(bindparam("model"))).label("id")).cte("heads", recursive=True)
-    # In two steps: SQLite looks at the first alone of two columns that are compared with those of a row.
+    # In two steps: of two columns compared with those of a row, SQLite uses only the first.
     following = func.coalesce(
         one(next_priority, next_priority.tenant == last.tenant, next_priority.priority > last.priority),
         one(next_tenant, next_tenant.tenant > last.tenant),
@@ -201,11 +201,11 @@ def _oldest() -> Select[str]:
     return select(Job.id).where(_of_pair(Job), after, claimable()).order_by(*group, Job.id).limit(1)
 
 
-# Made once: to put them together costs more than the answer.
+# Built once: building them costs more than running them.
 _HEADS = _heads()
-"""The oldest job in line of each tenant and priority, in an order of no meaning; none where the queue is paused."""
+"""The oldest waiting job of each tenant and priority, in arbitrary order; none while the queue is paused."""
 _OLDEST = _oldest()
-"""The oldest job of a tenant and priority that can be taken."""
+"""The oldest job of a tenant and priority that can be claimed."""
 _OLDEST_FREE = _OLDEST.with_for_update(skip_locked=True)
 _TURNS = select(LastClaim.tenant, LastClaim.priority, LastClaim.claimed_at).where(
     LastClaim.model == bindparam("model"), LastClaim.reward_model == bindparam("reward_model")
@@ -217,7 +217,7 @@ def _which(pair: Pair, head: QueueHead) -> dict[str, str | int]:
 
 
 def _next_pair(dialect: str, pair: Pair | None) -> Executable:
-    # In two steps, each a jump: SQLite searches an index for the first column of a comparison of rows, and no further.
+    # In two steps, each a jump: SQLite searches an index by the first column of a row comparison only.
     jump = (
         f"SELECT * FROM (SELECT model, reward_model FROM {_INDEXED[dialect].format('jobs_in_line')}"  # noqa: S608
         " WHERE status = 'queued' AND next_attempt_at IS NULL AND {} ORDER BY model, reward_model LIMIT 1) AS {}"
@@ -236,7 +236,7 @@ def _running(dialect: str) -> Executable:
 
 
 def _has_room(session: Session, head: QueueHead, rules: Rules) -> bool:
-    """Whether a tenant may have one more running job; where it is limited, no other claim of it goes on meanwhile."""
+    """Return whether a tenant may have one more running job; a limited tenant is locked against other claims."""
     most = limit_of(head, rules)
     if most is None:
         return True
@@ -251,7 +251,7 @@ def _has_room(session: Session, head: QueueHead, rules: Rules) -> bool:
 def _note_turn(session: Session, pair: Pair, head: QueueHead) -> None:
     key = {**asdict(pair), "tenant": head.tenant, "priority": head.priority}
     this = {f"of_{name}": value for name, value in key.items()}
-    # A row that another claim holds is passed over: that one notes the same moment.
+    # Skip a row that another claim has locked: that claim records the same time.
     if not session.execute(_NOTE, this).first() and not session.execute(_NOTED, this).first():
         session.execute(insert_if_new(session, LastClaim).values(**key, claimed_at=now()))
 
@@ -268,7 +268,7 @@ _NOTE = (
 
 
 def _wait_for_turn(session: Session, pair: Pair) -> None:
-    """Let claims of one line come one after the other. On SQLite the transaction has the only write lock already."""
+    """Serialise the claims of one queue. On SQLite the transaction already holds the only write lock."""
     if session.get_bind().dialect.name != "postgresql":
         return
     digest = hashlib.blake2b(f"{pair.model}\0{pair.reward_model}".encode(), digest_size=8).digest()
@@ -279,7 +279,7 @@ def _wait_for_turn(session: Session, pair: Pair) -> None:
         with session.begin_nested():
             session.execute(_LOCK, {**key, "patience": f"{_PATIENCE_MILLISECONDS}ms"})
     except OperationalError as error:
-        # One that is frozen in the middle of its claim must not hold up the others: in the end they go on beside it.
+        # A worker that is frozen in its claim must not block the others: in the end they continue without the lock.
         if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
             raise
 

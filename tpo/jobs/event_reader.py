@@ -1,4 +1,4 @@
-"""What the one reader of events in a process asks: what is new of all the jobs that anybody listens to."""
+"""One polling query per process for new events of every job that has a subscriber."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ _BATCH = 200
 
 @dataclass(frozen=True)
 class NewEvents:
-    """What happened since the last look."""
+    """Events since the last query."""
 
     events: tuple[EventRow, ...]
-    """Each job's in the order of their numbers."""
+    """Each job's events in the order of their numbers."""
     gone: frozenset[str]
-    """Jobs that are not there any more."""
+    """Jobs that no longer exist."""
 
 
 class EventQueries(Queries):
-    """The part of the store that the event streams share. It reads for every tenant."""
+    """The part of the store that event streams share. It reads for every tenant."""
 
     def new_events(self, seen: Mapping[str, int]) -> NewEvents:
-        """The events of these jobs that follow the numbers that were seen."""
+        """Return the events of these jobs after the numbers that were seen."""
         found: list[EventRow] = []
         there: set[str] = set()
         with reading(self._engine) as session:

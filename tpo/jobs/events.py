@@ -1,4 +1,4 @@
-"""What a job tells of itself, derived from two states: no second bookkeeping that could disagree with the first."""
+"""Events of a job, derived from its states, so that they cannot disagree with the record."""
 
 from typing import Any, NamedTuple
 
@@ -7,14 +7,14 @@ from tpo.core.state import State
 
 
 class Event(NamedTuple):
-    """One event before it has a number."""
+    """An event before it has a number."""
 
     type: str
     data: dict[str, Any]
 
 
 def of_start(where: Position, attempt: int) -> list[Event]:
-    """A worker took the job."""
+    """Return the events of a claim."""
     return [Event("job.started", {"attempt": attempt}), *_of_next(where)]
 
 
@@ -32,7 +32,7 @@ def of_step(step: Step) -> list[Event]:
 
 
 def summary(state: State, iteration: int) -> dict[str, Any]:
-    """One iteration in numbers."""
+    """Summarize one iteration in numbers."""
     best = state.best
     return {
         "iteration": iteration,

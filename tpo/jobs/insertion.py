@@ -29,7 +29,7 @@ _INSERT_EVENTS = insert(cast("Table", EventRow.__table__))
 
 
 class JobOptions(TypedDict):
-    """What stands on a job's row beside its optimization."""
+    """Columns of a job's row that do not come from its optimization."""
 
     model: str
     reward_model: str
@@ -42,16 +42,16 @@ class JobOptions(TypedDict):
 
 
 NewJob = tuple[State, IdempotencyRequest | None, JobOptions]
-"""A job to be made: its optimization, what names the request, and what stands on its row beside."""
+"""A job to create: its optimization, the identity of its request, and further columns."""
 
 
 def insert_jobs(session: Session, tenant: str, wanted: Sequence[NewJob]) -> list[Job]:
-    """Write new jobs and their first events."""
+    """Insert new jobs with their metadata, first events and idempotency keys, and return them."""
     moment = session.execute(_MOMENT).scalar_one()
     rows = [_row(tenant, moment, *each) for each in wanted]
     session.execute(_INSERT_JOBS, rows)
-    told = {"number": 1, "type": "job.queued", "data": {}, "created_at": moment}
-    session.execute(_INSERT_EVENTS, [{"job_id": row["id"], **told} for row in rows])
+    event = {"number": 1, "type": "job.queued", "data": {}, "created_at": moment}
+    session.execute(_INSERT_EVENTS, [{"job_id": row["id"], **event} for row in rows])
     if pairs := [
         {"job_id": row["id"], "tenant": tenant, "key": key, "value": value}
         for row in rows

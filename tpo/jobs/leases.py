@@ -1,4 +1,4 @@
-"""What workers ask: claim, checkpoint, renew, finish, hand back; all of it fenced."""
+"""Leases: claim a job, record its steps, renew, finish and release it. Every write is fenced."""
 
 import logging
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Flags:
-    """What the database tells the holder of a lease."""
+    """Flags that the holder of a lease must react to."""
 
     cancel_requested: bool
     past_deadline: bool
@@ -63,7 +63,7 @@ class CheckpointQueries(Queries):
     """Writes by the holder of a lease. Workers serve every tenant."""
 
     def checkpoint(self, lease: Lease, step: Step) -> Flags:
-        """Record one model call and all that it changed. Raises LeaseLostError, and then nothing is written."""
+        """Record one model call and all that it changed. Raises LeaseLostError, and then writes nothing."""
         new_events = events.of_step(step)
         values = {
             "lease_until": now() + lease.seconds,
@@ -80,7 +80,7 @@ class CheckpointQueries(Queries):
         try:
             return write(self._engine, save)
         except IntegrityError:
-            # A commit whose answer was lost with the connection has come through: this is the second try.
+            # The commit succeeded although its acknowledgement was lost: this is the second try.
             with writing(self._engine) as session:
                 flags = self._fenced(session, lease, {"lease_until": now() + lease.seconds}, [])
                 if read_state(session, session.get_one(Job, lease.job_id)) != step.after:
@@ -88,13 +88,13 @@ class CheckpointQueries(Queries):
                 return flags
 
     def check(self, worker: str, job_ids: Iterable[str]) -> dict[str, tuple[int, Flags]]:
-        """The fencing number and the flags of those of these jobs that the worker still holds."""
+        """Return the fencing number and the flags of those jobs that the worker still holds."""
         with reading(self._engine) as session:
             rows = session.execute(select(Job.id, Job.fence, *_FLAGS).where(_held_of(worker, job_ids)))
             return {row.id: (row.fence, _flags(row)) for row in rows}
 
     def renew(self, worker: str, job_ids: Iterable[str], lease_seconds: float) -> dict[str, tuple[int, Flags]]:
-        """Prolong this worker's leases. Gives the fencing number and the flags of those that it still holds."""
+        """Renew a worker's leases. Returns the fencing number and the flags of those that it still holds."""
         with writing(self._engine) as session:
             session.execute(update(Worker).where(Worker.id == worker).values(seen_at=now()))
             rows = session.execute(
@@ -105,7 +105,7 @@ class CheckpointQueries(Queries):
             return {row.id: (row.fence, _flags(row)) for row in rows}
 
     def finish(self, lease: Lease, outcome: Outcome) -> Status:
-        """End a job. A cancel that was asked for in the meantime wins. Raises LeaseLostError."""
+        """End a job. A cancel that was requested in the meantime wins. Raises LeaseLostError."""
         cancelled = Job.status == "cancelling"
         values: dict[str, Any] = {
             name: case((cancelled, None), else_=getattr(outcome, name))
@@ -122,24 +122,24 @@ class CheckpointQueries(Queries):
         def end(session: Session) -> Status:
             job = session.scalars(update_job(_held_by(lease), values).returning(Job)).one_or_none()
             if job is None:
-                said = and_(Job.status == outcome.status, Job.output.is_not_distinct_from(outcome.output))
-                return _done_before(session, lease, said)
+                same = and_(Job.status == outcome.status, Job.output.is_not_distinct_from(outcome.output))
+                return _done_before(session, lease, same)
             record(session, job, [final_event(job)])
             return job.status
 
         return write(self._engine, end)
 
     def release(self, lease: Lease, *, delay_seconds: float | None = None, reason: str | None = None) -> Status:
-        """Hand a job back. With a delay it was a failed attempt, for that reason; else it is not counted.
+        """Hand a job back. With a delay, it was a failed attempt for that reason; otherwise the attempt does not count.
 
-        It waits in the queue, or is paused or cancelled where that was asked for meanwhile. Raises LeaseLostError.
+        It is queued, or paused or cancelled if that was requested in the meantime. Raises LeaseLostError.
         """
         values: dict[str, Any] = {"queued_at": now(), **NO_LEASE}
         if delay_seconds is None:
             values["attempt"] = Job.attempt - 1
             values["consecutive_failures"] = case((Job.consecutive_failures > 0, Job.consecutive_failures - 1), else_=0)
         else:
-            # Without a pause it is in line at once, at its old place.
+            # Without a delay it is in the queue at once, at its old place.
             values["next_attempt_at"] = now() + delay_seconds if delay_seconds else None
         with writing(self._engine) as session:
             wanted, unwanted = (and_(_held_by(lease), Job.status == s) for s in HELD)
@@ -149,17 +149,17 @@ class CheckpointQueries(Queries):
                 return _done_before(session, lease, job_in_status(lease.job_id, "queued", "paused"))
             return "cancelled"
 
-    def _fenced(self, session: Session, lease: Lease, values: dict[str, Any], told: list[Event]) -> Flags:
-        values = {**values, "last_event": Job.last_event + len(told)}
+    def _fenced(self, session: Session, lease: Lease, values: dict[str, Any], events: list[Event]) -> Flags:
+        values = {**values, "last_event": Job.last_event + len(events)}
         row = session.execute(update_job(_held_by(lease), values).returning(Job.last_event, *_FLAGS)).one_or_none()
         if row is None:
             raise LeaseLostError()
-        insert_events(session, lease.job_id, row.last_event - len(told) + 1, told)
+        insert_events(session, lease.job_id, row.last_event - len(events) + 1, events)
         return _flags(row)
 
 
 def _read_or_put_aside(session: Session, job: Job) -> State | None:
-    """What is recorded of a job that was just claimed. None where this version cannot read it: another one may, later.
+    """Read the record of a job that was just claimed, or set the job aside if this version cannot read it.
 
     The attempt counts, so that a job that nobody can read ends.
     """
@@ -177,21 +177,21 @@ def _read_or_put_aside(session: Session, job: Job) -> State | None:
     return None
 
 
-def _done_before(session: Session, lease: Lease, said: ColumnElement[bool]) -> Status:
-    """How a job stands that is as was said, or cancelled: a commit whose answer was lost has come through.
+def _done_before(session: Session, lease: Lease, wanted: ColumnElement[bool]) -> Status:
+    """Return the status of a job whose previous commit succeeded although its acknowledgement was lost.
 
-    Raises LeaseLostError where it is otherwise, or was claimed since.
+    Raises LeaseLostError if its status is another one, or the job was claimed since.
     """
     cancelled = and_(Job.status == "cancelled", Job.cancel_requested_at.is_not(None))
     ours = and_(Job.id == lease.job_id, Job.fence == lease.fence, Job.lease_owner.is_(None))
-    status = session.scalars(select(Job.status).where(ours, or_(said, cancelled))).one_or_none()
+    status = session.scalars(select(Job.status).where(ours, or_(wanted, cancelled))).one_or_none()
     if status is None:
         raise LeaseLostError()
     return status
 
 
 def claimable() -> ColumnElement[bool]:
-    """What a queued job must be, to be taken."""
+    """Match queued jobs that can be claimed."""
     return and_(
         Job.status == "queued",
         Job.next_attempt_at.is_(None),
@@ -203,7 +203,7 @@ def claimable() -> ColumnElement[bool]:
 def claim_job(
     session: Session, which: ColumnElement[bool], worker: str, lease_seconds: float
 ) -> tuple[Lease, State] | None:
-    """Give a worker the lease of the one job that matches, where it can be taken, with what is recorded of it."""
+    """Claim the one job that matches, if it can be claimed, and return its lease and its recorded state."""
     values: dict[str, Any] = {
         "status": "in_progress",
         "lease_owner": worker,
@@ -226,14 +226,14 @@ def claim_job(
 
 
 def queue_is_paused(model: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[bool]:
-    """Whether the jobs of a policy are held back."""
+    """Match policies whose queue is paused."""
     return exists(select(1).where(Queue.model == model, Queue.paused_at > 0).correlate(Job))
 
 
 _FLAGS = (
     (Job.status == "cancelling").label("cancel_requested"),
     case((Job.deadline_at < now(), True), else_=False).label("past_deadline"),
-    # Not IS NOT NULL: in a RETURNING, SQLite 3.40 calls that true where it is null.
+    # Not IS NOT NULL: in a RETURNING, SQLite 3.40 returns true for null.
     case((Job.pause_requested_at > 0, True), else_=False).label("pause_requested"),
     queue_is_paused(Job.model).label("queue_paused"),
 )

@@ -1,4 +1,4 @@
-"""What clients do to a job that exists: cancel, pause, resume, go on in a new one, forget. One UPDATE each, fenced."""
+"""Change existing jobs: cancel, pause, resume, retry, extend, delete. Each is one conditional UPDATE."""
 
 import secrets
 from typing import Unpack
@@ -20,7 +20,7 @@ from tpo.tenants.tenants import Limits
 
 
 class JobQueries(JobRequests):
-    """The part of the store that changes a tenant's jobs."""
+    """The part of the store that holds the jobs of one tenant."""
 
     def cancel(self, job_id: str) -> Job:
         """Cancel a job: at once if no worker holds it, else within one model call. Raises JobNotFoundError."""
@@ -56,7 +56,7 @@ class JobQueries(JobRequests):
             return job
 
     def resume(self, job_id: str) -> Job:
-        """Let a paused job wait for a worker again, or take back a pause. Raises JobNotFoundError, WrongStateError."""
+        """Resume a paused job, or withdraw a requested pause. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             match job.status:
@@ -94,12 +94,12 @@ class JobQueries(JobRequests):
         limits: Limits | None,
         **of_job: Unpack[JobOptions],
     ) -> Submitted:
-        """A new job that starts from what another one has recorded. Its own usage starts at nothing."""
+        """Create a job that starts from the record of another one. Its own usage starts at zero."""
         of_job["source_id"] = job_id
         return self.submit(state.model_copy(update={"calls": ()}), once=once, limits=limits, **of_job)
 
     def delete(self, job_id: str) -> None:
-        """Delete a job that has ended, and all its texts. Raises JobNotFoundError, WrongStateError."""
+        """Delete an ended job and all its texts. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             if job.status not in TERMINAL:
@@ -108,18 +108,18 @@ class JobQueries(JobRequests):
 
 
 def retried(job: Job, state: State) -> State:
-    """The optimization of a job that ended without success, to be tried again. Raises WrongStateError."""
+    """Return the optimization with which a job that ended without success is retried. Raises WrongStateError."""
     if job.status not in TERMINAL or job.status == "completed":
         raise WrongStateError(f"The job is {job.status}: only one that waits, or ended without success, is retried.")
     if job.error_code != "no_usable_sample":
         return state
-    # The same seed would sample the same again.
+    # The same seed would sample the same texts again.
     params = state.params.model_copy(update={"seed": secrets.randbits(53)})
     return without_progress(state).model_copy(update={"params": params})
 
 
 def extended(job: Job, state: State, iterations: int, most: int = MAX_ITERATIONS) -> State:
-    """The optimization of a job that has ended, with more iterations to come. Raises WrongStateError."""
+    """Return the optimization of an ended job with more iterations to come. Raises WrongStateError."""
     if job.status not in TERMINAL:
         raise WrongStateError(f"The job is {job.status}: it can be extended once it has ended.")
     if state.best is None:

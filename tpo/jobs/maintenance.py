@@ -1,4 +1,4 @@
-"""What the sweeper asks: which jobs were lost, which are late, for which to ring."""
+"""Maintenance: rescue lost jobs, end late ones, find waiting jobs to notify workers of, and delete old rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,26 +25,26 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that waits for a worker: ring for it."""
+    """A queued job of which workers should be notified."""
 
     job_id: str
     model: str
 
 
 class MaintenanceQueries(Queries):
-    """The part of the store that the maintenance worker uses."""
+    """The part of the store that the maintenance worker uses. It works for every tenant."""
 
     def purge(self, retention_seconds: float, batch: int = 100) -> int:
-        """Forget a batch of jobs that ended before the retention began, the oldest first. How many."""
+        """Delete a batch of jobs that ended before the retention period, the oldest first. Returns how many."""
         over = select(Job.id).where(Job.completed_at < now() - retention_seconds).order_by(Job.completed_at)
         with writing(self._engine) as session:
             ids = session.scalars(over.limit(batch).with_for_update(skip_locked=True)).all()
-            # The status is looked at here alone: above, it would lead the search to another index than the end's.
+            # Only here is the status checked: above, it would lead the planner to another index.
             gone = delete(Job).where(Job.id.in_(ids), Job.status.in_(TERMINAL)).returning(Job.id)
             return len(session.scalars(gone).all())
 
     def purge_last_claims(self, seconds: float) -> int:
-        """Forget who had a turn so long ago that it says no more than none at all. How many."""
+        """Delete records of claims that are too old to matter. Returns how many."""
         with writing(self._engine) as session:
             old = delete(LastClaim).where(LastClaim.claimed_at < now() - seconds).returning(LastClaim.tenant)
             return len(session.scalars(old).all())
@@ -52,10 +52,10 @@ class MaintenanceQueries(Queries):
     def sweep(
         self, *, renotify_seconds: float, forget_worker_seconds: float, rules: Rules | None = None
     ) -> Sequence[QueuedJob]:
-        """Bring lost jobs back, end those past their deadline or attempts, and name those to ring for.
+        """Rescue lost jobs, end those past their deadline or attempts, and return those to notify workers of.
 
-        One bell for each line of jobs that has just come to hold one, or holds one for `renotify_seconds`: a worker
-        that answers passes the bell on while there are more.
+        One job is returned for each queue that has just got one, or has held one for `renotify_seconds`: a worker
+        that is notified sends the next wake-up while there are more.
         """
         with writing(self._engine) as session:
             session.execute(delete(Worker).where(Worker.seen_at < now() - forget_worker_seconds))
@@ -65,27 +65,27 @@ class MaintenanceQueries(Queries):
             late = and_(Job.status.in_(("queued", "paused")), Job.deadline_at < now())
             for job in session.scalars(_free(select(Job).where(late))).all():
                 _end_late(session, job)
-            # Those that were lost just now are among them: none of them rings for itself.
+            # Jobs that were just rescued are among them: none is notified for itself.
             due = and_(Job.status == literal_column("'queued'"), Job.next_attempt_at <= now())
             again = session.scalars(_free(select(Job.id).where(due).order_by(Job.next_attempt_at))).all()
             back = update_job(Job.id.in_(again), {"next_attempt_at": None, "queued_at": now()})
             rows = session.execute(back.returning(Job.model, Job.reward_model)).all() if again else []
             fresh = {Pair(row.model, row.reward_model) for row in rows}
-            bells = []
+            waiting = []
             for pair in waiting_pairs(session):
                 long = None if pair in fresh else renotify_seconds
                 if job_id := next_waiting_job(session, pair, rules or Rules(), waiting_seconds=long):
-                    bells.append(QueuedJob(job_id, pair.model))
-            return bells
+                    waiting.append(QueuedJob(job_id, pair.model))
+            return waiting
 
 
 def _free(query: Select[_T]) -> Select[_T]:
-    """A batch of rows that nobody else is changing: a sweep that waited for others could wait in a circle."""
+    """Skip locked rows; waiting for them could deadlock."""
     return query.limit(_SWEEP_BATCH).with_for_update(skip_locked=True)
 
 
 def _bring_back(session: Session, job: Job) -> None:
-    """A lease ran out: the job waits again, or ends where it was cancelled or has killed too many workers."""
+    """Requeue a job whose lease expired, or end it if it was cancelled or has lost too many workers."""
     which = and_(Job.id == job.id, Job.fence == job.fence, Job.status == job.status, Job.lease_until < now())
     if job.status == "cancelling":
         transition(session, which, CANCELLED, Event("job.cancelled", {}))
@@ -98,7 +98,7 @@ def _bring_back(session: Session, job: Job) -> None:
 
 
 def _delay_after(consecutive_failures: int) -> float:
-    """How long a job waits whose worker was lost: from the second time on, those lost together come back apart."""
+    """Return the delay of a job whose worker was lost. From the second loss on, jobs lost together return apart."""
     return 0.0 if consecutive_failures < 2 else backoff_seconds(consecutive_failures)
 
 

@@ -1,9 +1,9 @@
-"""How a job ends, and what its end tells."""
+"""Outcomes: how a job ends, and its last event."""
 
 from dataclasses import dataclass
 
 from tpo.core.loop import locate
-from tpo.core.state import GivenUp, State
+from tpo.core.state import State, StopReason
 from tpo.core.status import Status
 from tpo.jobs.events import Event
 from tpo.jobs.tables import IncompleteReason, Job
@@ -11,19 +11,19 @@ from tpo.jobs.tables import IncompleteReason, Job
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended."""
+    """The end of a job."""
 
     status: Status
     output: str | None = None
     error_code: str | None = None
     error_message: str | None = None
     incomplete_reason: IncompleteReason | None = None
-    stop_reason: GivenUp | None = None
-    """Why a job that completed made fewer iterations than it was to make."""
+    stop_reason: StopReason | None = None
+    """Why a completed job made fewer iterations than requested."""
 
 
 def outcome_of_run(state: State) -> Outcome:
-    """The outcome of a run that has no next call: whole, given up, or cut short by a budget."""
+    """Return the outcome of a run that has no next call: complete, stopped early, or cut short by a budget."""
     output = state.best.text if state.best else None
     match locate(state).stopped:
         case "early_stop" | "decline" as reason:
@@ -35,13 +35,13 @@ def outcome_of_run(state: State) -> Outcome:
 
 
 def outcome_of_deadline(state: State) -> Outcome:
-    """The best so far where there is one."""
+    """Return the outcome of a job past its deadline: the best candidate so far, if there is one."""
     if state.best is None:
         return Outcome("expired")
     return Outcome("incomplete", output=state.best.text, incomplete_reason="deadline")
 
 
 def final_event(ended: Job | Outcome) -> Event:
-    """The last event of a job, with why it ended when it did."""
+    """Return the last event of a job, with the reason of its end."""
     reason = ended.incomplete_reason or ended.stop_reason or ended.error_code
     return Event(f"job.{ended.status}", {"reason": reason} if reason else {})

@@ -14,7 +14,7 @@ from tpo.jobs.tables import Job, Queue, Worker
 
 @dataclass(frozen=True)
 class QueueInfo:
-    """The jobs of one policy."""
+    """The queue of one policy, as operators see it."""
 
     model: str
     paused_at: float | None
@@ -27,7 +27,7 @@ class QueueQueries(Queries):
     """The part of the store that shows, pauses and resumes queues."""
 
     def next_waiting(self, model: str, reward_model: str, rules: Rules | None = None) -> str | None:
-        """The job whose turn it would be now; None where none may run."""
+        """Return the job that is next; None if no job may run."""
         with reading(self._engine) as session:
             return next_waiting_job(session, Pair(model, reward_model), rules or Rules())
 
@@ -36,14 +36,14 @@ class QueueQueries(Queries):
         self._set_paused(model, paused=True)
 
     def resume(self, model: str) -> Sequence[str]:
-        """Let the jobs of a policy run again. Gives those to ring for, one for each line. Raises InvalidInputError."""
+        """Resume a queue. Returns the jobs to notify workers of, one per reward model. Raises InvalidInputError."""
         self._set_paused(model, paused=False)
         with reading(self._engine) as session:
             lines = [next_waiting_job(session, pair, Rules()) for pair in waiting_pairs(session) if pair.model == model]
             return [job_id for job_id in lines if job_id]
 
     def page(self, silent_seconds: float) -> Sequence[QueueInfo]:
-        """All queues by their policy: of workers heard of within that time, of jobs that live, and those paused."""
+        """Return all queues by policy: those with live workers, with unended jobs, and paused ones."""
         job_counts = select(
             Job.model,
             func.count().filter(Job.status == QUEUED).label("waiting"),

@@ -14,7 +14,7 @@ from tpo.jobs.tables import CallRow, CandidateRow, IterationRow, Job
 
 
 def read_state(session: Session, job: Job) -> State:
-    """All that is recorded of a job's optimization."""
+    """Read the recorded state of a job's optimization."""
 
     def rows(table: Any, *order: Any) -> Any:
         return session.scalars(select(table).where(table.job_id == job.id).order_by(*order))
@@ -75,7 +75,7 @@ def save_step(session: Session, job_id: str, step: Step) -> None:
 
 
 def save_record(session: Session, job_id: str, state: State) -> None:
-    """Write all that a new job starts from, where that is another job's record."""
+    """Write the record that a new job starts from, if that is another job's."""
     _insert(session, CallRow, job_id, [call.model_dump() for call in state.calls])
     _insert(session, CandidateRow, job_id, map(_candidate_columns, state.candidates))
     _insert(session, IterationRow, job_id, map(_iteration_columns, state.iterations))
@@ -112,12 +112,12 @@ def _iteration_columns(iteration: Iteration) -> dict[str, Any]:
 
 
 def without_progress(state: State) -> State:
-    """The same optimization before its first step."""
+    """Return the same optimization before its first step."""
     return state.model_copy(update={"candidates": (), "iterations": (), "calls": ()})
 
 
 def progress_columns(state: State, where: Position) -> dict[str, Any]:
-    """Where a state stands, as its job's row tells it."""
+    """Return the columns of a job's row that show its progress."""
     best, usage = state.best, state.usage
     return {
         "iteration": where.iteration,

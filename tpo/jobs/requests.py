@@ -1,4 +1,4 @@
-"""What clients ask. Every query is the tenant's own: another's job is not found, exactly as one that never was."""
+"""Submit and read jobs. Every query is bound to the tenant: another tenant's job is not found."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Unpack, cast
@@ -20,21 +20,21 @@ from tpo.tenants.tenants import Limits
 
 # Statements that every request needs are built once: building one costs more than running it.
 _AS_JOB = [column.label(ATTRIBUTES[column.key]) for column in JOBS.columns]
-"""A job's columns under the names of its attributes: such a row reads as a Job, at half of the cost."""
+"""A job's columns under the names of its attributes: such a row reads as a Job, at half the cost."""
 _OWN = select(*_AS_JOB).where(JOBS.c.id == bindparam("job_id"), JOBS.c.tenant == bindparam("tenant"))
 
 
 class Submitted(NamedTuple):
-    """A job that was asked for."""
+    """A submitted job."""
 
     job: Job
     new: bool
     room: RateLimitStatus | None
-    """How much more the tenant may ask for now; None where nothing limits it, or nothing was made."""
+    """The tenant's remaining quota; None if nothing limits it, or no job was created."""
 
 
 class JobRequests(Queries):
-    """The part of the store that the API uses, for one tenant."""
+    """Submit and read the jobs of one tenant."""
 
     def submit(
         self,
@@ -44,7 +44,7 @@ class JobRequests(Queries):
         limits: Limits | None = None,
         **of_job: Unpack[JobOptions],
     ) -> Submitted:
-        """Commit a new job, its first event and what names the request; or give the job that the request made before.
+        """Commit a new job with its first event and idempotency key, or return the job that the same request created.
 
         Raises IdempotencyConflictError, ExternalIdTakenError and QuotaExceededError; then nothing was written.
         """
@@ -61,15 +61,15 @@ class JobRequests(Queries):
             try:
                 return write(self._engine, make)
             except IntegrityError:
-                # Another process made the same job a moment ago: the next round finds it.
+                # Another process created the same job a moment ago: the next round finds it.
                 if once is None and external_id is None:
                     raise
         raise StoreUnavailableError()
 
     def get(self, job_id: str) -> Job:
-        """One job. Raises JobNotFoundError."""
+        """Return one job. Raises JobNotFoundError."""
         with single_query(self._engine) as connection:
-            # One query whether it is not there or not theirs: nobody learns which by its time.
+            # One query for a missing job and another tenant's: their times do not differ.
             job = connection.execute(_OWN, {"job_id": job_id, "tenant": self.tenant}).one_or_none()
             if job is None:
                 raise JobNotFoundError(f"There is no job {job_id!r}.")
@@ -84,10 +84,10 @@ class JobRequests(Queries):
         statuses: Sequence[Status] = (),
         metadata: Mapping[str, str] | None = None,
     ) -> Sequence[Job]:
-        """A page of jobs by their age; `after` is the id that the last page ended with."""
+        """Return a page of jobs by age. `after` is the last id of the previous page."""
 
         def first_of(query: Select[str], job_id: InstrumentedAttribute[str]) -> Select[str]:
-            """As many as the page needs, read off an index that ends with the job's id."""
+            """Limit a query to one page, read from an index that ends with the job's id."""
             if after is not None:
                 query = query.where(job_id > after if order == "asc" else job_id < after)
             return query.order_by(job_id if order == "asc" else job_id.desc()).limit(limit)
@@ -95,7 +95,7 @@ class JobRequests(Queries):
         if metadata:
             ids = first_of(_with_metadata(self.tenant, metadata, statuses), MetadataRow.job_id)
         elif statuses:
-            # One status after the other: of several, no index holds the jobs in the order of their ids.
+            # One query for each status: no index has the jobs of several statuses in the order of their ids.
             each = [select(Job.id).where(Job.tenant == self.tenant, Job.status == s) for s in dict.fromkeys(statuses)]
             some = union_all(*(select(first_of(one, Job.id).subquery().c.id) for one in each)).subquery().c.id
             ids = select(some).order_by(some if order == "asc" else some.desc()).limit(limit)
@@ -106,12 +106,12 @@ class JobRequests(Queries):
             return cast("Sequence[Job]", connection.execute(query).all())
 
     def state(self, job_id: str) -> State:
-        """All that is recorded of one job's optimization. Raises JobNotFoundError."""
+        """Return the recorded state of one job's optimization. Raises JobNotFoundError."""
         with reading(self._engine) as session:
             return read_state(session, self._own(session, job_id))
 
     def events(self, job_id: str, after: int = 0, limit: int = 1000) -> Sequence[EventRow]:
-        """The events of a job that follow the number `after`."""
+        """Return the events of a job after the number `after`."""
         query = (
             select(EventRow)
             .join(Job, Job.id == EventRow.job_id)
@@ -126,9 +126,9 @@ class JobRequests(Queries):
             return free_slots(session, self.tenant, limits)
 
     def _known(self, session: Session, once: IdempotencyRequest | None, external_id: str | None) -> Job | None:
-        """The job that this request has made before. Raises IdempotencyConflictError, ExternalIdTakenError."""
-        if said := find_existing(session, self.tenant, once):
-            return session.get_one(Job, said.job_id)
+        """Return the job that this request created before. Raises IdempotencyConflictError, ExternalIdTakenError."""
+        if known := find_existing(session, self.tenant, once):
+            return session.get_one(Job, known.job_id)
         if external_id is None:
             return None
         query = select(Job).where(Job.tenant == self.tenant, Job.external_id == external_id)
@@ -140,7 +140,7 @@ class JobRequests(Queries):
         return job
 
     def _own(self, session: Session, job_id: str, *, lock: bool = False) -> Job:
-        """The tenant's job. One query whether it is not there or not theirs: nobody learns which by its time."""
+        """Return the tenant's job, by one query for a missing job and another tenant's. Raises JobNotFoundError."""
         query = select(Job).where(Job.id == job_id, Job.tenant == self.tenant)
         job = session.scalars(query.with_for_update() if lock else query).one_or_none()
         if job is None:
@@ -149,7 +149,7 @@ class JobRequests(Queries):
 
 
 def _with_metadata(tenant: str, metadata: Mapping[str, str], statuses: Sequence[Status]) -> Select[str]:
-    """The ids of a tenant's jobs that have all these pairs: those with the first one, looked through for the rest."""
+    """Select the ids of a tenant's jobs that have all these pairs: those with the first pair, filtered by the rest."""
     (key, value), *others = metadata.items()
     query = select(MetadataRow.job_id).where(
         MetadataRow.tenant == tenant, MetadataRow.key == key, MetadataRow.value == value

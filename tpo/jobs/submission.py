@@ -1,6 +1,6 @@
-"""What a request for a job may hold, and the optimization that it asks for. Shared by the API and by batches.
+"""Submissions: the fields of a request for a job, and the optimization that it describes. Used by API and batches.
 
-Requests are strict: nothing is guessed, unknown fields are refused and named.
+Requests are strict: nothing is guessed, and unknown fields are refused by name.
 """
 
 import secrets
@@ -43,7 +43,7 @@ BY_SHAPE = Discriminator(
     custom_error_type="input_type",
     custom_error_message="must be a string, or a list of messages with role and content",
 )
-"""Tells two shapes of input apart by their tags: a "text" or "messages"."""
+"""Discriminates two shapes of input by tag: "text" or "messages"."""
 
 Input = Annotated[
     Annotated[SaidText, Tag("text")]
@@ -59,7 +59,7 @@ Metadata = dict[MetadataKey, MetadataValue]
 
 
 class SubmitParameters(Params):
-    """How to optimize. What is left out has the paper's value."""
+    """Parameters of an optimization. Omitted ones have the paper's values."""
 
     model_config = ConfigDict(strict=True)
 
@@ -74,15 +74,15 @@ class SubmitParameters(Params):
 
 
 class Submit(Wire):
-    """A job to be done."""
+    """A job to submit."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"input": "Where is my parcel?"},
+                {"input": "My lamp is now broken. Can I get a quick refund?"},
                 {
                     "model": "demo",
-                    "input": [{"role": "user", "content": "Where is my parcel?"}],
+                    "input": [{"role": "user", "content": "My lamp is now broken. Can I get a quick refund?"}],
                     "parameters": {
                         "mode": "tpo",
                         "sample_size": 4,
@@ -110,7 +110,7 @@ class Submit(Wire):
     )
     metadata: Metadata = Field(default_factory=dict, max_length=MAX_METADATA)
     external_id: Annotated[StoredText, StringConstraints(min_length=1, max_length=512)] | None = Field(
-        None, description="your own name for the job: said again, it gives the first job, and never makes a second"
+        None, description="your own unique name for the job: a repeated request returns the first job"
     )
     deadline_seconds: float | None = Field(
         None,
@@ -121,16 +121,16 @@ class Submit(Wire):
 
 
 class Served(NamedTuple):
-    """What one worker serves."""
+    """A policy and a reward model that one worker serves."""
 
     model: str
     reward_model: str
 
 
 def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Served]]) -> Served:
-    """The policy and the reward model of a job; `workers` is asked where they are not this environment's own.
+    """Return the policy and reward model of a job. `workers` is called only if they are not this environment's own.
 
-    Raises UnknownModelError where no worker could ever run it.
+    Raises UnknownModelError if no worker could ever run it.
     """
     own = Served(settings.policy, settings.reward_model)
     wanted = Served(body.model or own.model, body.parameters.reward_model or own.reward_model)
@@ -139,19 +139,19 @@ def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Serv
     known = {own, *workers()}
     if wanted in known:
         return wanted
-    beside = sorted(s.reward_model for s in known if s.model == wanted.model)
-    if not beside:
+    available = sorted(s.reward_model for s in known if s.model == wanted.model)
+    if not available:
         models = ", ".join(sorted({s.model for s in known}))
         raise UnknownModelError(f"No worker serves the policy {wanted.model!r}; there are: {models}.", "model")
     raise UnknownModelError(
-        f"No worker serves the reward model {wanted.reward_model!r} beside the policy {wanted.model!r}; there are: "
-        f"{', '.join(beside)}.",
+        f"No worker serves the reward model {wanted.reward_model!r} with the policy {wanted.model!r}; there are: "
+        f"{', '.join(available)}.",
         "parameters.reward_model",
     )
 
 
 def to_state(body: Submit, model: str, settings: Settings) -> State:
-    """The optimization before its first step. Raises InvalidInputError."""
+    """Return the optimization before its first step. Raises InvalidInputError."""
     for name, most in (("sample_size", settings.max_sample_size), ("max_iterations", settings.max_iterations)):
         if getattr(body.parameters, name) > most:
             raise InvalidInputError(f"parameters.{name}: this server allows at most {most}.", f"parameters.{name}")
@@ -168,7 +168,7 @@ def to_state(body: Submit, model: str, settings: Settings) -> State:
         prompt_set = prompts.load(body.parameters.prompt_set or settings.prompt_set_of(model))
     except InvalidInputError as error:
         raise InvalidInputError(f"parameters.prompt_set: {error}", "parameters.prompt_set") from error
-    said = body.parameters.model_dump(include=set(Params.model_fields))
-    unsaid = {name: v for name, v in settings.stopping.items() if name not in body.parameters.model_fields_set}
-    params = Params.model_validate({**said, **unsaid})
+    given = body.parameters.model_dump(include=set(Params.model_fields))
+    defaults = {name: v for name, v in settings.stopping.items() if name not in body.parameters.model_fields_set}
+    params = Params.model_validate({**given, **defaults})
     return State(input=messages, params=params, prompts=prompt_set)

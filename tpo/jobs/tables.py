@@ -1,11 +1,11 @@
-"""The schema as typed models. Times are unix seconds by the database's clock; the migrations build it."""
+"""Tables of jobs, workers and queues. Times are Unix seconds by the database's clock."""
 
 from typing import Any, Literal
 
 from sqlalchemy import JSON, CheckConstraint, ForeignKey, Index, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from tpo.core.state import Budget, GivenUp
+from tpo.core.state import Budget, StopReason
 from tpo.core.status import LIVE, TERMINAL, Status
 from tpo.db import DEFAULT_TENANT, Base, now
 from tpo.db.base import partial_index
@@ -17,7 +17,7 @@ IncompleteReason = Literal[Budget, "deadline"]
 
 
 class Job(Base):
-    """One optimization: who asked for what, who holds it, where it stands, what came of it."""
+    """One optimization: its request, its lease, its progress and its result."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -27,7 +27,7 @@ class Job(Base):
         Index("jobs_by_external_id", "tenant", "external_id", unique=True),
         Index("jobs_by_end", "completed_at"),
         Index("jobs_by_status", "status", "id"),
-        # A queue's line: waiting jobs by the tenant and the priority, the oldest of each first.
+        # A queue: waiting jobs by tenant and priority, the oldest of each first.
         partial_index(
             *("jobs_in_line", "model", "reward_model", "tenant", "priority", "id"),
             where="status = 'queued' AND next_attempt_at IS NULL",
@@ -35,7 +35,7 @@ class Job(Base):
         partial_index(
             "jobs_running", "model", "reward_model", "tenant", where="status IN ('in_progress', 'cancelling')"
         ),
-        # With the status, or to SQLite any index that begins with it is as good.
+        # With the status, or else SQLite rates any index that starts with it equally good.
         partial_index(
             *("jobs_by_next_attempt", "status", "next_attempt_at"),
             where="status = 'queued' AND next_attempt_at IS NOT NULL",
@@ -47,11 +47,11 @@ class Job(Base):
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     tenant: Mapped[str] = mapped_column(String(64), default=DEFAULT_TENANT)
     external_id: Mapped[str | None] = mapped_column(String(512))
-    """The client's own name for the job, unique among its tenant's."""
+    """The client's own name for the job, unique within its tenant."""
     fingerprint: Mapped[str | None] = mapped_column(String(64))
-    """A hash of the body that made the job: what comes again is told from what is new."""
+    """A hash of the body that created the job: it distinguishes a repeated request from a new one."""
     source_id: Mapped[str | None] = mapped_column(String(40))
-    """The job from whose pool this one started."""
+    """The job whose pool this one started from."""
     status: Mapped[Status] = mapped_column(String(16), default="queued")
     model: Mapped[str]
     reward_model: Mapped[str]
@@ -70,17 +70,17 @@ class Job(Base):
     progressed_at: Mapped[float | None]
     deadline_at: Mapped[float | None]
     next_attempt_at: Mapped[float | None]
-    """A queued job with this is not in line: the sweeper puts it back there when the time has come."""
+    """A queued job with this value is not in the queue until the rescuer puts it back at that time."""
 
     attempt: Mapped[int] = mapped_column(default=0)
     consecutive_failures: Mapped[int] = mapped_column(default=0)
-    """Attempts since the last recorded step; those count against `max_attempts`."""
+    """Attempts since the last recorded step. They count against `max_attempts`."""
     max_attempts: Mapped[int]
     fence: Mapped[int] = mapped_column(default=0)
     lease_owner: Mapped[str | None]
     lease_until: Mapped[float | None]
     queued_at: Mapped[float]
-    """When the job last came into line, and workers were rung for."""
+    """When the job last entered the queue, or its workers were last notified."""
 
     iteration: Mapped[int] = mapped_column(default=0)
     phase: Mapped[str | None]
@@ -92,19 +92,19 @@ class Job(Base):
     output_tokens: Mapped[int] = mapped_column(default=0)
     reward_tokens: Mapped[int] = mapped_column(default=0)
     model_seconds: Mapped[float] = mapped_column(default=0.0)
-    """What its model calls took so far, waiting inside the back end included."""
+    """Seconds inside model calls so far, queueing in the back end included."""
     last_event: Mapped[int] = mapped_column(default=0)
 
     output: Mapped[str | None]
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     incomplete_reason: Mapped[IncompleteReason | None] = mapped_column(Text)
-    stop_reason: Mapped[GivenUp | None] = mapped_column(Text)
-    """Why a completed job made fewer iterations than it was to make."""
+    stop_reason: Mapped[StopReason | None] = mapped_column(Text)
+    """Why a completed job made fewer iterations than requested."""
 
 
 class _OfJob:
-    """A row that belongs to a job and goes with it."""
+    """A row that belongs to a job and is deleted with it."""
 
     job_id: Mapped[str] = mapped_column(
         String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True, sort_order=-1
@@ -112,7 +112,7 @@ class _OfJob:
 
 
 class MetadataRow(_OfJob, Base):
-    """One pair of a job's metadata, beside the whole in the job's row: a list by a pair finds its jobs here."""
+    """One pair of a job's metadata, next to the whole in the job's row: lists filtered by a pair search here."""
 
     __tablename__ = "job_metadata"
     __table_args__ = (Index("job_metadata_by_pair", "tenant", "key", "value", "job_id"),)
@@ -123,7 +123,7 @@ class MetadataRow(_OfJob, Base):
 
 
 class IterationRow(_OfJob, Base):
-    """One round of critique: whom it compared, and what was said."""
+    """One round: the compared candidates, the critique and the gradient."""
 
     __tablename__ = "iterations"
 
@@ -137,7 +137,7 @@ class IterationRow(_OfJob, Base):
 
 
 class CandidateRow(_OfJob, Base):
-    """One sampled response."""
+    """One sample in the pool."""
 
     __tablename__ = "candidates"
 
@@ -148,11 +148,11 @@ class CandidateRow(_OfJob, Base):
     reward: Mapped[float | None]
     unusable: Mapped[str | None]
     parts: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
-    """What the reward is the sum of; null where it has no parts."""
+    """The terms of the reward; null if it has only one."""
 
 
 class CallRow(_OfJob, Base):
-    """One model call. The primary key is what makes a step's record single."""
+    """One model call. The primary key guarantees that a step is recorded once."""
 
     __tablename__ = "calls"
 
@@ -166,7 +166,7 @@ class CallRow(_OfJob, Base):
 
 
 class EventRow(_OfJob, Base):
-    """One thing that happened to a job; numbers run 1..n without a gap."""
+    """One event of a job, numbered 1 to n without a gap."""
 
     __tablename__ = "events"
 
@@ -177,7 +177,7 @@ class EventRow(_OfJob, Base):
 
 
 class Worker(Base):
-    """One worker process that is, or lately was, alive, and what it serves."""
+    """A worker process that is or recently was alive, and what it serves."""
 
     __tablename__ = "workers"
 
@@ -190,7 +190,7 @@ class Worker(Base):
 
 
 class Queue(Base):
-    """The jobs of one policy, where an operator has said something about them."""
+    """The queue of one policy, if an operator has paused or resumed it."""
 
     __tablename__ = "queues"
 
@@ -199,7 +199,7 @@ class Queue(Base):
 
 
 class LastClaim(Base):
-    """When a tenant last had a turn at one priority, with one pair of models."""
+    """The last claim of a tenant at one priority, for one pair of models."""
 
     __tablename__ = "last_claims"
 

@@ -1,4 +1,4 @@
-"""How a job's row changes: one conditional UPDATE, and the events that tell of it, in the same transaction."""
+"""Transitions of a job: one conditional UPDATE and the events about it, in the same transaction."""
 
 from typing import Any
 
@@ -17,26 +17,26 @@ CANCELLED = {"status": "cancelled", "completed_at": now(), "phase": None, "pause
 
 
 def job_in_status(job_id: str, *statuses: Status) -> ColumnElement[bool]:
-    """The job, in one of these states."""
+    """Match this job if it is in one of these statuses."""
     return and_(Job.id == job_id, Job.status.in_(statuses))
 
 
 def update_job(which: ColumnElement[bool], values: dict[str, Any]) -> Update:
-    """An UPDATE of jobs that looks at the rows alone."""
+    """Build an UPDATE of jobs that leaves objects in the session alone."""
     return update(Job).where(which).values(values).execution_options(synchronize_session=False)
 
 
-def transition(session: Session, which: ColumnElement[bool], values: dict[str, Any], told: Event) -> bool:
-    """Change the one job that matches, and record the event; False where none does."""
+def transition(session: Session, which: ColumnElement[bool], values: dict[str, Any], event: Event) -> bool:
+    """Change the one job that matches, and record the event. Returns False if none does."""
     job = session.scalars(update_job(which, values).returning(Job)).one_or_none()
     if job is None:
         return False
-    record(session, job, [told])
+    record(session, job, [event])
     return True
 
 
 def end_job(session: Session, which: ColumnElement[bool], outcome: Outcome) -> bool:
-    """End the one job that matches; False if none does."""
+    """End the one job that matches. Returns False if none does."""
     ended = {"completed_at": now(), "phase": None, "pause_requested_at": None, **NO_LEASE}
     return transition(session, which, {**vars(outcome), **ended}, final_event(outcome))
 
@@ -48,7 +48,7 @@ def requeue(
     delay_seconds: float | None,
     reason: str | None = None,
 ) -> Status | None:
-    """Let the one job that matches wait again: paused where that was asked for, else queued. None where none does."""
+    """Requeue the one job that matches, or pause it if that was requested. Returns its status; None if none matches."""
     pause = Job.pause_requested_at.is_not(None)
     values = {**values, "status": case((pause, "paused"), else_="queued"), "pause_requested_at": None}
     job = session.scalars(update_job(which, values).returning(Job)).one_or_none()
@@ -59,25 +59,25 @@ def requeue(
     return job.status
 
 
-def record(session: Session, job: Job, told: list[Event], values: dict[str, Any] | None = None) -> None:
-    """Number events after the job's last one. The job's row is locked by the UPDATE that came before."""
-    last = job.last_event + len(told)
+def record(session: Session, job: Job, events: list[Event], values: dict[str, Any] | None = None) -> None:
+    """Number events after the job's last one. The UPDATE before has locked the job's row."""
+    last = job.last_event + len(events)
     session.execute(update_job(Job.id == job.id, {**(values or {}), "last_event": last}))
-    insert_events(session, job.id, job.last_event + 1, told)
+    insert_events(session, job.id, job.last_event + 1, events)
     session.refresh(job)
     if job.status in TERMINAL:
         _enqueue_webhooks(session, job)
 
 
-def insert_events(session: Session, job_id: str, first: int, told: list[Event]) -> None:
-    """Write events, the first of them with that number."""
-    if told:
-        rows = [{"job_id": job_id, "number": n, "type": e.type, "data": e.data} for n, e in enumerate(told, first)]
+def insert_events(session: Session, job_id: str, first: int, events: list[Event]) -> None:
+    """Insert events, numbered from `first`."""
+    if events:
+        rows = [{"job_id": job_id, "number": n, "type": e.type, "data": e.data} for n, e in enumerate(events, first)]
         session.execute(insert(EventRow), rows)
 
 
 def _enqueue_webhooks(session: Session, job: Job) -> None:
-    """A job has ended, and with it the response that is the same job."""
+    """Enqueue webhooks for the end of a job, and of the response that is the same job."""
     response = "incomplete" if job.status == "expired" else job.status
     enqueue_webhooks(
         session,

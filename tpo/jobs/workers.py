@@ -9,10 +9,10 @@ from tpo.jobs.tables import Worker
 
 
 class WorkerQueries(Queries):
-    """The part of the store that knows the workers. They serve every tenant."""
+    """The part of the store that registers workers. They serve every tenant."""
 
     def register(self, worker: str, *, model: str, reward_model: str, concurrency: int) -> None:
-        """Tell that a worker is ready and what it serves; said again, that it is still there."""
+        """Register a worker and the models that it serves. Calling it again is a heartbeat."""
         values = {"model": model, "reward_model": reward_model, "concurrency": concurrency, "seen_at": now()}
         with writing(self._engine) as session:
             known = session.execute(update(Worker).where(Worker.id == worker).values(values).returning(Worker.id))
@@ -20,11 +20,11 @@ class WorkerQueries(Queries):
                 session.execute(insert(Worker).values(id=worker, started_at=now(), **values))
 
     def deregister(self, worker: str) -> None:
-        """Tell that a worker takes no more jobs."""
+        """Remove a worker from the registry: it claims no more jobs."""
         with writing(self._engine) as session:
             session.execute(delete(Worker).where(Worker.id == worker))
 
     def live(self, silent_seconds: float) -> Sequence[Worker]:
-        """The workers that were heard of within that time."""
+        """Return the workers that were seen within that time."""
         with reading(self._engine) as session:
             return session.scalars(select(Worker).where(Worker.seen_at > now() - silent_seconds)).all()

@@ -1,4 +1,4 @@
-"""Tenants and their API keys: made, listed, revoked, and asked for by each request."""
+"""API keys: create, list, revoke and look up."""
 
 import hashlib
 import secrets
@@ -16,17 +16,17 @@ _KEY_BYTES = 32
 
 
 class NewKey(NamedTuple):
-    """A key that was just made: the one time that it can be read."""
+    """A new key, and the only time that its secret can be read."""
 
     row: ApiKey
     secret: str
 
 
 class KeyQueries(Queries):
-    """The part of the store that knows who asks."""
+    """The part of the store that authenticates requests."""
 
     def create(self, name: str, tenant: str) -> NewKey:
-        """Make a key, and its tenant where that is new. Raises InvalidInputError."""
+        """Create a key, and its tenant if that is new. Raises InvalidInputError."""
         if not 0 < len(name) <= 200 or "\x00" in name:
             raise InvalidInputError("A key's name has 1 to 200 characters.", "name")
         secret = f"tpo_{secrets.token_urlsafe(_KEY_BYTES)}"
@@ -38,12 +38,12 @@ class KeyQueries(Queries):
             return NewKey(session.get_one(ApiKey, key_id), secret)
 
     def page(self) -> Sequence[ApiKey]:
-        """All keys of all tenants, the oldest first."""
+        """Return all keys of all tenants, the oldest first."""
         with reading(self._engine) as session:
             return session.scalars(select(ApiKey).order_by(ApiKey.created_at, ApiKey.id)).all()
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Let a key open nothing any more; said again, it changes nothing. Raises KeyNotFoundError."""
+        """Revoke a key; a revoked one is not changed. Raises KeyNotFoundError."""
         with writing(self._engine) as session:
             which = (ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
             session.execute(update(ApiKey).where(*which).values(revoked_at=now()))
@@ -53,11 +53,11 @@ class KeyQueries(Queries):
             return key
 
     def tenant_of(self, secret: str) -> str | None:
-        """Whose key this is; None where it is nobody's, or was revoked."""
+        """Return the tenant of a secret; None if no valid key matches."""
         return self._one(select(ApiKey.tenant).where(ApiKey.hash == _hash(secret), ApiKey.revoked_at.is_(None)))
 
     def any_exists(self) -> bool:
-        """Whether a key was ever made: revoking the last one does not open the server."""
+        """Return whether a key was ever created: revoking the last one does not open the server."""
         return self._one(select(ApiKey.tenant).limit(1)) is not None
 
     def _one(self, query: Select[str]) -> str | None:
@@ -66,5 +66,5 @@ class KeyQueries(Queries):
 
 
 def _hash(secret: str) -> str:
-    # A key is 256 random bits: it cannot be guessed from a fast hash, and each request pays for a slow one.
+    # A key is 256 random bits: it cannot be guessed from a fast hash, and every request would pay for a slow one.
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()

@@ -7,7 +7,7 @@ from tpo.db import Base
 
 
 class Tenant(Base):
-    """Whose jobs and keys they are, and how much they may ask for where that is not what the settings say."""
+    """An owner of jobs and keys, with limits that override the settings'."""
 
     __tablename__ = "tenants"
 
@@ -19,7 +19,7 @@ class Tenant(Base):
 
 
 class ApiKey(Base):
-    """A key by its hash: the key itself is shown once and stored nowhere."""
+    """An API key by its hash: the key itself is shown only when it is created."""
 
     __tablename__ = "api_keys"
     __table_args__ = (Index("api_keys_by_hash", "hash", unique=True), Index("api_keys_by_tenant", "tenant"))
@@ -33,7 +33,7 @@ class ApiKey(Base):
 
 
 class IdempotencyKey(Base):
-    """What a client called one request: said again, it is the same request."""
+    """An idempotency key, and the resource that its request created."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (

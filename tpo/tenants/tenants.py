@@ -15,7 +15,7 @@ _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def ensure_tenant(session: Session, tenant: str) -> None:
-    """Make a tenant that is not there yet. Raises InvalidInputError."""
+    """Create a tenant if it does not exist. Raises InvalidInputError."""
     if not _TENANT.fullmatch(tenant):
         raise InvalidInputError(f"A tenant is named by up to 64 of A-Za-z0-9._-; {tenant!r} is no such name.", "tenant")
     if session.get(Tenant, tenant) is None:
@@ -30,12 +30,12 @@ _LIMITS = select(_TENANTS.max_jobs_in_flight, _TENANTS.max_jobs_per_minute, _TEN
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that a tenant may ask for; None is no limit."""
+    """Limits of a tenant; None is no limit."""
 
     in_flight: int | None = None
     per_minute: int | None = None
     running: int | None = None
-    """Of those in flight, how many run at once: the others wait."""
+    """Of the jobs in flight, how many may run at once: the others wait."""
 
 
 def limits_of_tenant(session: Session, tenant: str, limits: Limits) -> Limits:
@@ -51,10 +51,10 @@ def limits_of_tenant(session: Session, tenant: str, limits: Limits) -> Limits:
 
 
 class TenantQueries(Queries):
-    """The part of the store that keeps tenants."""
+    """The part of the store that holds tenants."""
 
     def set_limits(self, tenant: str, limits: Limits) -> None:
-        """Give a tenant limits of its own; None goes back to the settings'."""
+        """Set a tenant's own limits; None returns to the settings'."""
         with writing(self._engine) as session:
             ensure_tenant(session, tenant)
             row = session.get_one(Tenant, tenant)

@@ -1,4 +1,4 @@
-"""The Celery app and its settings: a broker that is only a notifier, and threads."""
+"""The Celery app and its settings: the broker carries wake-ups only, and tasks run on threads."""
 
 import time
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from tpo.broker import BROKER_TRANSPORT_OPTIONS, unavailable
 from tpo.settings import Settings
 from worker.logs import log
 
-_REFUSED_SECONDS = 1.0
+_REFUSED_RETRY_SECONDS = 1.0
 
 
 def make_app(settings: Settings, queue: str, **more: object) -> Celery:
-    """A Celery app whose workers listen to one queue."""
+    """Return a Celery app whose workers consume one queue."""
     app = Celery("tpo", broker=settings.broker_url.get_secret_value(), set_as_current=False)
     app.conf.update(
-        # Acknowledged early: the lease in the database brings a lost job back. With late acknowledgement celery 5.7.0
+        # Acknowledge early: the lease in the database brings a lost job back. With late acknowledgement, Celery 5.7.0
         # stops consuming when the broker goes away under a busy worker.
         task_acks_late=False,
         task_ignore_result=True,
@@ -31,17 +31,17 @@ def make_app(settings: Settings, queue: str, **more: object) -> Celery:
         task_send_sent_event=True,
         worker_send_task_events=True,
         worker_pool="threads",
-        # A notifier must not lie reserved in a busy worker while another one is idle.
+        # A wake-up must not stay reserved by a busy worker while another worker is idle.
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
         worker_enable_prefetch_count_reduction=False,
-        # Cancels late-acknowledged tasks alone, of which there are none; unset, each reconnection warns.
+        # Cancels only late-acknowledged tasks, and there are none; if unset, Celery warns at each reconnection.
         worker_cancel_long_running_tasks_on_connection_loss=True,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        # A broker that answers and refuses, for its memory is full, is waited for as one that is away.
+        # Also retry when the broker answers but refuses, for example because its memory is full.
         broker_channel_error_retry=True,
         broker_transport_options=BROKER_TRANSPORT_OPTIONS,
         **more,
@@ -50,7 +50,7 @@ def make_app(settings: Settings, queue: str, **more: object) -> Celery:
 
 
 def controller(app: Celery, *, name: str, threads: int, on_ready: Callable[[], None]) -> WorkController:
-    """A worker that starts to consume with `start()`; `on_ready` is called once, when it does."""
+    """Return a worker that consumes after `start()`. `on_ready` is called when it begins to consume."""
     return app.WorkController(
         hostname=name,
         concurrency=threads,
@@ -63,21 +63,24 @@ def controller(app: Celery, *, name: str, threads: int, on_ready: Callable[[], N
 
 
 def stop_consuming() -> None:
-    """Make the worker of this process end its loop, then wait for its threads. Safe in a signal handler."""
+    """Make the worker of this process end its loop and then wait for its threads. Safe in a signal handler."""
     celery_state.should_stop = 0
 
 
 def reconnect(
     connection: Connection,
-    between_tries: Callable[[], None] | None = None,
+    between_attempts: Callable[[], None] | None = None,
 ) -> Connection:
-    """Try to reach the broker for ever. Celery's own pause between two tries grows to 30 s; ours, to 2 s."""
+    """Retry until the broker is reachable, without a limit.
+
+    Celery's own pause between two attempts grows to 30 s; this one grows to 2 s.
+    """
 
     def failed(error: Exception, _interval: float) -> None:
         log.warning("waiting for %s: %s", connection.as_uri(), unavailable(error))
 
     connection.ensure_connection(  # type: ignore[no-untyped-call]
-        failed, interval_start=0.2, interval_step=0.2, interval_max=2, callback=between_tries
+        failed, interval_start=0.2, interval_step=0.2, interval_max=2, callback=between_attempts
     )
     return connection
 
@@ -87,6 +90,6 @@ class _Consumer(Consumer):  # type: ignore[misc]
         return reconnect(conn, maybe_shutdown)
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
-        # A broker that refuses is connected to at once, and refuses again.
+        # A broker that refuses accepts the next connection at once and refuses again: do not spin.
         log.warning("waiting for %s: %s", self.conninfo.as_uri(), unavailable(exc))
-        time.sleep(_REFUSED_SECONDS)
+        time.sleep(_REFUSED_RETRY_SECONDS)

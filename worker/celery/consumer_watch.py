@@ -12,48 +12,48 @@ from worker.model_watch import CHECKS_IN_A_ROW
 
 
 class Consumer:
-    """Knows when messages wait, a thread is free for one, and none comes.
+    """Detects a stalled Celery consumer: messages are queued, a thread is idle, and nothing arrives.
 
-    Celery's consumer can fall silent for ever after trouble with the broker (celery#10205). Its process lives, answers
-    and renews leases, so that only this tells.
+    Celery's consumer can stop consuming for good after trouble with the broker (celery#10205). Its process lives,
+    answers pings and renews leases, so nothing else detects it.
     """
 
-    def __init__(self, threads: int, waiting: Callable[[], int]) -> None:
+    def __init__(self, threads: int, pending_count: Callable[[], int]) -> None:
         self._threads = threads
-        self._waiting = waiting
+        self._pending_count = pending_count
         self._lock = threading.Lock()
         self._busy = 0
-        self._heard = 0
-        self._heard_before = 0
-        self._silent_looks = 0
+        self._received = 0
+        self._received_before = 0
+        self._silent_checks = 0
 
     def track(self, task: Callable[..., None]) -> Callable[..., None]:
-        """The same task, seen when it begins and when it ends."""
+        """Return the same task, counted when it begins and when it ends."""
 
         @wraps(task)
-        def seen(*args: Any) -> None:
+        def tracked(*args: Any) -> None:
             with self._working():
                 task(*args)
 
-        return seen
+        return tracked
 
     def is_silent(self) -> bool:
-        """Look once more: whether it has been silent for some looks in a row."""
+        """Check once more, and return True if the consumer was silent in the last CHECKS_IN_A_ROW checks."""
         with self._lock:
-            quiet = self._busy < self._threads and self._heard == self._heard_before
-            self._heard_before = self._heard
+            quiet = self._busy < self._threads and self._received == self._received_before
+            self._received_before = self._received
         try:
-            silent = quiet and self._waiting() > 0
+            silent = quiet and self._pending_count() > 0
         except BrokerUnavailableError:
-            silent = False  # nobody hears anything from a broker that is away
-        self._silent_looks = self._silent_looks + 1 if silent else 0
-        return self._silent_looks >= CHECKS_IN_A_ROW
+            silent = False  # no consumer can receive from an unreachable broker
+        self._silent_checks = self._silent_checks + 1 if silent else 0
+        return self._silent_checks >= CHECKS_IN_A_ROW
 
     @contextmanager
     def _working(self) -> Iterator[None]:
         with self._lock:
             self._busy += 1
-            self._heard += 1
+            self._received += 1
         try:
             yield
         finally:
@@ -62,11 +62,14 @@ class Consumer:
 
 
 def watch_consumer(consumer: Consumer, drain: Drain, silent_seconds: float) -> None:
-    """From now on, end this process when its consumer is silent for so long. Its jobs are handed back."""
+    """Start a thread that ends this process when its consumer is silent for `silent_seconds`.
+
+    The process drains: it hands its jobs back.
+    """
 
     def watch() -> None:
         while not drain.begun.wait(silent_seconds / CHECKS_IN_A_ROW):
             if consumer.is_silent():
-                drain.fail("messages wait, a thread is free, and the consumer takes none")
+                drain.fail("messages are queued, a thread is idle, and the consumer takes none")
 
     threading.Thread(target=watch, name="watch-consumer", daemon=True).start()

@@ -1,7 +1,7 @@
 """Flower, the live view of the workers: `python -m worker.celery.flower`.
 
-It sees Celery's messages, which hold a job's id and nothing else. It only looks: nothing can be changed with it. With a
-password set, nothing but its health check answers without it; the password never stands in the process list.
+Flower sees Celery's messages, which hold a job's id and nothing else. It is read-only. With a password set, only the
+health check answers without it. The password never appears in the process list.
 """
 
 import logging
@@ -24,11 +24,11 @@ from worker import logs
 from worker.celery.app import make_app
 
 _MAX_TASKS = 10_000
-_FORGET_SECONDS = 600
+_PURGE_OFFLINE_SECONDS = 600
 
 
 class _GuardedMetrics(Metrics):  # type: ignore[misc]
-    """Flower leaves its metrics open to those without its password; ours are not."""
+    """Flower's metrics, which Flower itself serves without its password; here they need it."""
 
     @authenticated
     async def get(self) -> None:
@@ -36,12 +36,12 @@ class _GuardedMetrics(Metrics):  # type: ignore[misc]
 
 
 def make_flower(configured: Settings) -> Flower:
-    """Flower as these settings want it. Nothing is started yet."""
+    """Return a Flower configured by these settings, not yet started."""
     options.address = configured.flower_host
     options.port = configured.flower_port
     options.read_only = True
     options.max_tasks = _MAX_TASKS
-    options.purge_offline_workers = _FORGET_SECONDS
+    options.purge_offline_workers = _PURGE_OFFLINE_SECONDS
     auth = configured.flower_basic_auth
     options.basic_auth = [auth.get_secret_value()] if auth else []
     app = make_app(configured, MAINTENANCE_QUEUE)
@@ -51,7 +51,7 @@ def make_flower(configured: Settings) -> Flower:
 
 
 def main() -> int:
-    """Serve until somebody asks for the end. Gives the exit code."""
+    """Serve until a stop signal arrives, and return the exit code."""
     logs.configure()
     try:
         configured = read_settings()

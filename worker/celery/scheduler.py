@@ -13,6 +13,7 @@ from worker.logs import log
 
 
 def beat(app: Celery, drain: Drain) -> None:
+    """Send the app's scheduled messages until the process ends. If beat itself ends, begin a failing drain."""
     try:
         Service(app, max_interval=1, scheduler_cls=_Scheduler, remote_control=False).start()
     except Exception as error:
@@ -20,7 +21,7 @@ def beat(app: Celery, drain: Drain) -> None:
 
 
 class _Scheduler(Scheduler):  # type: ignore[misc]
-    """Celery's scheduler in memory, that says an outage of the broker in one line and tries again soon."""
+    """Celery's in-memory scheduler; it logs a broker outage in one line and retries soon."""
 
     def apply_entry(self, entry: ScheduleEntry, producer: Producer | None = None) -> None:
         try:

@@ -1,1 +1,1 @@
-"""Maintenance tasks."""
+"""Maintenance tasks: rescue jobs, advance batches, send webhooks, purge old rows."""

@@ -1,4 +1,4 @@
-"""What the maintenance worker forgets: jobs, batches and files whose time is over, and names of old requests."""
+"""Purge jobs, batches and files past their retention, and old idempotency keys, deliveries and claim records."""
 
 import time
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from worker.logs import log
 PURGE_SECONDS = 60.0
 _Age = TypeVar("_Age", float, float | None)
 _DAY = 24 * 3600.0
-_DELIVERIES_SECONDS = 7 * _DAY
+_DELIVERY_RETENTION_SECONDS = 7 * _DAY
 _ROUND_SECONDS = 5.0
-"""A round ends after so long, for the sweeper waits behind it; the next one goes on."""
+"""Time limit for each table in a round, because the rescuer waits for this thread; the next round continues."""
 
 
 class Cleaner:
-    """Forgets in small batches, so that nobody waits long for the database. It never touches a job that lives."""
+    """Purges in small batches, so that no one waits long for the database. It never touches a live job."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         days = settings.retention_days
@@ -27,22 +27,22 @@ class Cleaner:
         self._store = store
 
     def purge(self) -> None:
-        """Run one round. What fails now, the next round does."""
+        """Run one round. The next round repeats whatever fails."""
         with guarded("nothing purged"):
             if self._retention is not None:
-                if jobs := _all_of(self._store.maintenance.purge, self._retention):
+                if jobs := _purge_older(self._store.maintenance.purge, self._retention):
                     log.info("%d jobs purged: their retention is over", jobs)
-                _all_of(self._store.batches.purge, self._retention)
-            _all_of(self._store.files.purge, self._retention)
-            _all_of(self._store.idempotency_keys.purge, self._idempotency)
-            _all_of(self._store.deliveries.purge, _DELIVERIES_SECONDS)
-            _all_of(self._store.maintenance.purge_last_claims, _DAY)
+                _purge_older(self._store.batches.purge, self._retention)
+            _purge_older(self._store.files.purge, self._retention)
+            _purge_older(self._store.idempotency_keys.purge, self._idempotency)
+            _purge_older(self._store.deliveries.purge, _DELIVERY_RETENTION_SECONDS)
+            _purge_older(self._store.maintenance.purge_last_claims, _DAY)
 
 
-def _all_of(purge: Callable[[_Age], int], seconds: _Age) -> int:
-    """Forget all that is older, a batch at a time, or as much as a round has time for. How many."""
+def _purge_older(purge: Callable[[_Age], int], seconds: _Age) -> int:
+    """Purge all rows older than `seconds`, a batch at a time, within _ROUND_SECONDS. Returns their number."""
     end = time.monotonic() + _ROUND_SECONDS
-    forgotten = 0
+    purged = 0
     while (batch := purge(seconds)) and time.monotonic() < end:
-        forgotten += batch
-    return forgotten + batch
+        purged += batch
+    return purged + batch

@@ -1,4 +1,4 @@
-"""Rescue jobs whose lease has expired, and notify workers of waiting jobs."""
+"""Rescue jobs whose lease has expired, and notify workers of queued jobs."""
 
 from tpo.broker import JobNotifier
 from tpo.settings import Settings
@@ -9,7 +9,7 @@ from worker.logs import log
 
 
 class Rescuer:
-    """Rescues jobs of dead workers, and repeats lost notifications."""
+    """Returns jobs of dead workers to the queue and repeats lost notifications."""
 
     def __init__(self, settings: Settings, store: Store, notifier: JobNotifier) -> None:
         self._settings = settings
@@ -17,7 +17,7 @@ class Rescuer:
         self._notifier = notifier
 
     def sweep(self) -> None:
-        """Run one round. What fails now, the next round does."""
+        """Run one round. The next round repeats whatever fails."""
         with guarded("jobs not rescued"):
             waiting = self._store.maintenance.sweep(
                 renotify_seconds=self._settings.renotify_seconds,

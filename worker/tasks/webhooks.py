@@ -1,7 +1,7 @@
-"""The courier: signs events and delivers them to webhooks (Standard Webhooks), on threads of its own.
+"""The webhook sender: signs events and delivers them (Standard Webhooks) on its own threads.
 
-A message rings for one delivery. The thread that takes it goes on with what else is due at the same webhook, so that
-a fast receiver is not held to the pace of the bell; a slow one holds a few slots and never the sweeper.
+A message names one delivery. The thread that takes it continues with other due deliveries of the same webhook, so a
+fast receiver is not limited by the notification interval. A slow receiver occupies a few slots and never the rescuer.
 """
 
 import threading
@@ -20,19 +20,19 @@ from tpo.webhooks.signing import payload, signed
 from worker.guard import guarded
 from worker.logs import log
 
-RING_SECONDS = 1.0
-"""How often deliveries are looked for: the most that an event waits on an idle courier."""
+NOTIFY_WEBHOOKS_SECONDS = 1.0
+"""Interval between two searches for due deliveries: the longest that an event waits if the sender is idle."""
 
-_ROW_SECONDS = 30.0
-"""A thread stays so long with one webhook before others have their turn."""
+_SECONDS_PER_WEBHOOK = 30.0
+"""Time that a thread spends on one webhook before it is free for others."""
 _LONGEST_PAUSE = 4 * 3600.0
-_RINGS = 100
+_NOTIFICATIONS_PER_ROUND = 100
 _OK = range(200, 300)
 _GONE = 410
 
 
 class WebhookSender:
-    """Delivers what is due."""
+    """Sends the deliveries that are due."""
 
     def __init__(self, settings: Settings, store: Store, notifier: JobNotifier) -> None:
         self._settings = settings
@@ -40,54 +40,54 @@ class WebhookSender:
         self._notifier = notifier
         self._tls = trusted(settings.webhook_ca_file)
         self._slots = threading.BoundedSemaphore(settings.webhook_slots)
-        self._claim_seconds = 3 * settings.webhook_timeout_seconds + 30  # the resolver has a time-out of its own
+        self._claim_seconds = 3 * settings.webhook_timeout_seconds + 30  # the DNS resolver has a separate timeout
 
     def notify_due(self) -> None:
-        """Ring for deliveries that are due. What fails now, the next round does."""
+        """Send a notification for each due delivery. The next round repeats whatever fails."""
         with guarded("deliveries not notified"):
-            for delivery_id in self._store.deliveries.due(_RINGS):
+            for delivery_id in self._store.deliveries.due(_NOTIFICATIONS_PER_ROUND):
                 self._notifier.notify_delivery(delivery_id)
 
     def deliver(self, delivery_id: str) -> None:
-        """Deliver on a thread; where none is free, it is rung for again."""
+        """Deliver on a thread. If no slot is free, a later round notifies again."""
         if self._slots.acquire(blocking=False):
-            # A daemon: one that waits for a receiver does not keep the process, and what it held is sent again.
+            # A daemon thread: waiting for a receiver must not keep the process alive, and its delivery is sent again.
             threading.Thread(target=self._run, args=(delivery_id,), name=delivery_id, daemon=True).start()
 
     def _run(self, delivery_id: str) -> None:
-        end = time.monotonic() + _ROW_SECONDS
+        end = time.monotonic() + _SECONDS_PER_WEBHOOK
         with _released(self._slots), guarded(f"{delivery_id} not delivered now"):
-            parcel = self._store.deliveries.claim(delivery_id, self._claim_seconds)
-            while parcel is not None:
-                self._carry(parcel)
+            delivery = self._store.deliveries.claim(delivery_id, self._claim_seconds)
+            while delivery is not None:
+                self._deliver(delivery)
                 more = time.monotonic() < end
-                parcel = self._store.deliveries.claim_next(parcel.webhook_id, self._claim_seconds) if more else None
+                delivery = self._store.deliveries.claim_next(delivery.webhook_id, self._claim_seconds) if more else None
 
-    def _carry(self, parcel: ClaimedDelivery) -> None:
-        error = self._send(parcel)
+    def _deliver(self, delivery: ClaimedDelivery) -> None:
+        error = self._send(delivery)
         if error is None:
-            self._store.deliveries.record_success(parcel)
+            self._store.deliveries.record_success(delivery)
         elif error == f"http_{_GONE}":
-            log.info("%s is gone: switched off", parcel.webhook_id)
-            self._store.deliveries.record_gone(parcel)
+            log.info("%s answered 410 Gone: switched off", delivery.webhook_id)
+            self._store.deliveries.record_gone(delivery)
         else:
-            delay = self._pause(parcel)
-            told = "given up" if delay is None else f"again in {delay:.0f} s"
-            log.info("%s not delivered to %s (%s), %s", parcel.delivery_id, parcel.webhook_id, error, told)
-            self._store.deliveries.record_failure(parcel, error, delay)
+            delay = self._retry_delay(delivery)
+            next_attempt = "given up" if delay is None else f"retry in {delay:.0f} s"
+            log.info("%s not delivered to %s (%s), %s", delivery.delivery_id, delivery.webhook_id, error, next_attempt)
+            self._store.deliveries.record_failure(delivery, error, delay)
 
-    def _send(self, parcel: ClaimedDelivery) -> str | None:
-        """Send it once. What went wrong, as a code."""
-        body = payload(parcel)
+    def _send(self, delivery: ClaimedDelivery) -> str | None:
+        """Send a delivery once. Returns an error code, or None on success."""
+        body = payload(delivery)
         headers = {
             "content-type": "application/json",
             "user-agent": f"tpo/{tpo.__version__}",
-            **signed(parcel.event_id, int(time.time()), body, parcel.secrets),
+            **signed(delivery.event_id, int(time.time()), body, delivery.secrets),
         }
         settings = self._settings
         try:
             status = post(
-                parcel.url,
+                delivery.url,
                 body,
                 headers,
                 seconds=settings.webhook_timeout_seconds,
@@ -98,17 +98,20 @@ class WebhookSender:
             return str(error)
         return None if status in _OK else f"http_{status}"
 
-    def _pause(self, parcel: ClaimedDelivery) -> float | None:
-        """Longer each time, and never the same for two; None where the event is too old to be tried again."""
+    def _retry_delay(self, delivery: ClaimedDelivery) -> float | None:
+        """Return the pause before the next attempt in seconds, or None if the event is too old to retry.
+
+        The pause grows with each attempt and has jitter.
+        """
         settings = self._settings
         first = settings.webhook_retry_seconds
-        pause = backoff_seconds(parcel.attempt - 1, first=first, factor=4, longest=_LONGEST_PAUSE)
-        return None if parcel.age + pause > settings.webhook_retry_hours * 3600 else pause
+        pause = backoff_seconds(delivery.attempt - 1, first=first, factor=4, longest=_LONGEST_PAUSE)
+        return None if delivery.age + pause > settings.webhook_retry_hours * 3600 else pause
 
 
 @contextmanager
 def _released(slots: threading.Semaphore) -> Iterator[None]:
-    """Give a slot back after the body, however it ends."""
+    """Release a slot after the body, even if the body raises."""
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ import pytest
 from testing.ports import free_port
 from testing.processes import System
 from testing.waiting import eventually
-from tests.contract.test_backends import ask, go_on, rate
+from tests.contract.test_backends import ask, proceed, rate
 from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
 from tpo.core.errors import CallInterruptedError, ContextTooLongError
 from tpo.core.ports import Score
@@ -117,7 +117,7 @@ def local() -> Iterator[tuple[LoadedPolicy, LoadedRewardModel]]:
 def test_each_seed_has_its_text_however_it_is_asked_for(policy: LoadedPolicy) -> None:
     def sampled(*seeds: int) -> list[str]:
         request = ask(MESSAGES[0], seeds=seeds, temperature=1.0, top_p=1.0, max_tokens=80)
-        return [t.text for t in policy.generate(request, go_on).texts]
+        return [t.text for t in policy.generate(request, proceed).texts]
 
     five = sampled(*SEEDS)
     assert len(set(five)) > 1
@@ -134,7 +134,7 @@ def test_greedy_text_is_the_local_engines(
 ) -> None:
     for message in MESSAGES:
         request = ask(message, seeds=SEEDS, max_tokens=80, **changes)
-        here, there = local[0].generate(request, go_on), policy.generate(request, go_on)
+        here, there = local[0].generate(request, proceed), policy.generate(request, proceed)
         # This tokenizer writes a blank before a first word, which decoding all at once leaves out.
         assert [t.text.lstrip() for t in there.texts] == [t.text for t in here.texts]
         assert [(t.tokens, t.finish_reason) for t in there.texts] == [(t.tokens, t.finish_reason) for t in here.texts]
@@ -142,19 +142,19 @@ def test_greedy_text_is_the_local_engines(
 
 
 def test_a_stop_string_inside_of_tokens_and_a_limit(policy: LoadedPolicy) -> None:
-    (whole, *_) = policy.generate(ask(MESSAGES[0], temperature=0, max_tokens=80), go_on).texts
+    (whole, *_) = policy.generate(ask(MESSAGES[0], temperature=0, max_tokens=80), proceed).texts
     stop = whole.text[12:16]
-    stopped = policy.generate(ask(MESSAGES[0], temperature=0, max_tokens=80, stop=(stop,)), go_on).texts[0]
+    stopped = policy.generate(ask(MESSAGES[0], temperature=0, max_tokens=80, stop=(stop,)), proceed).texts[0]
     assert (stopped.text, stopped.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
-    limited = policy.generate(ask(MESSAGES[0], temperature=0, max_tokens=3), go_on).texts[0]
+    limited = policy.generate(ask(MESSAGES[0], temperature=0, max_tokens=3), proceed).texts[0]
     assert (limited.tokens, limited.finish_reason) == (3, "length")
     assert whole.text.startswith(limited.text)
 
 
 def test_what_does_not_fit_the_window(policy: LoadedPolicy) -> None:
-    assert len(policy.generate(ask(MESSAGES[0], max_tokens=8192), go_on).texts) == 3
+    assert len(policy.generate(ask(MESSAGES[0], max_tokens=8192), proceed).texts) == 3
     with pytest.raises(ContextTooLongError, match="the policy holds 512 with its answer"):
-        policy.generate(ask("word " * 800, max_tokens=8192), go_on)
+        policy.generate(ask("word " * 800, max_tokens=8192), proceed)
 
 
 @pytest.mark.parametrize("samples", ["batched", "separate"])
@@ -181,14 +181,14 @@ def test_scores_are_the_local_engines_raw_logits(
     reward: LoadedRewardModel, local: tuple[LoadedPolicy, LoadedRewardModel]
 ) -> None:
     request = rate(*RESPONSES)
-    there, here = reward.score(request, go_on), local[1].score(request, go_on)
+    there, here = reward.score(request, proceed), local[1].score(request, proceed)
     assert there.values == pytest.approx(here.values, abs=FLOAT32)
     assert there.input_tokens == here.input_tokens
     print(f"largest difference: {max(abs(a - b) for a, b in zip(there.values, here.values, strict=True)):.1e}")
 
 
 def test_without_being_told_vllm_applies_a_sigmoid(reward: LoadedRewardModel, vllm: tuple[Vllm, Vllm]) -> None:
-    (raw,) = reward.score(rate(RESPONSES[1]), go_on).values
+    (raw,) = reward.score(rate(RESPONSES[1]), proceed).values
     turns = [*(m.model_dump() for m in rate().messages), {"role": "assistant", "content": RESPONSES[1]}]
     body = {"model": "reward", "messages": turns}
     answer = httpx.post(f"{vllm[1].root}/classify", json=body, trust_env=False).json()
@@ -201,7 +201,7 @@ def test_a_response_beyond_the_window_is_read_about_as_far(
     request = rate("We are sorry. " * 400)
     shares = []
     for model in (reward, local[1]):
-        ((_, share),) = model.score(request, go_on).parts
+        ((_, share),) = model.score(request, proceed).parts
         assert share.name == "share_read"
         assert share.value is not None
         shares.append(share.value)
@@ -228,7 +228,7 @@ def test_a_whole_job(
     state = system.store.jobs.state(job_id)
     assert len(state.candidates) == 15
     texts = tuple(c.text for c in state.candidates)
-    here = local[1].score(Score(iteration=0, messages=state.input, responses=texts), go_on)
+    here = local[1].score(Score(iteration=0, messages=state.input, responses=texts), proceed)
     assert [c.reward for c in state.candidates] == pytest.approx(here.values, abs=FLOAT32)
     scored = list(zip(state.candidates, here.values, strict=True))
     means = [sum(value for c, value in scored if c.iteration == i) / 5 for i in range(3)]

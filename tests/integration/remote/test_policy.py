@@ -8,7 +8,7 @@ import pytest
 
 from testing.processes import marker
 from testing.waiting import HANG_SECONDS, eventually
-from tests.contract.test_backends import ask, go_on
+from tests.contract.test_backends import ask, proceed
 from tests.support.model_server import MODEL, ModelServer
 from tpo.backends import load_policy
 from tpo.backends.remote.policy import OpenAIPolicy
@@ -41,11 +41,11 @@ def policy(server: ModelServer) -> Iterator[OpenAIPolicy]:
 
 
 def texts(policy: OpenAIPolicy, **changes: Any) -> list[str]:
-    return [t.text for t in policy.generate(ask(**changes), go_on).texts]
+    return [t.text for t in policy.generate(ask(**changes), proceed).texts]
 
 
 def test_one_request_for_all_samples(server: ModelServer, policy: OpenAIPolicy) -> None:
-    reply = policy.generate(ask(seeds=(2**63 - 1, 5, 6), max_tokens=40), go_on)
+    reply = policy.generate(ask(seeds=(2**63 - 1, 5, 6), max_tokens=40), proceed)
     (seen,) = server.seen()
     assert len(reply.texts) == 3
     assert seen["key"] is None
@@ -66,7 +66,7 @@ def test_a_server_that_gives_one_choice_for_five_is_asked_for_the_rest(
     server: ModelServer, policy: OpenAIPolicy, always: bool
 ) -> None:
     server.control(*([] if always else [{"choices": 1}]), ignores_n=always)
-    reply = policy.generate(ask(seeds=(1, 2, 3, 4, 5)), go_on)
+    reply = policy.generate(ask(seeds=(1, 2, 3, 4, 5)), proceed)
     assert len({t.text for t in reply.texts}) == 5
     assert [s["body"].get("n", 1) for s in server.seen()] == [5, 1, 1, 1, 1]
     assert sorted(s["body"]["seed"] for s in server.seen()) == [1, 2, 3, 4, 5]
@@ -84,16 +84,16 @@ def test_a_server_that_takes_no_such_n_is_asked_for_each(server: ModelServer, po
 
 def test_a_server_that_leaves_the_stop_string_in_the_text(server: ModelServer, policy: OpenAIPolicy) -> None:
     stop = (texts(policy)[0].split()[2],)
-    expected = policy.generate(ask(stop=stop), go_on).texts
+    expected = policy.generate(ask(stop=stop), proceed).texts
     server.control(keeps_stop=True)
-    got = policy.generate(ask(stop=stop), go_on).texts
+    got = policy.generate(ask(stop=stop), proceed).texts
     assert [(t.text, t.finish_reason) for t in got] == [(t.text, t.finish_reason) for t in expected]
 
 
 def test_a_server_that_gives_no_choice_is_a_bad_reply(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control(*[{"choices": 0}] * 9)
     with pytest.raises(BadReplyError, match="without any response"):
-        policy.generate(ask(), go_on)
+        policy.generate(ask(), proceed)
 
 
 @pytest.mark.parametrize(
@@ -131,19 +131,19 @@ def test_after_so_many_tries_it_is_given_up(
 ) -> None:
     server.control(*[fault] * 9)
     with pytest.raises(error, match=r"502|not JSON"):
-        policy.generate(ask(), go_on)
+        policy.generate(ask(), proceed)
     assert len(server.seen()) == QUICK.tries
 
 
 def test_a_pause_that_is_asked_for_is_kept(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control({"status": 429, "headers": {"retry-after": "1"}})
-    assert policy.generate(ask(), go_on).seconds >= 1
+    assert policy.generate(ask(), proceed).seconds >= 1
 
 
 def test_a_pause_beyond_the_call_ends_it_at_once(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control({"status": 429, "headers": {"retry-after": "3600"}})
     with pytest.raises(BackendUnavailableError, match=r"429.*no further try fits"):
-        policy.generate(ask(), go_on)
+        policy.generate(ask(), proceed)
     assert len(server.seen()) == 1
 
 
@@ -162,14 +162,14 @@ def test_what_is_refused_for_good_is_not_tried_again(
 ) -> None:
     server.control({"status": status})
     with pytest.raises(error, match=says):
-        policy.generate(ask(), go_on)
+        policy.generate(ask(), proceed)
     assert len(server.seen()) == 1
 
 
 def test_a_used_up_quota_is_not_tried_again(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control({"status": 429, "body": {"error": {"message": "pay", **QUOTA}}})
     with pytest.raises(BackendUnavailableError, match="quota is used up"):
-        policy.generate(ask(), go_on)
+        policy.generate(ask(), proceed)
     assert len(server.seen()) == 1
 
 
@@ -185,7 +185,7 @@ def test_a_whole_call_has_a_limit(server: ModelServer) -> None:
     server.control({"hangs": True})
     policy = made(server, Limits(read=60, call=0.3, tries=3))
     with pytest.raises(BackendUnavailableError, match=r"did not answer in time; 0\.3 s are over"):
-        policy.generate(ask(), go_on)
+        policy.generate(ask(), proceed)
     policy.close()
 
 
@@ -222,7 +222,7 @@ def test_what_waits_ends_when_the_back_end_is_closed(server: ModelServer) -> Non
 
     def generate() -> None:
         try:
-            policy.generate(ask(), go_on)
+            policy.generate(ask(), proceed)
         except BackendUnavailableError as error:
             raised.append(error)
 
@@ -233,14 +233,14 @@ def test_what_waits_ends_when_the_back_end_is_closed(server: ModelServer) -> Non
     thread.join(HANG_SECONDS)
     assert len(raised) == 1
     with pytest.raises(BackendUnavailableError, match="closed"):
-        policy.generate(ask(), go_on)
+        policy.generate(ask(), proceed)
 
 
 @pytest.mark.parametrize("how", ["field", "tags"])
 def test_thinking_is_kept_apart(server: ModelServer, policy: OpenAIPolicy, how: str) -> None:
-    plain = policy.generate(ask(max_tokens=60), go_on)
+    plain = policy.generate(ask(max_tokens=60), proceed)
     server.control(thinking=how)
-    reply = policy.generate(ask(max_tokens=60), go_on)
+    reply = policy.generate(ask(max_tokens=60), proceed)
     assert [t.text for t in reply.texts] == [t.text for t in plain.texts]
     assert reply.reasoning_tokens > 0
     assert sum(t.tokens for t in reply.texts) + reply.reasoning_tokens == sum(t.tokens for t in plain.texts)
@@ -249,18 +249,18 @@ def test_thinking_is_kept_apart(server: ModelServer, policy: OpenAIPolicy, how: 
 @pytest.mark.parametrize(("said", "means"), [("length", "length"), ("content_filter", "length"), ("stop", "stop")])
 def test_how_an_answer_ended(server: ModelServer, policy: OpenAIPolicy, said: str, means: str) -> None:
     server.control(finish_reason=said)
-    assert {t.finish_reason for t in policy.generate(ask(), go_on).texts} == {means}
+    assert {t.finish_reason for t in policy.generate(ask(), proceed).texts} == {means}
 
 
 def test_an_answer_that_the_server_broke_off_is_none(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control(finish_reason="abort")
     with pytest.raises(BadReplyError):
-        policy.generate(ask(), go_on)
+        policy.generate(ask(), proceed)
 
 
 def test_a_server_that_counts_nothing(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control(counts_nothing=True)
-    reply = policy.generate(ask(), go_on)
+    reply = policy.generate(ask(), proceed)
     assert reply.input_tokens > 0
     assert all(t.tokens > 0 for t in reply.texts)
 
@@ -268,7 +268,7 @@ def test_a_server_that_counts_nothing(server: ModelServer, policy: OpenAIPolicy)
 @pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "no numbers"])
 def test_a_limit_that_does_not_fit_is_lowered(server: ModelServer, policy: OpenAIPolicy, numbers: bool) -> None:
     server.control(window=40, says_no_numbers=not numbers)
-    reply = policy.generate(ask(max_tokens=8192), go_on)
+    reply = policy.generate(ask(max_tokens=8192), proceed)
     assert len(reply.texts) == 3
     asked = [s["body"]["max_tokens"] for s in server.seen()]
     assert asked[-1] == 36 if numbers else 18 < asked[-1] <= 36
@@ -277,7 +277,7 @@ def test_a_limit_that_does_not_fit_is_lowered(server: ModelServer, policy: OpenA
 
 def test_a_server_that_lowers_limits_itself_gets_its_whole_window(server: ModelServer, policy: OpenAIPolicy) -> None:
     server.control(window=40, lowers=True)
-    assert len(policy.generate(ask(max_tokens=8192), go_on).texts) == 3
+    assert len(policy.generate(ask(max_tokens=8192), proceed).texts) == 3
     assert [s["body"]["max_tokens"] for s in server.seen()] == [8192, 40]
 
 
@@ -286,7 +286,7 @@ def test_a_prompt_that_a_server_calls_too_long_by_itself_is_not_sent_again(
 ) -> None:
     server.control(window=10, lowers=True)
     with pytest.raises(ContextTooLongError, match=r"has more tokens than fit; the policy holds 10 with its answer"):
-        policy.generate(ask("word " * 20, max_tokens=8), go_on)
+        policy.generate(ask("word " * 20, max_tokens=8), proceed)
     assert len(server.seen()) == 1
 
 
@@ -294,12 +294,12 @@ def test_a_prompt_that_a_server_calls_too_long_by_itself_is_not_sent_again(
 def test_a_prompt_beyond_the_context(server: ModelServer, policy: OpenAIPolicy, numbers: bool) -> None:
     server.control(window=10, says_no_numbers=not numbers)
     with pytest.raises(ContextTooLongError, match=r"The prompt of the sample call has .*Shorten the conversation"):
-        policy.generate(ask("word " * 20), go_on)
+        policy.generate(ask("word " * 20), proceed)
 
 
 def test_text_that_is_no_unicode_is_refused_here(server: ModelServer, policy: OpenAIPolicy) -> None:
     with pytest.raises(PromptRefusedError, match="half a surrogate"):
-        policy.generate(ask("\ud800"), go_on)
+        policy.generate(ask("\ud800"), proceed)
     assert server.seen() == []
 
 
@@ -331,7 +331,7 @@ def test_the_key_is_sent_and_told_to_nobody(
     server.control(key=key)
     policy = load_policy(settings.policy, settings)
     with caplog.at_level("DEBUG"):
-        assert len(policy.generate(ask(), go_on).texts) == 3
+        assert len(policy.generate(ask(), proceed).texts) == 3
     policy.close()
     assert [s["key"] for s in server.seen()] == [f"Bearer {key}"]
     assert key not in caplog.text + repr(settings) + "".join(capfd.readouterr())
@@ -353,7 +353,7 @@ def test_a_start_says_what_is_wrong(server: ModelServer, model: str, changes: di
 def test_a_server_that_lists_no_models_is_taken_at_its_word(server: ModelServer) -> None:
     server.control(lists_no_models=True)
     policy = load_policy(f"openai:{MODEL}", Settings(openai_url=server.url))
-    assert len(policy.generate(ask(), go_on).texts) == 3
+    assert len(policy.generate(ask(), proceed).texts) == 3
     policy.close()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.test_backends import go_on, rate
+from tests.contract.test_backends import proceed, rate
 from tests.integration.remote.test_policy import QUICK
 from tests.support.model_server import MODEL, ModelServer
 from tests.support.tiny_models import BOS, END, TURN, make_tokenizer
@@ -44,7 +44,7 @@ def test_vllm_is_asked_for_raw_scores_of_whole_conversations(server: ModelServer
     server.control(sigmoid=True)
     reward = load(server, kind)
     server.control(sigmoid=True)
-    rewards = reward.score(rate("Draft 9: wet.", "Draft 7: dry."), go_on)
+    rewards = reward.score(rate("Draft 9: wet.", "Draft 7: dry."), proceed)
     assert 7 <= rewards.values[0] < 8
     assert 5 <= rewards.values[1] < 6
     assert rewards.parts == ()
@@ -60,14 +60,14 @@ def test_vllm_is_asked_for_raw_scores_of_whole_conversations(server: ModelServer
 
 def test_the_score_of_a_model_that_scores_each_token_stands_at_the_last(server: ModelServer) -> None:
     reward = load(server, "vllm-pooling", reward_task="token_classify")
-    assert 7 <= reward.score(rate("Draft 9: wet."), go_on).values[0] < 8
+    assert 7 <= reward.score(rate("Draft 9: wet."), proceed).values[0] < 8
     reward.close()
 
 
 def test_sglang_gets_the_templates_own_tokens_with_one_bos(server: ModelServer, tokenizer: str) -> None:
     reward = load(server, "sglang", reward_tokenizer=tokenizer)
     server.control()
-    rewards = reward.score(rate(f"It is {TURN} the moon."), go_on)
+    rewards = reward.score(rate(f"It is {TURN} the moon."), proceed)
     (seen,) = server.seen()
     ids = seen["body"]["input_ids"]
     text = str(make_tokenizer().decode(ids))
@@ -86,7 +86,7 @@ def test_a_server_that_applies_a_sigmoid_all_the_same_is_refused(server: ModelSe
     with pytest.raises(ModelRefusedError, match=r"sigmoid, .*use_activation.*TPO_REWARD_IN_UNIT_INTERVAL=true"):
         load(server, kind)
     reward = load(server, kind, reward_in_unit_interval=True)
-    assert 0 < reward.score(rate("Draft 3: so."), go_on).values[0] < 1
+    assert 0 < reward.score(rate("Draft 3: so."), proceed).values[0] < 1
     reward.close()
 
 
@@ -94,10 +94,10 @@ def test_a_server_that_turns_to_a_sigmoid_later_ends_the_worker(server: ModelSer
     responses = [f"Draft {i}: so." for i in range(32)]
     server.control(sigmoid="always")
     for _ in range(IN_UNIT_INTERVAL_IN_A_ROW // len(responses) - 1):
-        quick.score(rate(*responses), go_on)
+        quick.score(rate(*responses), proceed)
         assert quick.healthy
     with pytest.raises(BackendUnavailableError, match="sigmoid"):
-        quick.score(rate(*responses), go_on)
+        quick.score(rate(*responses), proceed)
     assert not quick.healthy
 
 
@@ -125,9 +125,9 @@ def test_what_does_not_score_is_refused_at_the_start(server: ModelServer, fault:
     "fault", [{"status": 500}, {"half": True}, {"nothing": True}, {"raw": "{}"}], ids=lambda f: next(iter(f))
 )
 def test_what_may_pass_is_tried_again(server: ModelServer, quick: RemoteRewardModel, fault: dict[str, Any]) -> None:
-    expected = quick.score(rate("a", "b", "c"), go_on).values
+    expected = quick.score(rate("a", "b", "c"), proceed).values
     server.control(fault, fault)
-    assert quick.score(rate("a", "b", "c"), go_on).values == expected
+    assert quick.score(rate("a", "b", "c"), proceed).values == expected
     assert len(server.seen()) == 5
 
 
@@ -136,7 +136,7 @@ def test_a_response_beyond_the_window_is_scored_by_its_first_part_and_says_so(
     server: ModelServer, quick: RemoteRewardModel, numbers: bool
 ) -> None:
     server.control(window=30, says_no_numbers=not numbers)
-    rewards = quick.score(rate("Draft 5: " + "word " * 60, "Draft 4: short."), go_on)
+    rewards = quick.score(rate("Draft 5: " + "word " * 60, "Draft 4: short."), proceed)
     assert 3 <= rewards.values[0] < 4
     (reward, share), (_, whole) = rewards.parts
     assert (reward.name, reward.value, reward.weight) == ("reward", rewards.values[0], 1.0)
@@ -151,7 +151,7 @@ def test_as_much_is_scored_as_fits_where_a_server_does_not_say_how_much_was_sent
     server: ModelServer, quick: RemoteRewardModel
 ) -> None:
     server.control(window=30, lowers=True)
-    ((_, share),) = quick.score(rate("Draft 5: " + "word " * 60), go_on).parts
+    ((_, share),) = quick.score(rate("Draft 5: " + "word " * 60), proceed).parts
     # A window of 30 words holds 26 of its 62: halves alone stop at a quarter.
     assert share.value is not None
     assert 0.35 < share.value < 0.42
@@ -161,7 +161,7 @@ def test_a_window_that_the_server_lists_is_kept_for_tokens(server: ModelServer, 
     server.control(lists_window=200)
     reward = load(server, "sglang", reward_tokenizer=tokenizer, reward_in_unit_interval=True)
     server.control()
-    rewards = reward.score(rate("x" * 500), go_on)
+    rewards = reward.score(rate("x" * 500), proceed)
     assert rewards.parts[0][1].value is not None
     (seen,) = server.seen()
     assert 100 < len(seen["body"]["input_ids"]) <= 200
@@ -171,7 +171,7 @@ def test_a_window_that_the_server_lists_is_kept_for_tokens(server: ModelServer, 
 def test_a_conversation_that_leaves_no_room_is_an_error(server: ModelServer, quick: RemoteRewardModel) -> None:
     server.control(window=2)
     with pytest.raises(ContextTooLongError, match=r"no room for a response .*\(2 tokens\)"):
-        quick.score(rate("word " * 60), go_on)
+        quick.score(rate("word " * 60), proceed)
 
 
 def test_no_address_and_no_tokenizer_are_said(server: ModelServer, tmp_path: Path) -> None:

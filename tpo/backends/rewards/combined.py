@@ -162,7 +162,7 @@ def _made(
                 update={
                     "openai_url": part.url,
                     "openai_api_key": _key(part, settings),
-                    "openai_samples": "together",
+                    "openai_samples": "batched",
                     "openai_max_tokens_field": part.limit_name,
                     "openai_extra_body": part.extra_body,
                 }

@@ -6,24 +6,26 @@ import typer
 
 from tpo.cli.ui.output import Commands, console, print_json
 
-database = typer.Typer(cls=Commands, help="The schema of the database in TPO_DATABASE_URL.", no_args_is_help=True)
+database = typer.Typer(
+    cls=Commands, help="Upgrade or check the schema of the database in TPO_DATABASE_URL.", no_args_is_help=True
+)
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 @database.command("upgrade")
 def upgrade(as_json: AsJson = False) -> None:
-    """Bring the schema up to this version. Safe to repeat; keeps all data."""
+    """Upgrade the schema to this version. Keeps all data, and is safe to repeat."""
     from tpo.cli.environment import read_settings
     from tpo.db import schema
 
     schema.upgrade(read_settings().database_url.get_secret_value())
-    _say("the database has the schema of this version", as_json)
+    _print("the database has the schema of this version", as_json)
 
 
 @database.command("check")
 def check(as_json: AsJson = False) -> None:
-    """Say whether the schema fits this version; exit 1 where it does not."""
+    """Check that the schema is the one of this version. Exit 1 if it is not."""
     from tpo.cli.environment import read_settings
     from tpo.db import connect, schema
 
@@ -32,10 +34,10 @@ def check(as_json: AsJson = False) -> None:
         schema.check(engine)
     finally:
         engine.dispose()
-    _say("the database has the schema of this version", as_json)
+    _print("the database has the schema of this version", as_json)
 
 
-def _say(message: str, as_json: bool) -> None:
+def _print(message: str, as_json: bool) -> None:
     if as_json:
         print_json({"ok": True, "message": message})
     else:

@@ -1,4 +1,4 @@
-"""`tpo doctor`: what is wrong with this machine and this environment, and what to do about it."""
+"""`tpo doctor`: find problems of this machine and environment, and say how to fix them."""
 
 import typer
 
@@ -9,7 +9,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """Check Python, packages, device, database, broker, models and ports. Exit 1 if something fails."""
+    """Check Python, packages, device, models, database, broker and ports. Exit 1 if a check fails."""
     from tpo.cli.checks import examine
 
     findings = examine()

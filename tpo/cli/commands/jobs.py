@@ -1,4 +1,4 @@
-"""`tpo jobs`, `tpo show`, and what is done to a job that a server knows, over HTTP."""
+"""Commands that list, show and change the jobs of a server, over HTTP."""
 
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -16,8 +16,8 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 
 
 def jobs(
-    limit: Annotated[int, typer.Option("--limit", "-l", min=1, max=100, help="How many.")] = 20,
-    status: Annotated[str | None, typer.Option(help="Only those in this state.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-l", min=1, max=100, help="Maximum number of jobs.")] = 20,
+    status: Annotated[str | None, typer.Option(help="List only jobs with this status.")] = None,
     url: options.Url = options.DEFAULT_URL,
     api_key: options.Key = None,
     as_json: options.AsJson = False,
@@ -26,8 +26,8 @@ def jobs(
     from tpo.cli.connection import connected
     from tpo.cli.ui.progress import table
 
-    with connected(url, api_key) as server:
-        found = [*server.list(limit=limit, status=cast("Status", status) if status else ())]
+    with connected(url, api_key) as client:
+        found = [*client.list(limit=limit, status=cast("Status", status) if status else ())]
     if as_json:
         print_json(found)
     elif found:
@@ -42,12 +42,12 @@ def show(
     api_key: options.Key = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show one job: its iterations with critique, gradient, rewards and candidates, and what came of it."""
+    """Show a job: its iterations with critiques, gradients, candidates and rewards, and its result."""
     from tpo.cli.connection import connected
     from tpo.cli.ui.record import Record, print_record
 
-    with connected(url, api_key) as server:
-        job, iterations, candidates = server.get(job_id), server.iterations(job_id), server.candidates(job_id)
+    with connected(url, api_key) as client:
+        job, iterations, candidates = client.get(job_id), client.iterations(job_id), client.candidates(job_id)
     if as_json:
         print_json({**job, "iterations": iterations, "candidates": candidates})
     else:
@@ -60,8 +60,8 @@ def cancel(
     api_key: options.Key = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Ask for a job's end. A job that has ended stays as it is."""
-    _tell(url, api_key, as_json, lambda server: server.cancel(job_id))
+    """Cancel a job. A job that has already ended is not changed."""
+    _change(url, api_key, as_json, lambda client: client.cancel(job_id))
 
 
 def pause(
@@ -70,8 +70,8 @@ def pause(
     api_key: options.Key = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Hold a job: at once while it waits, within one model call while it runs."""
-    _tell(url, api_key, as_json, lambda server: server.pause(job_id))
+    """Pause a job: immediately if it waits, within one model call if it runs."""
+    _change(url, api_key, as_json, lambda client: client.pause(job_id))
 
 
 def resume(
@@ -80,8 +80,8 @@ def resume(
     api_key: options.Key = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Let a paused job go on from where it stopped."""
-    _tell(url, api_key, as_json, lambda server: server.resume(job_id))
+    """Resume a paused job where it stopped."""
+    _change(url, api_key, as_json, lambda client: client.resume(job_id))
 
 
 def retry(
@@ -90,19 +90,19 @@ def retry(
     api_key: options.Key = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Try a job again. Of one that ended without success a new one goes on from its record."""
-    _tell(url, api_key, as_json, lambda server: server.retry(job_id))
+    """Retry a job. If it ended without success, a new job continues from its record."""
+    _change(url, api_key, as_json, lambda client: client.retry(job_id))
 
 
 def extend(
     job_id: JobId,
-    iterations: Annotated[int, typer.Option("--iterations", "-d", min=1, help="How many more.")],
+    iterations: Annotated[int, typer.Option("--iterations", "-d", min=1, help="Number of further iterations.")],
     url: options.Url = options.DEFAULT_URL,
     api_key: options.Key = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Go on with a job that has ended, in a new one: more iterations on what it has."""
-    _tell(url, api_key, as_json, lambda server: server.extend(job_id, iterations))
+    """Continue a job that has ended, with more iterations, in a new job."""
+    _change(url, api_key, as_json, lambda client: client.extend(job_id, iterations))
 
 
 def delete(
@@ -111,22 +111,23 @@ def delete(
     api_key: options.Key = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Forget a job that has ended, with all its texts."""
+    """Delete a job that has ended, with all its texts."""
     from tpo.cli.connection import connected
 
-    with connected(url, api_key) as server:
-        server.delete(job_id)
+    with connected(url, api_key) as client:
+        client.delete(job_id)
     print_json({"id": job_id, "deleted": True}) if as_json else console().print(f"{job_id} is deleted")
 
 
-def _tell(url: str, api_key: str | None, as_json: bool, act: "Callable[[Client], Job]") -> None:
+def _change(url: str, api_key: str | None, as_json: bool, action: "Callable[[Client], Job]") -> None:
+    """Apply an action to a job and print the job."""
     from tpo.cli.connection import connected
 
-    with connected(url, api_key) as server:
-        job = act(server)
+    with connected(url, api_key) as client:
+        job = action(client)
     if as_json:
         print_json(job)
         return
-    asked = " and will be paused" if job["pause_requested_at"] is not None else ""
-    source = f", going on from {job['source_id']}" if job["source_id"] and not job["started_at"] else ""
-    console().print(f"{job['id']} is {job['status']}{asked}{source}")
+    pausing = " and will be paused" if job["pause_requested_at"] is not None else ""
+    source = f", continued from {job['source_id']}" if job["source_id"] and not job["started_at"] else ""
+    console().print(f"{job['id']} is {job['status']}{pausing}{source}")

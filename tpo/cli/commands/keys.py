@@ -1,4 +1,4 @@
-"""`tpo keys`: the API keys in the database of TPO_DATABASE_URL."""
+"""`tpo keys`: manage the API keys in the database of TPO_DATABASE_URL."""
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,28 +12,30 @@ from tpo.cli.ui.output import Commands, console, messages, print_json
 if TYPE_CHECKING:
     from tpo.tenants.tables import ApiKey
 
-keys = typer.Typer(cls=Commands, help="The API keys in the database of TPO_DATABASE_URL.", no_args_is_help=True)
+keys = typer.Typer(cls=Commands, help="Manage the API keys in the database of TPO_DATABASE_URL.", no_args_is_help=True)
 
 
 @keys.command("create")
 def create(
-    name: Annotated[str, typer.Argument(help="What it is for.")],
-    tenant: Annotated[str, typer.Option(help="Whose jobs it opens; new names make new tenants.")] = "default",
+    name: Annotated[str, typer.Argument(help="Name that says what the key is for.")],
+    tenant: Annotated[
+        str, typer.Option(help="Tenant that the key belongs to. A new name creates a tenant.")
+    ] = "default",
     as_json: AsJson = False,
 ) -> None:
-    """Make a key and print it. It is shown this once, and stored as a hash."""
+    """Create a key and print it. It is shown only now, and stored as a hash."""
     with open_store() as store:
         row, secret = store.keys.create(name, tenant)
     if as_json:
         print_json({**_shown(row), "key": secret})
         return
-    messages().print(f"{row.id} opens the jobs of {row.tenant}; the key is not shown again:", markup=False)
+    messages().print(f"{row.id} gives access to the tenant {row.tenant}. The key is not shown again:", markup=False)
     console().print(secret, markup=False)
 
 
 @keys.command("list")
 def list_keys(as_json: AsJson = False) -> None:
-    """List all keys, without the keys themselves."""
+    """List all keys, without their secrets."""
     with open_store() as store:
         rows = store.keys.page()
     if as_json:
@@ -43,13 +45,13 @@ def list_keys(as_json: AsJson = False) -> None:
 
     table = Table("id", "tenant", "name", "created", "revoked", box=None)
     for row in rows:
-        table.add_row(row.id, row.tenant, row.name, _moment(row.created_at), _moment(row.revoked_at))
+        table.add_row(row.id, row.tenant, row.name, _date(row.created_at), _date(row.revoked_at))
     console().print(table if rows else "no keys")
 
 
 @keys.command("revoke")
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id.")], as_json: AsJson = False) -> None:
-    """Let a key open nothing any more. Servers that run notice within seconds."""
+    """Revoke a key. Running servers refuse it within seconds."""
     with open_store() as store:
         row = store.keys.revoke(key_id)
     print_json(_shown(row)) if as_json else console().print(f"{row.id} is revoked", markup=False)
@@ -57,13 +59,19 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's i
 
 @keys.command("limit")
 def limit(
-    tenant: Annotated[str, typer.Argument(help="Whose limits.")],
-    in_flight: Annotated[int | None, typer.Option("--jobs-in-flight", min=0, help="Jobs that wait or run.")] = None,
-    per_minute: Annotated[int | None, typer.Option("--jobs-per-minute", min=0, help="Jobs made in a minute.")] = None,
-    running: Annotated[int | None, typer.Option("--jobs-running", min=0, help="Jobs that run at once.")] = None,
+    tenant: Annotated[str, typer.Argument(help="Tenant to limit.")],
+    in_flight: Annotated[
+        int | None, typer.Option("--jobs-in-flight", min=0, help="Maximum number of jobs that wait or run.")
+    ] = None,
+    per_minute: Annotated[
+        int | None, typer.Option("--jobs-per-minute", min=0, help="Maximum number of jobs created in a minute.")
+    ] = None,
+    running: Annotated[
+        int | None, typer.Option("--jobs-running", min=0, help="Maximum number of jobs that run at the same time.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Give a tenant limits of its own; what is left out is as in the settings."""
+    """Set the limits of a tenant. The settings apply to each limit that is left out."""
     from tpo.tenants.tenants import Limits
 
     with open_store() as store:
@@ -85,5 +93,5 @@ def _shown(row: "ApiKey") -> dict[str, Any]:
     }
 
 
-def _moment(seconds: float | None) -> str:
+def _date(seconds: float | None) -> str:
     return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,4 +1,4 @@
-"""`tpo queues`: the jobs of each policy, as the database of TPO_DATABASE_URL has them."""
+"""`tpo queues`: list, pause and resume the queue of each policy, in the database of TPO_DATABASE_URL."""
 
 import contextlib
 from dataclasses import asdict
@@ -12,15 +12,17 @@ from tpo.cli.options import AsJson
 from tpo.cli.ui.output import Commands, console, print_json
 
 queues = typer.Typer(
-    cls=Commands, help="The queues in the database of TPO_DATABASE_URL, one for each policy.", no_args_is_help=True
+    cls=Commands,
+    help="Manage the queues in the database of TPO_DATABASE_URL. Each policy has one.",
+    no_args_is_help=True,
 )
 
-Model = Annotated[str, typer.Argument(help="The policy whose jobs they are.")]
+Model = Annotated[str, typer.Argument(help="Policy that the queue belongs to.")]
 
 
 @queues.command("list")
 def list_queues(as_json: AsJson = False) -> None:
-    """List all queues: how many jobs wait and run, and since when a queue is paused."""
+    """List all queues: their waiting and running jobs, their workers, and since when they are paused."""
     settings = read_settings()
     with open_store() as store:
         found = store.queues.page(settings.worker_timeout_seconds)
@@ -39,29 +41,29 @@ def list_queues(as_json: AsJson = False) -> None:
 
 @queues.command("pause")
 def pause(model: Model, as_json: AsJson = False) -> None:
-    """Let none of its jobs run. Those that do stop after their present step, and go on from there at the resume."""
+    """Pause a queue. Its running jobs stop after their current step and continue from there when it is resumed."""
     with open_store() as store:
         store.queues.pause(model)
-    _say(model, "paused", as_json)
+    _print(model, "paused", as_json)
 
 
 @queues.command("resume")
 def resume(model: Model, as_json: AsJson = False) -> None:
-    """Let its jobs run again."""
+    """Resume a queue, so that its jobs run again."""
     from tpo.broker import JobNotifier
     from tpo.core.errors import BrokerUnavailableError
 
     with open_store() as store:
         waiting = store.queues.resume(model)
     notifier = JobNotifier(read_settings().broker_url.get_secret_value())
-    # Where the broker is away, the sweeper rings in its turn.
+    # If the broker cannot be reached, the rescuer sends the notifications later.
     with contextlib.closing(notifier), contextlib.suppress(BrokerUnavailableError):
         for job_id in waiting:
             notifier.notify_job(job_id, model)
-    _say(model, "resumed", as_json)
+    _print(model, "resumed", as_json)
 
 
-def _say(model: str, state: str, as_json: bool) -> None:
+def _print(model: str, state: str, as_json: bool) -> None:
     if as_json:
         print_json({"model": model, "state": state})
     else:

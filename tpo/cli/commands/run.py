@@ -1,4 +1,4 @@
-"""`tpo run`: one optimization in this process, with no server and no database."""
+"""`tpo run`: one optimization in this process, without a server or a database."""
 
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -6,24 +6,24 @@ from typing import Annotated, Any, get_args
 import typer
 
 from tpo.cli import options
-from tpo.cli.options import given
+from tpo.cli.options import without_none
 from tpo.cli.ui.output import INTERRUPTED, USAGE, Failure, console, messages, print_json
 
 
 @options.optimization
 def run(
     parameters: dict[str, Any],
-    prompt: Annotated[str | None, typer.Argument(help="What to answer; - is all of stdin.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="A file that holds the prompt.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt to answer; - reads stdin.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="File that contains the prompt.")] = None,
     model: options.Model = None,
     reward_model: options.RewardModel = None,
     prompt_set: options.PromptSet = None,
     system: options.System = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Optimize one answer here and now, and show why it won. Ctrl-C ends with the best so far."""
+    """Optimize one answer in this process and show why it won. Ctrl-C stops with the best answer so far."""
     if (prompt is None) == (file is None):
-        raise Failure("give a prompt, - for stdin, or --file", USAGE)
+        raise Failure("give either a prompt (- for stdin) or --file", USAGE)
     text = options.read_file(file) if file else options.read_text(prompt or "")
 
     from tpo.cli.environment import read_settings
@@ -32,7 +32,7 @@ def run(
     from tpo.core.loop import locate
     from tpo.core.state import Budget
 
-    settings = read_settings(**given(policy=model, reward_model=reward_model, prompt_set=prompt_set))
+    settings = read_settings(**without_none(policy=model, reward_model=reward_model, prompt_set=prompt_set))
     state, interrupted = optimize(settings, options.messages_of(text, system), parameters, messages())
     stopped = locate(state).stopped
     if as_json:
@@ -55,7 +55,5 @@ def run(
     if stopped:
         messages().print(f"Ended in iteration {locate(state).iteration}: {WHY[stopped]}.")
     if interrupted:
-        messages().print(
-            "CallInterruptedError." if state.best is None else "CallInterruptedError: this is the best so far."
-        )
+        messages().print("Interrupted." if state.best is None else "Interrupted: this is the best answer so far.")
         raise typer.Exit(INTERRUPTED)

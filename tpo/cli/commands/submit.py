@@ -1,4 +1,4 @@
-"""`tpo submit`: one job or many, over HTTP."""
+"""`tpo submit`: submit one or more jobs over HTTP."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpo.cli import options
-from tpo.cli.options import given
+from tpo.cli.options import without_none
 from tpo.cli.ui.output import FAILED, USAGE, Failure, console, messages, print_json
 
 if TYPE_CHECKING:
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 @options.optimization
 def submit(
     parameters: dict[str, Any],
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, one job each; - is all of stdin.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, one job each; - reads stdin.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="JSONL: on each line a prompt, or the body of a request.")
+        Path | None,
+        typer.Option("--file", "-f", help="JSONL file: each line is a prompt or the body of a request."),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the answers; exit 1 if a job failed.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the answers. Exit 1 if a job fails.")] = False,
     deadline: Annotated[
-        float | None, typer.Option(help="Seconds after which each job ends with the best it has.")
+        float | None, typer.Option(help="Seconds after which each job ends with its best answer so far.")
     ] = None,
     model: options.Model = None,
     reward_model: options.RewardModel = None,
@@ -35,29 +36,29 @@ def submit(
     api_key: options.Key = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Hand jobs to a server. Prints their ids, or, with --wait, their answers."""
+    """Submit jobs to a server. Prints their ids or, with --wait, their answers."""
     from tpo.cli.connection import connected
     from tpo.cli.ui.progress import JobTable
 
-    parameters |= given(reward_model=reward_model, prompt_set=prompt_set)
-    defaults = given(model=model, priority=priority, parameters=parameters or None, deadline_seconds=deadline)
+    parameters |= without_none(reward_model=reward_model, prompt_set=prompt_set)
+    defaults = without_none(model=model, priority=priority, parameters=parameters or None, deadline_seconds=deadline)
     bodies = [{**defaults, "input": _input(options.read_text(prompt), system)} for prompt in prompts or []]
     bodies += [] if file is None else list(_from_file(file, defaults, system))
     if not bodies:
-        raise Failure("give a prompt, several, - for stdin, or --file", USAGE)
-    with connected(url, api_key) as server:
+        raise Failure("give one or more prompts (- for stdin) or --file", USAGE)
+    with connected(url, api_key) as client:
         jobs = []
         for body in bodies:
-            jobs.append(server.submit(body))
+            jobs.append(client.submit(body))
             if not wait:
                 print_json(jobs[-1]) if as_json else console().print(jobs[-1]["id"])
         if not wait:
             return
         try:
-            with JobTable(messages()) as board:
-                ended = server.wait_all(jobs, progress=board.show)
+            with JobTable(messages()) as table:
+                ended = client.wait_all(jobs, progress=table.show)
         except KeyboardInterrupt:
-            messages().print("The server goes on with them; `tpo jobs` lists them.")
+            messages().print("The server goes on with the jobs; `tpo jobs` lists them.")
             raise
     for job in ended:
         print_json(job) if as_json else _print_answer(job, with_id=len(ended) > 1)
@@ -70,7 +71,7 @@ def _input(prompt: str, system: str | None) -> Any:
 
 
 def _from_file(file: Path, defaults: dict[str, Any], system: str | None) -> Iterator[dict[str, Any]]:
-    """A line is a prompt, or a body whose own values come before what was typed."""
+    """Read request bodies from a JSONL file. Values of a line override those of the command line."""
     for number, line in enumerate(options.read_file(file).splitlines(), 1):
         if not line.strip():
             continue
@@ -82,7 +83,7 @@ def _from_file(file: Path, defaults: dict[str, Any], system: str | None) -> Iter
             yield {**defaults, "input": _input(value, system)}
         elif isinstance(value, dict) and isinstance(value.get("parameters", {}), dict):
             merged = {**defaults.get("parameters", {}), **value.get("parameters", {})}
-            yield {**defaults, **value, **given(parameters=merged or None)}
+            yield {**defaults, **value, **without_none(parameters=merged or None)}
         else:
             raise Failure(f"{file}, line {number} is neither a prompt nor the body of a request", USAGE)
 

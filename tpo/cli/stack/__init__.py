@@ -1,1 +1,1 @@
-"""What `tpo up` runs: the processes, their supervisor and the embedded broker."""
+"""The stack of `tpo up`: its processes, their supervisor and the embedded broker."""

@@ -1,4 +1,4 @@
-"""What `tpo up` runs: the services of one machine, their ports and files, and the order of things."""
+"""The stack of `tpo up`: the services of one machine, their ports and files, and their order."""
 
 import fcntl
 import os
@@ -22,14 +22,14 @@ from tpo.settings import Settings
 
 BROKER_SECONDS = 20.0
 READY_SECONDS = 300.0
-"""A model of many gigabytes takes its time to load."""
+"""Long, because a model of many gigabytes needs time to load."""
 
-_BROKER, _EDGE, _WORK = range(3)
+_BROKER_STAGE, _EDGE_STAGE, _WORKER_STAGE = range(3)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Everything that one `tpo up` runs, and where."""
+    """Everything that one `tpo up` runs, with its addresses and files."""
 
     data_dir: Path
     broker: Service | None
@@ -40,11 +40,11 @@ class Stack:
     api_url: str
     flower_url: str
     guard: str
-    """Who may use the API."""
+    """Who may use the API, in words."""
 
     @classmethod
     def plan(cls, settings: Settings, data_dir: Path, *, broker_port: int, workers: int) -> Self:
-        """Decide on everything, touch nothing."""
+        """Plan the stack without touching anything."""
         own_broker = "TPO_BROKER_URL" not in os.environ
         own_database = "TPO_DATABASE_URL" not in os.environ
         broker_url = f"redis://127.0.0.1:{broker_port}/0" if own_broker else settings.broker_url.get_secret_value()
@@ -60,7 +60,7 @@ class Stack:
         }
         drain = settings.drain_seconds + 10
 
-        def python(name: str, module: str, stage: int = _EDGE, drain_seconds: float = 10.0) -> Service:
+        def python(name: str, module: str, stage: int = _EDGE_STAGE, drain_seconds: float = 10.0) -> Service:
             return Service(name, (sys.executable, "-m", module), environment, stage, drain_seconds)
 
         names = ["worker"] if workers == 1 else [f"worker-{number}" for number in range(1, workers + 1)]
@@ -70,32 +70,32 @@ class Stack:
             ports["the broker (--broker-port)"] = ("127.0.0.1", broker_port)
         return cls(
             data_dir=data_dir,
-            broker=Service("broker", valkey_command(broker_port, data_dir / "broker"), dict(os.environ), _BROKER)
+            broker=Service("broker", valkey_command(broker_port, data_dir / "broker"), dict(os.environ), _BROKER_STAGE)
             if own_broker
             else None,
             services=(
                 python("api", "api"),
                 python("flower", "worker.celery.flower"),
                 python("maintenance", "worker.maintenance"),
-                *(python(name, "worker", _WORK, drain) for name in names),
+                *(python(name, "worker", _WORKER_STAGE, drain) for name in names),
             ),
             database_url=database_url,
             broker_url=broker_url,
             ports=ports,
-            api_url=f"http://{_reachable(settings.host)}:{settings.port}",
-            flower_url=f"http://{_reachable(settings.flower_host)}:{settings.flower_port}",
+            api_url=f"http://{_client_host(settings.host)}:{settings.port}",
+            flower_url=f"http://{_client_host(settings.flower_host)}:{settings.flower_port}",
             guard=_guard(settings),
         )
 
 
 @dataclass(frozen=True)
 class Report:
-    """Tells what happens: lines for people, or JSON lines for programs."""
+    """Reports events: as text on stderr for people, or as lines of JSON on stdout for programs."""
 
     as_json: bool
 
     def __call__(self, event: str, facts: dict[str, Any]) -> None:
-        """Tell one thing."""
+        """Report one event."""
         if self.as_json:
             print_json({"event": event, **facts})
         elif line := _LINES[event]:
@@ -112,33 +112,33 @@ _LINES = {
         "[green bold]ready[/]\n  API       {api} ({guard})\n  API docs  {docs}\n  Flower    {flower}\n"
         '  logs      {logs}\nTry: tpo submit --wait "{example}"{url}\nCtrl-C drains and stops everything.'
     ),
-    "done": "all stopped; the jobs are kept in {database}",
+    "done": "all stopped; the jobs are stored in {database}",
 }
 _EXAMPLE = "Hello, I am Clara. The teapot that I bought is now cracked. I would like a quick replacement."
 
 
 def run_stack(stack: Stack, report: Report) -> int:
-    """Start everything, keep it running until the end is asked for, drain it. Gives the exit code."""
-    with _owned(stack):
-        _refuse_taken_ports(stack)
+    """Start a stack, keep it running until it is stopped, and drain it. Returns the exit code."""
+    with _locked(stack):
+        _check_ports(stack)
         if stack.broker is None:
-            _refuse_absent_broker(stack)
+            _check_broker(stack)
         report("starting", {"data_dir": str(stack.data_dir)})
         upgrade(stack.database_url)
         try:
             with Supervisor(stack.data_dir / "logs", report) as supervisor:
                 _start(stack, supervisor)
-                report("ready", _where(stack))
+                report("ready", _ready_facts(stack))
                 supervisor.watch()
         except Stopped:
-            if supervisor.hurried:
+            if supervisor.forced:
                 return INTERRUPTED
             report("done", {"database": stack.database_url if stack.database_url.startswith("sqlite") else "SQL"})
         except ChildLost as error:
             messages().print(f"tpo: {error}", style="red", markup=False)
             return FAILED
         except OSError as error:
-            raise Failure(f"cannot go on: {error.filename or stack.data_dir}: {error.strerror}") from None
+            raise Failure(f"cannot continue: {error.filename or stack.data_dir}: {error.strerror}") from None
     return 0
 
 
@@ -147,7 +147,7 @@ def _start(stack: Stack, supervisor: Supervisor) -> None:
         (stack.data_dir / "broker").mkdir(exist_ok=True)
         supervisor.start(stack.broker)
         address = stack.ports["the broker (--broker-port)"]
-        supervisor.wait_until(lambda: _answers(address), BROKER_SECONDS, "the broker")
+        supervisor.wait_until(lambda: _accepts_connections(address), BROKER_SECONDS, "the broker")
     for service in stack.services:
         supervisor.start(service)
     with httpx.Client(timeout=5, trust_env=False) as client:
@@ -155,7 +155,7 @@ def _start(stack: Stack, supervisor: Supervisor) -> None:
         supervisor.wait_until(lambda: _is_ok(client, f"{stack.flower_url}/healthcheck"), BROKER_SECONDS, "Flower")
 
 
-def _where(stack: Stack) -> dict[str, Any]:
+def _ready_facts(stack: Stack) -> dict[str, Any]:
     return {
         "api": stack.api_url,
         "docs": f"{stack.api_url}/docs",
@@ -168,8 +168,8 @@ def _where(stack: Stack) -> dict[str, Any]:
 
 
 @contextmanager
-def _owned(stack: Stack) -> Iterator[None]:
-    """One `tpo up` a folder, by a lock that goes away with the process, however it ends."""
+def _locked(stack: Stack) -> Iterator[None]:
+    """Allow only one `tpo up` for each folder, with a lock that ends with the process."""
     try:
         stack.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (stack.data_dir / "lock").open("a+")
@@ -190,27 +190,31 @@ def _owned(stack: Stack) -> Iterator[None]:
         yield
 
 
-def _refuse_taken_ports(stack: Stack) -> None:
+def _check_ports(stack: Stack) -> None:
+    """Raise Failure unless every port is free."""
     seen: dict[int, str] = {}
-    for what, (host, port) in stack.ports.items():
+    for service, (host, port) in stack.ports.items():
         if port in seen:
-            raise Failure(f"{what} and {seen[port]} cannot both have port {port}")
-        seen[port] = what
+            raise Failure(f"{service} and {seen[port]} cannot both have port {port}: choose another")
+        seen[port] = service
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         except (OSError, UnicodeError):
-            raise Failure(f"{host} is not an address of this machine: give {what} another host", USAGE) from None
+            raise Failure(
+                f"{host} is not an address of this machine: choose another host for {service}", USAGE
+            ) from None
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(address)
             except OSError as error:
                 raise Failure(
-                    f"port {port} on {host} cannot be used for {what}: {error.strerror}; choose another"
+                    f"port {port} on {host} cannot be used for {service}: {error.strerror}; choose another"
                 ) from None
 
 
-def _refuse_absent_broker(stack: Stack) -> None:
+def _check_broker(stack: Stack) -> None:
+    """Raise Failure unless the broker can be reached."""
     with closing(JobNotifier(stack.broker_url)) as notifier:
         try:
             notifier.ping()
@@ -218,7 +222,7 @@ def _refuse_absent_broker(stack: Stack) -> None:
             raise Failure(f"{error} Is TPO_BROKER_URL right, and does the server run?") from None
 
 
-def _answers(address: tuple[str, int]) -> bool:
+def _accepts_connections(address: tuple[str, int]) -> bool:
     try:
         socket.create_connection(address, timeout=1).close()
     except OSError:
@@ -237,12 +241,12 @@ def _guard(settings: Settings) -> str:
     if settings.api_key:
         return "with the key in TPO_API_KEY"
     if settings.require_key:
-        return "with a key that `tpo keys` has made"
-    return "this machine alone, without a key until `tpo keys` makes one"
+        return "with a key that `tpo keys create` made"
+    return "this machine only, without a key until `tpo keys create` makes one"
 
 
-def _reachable(host: str) -> str:
-    """An address that a client on this machine can use."""
+def _client_host(host: str) -> str:
+    """Return the host by which a client on this machine reaches a server that binds to `host`."""
     if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
         return "127.0.0.1" if host == "0.0.0.0" else "[::1]"  # noqa: S104
     return f"[{host}]" if ":" in host else host

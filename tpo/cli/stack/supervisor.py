@@ -1,4 +1,7 @@
-"""Child processes under one parent: started, watched, restarted with back-off, drained in order. None outlives it."""
+"""Supervisor of child processes: starts them, restarts them with back-off, and drains them in order.
+
+No child outlives the supervisor.
+"""
 
 import ctypes
 import os
@@ -17,28 +20,31 @@ from typing import Any, Self
 from tpo.signals import stop_signals
 
 MAX_RESTARTS = 5
-"""A child that ends more often than this, each time within HEALTHY_SECONDS, takes everything down."""
+"""Maximum number of consecutive restarts of a child. One more failure stops everything.
 
-MAX_RESTARTS_AT_FIRST = 1
-"""The same until all is up: what never ran, most often has a setting that is wrong."""
+A child that ran for longer than HEALTHY_SECONDS is counted from zero again.
+"""
+
+MAX_RESTARTS_DURING_STARTUP = 1
+"""The limit until all services are ready. A child that fails during startup usually has a wrong setting."""
 
 HEALTHY_SECONDS = 60.0
 _BACK_OFF = (0.5, 15.0)
 _MAX_LOG_BYTES = 10_000_000
-_ASK_AGAIN_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
-    """Somebody asked for the end: Ctrl-C, SIGTERM or a closed terminal."""
+    """The supervisor was stopped by Ctrl-C, SIGTERM or a closed terminal."""
 
 
 class ChildLost(Exception):
-    """A child cannot be kept running."""
+    """A child process cannot be kept running."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What one child runs. The highest stage is drained first; children of one stage together."""
+    """The command of one child. The highest stage is drained first, and children of one stage together."""
 
     name: str
     command: Sequence[str]
@@ -61,32 +67,32 @@ class _Child:
         return self.process is not None and self.process.poll() is None
 
 
-Tell = Callable[[str, dict[str, Any]], None]
-"""Told of what happens: `started`, `ended`, `stopping`, `stopped`, with the service's name and the like."""
+OnEvent = Callable[[str, dict[str, Any]], None]
+"""Called with each event (`started`, `ended`, `stopping` or `stopped`) and its facts, such as the service's name."""
 
 
 @dataclass
 class Supervisor:
-    """A context: children started in it are restarted while it waits, and drained when it is left.
+    """A context manager whose children are restarted while it waits, and drained when it exits.
 
-    Signals wake it through a socket, so that it sleeps until something happens. Use it in the main thread: the kernel
-    ends the children when the thread that started them is gone.
+    Signals wake it through a socket, so it sleeps until something happens. Use it in the main thread: the kernel kills
+    the children when the thread that started them ends.
     """
 
     logs: Path
-    tell: Tell
+    on_event: OnEvent
     _children: list[_Child] = field(default_factory=list)
     _stop_signals: int = 0
-    _max_restarts: int = MAX_RESTARTS_AT_FIRST
+    _max_restarts: int = MAX_RESTARTS_DURING_STARTUP
 
     def __enter__(self) -> Self:
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._wake, self._woken = socket.socketpair()
-        self._wake.setblocking(False)
-        self._woken.setblocking(False)
+        self._wake_writer, self._wake_reader = socket.socketpair()
+        self._wake_writer.setblocking(False)
+        self._wake_reader.setblocking(False)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._woken, selectors.EVENT_READ)
-        self._old_wakeup = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._old_wakeup = signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
         self._old_handlers: dict[int, Any] = {s: signal.signal(s, self._on_stop) for s in stop_signals()}
         self._old_handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, _on_child)
         return self
@@ -99,21 +105,21 @@ class Supervisor:
         finally:
             for child in self._children:
                 if child.running:
-                    self._end(child)
+                    self._kill(child)
             for number, handler in self._old_handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._old_wakeup)
             self._selector.close()
-            self._wake.close()
-            self._woken.close()
+            self._wake_writer.close()
+            self._wake_reader.close()
 
     @property
-    def hurried(self) -> bool:
-        """Whether the end was asked for a second time, and children were killed."""
+    def forced(self) -> bool:
+        """Whether a second stop signal ended the drain, so that children were killed."""
         return self._stop_signals > 1
 
     def start(self, service: Service) -> None:
-        """Start a child and look after it from now on."""
+        """Start a child and supervise it from now on."""
         child = _Child(service, self.logs / f"{service.name}.log")
         if child.log.exists() and child.log.stat().st_size > _MAX_LOG_BYTES:
             child.log.replace(child.log.with_suffix(".log.1"))
@@ -121,20 +127,21 @@ class Supervisor:
         self._spawn(child)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Look after the children until the condition holds. Raises Stopped, ChildLost."""
+        """Supervise the children until the condition holds. Raises Stopped, and ChildLost after `seconds`."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise ChildLost(f"{what} did not come up within {seconds:g} s; look into {self.logs}")
-            self._look_after(_ASK_AGAIN_SECONDS)
+                raise ChildLost(f"{what} did not come up within {seconds:g} s; read the logs in {self.logs}")
+            self._supervise(_POLL_SECONDS)
 
     def watch(self) -> None:
-        """Look after the children until the end is asked for. Raises Stopped, ChildLost."""
+        """Supervise the children until a stop signal arrives. Raises Stopped and ChildLost."""
         self._max_restarts = MAX_RESTARTS
         while True:
-            self._look_after(None)
+            self._supervise(None)
 
-    def _look_after(self, seconds: float | None) -> None:
+    def _supervise(self, seconds: float | None) -> None:
+        """Sleep until a signal arrives, a restart is due or the time is over; then restart children."""
         due = [max(0.0, c.due_at - time.monotonic()) for c in self._children if c.process is None]
         self._sleep(min([*due, *([] if seconds is None else [seconds])], default=None))
         if self._stop_signals:
@@ -146,11 +153,11 @@ class Supervisor:
                 self._on_end(child, child.process.returncode)
 
     def _sleep(self, seconds: float | None) -> None:
-        """Until a signal arrives or the time is over."""
+        """Sleep until a signal arrives or the time is over."""
         if self._selector.select(seconds):
             while True:
                 try:
-                    self._woken.recv(512)
+                    self._wake_reader.recv(512)
                 except BlockingIOError:
                     return
 
@@ -163,12 +170,12 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Its own session: a terminal's Ctrl-C reaches the parent alone, which drains in the right order.
+                # Its own session: Ctrl-C in a terminal reaches only the parent, which drains in the right order.
                 start_new_session=True,
                 preexec_fn=lambda: die_with(parent),
             )
         child.started_at = time.monotonic()
-        self.tell("started", {"service": child.service.name, "pid": child.process.pid})
+        self.on_event("started", {"service": child.service.name, "pid": child.process.pid})
 
     def _on_end(self, child: _Child, code: int) -> None:
         child.process = None
@@ -177,52 +184,52 @@ class Supervisor:
         child.failures += 1
         if child.failures > self._max_restarts:
             raise ChildLost(
-                f"{child.service.name} ended {child.failures} times in a row, last with {_meaning(code)}: "
+                f"{child.service.name} ended {child.failures} times in a row, last with {_describe(code)}: "
                 f"{_last_line(child.log)}\nIts log: {child.log}"
             )
         first, longest = _BACK_OFF
         delay = min(first * 2 ** (child.failures - 1), longest)
         child.due_at = time.monotonic() + delay
-        self.tell(
+        self.on_event(
             "ended",
-            {"service": child.service.name, "how": _meaning(code), "restart": child.failures, "restart_in": delay},
+            {"service": child.service.name, "how": _describe(code), "restart": child.failures, "restart_in": delay},
         )
 
     def _drain(self) -> None:
-        """SIGTERM to one stage after the other; a second stop signal leaves the rest to be killed."""
-        asked = self._stop_signals
+        """Send SIGTERM to one stage after the other. After a further stop signal, the rest is killed."""
+        before = self._stop_signals
         for stage in sorted({c.service.stage for c in self._children}, reverse=True):
             children = [c for c in self._children if c.service.stage == stage and c.running]
             for child in children:
-                self.tell("stopping", {"service": child.service.name})
+                self.on_event("stopping", {"service": child.service.name})
                 if child.process is not None:
                     child.process.terminate()
             deadline = time.monotonic() + max((c.service.drain_seconds for c in children), default=0.0)
-            while any(c.running for c in children) and time.monotonic() < deadline and self._stop_signals == asked:
+            while any(c.running for c in children) and time.monotonic() < deadline and self._stop_signals == before:
                 self._sleep(deadline - time.monotonic())
             for child in children:
-                self._end(child)
-            if self._stop_signals != asked:
+                self._kill(child)
+            if self._stop_signals != before:
                 return
 
-    def _end(self, child: _Child) -> None:
-        """Wait for no more: what still runs is killed."""
+    def _kill(self, child: _Child) -> None:
+        """Kill a child if it still runs, and report its end."""
         if child.process is None:
             return
         if child.running:
             child.process.kill()
         child.process.wait()
-        self.tell("stopped", {"service": child.service.name, "how": _meaning(child.process.returncode)})
+        self.on_event("stopped", {"service": child.service.name, "how": _describe(child.process.returncode)})
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_signals += 1
 
 
 def _on_child(number: int, frame: FrameType | None) -> None:
-    """Nothing to do: that the signal has a handler is what wakes the parent."""
+    """Do nothing. Only a signal with a handler wakes the parent."""
 
 
-def _meaning(code: int) -> str:
+def _describe(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
@@ -236,7 +243,7 @@ if sys.platform == "linux":
     _prctl = ctypes.CDLL(None).prctl
 
     def die_with(parent: int) -> None:
-        """In the child, before its program starts: the kernel ends it together with its parent."""
+        """Let the kernel kill this process together with its parent. Call it in the child before its program starts."""
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
@@ -244,4 +251,4 @@ if sys.platform == "linux":
 else:
 
     def die_with(parent: int) -> None:
-        """Other kernels have no such thing: there, a parent that is killed by SIGKILL leaves its children behind."""
+        """Do nothing: other kernels have no such signal, so a parent that gets SIGKILL leaves its children behind."""

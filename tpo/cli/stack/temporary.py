@@ -1,4 +1,4 @@
-"""A whole system for a while: `tpo up` as a child, on free ports and in a folder of its own."""
+"""A temporary stack: `tpo up` as a child process, on free ports and in its own folder."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from typing import Any
 from tpo.cli.stack.supervisor import die_with
 from tpo.cli.ui.output import Failure
 
-_OF_ANOTHER_STACK = {"TPO_DATABASE_URL", "TPO_BROKER_URL", "TPO_API_KEY", "TPO_HOST", "TPO_FLOWER_HOST"}
+_NOT_INHERITED = {"TPO_DATABASE_URL", "TPO_BROKER_URL", "TPO_API_KEY", "TPO_HOST", "TPO_FLOWER_HOST"}
 _STOP_SECONDS = 60.0
 
 
 @dataclass
 class Stack:
-    """A running `tpo up`: the processes by service, and where everything is."""
+    """A running `tpo up`: its process, the process ids by service, and the facts of its `ready` event."""
 
     process: "subprocess.Popen[str]"
     pids: dict[str, int] = field(default_factory=dict)
@@ -29,14 +29,17 @@ class Stack:
 
 @contextmanager
 def temporary_stack(folder: Path, environment: Mapping[str, str]) -> Iterator[Stack]:
-    """Start it, give it when it is ready, stop it. `environment` is added to ours. Raises Failure."""
+    """Start a stack, yield it when it is ready, and stop it.
+
+    `environment` overrides variables of this process. Raises Failure if the stack does not start.
+    """
     ports = _free_ports(3)
     options = [
         word
         for name, port in zip(("--port", "--flower-port", "--broker-port"), ports, strict=True)
         for word in (name, str(port))
     ]
-    inherited = {k: v for k, v in os.environ.items() if k not in _OF_ANOTHER_STACK}
+    inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
     parent = os.getpid()
     with (folder / "up.log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - our own command
@@ -54,14 +57,14 @@ def temporary_stack(folder: Path, environment: Mapping[str, str]) -> Iterator[St
         if process.stdout is None:
             raise Failure("tpo up has no output")
         for line in process.stdout:
-            fact = json.loads(line)
-            if fact["event"] == "started":
-                stack.pids[fact["service"]] = fact["pid"]
-            if fact["event"] == "ready":
-                stack.facts = fact
+            event = json.loads(line)
+            if event["event"] == "started":
+                stack.pids[event["service"]] = event["pid"]
+            if event["event"] == "ready":
+                stack.facts = event
                 break
         else:
-            raise Failure(f"tpo up did not come up: {(folder / 'up.log').read_text(errors='replace').strip()}")
+            raise Failure(f"tpo up did not start: {(folder / 'up.log').read_text(errors='replace').strip()}")
         yield stack
     finally:
         process.terminate()

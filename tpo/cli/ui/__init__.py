@@ -1,1 +1,1 @@
-"""Render output for terminals and programs."""
+"""Output of the commands, for terminals and for programs."""

@@ -1,4 +1,4 @@
-"""What the commands say: results on stdout, everything else on stderr, one clear line for a failure."""
+"""Output of the commands: results on stdout, everything else on stderr, and one line for a failure."""
 
 import codecs
 import json
@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 
 class Failure(Exception):
-    """A command cannot do what it was asked; the message is for the person who typed it."""
+    """A command cannot do what was requested. The message is meant for the person at the terminal."""
 
     def __init__(self, message: str, exit_code: int = FAILED) -> None:
         super().__init__(message)
@@ -28,28 +28,28 @@ class Failure(Exception):
 
 
 class Commands(TyperGroup):
-    """The one place that turns errors into a line and an exit code."""
+    """Group of commands that turns errors into one line on stderr and an exit code."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run a command."""
+        """Run a command and report its errors."""
         try:
             return super().invoke(ctx)
         except Failure as error:
-            _end(str(error), error.exit_code)
+            _exit(str(error), error.exit_code)
         except InvalidInputError as error:
-            _end(f"{error.param}: {error}" if error.param else str(error), USAGE)
+            _exit(f"{error.param}: {error}" if error.param else str(error), USAGE)
         except TPOError as error:
-            _end(str(error), FAILED)
+            _exit(str(error), FAILED)
 
 
-def _end(message: str, exit_code: int) -> None:
+def _exit(message: str, exit_code: int) -> None:
     print(f"tpo: {message}", file=sys.stderr)
     raise typer.Exit(exit_code)
 
 
 @cache
 def console() -> "Console":
-    """Where people read results."""
+    """Return the console for results, on stdout."""
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -57,14 +57,14 @@ def console() -> "Console":
 
 @cache
 def messages() -> "Console":
-    """Where people read how it goes; a program that reads stdout never sees it."""
+    """Return the console for progress and messages, on stderr, where a program that reads stdout does not see them."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on a line of stdout."""
-    # Escaped where stdout cannot take every character (PYTHONIOENCODING=ascii, a locale of old): it is the same JSON.
-    plain = codecs.lookup(sys.stdout.encoding).name != "utf-8"
-    print(json.dumps(value, ensure_ascii=plain, default=str), flush=True)
+    """Print a value as one line of JSON on stdout."""
+    # Escape if stdout cannot encode every character (PYTHONIOENCODING=ascii, an old locale): the JSON is equivalent.
+    escape = codecs.lookup(sys.stdout.encoding).name != "utf-8"
+    print(json.dumps(value, ensure_ascii=escape, default=str), flush=True)

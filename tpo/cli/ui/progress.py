@@ -1,4 +1,4 @@
-"""How jobs go, while they go: a live table on a terminal, a line for each change anywhere else."""
+"""Progress of running jobs: a live table on a terminal, else a line for each change."""
 
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -13,7 +13,7 @@ STYLES = {"completed": "green", "failed": "red", "expired": "red", "incomplete":
 
 
 class JobTable:
-    """Jobs as the API tells of them."""
+    """A display of jobs that is updated while they run. Use it as a context manager."""
 
     def __init__(self, console: "Console") -> None:
         from rich.live import Live
@@ -34,21 +34,21 @@ class JobTable:
             self._live.stop()
 
     def show(self, job: "Job") -> None:
-        """What is known of a job now."""
-        before = self._jobs.get(job["id"])
+        """Show the current state of a job."""
+        previous = self._jobs.get(job["id"])
         self._jobs[job["id"]] = job
         if self._live:
             self._live.update(table(list(self._jobs.values())))
-        elif before is None or step_of(before) != step_of(job):
+        elif previous is None or step_of(previous) != step_of(job):
             self._console.print(f"{job['id']}  {step_of(job)}  {best_of(job)}".rstrip(), markup=False)
 
 
 def table(jobs: "list[Job]") -> "Table":
-    """Jobs as rows."""
+    """Return a table with a row for each job."""
     from rich.table import Table
 
     rows = Table(box=None, pad_edge=False, header_style="dim")
-    # A window may be narrower than a row: an id is of use as a whole only.
+    # A window may be narrower than a row, but an id is useful only if it is complete.
     rows.add_column("job", no_wrap=True, min_width=max((len(job["id"]) for job in jobs), default=0))
     for name in ("status", "iteration", "phase", "best"):
         rows.add_column(name, no_wrap=True)
@@ -65,7 +65,7 @@ def table(jobs: "list[Job]") -> "Table":
 
 
 def step_of(job: "Job") -> str:
-    """Where a job stands, in words."""
+    """Return the status of a job, with its iteration and phase if it has begun."""
     progress = job["progress"]
     if not progress["phase"]:
         return str(job["status"])
@@ -73,6 +73,6 @@ def step_of(job: "Job") -> str:
 
 
 def best_of(job: "Job") -> str:
-    """The best reward so far."""
+    """Return the best reward so far, or an empty string if there is none."""
     best = job["best"]
     return "" if best is None or best["reward"] is None else f"{best['reward']:+.2f}"

@@ -1,4 +1,4 @@
-"""A job's record for people: what was first said, what the critic found, what came of it, each step's rewards."""
+"""The record of a job for people: first answer, critique, gradient, final answer, and the rewards of each step."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 WHY = {
-    "max_output_tokens": "the budget of written tokens is used up",
+    "max_output_tokens": "the budget of output tokens is used up",
     "max_total_tokens": "the budget of tokens is used up",
     "max_seconds": "the budget of seconds is used up",
-    "deadline": "its deadline came",
+    "deadline": "the deadline passed",
     "early_stop": "the best reward no longer rose",
     "decline": "the mean reward fell",
 }
-"""Why a job ended before its last iteration, by the reason that the API gives."""
+"""Explanations of the API's reasons for ending a job before its last iteration."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One candidate."""
+    """One candidate, as it is shown."""
 
     id: str
     text: str
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration; 0 is the first sampling, which compares nothing."""
+    """One iteration. Number 0 is the first sampling, which has no critique."""
 
     number: int
     answers: tuple[Answer, ...]
@@ -47,24 +47,24 @@ class Step:
 
     @property
     def rewards(self) -> list[float]:
-        """Of the answers that have one."""
+        """Rewards of the scored answers."""
         return [a.reward for a in self.answers if a.reward is not None]
 
 
 @dataclass(frozen=True)
 class Record:
-    """All steps of one job."""
+    """The steps of one job."""
 
     steps: tuple[Step, ...]
 
     @classmethod
     def of_state(cls, state: "State") -> Self:
-        """The record of a run in this process."""
-        said = {i.number: i for i in state.iterations}
+        """Build the record of a run in this process."""
+        iterations = {i.number: i for i in state.iterations}
         steps = []
         for number in range(1 + max((c.iteration for c in state.candidates), default=-1)):
             answers = tuple(Answer(c.id, c.text, c.reward, c.unusable) for c in state.of_iteration(number))
-            if (iteration := said.get(number)) is None:
+            if (iteration := iterations.get(number)) is None:
                 steps.append(Step(number, answers))
                 continue
             critique, gradient = iteration.critique, iteration.gradient
@@ -82,7 +82,7 @@ class Record:
 
     @classmethod
     def of_api(cls, iterations: Sequence[Mapping[str, Any]], candidates: Sequence[Mapping[str, Any]]) -> Self:
-        """The record as the API gives it."""
+        """Build the record from the API's iterations and candidates."""
         answers = [Answer(c["id"], c["text"], c["reward"], c["unusable"]) for c in candidates]
         numbers = {c["id"]: c["iteration"] for c in candidates}
         return cls(
@@ -101,39 +101,39 @@ class Record:
 
     @property
     def first(self) -> Answer | None:
-        """What the policy said first: the answer without any optimization."""
+        """The first sample: the answer without optimization."""
         return next((a for step in self.steps for a in step.answers), None)
 
     @property
     def final(self) -> Answer | None:
-        """The answer of the highest reward; of equals, the first."""
+        """The answer with the highest reward; the first one of equals."""
         pool = [a for step in self.steps for a in step.answers if a.reward is not None]
         return max(pool, key=lambda a: a.reward or 0.0, default=None)
 
     @property
     def decisive(self) -> Step | None:
-        """The iteration that gave the final answer."""
+        """The iteration that produced the final answer."""
         return next((step for step in self.steps if self.final in step.answers), None)
 
 
 def print_outcome(console: "Console", record: Record) -> None:
-    """First answer against final answer, and why: critique, gradient, rewards."""
+    """Print the first and the final answer, and the critique, gradient and rewards between them."""
     first, final, decisive = record.first, record.final, record.decisive
     if first is not None:
-        _print_text(console, f"First answer ({first.id}, {_of(first)})", first.text)
+        _print_text(console, f"First answer ({first.id}, {_verdict(first)})", first.text)
     if decisive is not None and decisive.number > 0:
         compared = f"{decisive.chosen} against {decisive.rejected}" if decisive.rejected else f"{decisive.chosen}"
         _print_text(console, f"Critique (iteration {decisive.number}, {compared})", decisive.critique)
         _print_text(console, "Gradient: what to change", decisive.gradient)
     if final is not None:
-        _print_text(console, f"Final answer ({final.id}, {_of(final)})", final.text, style="green")
+        _print_text(console, f"Final answer ({final.id}, {_verdict(final)})", final.text, style="green")
     console.print(rewards_table(record))
     if final is not None and first is not None:
-        console.print(_why(first, final, len(record.steps) - 1), markup=False)
+        console.print(_conclusion(first, final, len(record.steps) - 1), markup=False)
 
 
 def print_record(console: "Console", job: Mapping[str, Any], record: Record) -> None:
-    """Everything that is known of a job."""
+    """Print a job with all its iterations and candidates."""
     status = job["status"]
     console.print(f"[bold]{job['id']}[/]  [{STYLES.get(status, 'cyan')}]{status}[/]  attempt {job['attempt']}")
     if job["error"]:
@@ -150,7 +150,7 @@ def print_record(console: "Console", job: Mapping[str, Any], record: Record) -> 
         _print_text(console, "Gradient", step.gradient)
         for answer in step.answers:
             mark = " *" if answer == record.final else ""
-            _print_text(console, f"{answer.id}  {_of(answer)}{mark}", answer.text)
+            _print_text(console, f"{answer.id}  {_verdict(answer)}{mark}", answer.text)
     if record.steps:
         console.print(rewards_table(record))
     if job["output"] is not None:
@@ -158,11 +158,11 @@ def print_record(console: "Console", job: Mapping[str, Any], record: Record) -> 
 
 
 def rewards_table(record: Record) -> "Table":
-    """The honest curve, the mean of all samples of a step, beside the best so far."""
+    """Return a table of each step's rewards: the mean of its samples, its best, and the best so far."""
     from rich.table import Table
 
     rows = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("iteration", "mean reward", "best of it", "best so far", "samples", "unusable"):
+    for name in ("iteration", "mean reward", "best reward", "best so far", "samples", "unusable"):
         rows.add_column(name, justify="right", no_wrap=True)
     best: float | None = None
     for step in record.steps:
@@ -181,22 +181,22 @@ def rewards_table(record: Record) -> "Table":
 
 
 def number(value: float | None) -> str:
-    """A reward, or a dash where there is none."""
+    """Format a reward, or a dash if there is none."""
     return "-" if value is None else f"{value:+.2f}"
 
 
-def _of(answer: Answer) -> str:
+def _verdict(answer: Answer) -> str:
     return f"unusable: {answer.unusable}" if answer.unusable else f"reward {number(answer.reward)}"
 
 
-def _why(first: Answer, final: Answer, iterations: int) -> str:
+def _conclusion(first: Answer, final: Answer, iterations: int) -> str:
     if final.id == first.id:
-        return "The first answer scored highest; it stays."
+        return "The first answer scored highest and is kept."
     gain = (
         "" if first.reward is None or final.reward is None else f", {number(final.reward - first.reward)} on the first"
     )
     if final.id.startswith("0-"):
-        after = f"; no revision of {iterations} iterations scored higher" if iterations else ""
+        after = f"; no revision in {iterations} iterations scored higher" if iterations else ""
         return f"{final.id} scored highest of the first samples{gain}{after}."
     return f"{final.id} won: a revision with the highest reward of all{gain}."
 

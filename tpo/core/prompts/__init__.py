@@ -1,4 +1,4 @@
-"""Prompt sets: what the policy is asked in its roles as critic, gradient writer and optimizer.
+"""Prompt sets: the policy's prompts as critic, gradient writer and optimizer.
 
 A set is a TOML file of templates (`string.Template`: `$query`, `$chosen`, `$rejected`, `$critique`, `$gradient`,
 `$answer_open`, `$answer_close`; `$$` is a dollar). `style` says how they are sent: `conversation` sends one growing
@@ -43,17 +43,17 @@ _KNOWN: dict[Step, frozenset[str]] = {
     "gradient": _ALWAYS | {"critique"},
     "update": _ALWAYS | set(STEPS[:2]),
 }
-"""What exists when a step is asked for; `tpo` knows the rejected response as well."""
+"""The placeholders of each step; `tpo` also has the rejected response."""
 
 
 @lru_cache(maxsize=64)
 def _placeholders(text: str) -> frozenset[str]:
-    """What a template uses. Kept, for a set is looked at again whenever it comes to stand in a state."""
+    """Return the placeholders of a template. Cached: a set is validated again with every state that holds it."""
     return frozenset(Template(text).get_identifiers())
 
 
 class PromptSet(BaseModel):
-    """A versioned set of prompts: `tpo` compares two responses, `revision` sees the chosen one alone."""
+    """A versioned set of prompts: `tpo` compares two responses, `revision` sees only the chosen one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,7 +77,7 @@ class PromptSet(BaseModel):
             for step in STEPS:
                 if unknown := _placeholders(getattr(templates, step)) - _KNOWN[step] - extra:
                     known = sorted(_KNOWN[step] | extra)
-                    raise ValueError(f"{mode}.{step} uses {sorted(unknown)}, and there is nothing but {known}")
+                    raise ValueError(f"{mode}.{step} uses {sorted(unknown)}, and the only placeholders are {known}")
         return self
 
     def render(self, step: Step, texts: Mapping[str, str]) -> list[tuple[Literal["user", "assistant"], str]]:
@@ -85,7 +85,7 @@ class PromptSet(BaseModel):
 
         `texts` holds query and chosen, and those that exist of rejected, critique and gradient.
 
-        Texts are put in by one pass, so that a dollar sign or a placeholder inside a text stays as it is.
+        Texts are inserted in one pass, so a dollar sign or a placeholder inside a text stays unchanged.
         """
         templates = self.tpo if "rejected" in texts else self.revision
         values = {**texts, "answer_open": self.answer_tags[0], "answer_close": self.answer_tags[1]}
@@ -101,10 +101,10 @@ class PromptSet(BaseModel):
         return [*turns, prompt(step)]
 
     def extract(self, reply: str) -> str | None:
-        """The answer in an update's reply: what the last complete pair of tags holds; None where there is no pair.
+        """Extract the answer of an update: the content of the last complete pair of tags; None without a pair.
 
-        The last opening tag before the last closing tag starts it, so that tags which the model talks about before
-        its answer do no harm. A pair with nothing in it is passed over.
+        It starts at the last opening tag before the last closing tag, so tags that the model mentions before its
+        answer do no harm. An empty pair is skipped.
         """
         opening, closing = self.answer_tags
         end = len(reply)
@@ -117,19 +117,19 @@ class PromptSet(BaseModel):
         return None
 
     def is_unfinished(self, reply: str) -> bool:
-        """Whether an answer was begun after the last closing tag."""
+        """Return whether an answer begins after the last closing tag."""
         opening, closing = self.answer_tags
         return reply.rfind(opening) > reply.rfind(closing)
 
 
 def names() -> list[str]:
-    """The names of the sets that ship."""
+    """Return the names of the shipped sets."""
     return sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml"))
 
 
 @cache
 def load(name: str) -> PromptSet:
-    """The shipped set of that name. Raises InvalidInputError."""
+    """Load the shipped set of that name. Raises InvalidInputError."""
     if name not in names():
         raise InvalidInputError(f"unknown prompt set {name!r}; there are {', '.join(names())}", "prompt_set")
     return PromptSet.model_validate(tomllib.loads(_folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")))

@@ -1,5 +1,6 @@
-"""The import contracts of pyproject.toml hold for every folder, those of the tests too."""
+"""The structure of the code: import contracts apply to every folder, and no class has too many methods."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -7,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
+
+from tpo.db import Queries
+from tpo.store import Store
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("tpo", "api", "worker", "migrations", "demo", "bench", "testing", "tests")
@@ -25,7 +30,7 @@ PLANTED = {
 
 
 @pytest.mark.processes
-def test_every_forbidden_import_is_found(tmp_path: Path) -> None:
+def test_import_contracts_find_forbidden_imports(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__", "models", "data")
@@ -41,3 +46,19 @@ def test_every_forbidden_import_is_found(tmp_path: Path) -> None:
         for module, imported in PLANTED.items()
     }
     assert all(found.values()), [module for module, is_found in found.items() if not is_found]
+
+
+def test_classes_have_at_most_25_public_methods() -> None:
+    counts: dict[str, int] = {}
+    for package in ("tpo", "api", "worker", "demo", "bench", "testing"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    methods = [each for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
+                    counts[f"{file}:{node.name}"] = sum(not method.name.startswith("_") for method in methods)
+    assert max(counts.values()) <= 25, {name: count for name, count in counts.items() if count > 25}
+    parts = [part for part in vars(Store(create_engine("sqlite://"))).values() if isinstance(part, Queries)]
+    assert len(parts) > 10
+    for part in parts:  # including inherited methods
+        public = [name for name in dir(part) if not name.startswith("_") and callable(getattr(part, name))]
+        assert len(public) <= 25, (type(part).__name__, public)

@@ -1,0 +1,86 @@
+"""Lines of a batch's input file, and what they ask for."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+from tpo.batches.tables import BatchLine
+from tpo.core.errors import InvalidInputError
+from tpo.jobs.submission import Submit
+from tpo.jobs.tables import Job
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class RawLine(NamedTuple):
+    """One line of a file."""
+
+    text: bytes | None
+    """Without its end; None if it is too long to be held."""
+    size: int
+    """Bytes, its end included."""
+
+    @property
+    def content(self) -> bytes:
+        """The text without a byte order mark."""
+        return (self.text or b"").removeprefix(_BYTE_ORDER_MARK)
+
+    @property
+    def is_blank(self) -> bool:
+        """True if there is nothing on the line: it is no request."""
+        return self.text is not None and not self.content.strip()
+
+
+class LineRequest(Protocol):
+    """A line that asks for a job."""
+
+    @property
+    def custom_id(self) -> str: ...
+
+    def submission(self) -> Submit:
+        """Return the job that the line asks for. Raises InvalidInputError, which names a field of the line."""
+        ...
+
+    def as_sent(self, error: InvalidInputError) -> InvalidInputError:
+        """Return an error about the submission under the name that its field has in the line."""
+        ...
+
+
+class RefusedLine(NamedTuple):
+    """A line that asks for no job, and why."""
+
+    custom_id: str | None
+    error: InvalidInputError
+
+
+class LineFormat(Protocol):
+    """The format of a batch's files: reads requests from its input, writes results to its output."""
+
+    def parse(self, line: RawLine, endpoint: str) -> LineRequest | RefusedLine:
+        """Read one line of the input."""
+        ...
+
+    def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
+        """Write one line of the output or of the errors, with its end."""
+        ...
+
+
+def split_lines(parts: Iterable[bytes], longest: int) -> Iterator[RawLine]:
+    """Split a stream of bytes into lines. Holds no more than a part and one line of at most `longest` bytes."""
+    kept, size, too_long = bytearray(), 0, False
+    for part in parts:
+        at = 0
+        while at < len(part):
+            end = part.find(b"\n", at)
+            stop = len(part) if end < 0 else end
+            size += stop - at
+            too_long = too_long or len(kept) + stop - at > longest
+            if too_long:
+                kept.clear()
+            else:
+                kept += part[at:stop]
+            at = stop
+            if end >= 0:
+                yield RawLine(None if too_long else bytes(kept), size + 1)
+                kept, size, too_long, at = bytearray(), 0, False, stop + 1
+    if size:
+        yield RawLine(None if too_long else bytes(kept), size)
