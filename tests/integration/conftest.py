@@ -1,4 +1,4 @@
-"""Fixtures of the integration suite: a database, a broker and real processes."""
+"""Fixtures of the integration suite: systems of a database, a broker and real processes."""
 
 import shutil
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from testing.processes import System, running_system
 
 @pytest.fixture
 def system(migrated_url: str, tmp_path: Path) -> Iterator[System]:
-    """A system on a database of either kind, in which nothing runs yet."""
+    """System on SQLite and on PostgreSQL, without any process."""
     with running_system(migrated_url, tmp_path) as system:
         yield system
 
 
 @pytest.fixture
 def sqlite_system(sqlite_template: Path, tmp_path: Path) -> Iterator[System]:
-    """A system on SQLite, for what does not depend on the database."""
+    """System on SQLite, for tests that do not depend on the database."""
     shutil.copy(sqlite_template, tmp_path / "tpo.db")
     with running_system(f"sqlite:///{tmp_path}/tpo.db", tmp_path) as system:
         yield system

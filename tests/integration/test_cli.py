@@ -1,4 +1,4 @@
-"""The commands as people and programs use them: what stands on stdout, and the exit code."""
+"""Commands of `tpo` as users and programs run them: stdout, stderr and exit codes."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ HEAVY = ("torch", "transformers", "sqlalchemy", "fastapi", "celery", "pydantic",
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """A server with a key."""
+    """Running `tpo up` with an API key."""
     with running_up(tmp_path_factory.mktemp("up") / "data", TPO_API_KEY=KEY) as running:
         yield running
 
@@ -36,7 +36,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 
 
 @pytest.mark.parametrize("module", ["tpo", "tpo.cli"])
-def test_the_command_imports_nothing_heavy(module: str) -> None:
+def test_command_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -50,7 +50,7 @@ def test_help_names_every_command() -> None:
         assert tpo(command, "--help").returncode == 0
 
 
-def test_a_run_with_the_fake_never_imports_torch() -> None:
+def test_scripted_run_never_imports_torch() -> None:
     code = (
         "import sys; from tpo.cli import app\n"
         "try: app(['run', 'x'])\n"
@@ -63,16 +63,16 @@ def test_a_run_with_the_fake_never_imports_torch() -> None:
 # tpo run
 
 
-def test_run_shows_the_answer_and_why_it_won() -> None:
+def test_run_shows_the_answer_and_each_iteration() -> None:
     done = tpo("run", "Where is my parcel?", "--n", "3", "--iterations", "2", "--seed", "5")
     assert done.returncode == 0
     for part in ("First answer", "Critique", "Gradient", "Final answer", "mean reward", "best so far", "won"):
         assert part in done.stdout
-    # Three samples and three rounds of scores, two critiques and gradients: a line each, on stderr.
+    # Stderr has a line for each model call: three of samples, three of scores, two critiques, two gradients.
     assert len(done.stderr.splitlines()) == 10
 
 
-def test_run_as_json_is_json_alone_and_repeats() -> None:
+def test_run_json_is_reproducible() -> None:
     words = ("run", "Where is my parcel?", "--n", "4", "-d", "1", "--seed", "9", "--json")
     first, again, other = tpo(*words), tpo(*words), tpo(*words[:-2], "10", "--json")
     value = json.loads(first.stdout)
@@ -84,10 +84,10 @@ def test_run_as_json_is_json_alone_and_repeats() -> None:
     assert json.loads(other.stdout)["output"] != value["output"]
 
 
-def test_json_is_the_same_where_stdout_cannot_take_every_character() -> None:
+def test_run_json_does_not_depend_on_stdout_encoding() -> None:
     words = ("run", "Größe 😀", "-n", "1", "-d", "0", "--seed", "9", "--json")
-    told = [json.loads(tpo(*words, env=environment(PYTHONIOENCODING=name)).stdout) for name in ("ascii", "utf-8")]
-    assert told[0]["input"] == told[1]["input"] == [{"role": "user", "content": "Größe 😀"}]
+    values = [json.loads(tpo(*words, env=environment(PYTHONIOENCODING=name)).stdout) for name in ("ascii", "utf-8")]
+    assert values[0]["input"] == values[1]["input"] == [{"role": "user", "content": "Größe 😀"}]
 
 
 def test_run_reads_stdin_and_files(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_run_reads_stdin_and_files(tmp_path: Path) -> None:
     assert len({value["output"] for value in outputs}) == 1
 
 
-def test_run_best_of_n_and_a_system_message() -> None:
+def test_run_supports_best_of_n_and_a_system_message() -> None:
     done = tpo("run", "hello", "--mode", "bon", "--system", "Be brief.", "--json")
     value = json.loads(done.stdout)
     assert [m["role"] for m in value["input"]] == ["system", "user"]
@@ -127,7 +127,7 @@ def test_run_best_of_n_and_a_system_message() -> None:
         (["up", "--port", "99999"], "--port"),
     ],
 )
-def test_wrong_usage_exits_2_and_names_what_is_wrong(words: list[str], named: str) -> None:
+def test_wrong_usage_exits_2_and_names_the_option(words: list[str], named: str) -> None:
     done = tpo(*words)
     assert done.returncode == 2
     assert named in done.stderr
@@ -136,14 +136,14 @@ def test_wrong_usage_exits_2_and_names_what_is_wrong(words: list[str], named: st
 
 
 @pytest.mark.parametrize("command", ["run", "submit"])
-def test_stdin_that_is_no_text_is_one_line(command: str) -> None:
+def test_undecodable_stdin_is_a_one_line_error(command: str) -> None:
     words = [*TPO, command, "-"]
     done = subprocess.run(words, input=b"\xff\xfe", env=environment(LC_ALL="C"), capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"tpo: cannot read stdin: not UTF-8 text\n"
 
 
-def test_a_model_that_is_not_there_is_one_line() -> None:
+def test_missing_model_is_a_one_line_error() -> None:
     done = tpo("run", "x", "--model", "/does/not/exist")
     assert done.returncode == 1
     assert "/does/not/exist" in done.stderr
@@ -172,7 +172,7 @@ def test_ctrl_c_ends_a_run_with_the_best_so_far() -> None:
 # A server
 
 
-def test_submit_and_wait_gives_the_answer_alone(up: Up) -> None:
+def test_submit_wait_prints_only_the_answer(up: Up) -> None:
     done = tpo("submit", "--wait", "Where is my parcel?", env=up.env)
     assert done.returncode == 0
     assert done.stdout.startswith("Draft ")
@@ -180,7 +180,7 @@ def test_submit_and_wait_gives_the_answer_alone(up: Up) -> None:
     assert "completed" in done.stderr
 
 
-def test_submit_gives_ids_for_show_jobs_and_cancel(up: Up) -> None:
+def test_submit_prints_ids_for_show_jobs_and_cancel(up: Up) -> None:
     done = tpo("submit", "one", "two", "--n", "3", "-d", "1", env=up.env)
     ids = done.stdout.split()
     assert len(ids) == 2
@@ -211,21 +211,23 @@ def test_submit_reads_jsonl(up: Up, tmp_path: Path) -> None:
     assert "line 1" in done.stderr
 
 
-def test_cancel_ends_a_job_and_ctrl_c_does_not(tmp_path: Path) -> None:
+def test_cancel_ends_a_job_but_ctrl_c_does_not(tmp_path: Path) -> None:
     with running_up(tmp_path / "data", TPO_SCRIPTED_LATENCY="0.5") as slow:
         words = [*TPO, "submit", "--wait", "hello", "-d", "50"]
-        with subprocess.Popen(words, env=slow.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waits:
-            assert waits.stderr is not None
-            job_id = next(line for line in waits.stderr if "in_progress" in line).split()[0]
-            waits.send_signal(signal.SIGINT)
-            assert "goes on" in waits.stderr.read()
-            assert waits.wait(HANG_SECONDS) == 130
+        with subprocess.Popen(
+            words, env=slow.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as waiting:
+            assert waiting.stderr is not None
+            job_id = next(line for line in waiting.stderr if "in_progress" in line).split()[0]
+            waiting.send_signal(signal.SIGINT)
+            assert "goes on" in waiting.stderr.read()
+            assert waiting.wait(HANG_SECONDS) == 130
         assert _json(slow, "show", job_id)["status"] == "in_progress"
         assert tpo("cancel", job_id, env=slow.env).returncode == 0
         assert _ended(slow, job_id)["status"] == "cancelled"
 
 
-def test_a_refused_job_is_one_line_with_the_field(up: Up) -> None:
+def test_rejected_job_is_a_one_line_error_with_the_field(up: Up) -> None:
     done = tpo("submit", "x", "--n", "1000", env=up.env)
     assert done.returncode == 2
     assert done.stderr.startswith("tpo: parameters.sample_size: ")
@@ -234,10 +236,10 @@ def test_a_refused_job_is_one_line_with_the_field(up: Up) -> None:
     assert tpo("submit", "x", "--temperature", "nan", env=up.env).stderr.startswith("tpo: parameters.temperature: ")
 
 
-def test_a_job_is_held_let_go_extended_and_deleted(up: Up) -> None:
+def test_job_is_paused_resumed_extended_and_deleted(up: Up) -> None:
     ended = json.loads(tpo("submit", "x", "--wait", "--json", "--n", "2", "-d", "1", env=up.env).stdout)
-    longer = _json(up, "extend", ended["id"], "--iterations", "2")
-    assert (longer["source_id"], longer["parameters"]["max_iterations"]) == (ended["id"], 3)
+    extended = _json(up, "extend", ended["id"], "--iterations", "2")
+    assert (extended["source_id"], extended["parameters"]["max_iterations"]) == (ended["id"], 3)
     assert tpo("extend", ended["id"], env=up.env).returncode == 2
     assert "cannot be paused" in tpo("pause", ended["id"], env=up.env).stderr
     assert tpo("retry", ended["id"], env=up.env).returncode == 1
@@ -246,42 +248,42 @@ def test_a_job_is_held_let_go_extended_and_deleted(up: Up) -> None:
     assert job_id in tpo("resume", job_id, env=up.env).stdout
     assert tpo("cancel", job_id, env=up.env).returncode == 0
     assert _ended(up, job_id)["status"] == "cancelled"
-    again = _json(up, "retry", job_id)
-    assert again["source_id"] == job_id
-    _json(up, "cancel", again["id"])
+    retried = _json(up, "retry", job_id)
+    assert retried["source_id"] == job_id
+    _json(up, "cancel", retried["id"])
     assert tpo("delete", job_id, env=up.env).stdout == f"{job_id} is deleted\n"
     assert tpo("show", job_id, env=up.env).returncode == 1
 
 
-def test_submit_and_run_have_the_same_options_of_an_optimization(up: Up) -> None:
+def test_submit_and_run_share_their_options(up: Up) -> None:
     words = ("x", "--n", "2", "-d", "9", "--seed", "1", "--patience", "1", "--min-gain", "1000", "--stop-on-decline")
     served = json.loads(tpo("submit", *words, "--wait", "--json", env=up.env).stdout)
-    here = json.loads(tpo("run", *words, "--json", env=up.env).stdout)
-    for job in (served, here):
+    local = json.loads(tpo("run", *words, "--json", env=up.env).stdout)
+    for job in (served, local):
         assert (job["status"], job["stop_reason"], job["incomplete_details"]) == ("completed", "early_stop", None)
-    assert served["output"] == here["output"]
-    assert here["params"]["early_stop"] == served["parameters"]["early_stop"] == {"patience": 1, "min_gain": 1000.0}
+    assert served["output"] == local["output"]
+    assert local["params"]["early_stop"] == served["parameters"]["early_stop"] == {"patience": 1, "min_gain": 1000.0}
     assert "the best reward no longer rose" in tpo("run", *words, env=up.env).stderr
     assert "the best reward no longer rose" in tpo("show", served["id"], env=up.env).stdout
     budget = ("x", "--max-total-tokens", "1", "--max-output-tokens", "90000", "--max-seconds", "600")
     served = json.loads(tpo("submit", *budget, "--deadline", "600", "--wait", "--json", env=up.env).stdout)
-    here = json.loads(tpo("run", *budget, "--json", env=up.env).stdout)
+    local = json.loads(tpo("run", *budget, "--json", env=up.env).stdout)
     assert served["deadline_at"]
-    for job in (served, here):
+    for job in (served, local):
         assert (job["status"], job["incomplete_details"]) == ("incomplete", {"reason": "max_total_tokens"})
     for command, named in (("submit", "parameters.early_stop.patience"), ("run", "early_stop.patience")):
-        refused = tpo(command, "x", "--patience", "0", env=up.env)
-        assert (refused.returncode, named in refused.stderr) == (2, True)
+        rejected = tpo(command, "x", "--patience", "0", env=up.env)
+        assert (rejected.returncode, named in rejected.stderr) == (2, True)
 
 
-def test_an_unknown_job_is_one_line(up: Up) -> None:
+def test_unknown_job_is_a_one_line_error(up: Up) -> None:
     for command in ("show", "cancel", "pause", "resume", "retry", "delete"):
         done = tpo(command, "job_00000000000000000000000000000000", env=up.env)
         assert (done.returncode, done.stdout) == (1, "")
         assert "job_00000000000000000000000000000000" in done.stderr
 
 
-def test_a_wrong_key_says_where_the_right_one_goes(up: Up) -> None:
+def test_wrong_key_error_names_the_setting(up: Up) -> None:
     done = tpo("jobs", env={**up.env, "TPO_API_KEY": "another-key-of-16"})
     assert done.returncode == 1
     assert "TPO_API_KEY" in done.stderr
@@ -289,7 +291,7 @@ def test_a_wrong_key_says_where_the_right_one_goes(up: Up) -> None:
 
 
 @pytest.mark.parametrize("words", [["jobs"], ["submit", "x"], ["show", "job_1"], ["cancel", "job_1"]])
-def test_no_server_is_one_line_that_says_what_to_do(words: list[str]) -> None:
+def test_unreachable_server_is_a_one_line_error(words: list[str]) -> None:
     done = tpo(*words, "--url", f"http://127.0.0.1:{free_port()}")
     assert (done.returncode, done.stdout) == (1, "")
     assert "tpo up" in done.stderr
@@ -299,7 +301,7 @@ def test_no_server_is_one_line_that_says_what_to_do(words: list[str]) -> None:
 # The rest
 
 
-def test_db_upgrade_and_check(database_url: str) -> None:
+def test_db_upgrade_is_idempotent_and_check_reports(database_url: str) -> None:
     env = environment(TPO_DATABASE_URL=database_url)
     before = tpo("db", "check", env=env)
     assert before.returncode == 1
@@ -309,13 +311,13 @@ def test_db_upgrade_and_check(database_url: str) -> None:
     assert json.loads(tpo("db", "check", "--json", env=env).stdout)["ok"] is True
 
 
-def test_doctor_is_content_here() -> None:
+def test_doctor_passes_on_a_working_machine() -> None:
     done = tpo("doctor", "--json", env=environment(TPO_PORT=str(free_port()), TPO_FLOWER_PORT=str(free_port())))
     assert done.returncode == 0
     assert {finding["verdict"] for finding in json.loads(done.stdout)} == {"ok"}
 
 
-def test_doctor_says_what_is_wrong(tmp_path: Path) -> None:
+def test_doctor_reports_each_failure(tmp_path: Path) -> None:
     env = environment(
         TPO_POLICY=str(tmp_path),
         TPO_BROKER_URL=f"redis://127.0.0.1:{free_port()}/0",
@@ -329,30 +331,30 @@ def test_doctor_says_what_is_wrong(tmp_path: Path) -> None:
     assert tpo("doctor", env=environment(TPO_LEASE_SECONDS="-1")).returncode == 1
 
 
-def test_doctor_asks_the_servers_of_models(tmp_path: Path) -> None:
+def test_doctor_checks_model_servers(tmp_path: Path) -> None:
     file = tmp_path / "reward.toml"
     file.write_text("[[part]]")
     with model_server() as server:
-        there = {"TPO_POLICY": f"openai:{MODEL}", "TPO_OPENAI_URL": server.url}
+        base = {"TPO_POLICY": f"openai:{MODEL}", "TPO_OPENAI_URL": server.url}
         for more, verdicts in (
             ({"TPO_REWARD_MODEL": f"vllm:{MODEL}", "TPO_REWARD_URL": server.root}, ("ok", "ok")),
             ({"TPO_REWARD_MODEL": "vllm:other", "TPO_REWARD_URL": server.root}, ("ok", "fail")),
             ({"TPO_REWARD_MODEL": "quality", "TPO_REWARD_FILE": str(file)}, ("ok", "fail")),
             ({"TPO_POLICY": "openai:other"}, ("fail", "ok")),
         ):
-            done = tpo("doctor", "--json", env=environment(**{**there, **more}))
+            done = tpo("doctor", "--json", env=environment(**{**base, **more}))
             findings = {f["what"]: f["verdict"] for f in json.loads(done.stdout)}
             assert (findings["policy"], findings["reward"]) == verdicts
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
         ("postgresql+psycopg://me:secret-word@127.0.0.1:1/none?colour=red", "the driver refuses colour"),
         ("sqlite:///{folder}/file/tpo.db", "cannot be made: "),
     ],
 )
-def test_a_database_url_that_cannot_be_used_is_one_line(url: str, says: str, tmp_path: Path) -> None:
+def test_unusable_database_url_is_a_one_line_error(url: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     env = environment(TPO_DATABASE_URL=url.format(folder=tmp_path))
     broker = ["--broker-port", str(free_port())]
@@ -366,17 +368,17 @@ def test_a_database_url_that_cannot_be_used_is_one_line(url: str, says: str, tmp
         assert done.returncode == 1
         (line,) = [line for line in done.stderr.splitlines() if "starting in" not in line]
         assert line.startswith("tpo: TPO_DATABASE_URL: ")
-        assert says in line
+        assert message in line
         assert "secret-word" not in line
     for module in ("api", "worker", "worker.maintenance"):
         process = run_python("-m", module, env=env)
         assert process.returncode == 1
-        assert says in process.stderr.splitlines()[-1]
+        assert message in process.stderr.splitlines()[-1]
         assert "Traceback" not in process.stderr
         assert "secret-word" not in process.stderr
 
 
-def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
+def test_file_that_is_no_database_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "tpo.db").write_bytes(b"no database " * 1000)
     env = environment(TPO_DATABASE_URL=f"sqlite:///{tmp_path}/tpo.db")
     broker = ["--broker-port", str(free_port())]
@@ -403,7 +405,7 @@ def test_doctor_reaches_real_servers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_kills_the_worker_and_the_job_ends_the_same(tmp_path: Path) -> None:
+def test_demo_recovers_from_a_killed_worker(tmp_path: Path) -> None:
     env = environment(TPO_SCRIPTED_LATENCY="0.15", TMPDIR=str(tmp_path))
     done = tpo("demo", "--json", env=env)
     assert done.returncode == 0, done.stderr
@@ -418,7 +420,7 @@ def test_demo_kills_the_worker_and_the_job_ends_the_same(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_demo_ends_cleanly_when_it_is_interrupted(tmp_path: Path, number: int) -> None:
+def test_demo_ends_cleanly_when_interrupted(tmp_path: Path, number: int) -> None:
     import psutil
 
     env = environment(TPO_SCRIPTED_LATENCY="1", TMPDIR=str(tmp_path))
@@ -434,7 +436,7 @@ def test_demo_ends_cleanly_when_it_is_interrupted(tmp_path: Path, number: int) -
     assert not list(tmp_path.iterdir())
 
 
-def test_the_version_is_the_packages() -> None:
+def test_version_equals_package_version() -> None:
     from importlib.metadata import version
 
     assert version("tpo") == library.__version__
@@ -447,8 +449,8 @@ def _json(up: Up, *words: str) -> Any:
 
 
 def _ended(up: Up, job_id: str) -> Any:
-    def look() -> Any:
+    def ended() -> Any:
         job = _json(up, "show", job_id)
         return job if job["status"] in ("completed", "cancelled", "failed") else None
 
-    return eventually(look, why="the job ends")
+    return eventually(ended, why="the job should end")
