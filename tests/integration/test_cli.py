@@ -64,7 +64,7 @@ def test_scripted_run_never_imports_torch() -> None:
 
 
 def test_run_shows_the_answer_and_each_iteration() -> None:
-    done = tpo("run", "Where is my parcel?", "--n", "3", "--iterations", "2", "--seed", "5")
+    done = tpo("run", "Where is my order?", "--n", "3", "--iterations", "2", "--seed", "5")
     assert done.returncode == 0
     for part in ("First answer", "Critique", "Gradient", "Final answer", "mean reward", "best so far", "won"):
         assert part in done.stdout
@@ -73,7 +73,7 @@ def test_run_shows_the_answer_and_each_iteration() -> None:
 
 
 def test_run_json_is_reproducible() -> None:
-    words = ("run", "Where is my parcel?", "--n", "4", "-d", "1", "--seed", "9", "--json")
+    words = ("run", "Where is my order?", "--n", "4", "-d", "1", "--seed", "9", "--json")
     first, again, other = tpo(*words), tpo(*words), tpo(*words[:-2], "10", "--json")
     value = json.loads(first.stdout)
     assert value["status"] == "completed"
@@ -173,7 +173,7 @@ def test_ctrl_c_ends_a_run_with_the_best_so_far() -> None:
 
 
 def test_submit_wait_prints_only_the_answer(up: Up) -> None:
-    done = tpo("submit", "--wait", "Where is my parcel?", env=up.env)
+    done = tpo("submit", "--wait", "Where is my order?", env=up.env)
     assert done.returncode == 0
     assert done.stdout.startswith("Draft ")
     assert len(done.stdout.splitlines()) == 1

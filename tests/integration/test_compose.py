@@ -173,7 +173,7 @@ def test_services_complete_a_job_and_end_on_sigterm(native: Native) -> None:
 
 def _check_api(native: Native) -> None:
     url = f"http://127.0.0.1:{native.environment('api')['TPO_PORT']}"
-    body = {"input": "Where is my parcel?", "parameters": {"sample_size": 3, "max_iterations": 1}}
+    body = {"input": "Where is my order?", "parameters": {"sample_size": 3, "max_iterations": 1}}
     assert httpx.post(f"{url}/v1/jobs", json=body).status_code == 401
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEYS['TPO_API_KEY']}"}) as client:
         _until(lambda: client.get("/readyz").status_code == 200, native, "worker")

@@ -31,7 +31,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
             folder / "data", TPO_BROKER_URL=broker, TPO_FLOWER_BASIC_AUTH=":".join(AUTH), TPO_FLOWER_HOST="127.0.0.1"
         ) as running:
             _wait_for_workers(running)
-            done = tpo("submit", "--wait", "Where is my parcel?", env=running.env)
+            done = tpo("submit", "--wait", "Where is my order?", env=running.env)
             assert done.returncode == 0, done.stderr
             yield running
             assert running.stop()[0] == 0

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.processes
 SERVICES = {"broker", "api", "flower", "maintenance", "worker"}
 
 
-def _submit(up: Up, prompt: str = "Where is my parcel?") -> str:
+def _submit(up: Up, prompt: str = "Where is my order?") -> str:
     done = tpo("submit", "--wait", prompt, env=up.env)
     assert done.returncode == 0, done.stderr
     return done.stdout
