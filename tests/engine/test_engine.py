@@ -1,99 +1,25 @@
 """Step engine against transformers' own generate, alone and in a batch."""
 
-import copy
 import itertools
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from testing.waiting import HANG_SECONDS
+from tests.support.step_engine import PROMPTS, generated, greedy, record, results, sampled, start
 from tests.support.tiny_models import KINDS, load_kind
-from tpo.backends.local import watchdog
 from tpo.backends.local.engine import StepEngine
-from tpo.backends.local.requests import Answer, Completion, TokenRequest
-from tpo.backends.local.runner import Runner, install_attention
-from tpo.backends.local.scheduler import Limits
-from tpo.core.errors import BackendUnavailableError, BadReplyError, ContextTooLongError, PromptRefusedError
-
-Completions = tuple[Completion, ...]
-
-PROMPTS = [tuple((7 * i + 3 * j) % 250 for j in range(length)) for i, length in enumerate((5, 40, 17, 90))]
-
-
-def greedy(prompt: tuple[int, ...], n: int = 1, max_tokens: int = 30) -> TokenRequest:
-    return TokenRequest(prompt, tuple(range(n)), 0.0, 1.0, max_tokens)
-
-
-def sampled(prompt: tuple[int, ...], *seeds: int, top_p: float = 0.95, max_tokens: int = 30) -> TokenRequest:
-    return TokenRequest(prompt, seeds, 0.7, top_p, max_tokens)
-
-
-def start(
-    model: Any, stop: frozenset[int] = frozenset(), rows: int = 16, tokens: int = 10_000, chunk: int = 64
-) -> StepEngine:
-    """Start an engine on a copy of the model, so that the attention of the original is not changed."""
-    model = copy.deepcopy(model)
-    return StepEngine(Runner(model, install_attention(model, "model"), tokens), Limits(rows, tokens, chunk), stop)
+from tpo.backends.local.requests import Answer, TokenRequest
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_kind(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=4096,
-        initializer_range=0.3,
-    )
-    model: Any = LlamaForCausalLM(config)
-    return model.eval()
-
-
-@pytest.fixture
-def engine(llama: Any) -> Iterator[StepEngine]:
-    engine = start(llama)
-    yield engine
-    engine.close()
-
-
-def results(engine: StepEngine, *requests: TokenRequest) -> list[Completions]:
-    return [answer.completions for answer in answers(engine, *requests)]
-
-
-def answers(engine: StepEngine, *requests: TokenRequest) -> list[Answer]:
-    """Submit all requests before the next step begins, and return their answers."""
-    with engine._changed:
-        futures = [engine.submit(request) for request in requests]
-    return [future.result(60) for future in futures]
-
-
-def record(finished: list[int], number: int, _: object) -> None:
-    finished.append(number)
-
-
-def generated(model: Any, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, top_k=None, top_p=None
-    )
-    return tuple(out[0, len(prompt) :].tolist())
 
 
 def test_greedy_tokens_equal_generate(model: Any) -> None:
@@ -221,107 +147,6 @@ def test_joining_and_leaving_rows_do_not_affect_others(llama: Any) -> None:
     assert sum(future.cancelled() for future in futures) > 3
 
 
-def test_unknown_token_is_rejected_at_submit(engine: StepEngine) -> None:
-    for prompt in ((5, 999_999), (-1,), ()):
-        with pytest.raises(PromptRefusedError):
-            engine.submit(greedy(prompt))
-
-
-def test_request_beyond_the_memory_is_rejected_at_submit(llama: Any) -> None:
-    engine = start(llama, tokens=100)
-    with pytest.raises(ContextTooLongError, match="TPO_CACHE_GIB"):
-        engine.submit(greedy(PROMPTS[3], max_tokens=12))
-    assert len(results(engine, greedy(PROMPTS[3], max_tokens=11))[0][0].tokens) == 11
-    engine.close()
-
-
-class Broken:
-    """Makes a runner fail a number of times, or for one prompt."""
-
-    def __init__(
-        self, patch: pytest.MonkeyPatch, engine: StepEngine, method: str, error: Exception, times: int
-    ) -> None:
-        self.left = times
-        self._error = error
-        self._original = getattr(engine._runner, method)
-        self.poison: tuple[int, ...] | None = None
-        patch.setattr(engine._runner, method, self)
-
-    def __call__(self, work: Any) -> Any:
-        poisoned = self.poison and any(c.reading.prompt == self.poison for c in work)
-        if self.left > 0 and (poisoned or not self.poison):
-            self.left -= 1
-            raise self._error
-        return self._original(work)
-
-
-def test_request_that_breaks_the_model_fails_alone(engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Broken(monkeypatch, engine, "prefill", IndexError("out of range"), 99)
-    broken.poison = PROMPTS[2]
-    futures = [engine.submit(greedy(prompt)) for prompt in PROMPTS]
-    with pytest.raises(BackendUnavailableError, match="out of range"):
-        futures[2].result(60)
-    assert all(len(futures[i].result(60).completions) == 1 for i in (0, 1, 3))
-    assert engine.healthy
-
-
-def test_nan_logits_fail_only_their_request(llama: Any) -> None:
-    model = copy.deepcopy(llama)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[299] = torch.nan
-    engine = start(model)
-    bad, good = engine.submit(greedy((299, 5))), engine.submit(greedy(PROMPTS[0]))
-    with pytest.raises(BadReplyError, match="float32"):
-        bad.result(60)
-    assert len(good.result(60).completions) == 1
-    engine.close()
-
-
-def test_ended_is_never_called_with_an_invalid_token(llama: Any) -> None:
-    model = copy.deepcopy(llama)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[299] = torch.nan
-    engine = start(model)
-
-    def ended(tokens: Sequence[int]) -> bool:
-        if min(tokens) < 0:
-            raise OverflowError("a tokenizer knows no negative tokens")
-        return False
-
-    bad, good = (engine.submit(replace(greedy(prompt), ended=ended)) for prompt in ((299, 5), PROMPTS[0]))
-    with pytest.raises(BadReplyError, match="float32"):
-        bad.result(60)
-    assert len(good.result(60).completions) == 1
-    assert engine.healthy
-    engine.close()
-
-
-NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-
-
-@pytest.mark.parametrize("method", ["prefill", "decode"])
-def test_out_of_memory_preempts_the_youngest(llama: Any, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    requests = [sampled(p, *range(10 * i, 10 * i + 4)) for i, p in enumerate(PROMPTS)]
-    whole = start(llama)
-    expected = results(whole, *requests)
-    whole.close()
-    engine = start(llama)
-    Broken(monkeypatch, engine, method, NO_MEMORY, 2)
-    found = answers(engine, *requests)
-    engine.close()
-    assert [answer.completions for answer in found] == expected
-    assert sum(answer.timings.preempted for answer in found) > 0
-
-
-def test_out_of_memory_of_a_single_sample_fails_only_it(engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        Broken(patch, engine, "decode", NO_MEMORY, 1)
-        with pytest.raises(BackendUnavailableError, match="TPO_CACHE_GIB"):
-            results(engine, greedy(PROMPTS[0]))
-    assert engine.healthy
-    assert len(results(engine, greedy(PROMPTS[0]))) == 1
-
-
 @pytest.mark.parametrize("tokens", [300, 700])
 def test_small_cache_gives_the_same_tokens(model: Any, tokens: int) -> None:
     requests = [sampled(PROMPTS[i % 4], *range(5 * i, 5 * i + 4), max_tokens=50) for i in range(6)]
@@ -435,49 +260,3 @@ def test_answer_has_timings(engine: StepEngine) -> None:
     assert times.first_token is not None
     assert times.finished is not None
     assert times.submitted <= times.started <= times.first_token <= times.finished
-
-
-def test_dead_loop_fails_all_requests(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start(llama, rows=1)
-    running, waiting = engine.submit(greedy(PROMPTS[0], 1, 4000)), engine.submit(greedy(PROMPTS[1]))
-    while not engine.rows:
-        time.sleep(0.001)
-    monkeypatch.setattr(engine._runner, "decode", None)
-    for future in (running, waiting):
-        with pytest.raises(BackendUnavailableError, match="died"):
-            future.result(60)
-    assert not engine.healthy
-    with pytest.raises(BackendUnavailableError, match="died"):
-        engine.submit(greedy(PROMPTS[0]))
-    engine.close()
-
-
-def test_hanging_pass_makes_the_engine_unhealthy(engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    hangs, proceed = threading.Event(), threading.Event()
-    decode = engine._runner.decode
-
-    def stuck(rows: Any) -> Any:
-        hangs.set()
-        proceed.wait(HANG_SECONDS)
-        return decode(rows)
-
-    monkeypatch.setattr(engine._runner, "decode", stuck)
-    future = engine.submit(greedy(PROMPTS[0]))
-    assert hangs.wait(HANG_SECONDS)
-    assert engine.healthy
-    with monkeypatch.context() as patch:
-        patch.setattr(watchdog, "STUCK_SECONDS", 0.0)
-        assert not engine.healthy
-    proceed.set()
-    assert len(future.result(60).completions) == 1
-    assert engine.healthy
-
-
-def test_close_fails_waiting_requests(llama: Any) -> None:
-    engine = start(llama, rows=1)
-    futures = [engine.submit(greedy(PROMPTS[0], 1, 4000)) for _ in range(3)]
-    engine.close()
-    for future in futures:
-        with pytest.raises(BackendUnavailableError, match="closed"):
-            future.result(1)
-    assert not any(thread.name == "engine" and thread is engine._thread for thread in threading.enumerate())

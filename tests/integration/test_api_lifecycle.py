@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 from testing.jobs import claim_one
 from testing.services import Valkey
 from testing.waiting import eventually
-from tests.integration.test_api import run_steps
 from tests.support.api_client import UNKNOWN_ID, api_client, assert_problem, submit
+from tests.support.scripted_run import run_steps
 from tpo.core.ports import Generate
 from tpo.jobs.outcomes import Outcome
 from tpo.store import Store
@@ -177,7 +177,7 @@ class TestStopping:
         assert (last["type"], last["reason"]) == ("job.completed", "early_stop")
 
     def test_decline_is_reported(self, client: TestClient, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tests.integration.test_api._reply", _shrinking_reply)
+        monkeypatch.setattr("tests.support.scripted_run._reply", _shrinking_reply)
         job = submit(client, parameters={"sample_size": 2, "max_iterations": 3, "stop_on_decline": True})
         assert job["declined_iteration"] is None
         run_steps(store, job["id"])

@@ -13,8 +13,8 @@ from standardwebhooks import Webhook
 from testing.processes import System
 from testing.waiting import eventually
 from tests.integration.openai.test_batches import line
-from tests.integration.test_webhooks import finish, make_sender
 from tests.support.receiver import AUTHORITY, TLS, Receiver, receiving
+from tests.support.webhooks import finish, make_sender
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.webhooks.tables import Delivery
