@@ -24,7 +24,7 @@ _INVALID: dict[str, str | tuple[str, str]] = {
 }
 _SAID: dict[str, str | tuple[str, str]] = {
     "idempotency_key_reused": (
-        "This Idempotency-Key came with another body before: take a new key for a new request.",
+        "This Idempotency-Key was already used with a different body. Use a new key for each new request.",
         "Idempotency-Key",
     )
 }

@@ -33,7 +33,8 @@ runpy.run_module("bench.gpu", run_name="__main__")
 
 @pytest.mark.processes
 @pytest.mark.slow
+@pytest.mark.long
 def test_gpu_script_needs_no_package_of_ours() -> None:
     done = subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "greedy as generate's 3 of 3" in done.stdout
+    assert "3 of 3 greedy completions equal those of generate" in done.stdout

@@ -36,7 +36,7 @@ def _submit(up: Up, prompt: str = "Where is my order?") -> str:
     [
         ({"api_key": "key-of-16-characters"}, "TPO_API_KEY"),
         ({"require_key": True, "host": "0.0.0.0"}, "with a key that"),
-        ({}, "this machine alone"),
+        ({}, "this machine only"),
     ],
 )
 def test_up_prints_who_may_use_the_api(settings: dict[str, Any], text: str, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_unwritable_log_is_a_one_line_error(tmp_path: Path) -> None:
     ports = [word for name in ("port", "flower-port", "broker-port") for word in (f"--{name}", _port())]
     done = tpo("up", "--json", "--data-dir", str(tmp_path), *ports)
     assert done.returncode == 1
-    assert done.stderr == f"tpo: cannot go on: {log}: Is a directory\n"
+    assert done.stderr == f"tpo: cannot continue: {log}: Is a directory\n"
     (started,) = [fact["pid"] for fact in map(json.loads, done.stdout.splitlines()) if fact["event"] == "started"]
     assert not psutil.pid_exists(started)
 

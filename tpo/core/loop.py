@@ -40,7 +40,7 @@ class Position(NamedTuple):
     """Why the run ends although iterations are left."""
     call: NextCall | None = None
     failure: str | None = None
-    """Why the run cannot go on: it has no candidate that can be scored."""
+    """Why the run cannot continue: it has no candidate that can be scored."""
 
 
 class Step(NamedTuple):
