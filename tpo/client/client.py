@@ -34,7 +34,7 @@ class Client:
     time for one response, in seconds; for the time that a job may take, see `wait`. Every method raises ClientError.
 
         with Client("http://127.0.0.1:8000") as client:
-            print(client.wait(client.submit("Where is my parcel?"))["output"])
+            print(client.wait(client.submit("Why is the sky blue?"))["output"])
     """
 
     def __init__(

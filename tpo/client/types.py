@@ -33,7 +33,7 @@ class Best(TypedDict):
 
 
 class Failure(TypedDict):
-    """Why a job failed."""
+    """The error of a failed job."""
 
     code: str
     message: str
@@ -41,7 +41,7 @@ class Failure(TypedDict):
 
 
 class Incomplete(TypedDict):
-    """Why a job ended early with its best answer so far."""
+    """The reason why a job ended early, with its best answer so far."""
 
     reason: str
 

@@ -72,14 +72,14 @@ class OutputMessage(Wire):
 
 
 class ResponseFailure(Wire):
-    """Why a response failed, with a code of OpenAI's API."""
+    """The error of a failed response, with a code of OpenAI's API."""
 
     code: str
     message: str
 
 
 class IncompleteDetails(Wire):
-    """Why a response stopped early."""
+    """The reason why a response stopped early."""
 
     reason: str
 
