@@ -1,1 +1,1 @@
-"""Benchmarks, each run by `python -m bench.NAME`. Figures are ratios within one run, because machines are noisy."""
+"""Benchmarks; each module describes its command. Figures are ratios within one run, because machines are noisy."""
