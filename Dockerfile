@@ -1,4 +1,4 @@
-# One image for every service: the API, the workers, the sweeper, Flower and the migrations differ by their command.
+# One image for every service: the API, the workers, maintenance, Flower and the migrations differ by their command.
 #
 #   docker build -t tpo .
 #   docker build -t tpo:gpu --build-arg TORCH="torch==2.13.0 --index-url <the index of your CUDA build>" .

