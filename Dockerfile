@@ -1,4 +1,4 @@
-# One image for every service: the API, the workers, the sweeper, Flower and the migrations differ by their command.
+# One image for every service: the API, the workers, maintenance, Flower and the migrations differ by their command.
 #
 #   docker build -t tpo .
 #   docker build -t tpo:gpu --build-arg TORCH="torch==2.13.0 --index-url <the index of your CUDA build>" .
@@ -6,11 +6,11 @@ FROM python:3.11-slim-bookworm AS build
 
 ARG TORCH="torch==2.13.0"
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-# What builds the package is not in the image: it has an environment of its own.
+# The build tools have their own environment and are not in the image.
 RUN python -m venv /opt/tpo && python -m venv /opt/build
 WORKDIR /build
 
-# torch first, by name and in a layer of its own: it is the largest and changes the least.
+# torch first, by name and in its own layer: it is the largest package and changes least often.
 COPY requirements/torch.txt requirements/
 RUN /opt/tpo/bin/pip install --require-hashes --requirement requirements/torch.txt \
     && /opt/tpo/bin/pip install ${TORCH}

@@ -1,1 +1,1 @@
-"""The tiny models that ship with the product: their language, their training and what they measure."""
+"""The tiny models that ship with the product: their language, their training and their evaluation."""

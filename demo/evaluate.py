@@ -1,7 +1,7 @@
 """Measure the demo models through the product's own loop and engine: `python -m demo.evaluate`.
 
-Writes RESULTS.md, results.png and log.jsonl, a line for each run in a fixed order; exits with 1 when a bar does not
-hold. With `--transcripts N` it makes only the first N runs of the log and writes them to transcripts-N.md.
+Writes RESULTS.md, results.png and log.jsonl, which has one line per run in a fixed order. Exits with 1 if a requirement
+does not hold. With `--transcripts N` it only writes the first N runs of the log to transcripts-N.md.
 """
 
 import argparse
@@ -28,12 +28,12 @@ TIMED_JOBS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, or write transcripts; give 1 when a bar does not hold."""
+    """Measure, or write transcripts. Returns 1 if a requirement does not hold."""
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    here = Settings(device="cpu", dtype="float32")
-    policy = load_policy(str(options.models / "policy"), here)
-    reward = load_reward_model(str(options.models / "reward"), here)
+    settings = Settings(device="cpu", dtype="float32")
+    policy = load_policy(str(options.models / "policy"), settings)
+    reward = load_reward_model(str(options.models / "reward"), settings)
     try:
         models = Models(policy, reward)
         if options.transcripts:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command."""
+    """Parse the options of the command."""
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description="Measure the demo models.")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder that holds policy/ and reward/")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to")
@@ -60,34 +60,37 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def write_transcripts(models: Models, count: int, out: Path) -> int:
-    """The first runs of the log in Markdown. All of their arm and seed are made: company in a batch moves rounding."""
+    """Write the first runs of the log in Markdown.
+
+    All runs of their arm and seed are made, because the other requests in a batch affect rounding.
+    """
     runs = experiment.run_arm(models, TPO, experiment.held_out_facts(), SEEDS[0])
     (out / f"transcripts-{count}.md").write_text(transcripts.page(runs[:count]), encoding="utf-8")
     return 0
 
 
 def measure(models: Models, reward: RewardModel, out: Path) -> int:
-    """All arms on both held-out sets, and what they show."""
+    """Run all arms on both held-out sets and write the report. Returns 1 if a requirement does not hold."""
     facts = experiment.held_out_facts()
     runs = run_arms(models, "held out", tuple(ARMS), facts)
     unseen = run_arms(models, "unseen", UNSEEN_ARMS, experiment.unseen_facts(), BEST_OF_UNSEEN)
-    found = results(runs, unseen, reward, seconds_a_job(models, facts))
+    measured = results(runs, unseen, reward, seconds_a_job(models, facts))
     with (out / "log.jsonl").open("w", encoding="utf-8") as log:
         for messages, arms in (("held out", runs), ("unseen", unseen)):
             log.writelines(
-                f"{transcripts.log_line(messages, arm, run)}\n" for arm, made in arms.items() for run in made
+                f"{transcripts.log_line(messages, arm, run)}\n" for arm, of_arm in arms.items() for run in of_arm
             )
-    page = report.page(found)
+    page = report.page(measured)
     (out / "RESULTS.md").write_text(page, encoding="utf-8")
-    report.draw(found, out / "results.png")
+    report.draw(measured, out / "results.png")
     print(page)
-    return 0 if all(bar.holds for bar in report.bars(found)) else 1
+    return 0 if all(bar.holds for bar in report.bars(measured)) else 1
 
 
 def run_arms(
     models: Models, messages: str, arms: Sequence[str], facts: Sequence[Facts], best_of: int = experiment.BEST_OF
 ) -> dict[str, list[Run]]:
-    """Every message through every arm, with every seed."""
+    """Run every message in every arm, with every seed."""
     runs: dict[str, list[Run]] = {arm: [] for arm in arms}
     for seed in SEEDS:
         for arm in arms:
@@ -98,7 +101,7 @@ def run_arms(
 
 
 def seconds_a_job(models: Models, facts: Sequence[Facts]) -> float:
-    """Seconds that one job takes when no other runs: the middle one of some."""
+    """Measure the seconds of one job while no other runs: the median of TIMED_JOBS."""
     seconds = []
     for message in facts[:TIMED_JOBS]:
         started = time.monotonic()

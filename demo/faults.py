@@ -1,6 +1,6 @@
-"""Single faults: a reply, and the same reply with one thing wrong.
+"""Single faults: each function turns a reply into the same reply with one fault.
 
-The reward model learns from them, and is measured with them on messages that training never showed.
+The reward model learns from them, and is evaluated with them on held-out messages.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ _OTHERS = {"name": grammar.NAMES, "item": grammar.ITEMS, "problem": grammar.PROB
 
 
 def _replace(reply: Reply, place: int, *texts: str) -> Reply:
-    """The reply with the sentence at `place` replaced by others."""
+    """Return the reply with the sentence at `place` replaced by `texts`."""
     new = tuple(Part(reply.parts[place].kind, text) for text in texts)
     return Reply((*reply.parts[:place], *new, *reply.parts[place + 1 :]))
 
@@ -49,7 +49,7 @@ def _repeat(source: random.Random, facts: Facts, reply: Reply) -> Reply | None:
 
 
 def _cut(source: random.Random, facts: Facts, reply: Reply) -> Reply | None:
-    """The last sentence breaks off, or a word falls out of any sentence that a reply needs."""
+    """Cut the last sentence short, or drop a word from any sentence that a reply needs."""
     places = [i for i, part in enumerate(reply.parts) if part.kind != grammar.POLITE and " " in part.text]
     last = len(reply.parts) - 1
     if " " in reply.parts[last].text and (source.random() < 0.5 or not places):
@@ -103,11 +103,11 @@ FAULTS: dict[str, Callable[[random.Random, Facts, Reply], Reply | None]] = {
     "rude line": _rude_line,
     "missing part": _missing_part,
 }
-"""Each kind of fault, and how to bring it into a reply; None where the reply has no place for it."""
+"""Each kind of fault, with the function that inserts it; the function returns None if the reply has no place for it."""
 
 
 def stray_facts(source: random.Random, facts: Facts) -> Facts:
-    """Another message's facts in place of one to three of this one's, under the same message."""
+    """Replace one to three of the facts by those of another message, and keep the message itself."""
     other = grammar.make_facts(source)
     strays = source.sample(sorted(_OTHERS), k=source.randint(1, 3))
     return dataclasses.replace(facts, **{fact: getattr(other, fact) for fact in strays})

@@ -1,10 +1,10 @@
-"""The demo's world: a small shop answers customer messages.
+"""The demo's domain: a small shop that answers customer messages.
 
-Every text the tiny models see is made here, from closed lists and templates: customer messages, replies, critiques,
-suggestions and improved replies. One checker reads plain text back, so that what a model writes can be judged.
+Every text that the tiny models see is generated here, from closed lists and templates: customer messages, replies,
+critiques, suggestions and improved replies. A checker parses plain text, so that a model's output can be evaluated.
 
-A reply has up to fourteen qualities. Thirteen are sentences that it may hold, in a fixed order; the last is that it
-holds no rude line. Four facts are copied from the message: the name, the item, its problem and what is asked for.
+A reply has up to fourteen qualities. Thirteen are sentences that it may contain, in a fixed order; the last one is that
+it contains no rude line. Four facts are copied from the message: the name, the item, its problem and the request.
 """
 
 import functools
@@ -51,12 +51,12 @@ SENTENCES: dict[str, tuple[str, ...]] = {
     "phone": ("Call us on 555 0147.", "Our phone is 555 0147."),
     "closing": ("Kind regards, Harbor Shop.", "Best wishes, Harbor Shop."),
 }
-"""The sentences of each quality, in the order in which a reply holds them."""
+"""The sentences of each quality, in the order of a reply."""
 
 ORDER = tuple(SENTENCES)
 POLITE = "polite"
 QUALITIES = (*ORDER, POLITE)
-"""All qualities, in the order in which a critique goes through them."""
+"""All qualities, in the order of a critique."""
 
 RUDE_LINES = ("This is not our fault.", "Stop bothering us.", "You should be more careful.", "Nobody else complains.")
 
@@ -85,7 +85,7 @@ LACKS = {
     "closing": "a closing",
     POLITE: "a polite tone",
 }
-"""What a critique calls each quality that a reply lacks."""
+"""The phrase of a critique for each quality that a reply lacks."""
 
 SUGGEST = {
     "greeting": "Greet {name}.",
@@ -103,7 +103,7 @@ SUGGEST = {
     "closing": "Add a closing.",
     POLITE: "Remove any rude line.",
 }
-"""The instruction that brings each quality into a reply."""
+"""The instruction that adds each quality to a reply."""
 
 NO_CHANGE = "Change nothing."
 POINTS_OF_A_CRITIQUE = 3
@@ -111,7 +111,7 @@ POINTS_OF_A_CRITIQUE = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """One customer message and the facts in it."""
+    """A customer message (`query`) and the facts in it."""
 
     name: str
     item: str
@@ -120,13 +120,13 @@ class Facts:
     query: str
 
     def fill(self, template: str) -> str:
-        """The template with this message's facts in place."""
+        """Fill this message's facts into a template."""
         return template.format(name=self.name, item=self.item, problem=self.problem, ask=self.ask)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One sentence of a reply; `kind` is a quality, or POLITE for a rude line, which takes that quality away."""
+    """A sentence of a reply; `kind` is a quality, or POLITE for a rude line, which removes that quality."""
 
     kind: str
     text: str
@@ -140,6 +140,7 @@ class Reply:
 
     @property
     def text(self) -> str:
+        """The reply in plain text."""
         return " ".join(part.text for part in self.parts)
 
     @property
@@ -151,25 +152,25 @@ class Reply:
 
 @dataclass(frozen=True)
 class Critique:
-    """What a critique says: the points that the chosen reply lacks, and one that the rejected reply lacks."""
+    """The content of a critique: the points that the chosen reply lacks, and one that the rejected reply lacks."""
 
     lacks: tuple[str, ...]
     rejected_lacks: str | None = None
 
     @property
     def suggested(self) -> tuple[str, ...]:
-        """The qualities to ask for: all points; a rude rejected reply also shows what the next one must avoid."""
+        """The qualities to ask for: all points, and politeness if the rejected reply is rude."""
         avoid = (POLITE,) if self.rejected_lacks == POLITE and POLITE not in self.lacks else ()
         return self.lacks + avoid
 
 
 def is_held_out(name: str, item: str) -> bool:
-    """Whether a pair of name and item is kept from training: one in eight is."""
+    """Return True if a pair of name and item is excluded from training. One in eight is."""
     return (NAMES.index(name) * 7 + ITEMS.index(item) * 5) % 8 == 0
 
 
 def make_facts(source: random.Random, held_out: bool = False) -> Facts:
-    """A customer message, whose pair of name and item belongs to the training set or to the held-out set."""
+    """Make a customer message whose pair of name and item belongs to the training set or to the held-out set."""
     while True:
         name, item = source.choice(NAMES), source.choice(ITEMS)
         if is_held_out(name, item) == held_out:
@@ -181,7 +182,7 @@ def make_facts(source: random.Random, held_out: bool = False) -> Facts:
 
 
 def make_unseen_facts(source: random.Random) -> Facts:
-    """A customer message in words and wordings that training never showed."""
+    """Make a customer message in words and phrasings that do not occur in training."""
     name, item = source.choice(unseen.NAMES), source.choice(unseen.ITEMS)
     problem, ask = source.choice(unseen.PROBLEMS), source.choice(unseen.ASKS)
     extra = source.choice(unseen.EXTRAS) + " " if source.random() < 0.4 else ""
@@ -190,12 +191,15 @@ def make_unseen_facts(source: random.Random) -> Facts:
 
 
 def make_sentence(source: random.Random, kind: str, facts: Facts) -> str:
-    """One of the sentences of a quality, with the facts in place."""
+    """Make a random sentence of a quality, with the facts filled in."""
     return facts.fill(source.choice(SENTENCES[kind]).replace("{number}", source.choice(NUMBERS)))
 
 
 def make_reply(source: random.Random, facts: Facts, share: float = 0.33, rude: float = 0.4) -> Reply:
-    """A reply that holds each sentence with probability `share` and a rude line with probability `rude`."""
+    """Make a reply that contains each sentence with probability `share` and a rude line with probability `rude`.
+
+    A reply without any sentence always has a rude line.
+    """
     parts = [Part(kind, make_sentence(source, kind, facts)) for kind in ORDER if source.random() < share]
     if not parts or source.random() < rude:
         first = 1 if parts and parts[0].kind == "greeting" else 0
@@ -205,7 +209,7 @@ def make_reply(source: random.Random, facts: Facts, share: float = 0.33, rude: f
 
 
 def criticise(chosen: Reply, rejected: Reply | None = None) -> Critique:
-    """The critique: the first three missing qualities of the chosen reply, and the rejected reply's worst fault."""
+    """Make a critique: the first three missing qualities of the chosen reply, and the rejected reply's worst fault."""
     if rejected is None:
         return Critique(chosen.missing[:POINTS_OF_A_CRITIQUE])
     faults = rejected.missing
@@ -214,18 +218,18 @@ def criticise(chosen: Reply, rejected: Reply | None = None) -> Critique:
 
 
 def join(phrases: Sequence[str]) -> str:
-    """An English list."""
+    """Join phrases to an English list."""
     return " and ".join([", ".join(phrases[:-1]), phrases[-1]] if len(phrases) > 1 else phrases)
 
 
 def say_lacks(kinds: Sequence[str], facts: Facts) -> str:
-    """The sentence of a critique about the chosen reply."""
+    """Write the sentence of a critique about the chosen reply."""
     phrases = [facts.fill(LACKS[kind]) for kind in kinds]
     return f"The chosen reply lacks {join(phrases) if phrases else 'nothing'}."
 
 
 def critique_text(critique: Critique, facts: Facts, compared: bool) -> str:
-    """A critique in words; `compared` says whether there is a rejected reply to speak of."""
+    """Write a critique; `compared` adds the sentence about the rejected reply."""
     text = say_lacks(critique.lacks, facts)
     if compared:
         fault = facts.fill(LACKS[critique.rejected_lacks]) if critique.rejected_lacks else "nothing"
@@ -234,12 +238,12 @@ def critique_text(critique: Critique, facts: Facts, compared: bool) -> str:
 
 
 def suggestions_text(kinds: Iterable[str], facts: Facts) -> str:
-    """The suggestions in words, one for each quality asked for."""
+    """Write the suggestions, one for each requested quality."""
     return " ".join(facts.fill(SUGGEST[kind]) for kind in kinds) or NO_CHANGE
 
 
 def apply(source: random.Random, facts: Facts, chosen: Reply, kinds: Iterable[str]) -> Reply:
-    """The chosen reply with exactly the suggested qualities brought in, each in its place, and nothing else changed."""
+    """Return the chosen reply with the suggested qualities added, each at its place, and nothing else changed."""
     wanted = set(kinds)
     parts = [part for part in chosen.parts if part.kind != POLITE or POLITE not in wanted]
     present = {part.kind for part in parts}
@@ -251,13 +255,13 @@ def apply(source: random.Random, facts: Facts, chosen: Reply, kinds: Iterable[st
 
 
 def place(kind: str) -> int:
-    """Where in a reply the sentence of a quality stands."""
+    """Return the position of a quality's sentence in the order of a reply."""
     return ORDER.index(kind)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the checker reads in a reply: the qualities met and the faults, counted."""
+    """The checker's result for a reply: the qualities that it has, and its faults."""
 
     met: frozenset[str]
     wrong: tuple[str, ...]
@@ -267,7 +271,10 @@ class Findings:
 
     @property
     def value(self) -> float:
-        """The quality of the reply: one for each quality met, less one for each fault."""
+        """The value of the reply: one for each quality that it has, minus one for each fault.
+
+        The first rude line is not counted again: it already costs the quality POLITE.
+        """
         return float(len(self.met) - len(self.wrong) - self.repeats - max(0, self.rude - 1) - len(self.unknown))
 
 
@@ -294,29 +301,29 @@ _FULL_STOP = re.compile(r"[.!?](?=\s|$)")
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence as the checker reads it; `kind` is None where no template fits."""
+    """A sentence as the checker parses it; `kind` is None if no template matches."""
 
     kind: str | None
     text: str
     stated: tuple[tuple[str, str], ...] = ()
 
     def wrong(self, facts: Facts) -> tuple[str, ...]:
-        """The facts that the sentence states and that the message does not bear out."""
+        """Return the facts in which the sentence differs from the message."""
         return tuple(fact for fact, value in self.stated if getattr(facts, fact) != value)
 
 
 @functools.lru_cache(maxsize=100_000)
 def read_sentences(text: str) -> tuple[Sentence, ...]:
-    """The sentences of a text, in order; what fits no template runs up to the next full stop."""
-    found: list[Sentence] = []
+    """Parse the sentences of a text, in order. Text that matches no template extends to the next full stop."""
+    sentences: list[Sentence] = []
     text = text.strip()
     position = 0
     while position < len(text):
         sentence, position = _read_sentence(text, position)
-        found.append(sentence)
+        sentences.append(sentence)
         while position < len(text) and text[position].isspace():
             position += 1
-    return tuple(found)
+    return tuple(sentences)
 
 
 def _read_sentence(text: str, position: int) -> tuple[Sentence, int]:
@@ -331,12 +338,12 @@ def _read_sentence(text: str, position: int) -> tuple[Sentence, int]:
 
 
 def check(text: str, facts: Facts) -> Findings:
-    """Which qualities a reply in plain text has, and which faults."""
+    """Find the qualities and the faults of a reply in plain text."""
     return check_sentences(read_sentences(text), facts)
 
 
 def check_sentences(sentences: Iterable[Sentence], facts: Facts) -> Findings:
-    """Which qualities a reply that was read already has, and which faults."""
+    """Find the qualities and the faults of a parsed reply."""
     met: set[str] = set()
     wrong: list[str] = []
     unknown: list[str] = []
@@ -359,12 +366,12 @@ def check_sentences(sentences: Iterable[Sentence], facts: Facts) -> Findings:
 
 @functools.lru_cache(maxsize=1)
 def known_words() -> frozenset[str]:
-    """Every word that a reply of this grammar can hold."""
+    """Return every word that a reply of this grammar can contain."""
     templates = itertools.chain(*SENTENCES.values(), RUDE_LINES)
     words = set(re.findall(r"\w+", " ".join(re.sub(r"\{\w+\}", "", template) for template in templates)))
     return frozenset(words.union(*_LISTS.values()))
 
 
 def invented_words(text: str) -> list[str]:
-    """The words of a text that no reply of this grammar can hold."""
+    """Return the words of a text that no reply of this grammar can contain."""
     return [word for word in re.findall(r"\w+", text) if word not in known_words()]

@@ -1,6 +1,6 @@
-"""Reads what the demo models wrote, claim by claim, and says what of it is true.
+"""Read the demo models' critiques claim by claim, and verify each claim.
 
-The checker behind it also made the labels that the reward model learned from: it is no independent judge.
+The checker behind it also made the labels that the reward model learned from, so it is not an independent judge.
 """
 
 import re
@@ -12,19 +12,21 @@ from demo import grammar
 from demo.experiment import Run
 from demo.grammar import Facts
 
-_SAYS = re.compile(r"The (chosen|rejected) reply lacks ([^.]*)\.?")
+_CLAIM = re.compile(r"The (chosen|rejected) reply lacks ([^.]*)\.?")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of a critique: which reply lacks what. None where the words fit nothing that a reply can lack; text
-    that speaks of no reply is a claim about neither."""
+    """A claim of a critique: which reply lacks which quality.
+
+    `kind` is None if the words match no quality. Text about no reply is a claim about "neither".
+    """
 
     about: str
     kind: str | None
 
     def holds(self, chosen: str, rejected: str | None, facts: Facts) -> bool:
-        """Whether the claim is true of these two replies; one about a reply that was not shown is not."""
+        """Return True if the claim is true of these two replies. A claim about a reply that was not shown is false."""
         text = chosen if self.about == "chosen" else rejected
         if text is None or self.kind is None:
             return False
@@ -36,19 +38,19 @@ NOTHING = "nothing"
 
 
 def read_critique(text: str, facts: Facts) -> list[Claim]:
-    """The claims of a critique. One that names another message's facts fits nothing, nor does any other text in it."""
+    """Read the claims of a critique. A claim with another message's facts, or any other text, has the kind None."""
     names = {facts.fill(phrase): kind for kind, phrase in grammar.LACKS.items()} | {NOTHING: NOTHING}
     claims = [
         Claim(about, names.get(phrase.strip()))
-        for about, phrases in _SAYS.findall(text)
+        for about, phrases in _CLAIM.findall(text)
         for phrase in re.split(r", | and ", phrases)
     ]
-    return [*claims, Claim("neither", None)] if _SAYS.sub("", text).strip() else claims
+    return [*claims, Claim("neither", None)] if _CLAIM.sub("", text).strip() else claims
 
 
 @dataclass(frozen=True)
 class Criticism:
-    """One critique of a run as it was read, with the replies that it speaks of and the suggestions made from it."""
+    """A critique of a run as it was read, with the replies that it is about and the suggestions made from it."""
 
     claims: list[Claim]
     suggestions: list[str | None]
@@ -57,13 +59,13 @@ class Criticism:
     facts: Facts
 
     def truth(self, of: "Criticism | None" = None) -> list[bool]:
-        """Which claims are true of these replies, or of the replies of another critique."""
+        """Return for each claim if it is true of these replies, or of the replies of another critique."""
         shown = of or self
         return [claim.holds(shown.chosen, shown.rejected, shown.facts) for claim in self.claims]
 
 
 def criticisms(run: Run) -> list[Criticism]:
-    """The critiques of a run, in order; an iteration that has none is left out."""
+    """Read the critiques of a run, in order. Skips iterations without a critique."""
     return [
         Criticism(
             claims=read_critique(iteration.critique.text, run.facts),
@@ -78,14 +80,14 @@ def criticisms(run: Run) -> list[Criticism]:
 
 
 def read_suggestions(text: str, facts: Facts) -> list[str | None]:
-    """What each suggestion asks for; None where it fits nothing. "Change nothing" asks for nothing."""
+    """Return the quality that each suggestion asks for; None if it matches no quality. Skips "Change nothing"."""
     names = {facts.fill(phrase): kind for kind, phrase in grammar.SUGGEST.items()}
     sentences = [sentence.strip() for sentence in re.findall(r"[^.]+\.?", text) if sentence.strip()]
     return [names.get(sentence) for sentence in sentences if sentence != grammar.NO_CHANGE]
 
 
 def asked_for(claims: Sequence[Claim]) -> list[str | None]:
-    """What a critique calls for: each point about the chosen reply, and politeness where the rejected one is rude."""
+    """Return what a critique asks for: each point about the chosen reply, and POLITE if the rejected one is rude."""
     points = [claim.kind for claim in claims if claim.about == "chosen" and claim.kind != NOTHING]
     if grammar.POLITE not in points and Claim("rejected", grammar.POLITE) in claims:
         points.append(grammar.POLITE)
@@ -103,19 +105,21 @@ class Estimate:
         return format(self)
 
     def __format__(self, spec: str) -> str:
-        """Both numbers in one format, with two decimals where none is given."""
+        """Format both numbers alike, by default with two decimals."""
         spec = spec or ".2f"
         return f"{self.mean:{spec}} ± {self.error:{spec}}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of independent values, such as one a query, with its standard error."""
+    """Return the mean of independent values, such as one per query, with its standard error."""
     return Estimate(fmean(values), stdev(values) / len(values) ** 0.5)
 
 
 def share(flags_by_query: Sequence[Sequence[bool]]) -> Estimate:
-    """The share of all flags that are set, with the standard error over the queries: that of a ratio, as one query can
-    have more flags than another. NaN where there are no flags."""
+    """Return the share of set flags, with the standard error over the queries.
+
+    The error is that of a ratio, because queries can have different numbers of flags. NaN if there are no flags.
+    """
     total = sum(len(flags) for flags in flags_by_query)
     if not total:
         return Estimate(float("nan"), float("nan"))

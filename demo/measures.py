@@ -1,4 +1,4 @@
-"""What the runs of the experiment show: rewards, qualities, truth of critiques, blindness of the reward model."""
+"""Measures of the experiment's runs: rewards, qualities, truth of critiques, sensitivity of the reward model."""
 
 import random
 from collections import defaultdict
@@ -33,7 +33,7 @@ FAULT_SEED = 99
 
 @dataclass(frozen=True)
 class Outcome:
-    """The final replies of one way of spending samples."""
+    """Measures of the final replies of one arm, or of its first samples."""
 
     samples: int
     tokens: float
@@ -43,12 +43,12 @@ class Outcome:
     invented_words: Estimate
     faultless: Estimate
     failed: int
-    """Jobs without any answer; the other figures leave them out."""
+    """Jobs without a usable answer; the other figures exclude them."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where an arm stands after an iteration."""
+    """Rewards and qualities of an arm after an iteration."""
 
     best: Estimate
     mean: Estimate
@@ -57,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Truth:
-    """What of an arm's critiques is true, and what of them reaches the suggestions."""
+    """Shares of an arm's critiques that are true, and that reach the suggestions."""
 
     critiques: int
     claims_true: Estimate
@@ -69,7 +69,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How often, and by how much, one fault of a kind lowers the reward; the errors are over the cases."""
+    """Share of cases in which one fault of a kind lowers the reward, and the mean drop; the errors are over cases."""
 
     lowered: Estimate
     drop: Estimate
@@ -77,7 +77,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Results:
-    """All that one evaluation measured."""
+    """All results of one evaluation."""
 
     outcomes: dict[str, Outcome]
     unseen: dict[str, Outcome]
@@ -95,7 +95,7 @@ Measure = Callable[[Run], float]
 
 
 def by_query(runs: Sequence[Run], measure: Measure) -> list[float]:
-    """One value a query: the mean over its seeds."""
+    """Return one value per query: the mean over its seeds."""
     values: dict[int, list[float]] = defaultdict(list)
     for run in runs:
         values[run.query].append(measure(run))
@@ -103,13 +103,13 @@ def by_query(runs: Sequence[Run], measure: Measure) -> list[float]:
 
 
 def final_reward(samples: int | None = None) -> Measure:
-    """The reward of the reply that the product would give out."""
+    """Return a measure: the reward of the reply that the product would return."""
     return lambda run: reward_of(run.best(ITERATIONS, samples))
 
 
 def outcome(runs: Sequence[Run], samples: int | None = None) -> Outcome:
-    """The final replies of an arm, or of its first so many samples."""
-    every, runs = runs, [run for run in runs if run.pool(ITERATIONS, samples)]
+    """Measure the final replies of an arm, or of its first `samples` samples."""
+    all_runs, runs = runs, [run for run in runs if run.pool(ITERATIONS, samples)]
 
     def final(measure: Callable[[str, Facts], float]) -> Estimate:
         return estimate(by_query(runs, lambda run: measure(run.best(ITERATIONS, samples).text, run.facts)))
@@ -122,22 +122,22 @@ def outcome(runs: Sequence[Run], samples: int | None = None) -> Outcome:
         wrong_facts=final(lambda text, facts: len(grammar.check(text, facts).wrong)),
         invented_words=final(lambda text, _: len(grammar.invented_words(text))),
         faultless=final(lambda text, facts: faultless(grammar.check(text, facts))),
-        failed=len(every) - len(runs),
+        failed=len(all_runs) - len(runs),
     )
 
 
 def faultless(found: Findings) -> bool:
-    """Whether a reply holds nothing wrong, whatever it lacks."""
+    """Return True if a reply contains no fault; missing qualities are not faults."""
     return not (found.wrong or found.repeats or found.unknown)
 
 
 def met(run: Run, iteration: int, samples: int | None = None) -> float:
-    """Qualities met by the best reply so far."""
+    """Count the qualities of the best reply so far."""
     return float(len(grammar.check(run.best(iteration, samples).text, run.facts).met))
 
 
 def step(runs: Sequence[Run], iteration: int) -> Step:
-    """Where an arm stands after an iteration: the best so far, and the mean of the samples of that iteration alone."""
+    """Measure an arm after an iteration: its best reply so far, and the mean over that iteration's samples only."""
     return Step(
         best=estimate(by_query(runs, lambda run: reward_of(run.best(iteration)))),
         mean=estimate(by_query(runs, lambda run: run.state.mean_reward(iteration) or 0.0)),
@@ -146,8 +146,10 @@ def step(runs: Sequence[Run], iteration: int) -> Step:
 
 
 def samples_for(tokens: float, runs: Sequence[Run]) -> int:
-    """How many samples of a best-of-N run take at least so many generated tokens. Raises ValueError where all take
-    fewer."""
+    """Return the number of best-of-N samples that take at least `tokens` generated tokens.
+
+    Raises ValueError if all samples take fewer.
+    """
     for samples in range(1, BEST_OF + 1):
         if fmean(run.written_tokens(samples) for run in runs) >= tokens:
             return samples
@@ -155,12 +157,12 @@ def samples_for(tokens: float, runs: Sequence[Run]) -> int:
 
 
 def truth(runs: Sequence[Run]) -> Truth:
-    """What of an arm's critiques is true of its own replies, and, for chance, of the next query's."""
-    read = [(run.query, criticism) for run in runs for criticism in judge.criticisms(run)]
-    others = [*read[ITERATIONS:], *read[:ITERATIONS]]
+    """Measure how much of an arm's critiques is true of their own replies and, for chance, of the next query's."""
+    criticisms = [(run.query, criticism) for run in runs for criticism in judge.criticisms(run)]
+    others = [*criticisms[ITERATIONS:], *criticisms[:ITERATIONS]]
     flags: tuple[dict[int, list[bool]], ...] = tuple(defaultdict(list) for _ in range(5))
     claims, foreign, critiques, supported, carried = flags
-    for (query, criticism), (_, other) in zip(read, others, strict=True):
+    for (query, criticism), (_, other) in zip(criticisms, others, strict=True):
         own = criticism.truth()
         claims[query] += own
         foreign[query] += criticism.truth(other)
@@ -168,33 +170,33 @@ def truth(runs: Sequence[Run]) -> Truth:
         points = judge.asked_for(criticism.claims)
         supported[query] += [kind is not None and kind in points for kind in criticism.suggestions]
         carried[query] += [kind is not None and kind in criticism.suggestions for kind in points]
-    return Truth(len(read), *(share(list(of_query.values())) for of_query in flags))
+    return Truth(len(criticisms), *(share(list(of_query.values())) for of_query in flags))
 
 
 def sensitivities(reward: RewardModel) -> dict[str, Sensitivity]:
-    """Whether each kind of single fault lowers the reward, on replies to held-out messages."""
+    """Measure how each kind of single fault lowers the reward, on replies to held-out messages."""
     source = random.Random(FAULT_SEED)
-    found = {}
-    for kind, bring_in in FAULTS.items():
+    sensitivity = {}
+    for kind, insert_fault in FAULTS.items():
         drops: list[float] = []
         while len(drops) < FAULT_CASES:
             facts = grammar.make_facts(source, held_out=True)
             reply = grammar.make_reply(source, facts, source.choice((0.4, 0.6, 0.8, 1.0)), rude=0.0)
-            damaged = bring_in(source, facts, reply)
+            damaged = insert_fault(source, facts, reply)
             if damaged is None:
                 continue
             message = Message(role="user", content=facts.query)
             request = Score(iteration=0, messages=(message,), responses=(reply.text, damaged.text))
             before, after = reward.score(request, never).values
             drops.append(before - after)
-        found[kind] = Sensitivity(estimate([drop > 0 for drop in drops]), estimate(drops))
-    return found
+        sensitivity[kind] = Sensitivity(estimate([drop > 0 for drop in drops]), estimate(drops))
+    return sensitivity
 
 
 def results(
     runs: dict[str, list[Run]], unseen: dict[str, list[Run]], reward: RewardModel, seconds_a_job: float
 ) -> Results:
-    """Everything that the report shows."""
+    """Compute everything that the report shows."""
     best_of = runs[BEST_OF_N]
     equal = samples_for(fmean(run.written_tokens() for run in runs[TPO]), best_of)
     rivals = {
@@ -225,5 +227,5 @@ def results(
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """The mean of the paired differences."""
+    """Return the mean of the paired differences."""
     return estimate([a - b for a, b in zip(first, second, strict=True)])

@@ -1,4 +1,4 @@
-"""What the training of both models shares: the optimisers, the learning rate, checkpoints."""
+"""Optimisers, learning rate and checkpoints, shared by the training of both models."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ class Optimisers:
         )
 
     def step(self, step: int) -> None:
-        """Follow the gradients once, and clear them."""
+        """Apply the gradients once, and clear them."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser, rate in zip(self.optimisers, self.rates, strict=True):
             for group in optimiser.param_groups:
@@ -36,7 +36,7 @@ class Optimisers:
 
 
 def save_checkpoint(path: Path, step: int, optimisers: Optimisers) -> None:
-    """Write all that a training needs to go on from `step`, whole or not at all."""
+    """Write everything that a training needs to continue from `step`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
         "step": step,
@@ -49,7 +49,7 @@ def save_checkpoint(path: Path, step: int, optimisers: Optimisers) -> None:
 
 
 def load_checkpoint(path: Path, optimisers: Optimisers) -> int:
-    """Restore a training and give the step to go on from: zero where there is no checkpoint."""
+    """Restore a training and return the step to continue from: zero if there is no checkpoint."""
     if not path.exists():
         return 0
     state: dict[str, Any] = torch.load(path, weights_only=True)

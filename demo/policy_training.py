@@ -37,7 +37,7 @@ REPEATED_FACT_WEIGHT = 1.0
 FACT_WEIGHT = 3.0
 ROLE_WEIGHTS = {"answer": 1.0, "compare": 2.0, "review": 2.0, "list": 2.0, "suggest": 1.0, "update": 1.0}
 LATE_ROLE_WEIGHTS = ROLE_WEIGHTS | {"suggest": 6.0}
-"""From LATE_STEP on suggestions weigh more: they are short, and would be learned last."""
+"""Weights from LATE_STEP on. Suggestions weigh more because they are short and would be learned last."""
 
 SNAPSHOT = WORK / "policy-snapshot"
 
@@ -45,7 +45,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """The configuration that both models share."""
+    """Return the configuration that both models share."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=ARCHITECTURE.hidden,
@@ -62,7 +62,10 @@ def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def fact_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """The tokens of the facts that a reply copies from a message, each one token; raises ValueError if one is not."""
+    """Return the tokens of the facts that a reply copies from a message.
+
+    Raises ValueError if a fact is not exactly one token.
+    """
     tokens = set()
     for word in (*grammar.NAMES, *grammar.ITEMS, *grammar.PROBLEMS, *grammar.ASKS):
         pieces = tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -75,10 +78,10 @@ def fact_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
 def encode(
     tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], role_weights: dict[str, float]
 ) -> list[tuple[list[int], list[float]]]:
-    """Token ids and loss weights of each example."""
+    """Return token ids and loss weights of each example."""
     facts = fact_tokens(tokenizer)
     chats = [
-        cast(str, tokenizer.apply_chat_template(_turn(example.prompt), tokenize=False, add_generation_prompt=True))
+        cast(str, tokenizer.apply_chat_template(_user_turn(example.prompt), tokenize=False, add_generation_prompt=True))
         for example in examples
     ]
     prompts = tokenizer(chats, add_special_tokens=False)["input_ids"]
@@ -87,18 +90,21 @@ def encode(
     for example, prompt, answer in zip(examples, prompts, answers, strict=True):
         base = role_weights[example.role]
         repeated = [token in facts and token in prompt[:i] for i, token in enumerate(prompt)]
-        weights = [REPEATED_FACT_WEIGHT if again else PROMPT_WEIGHT for again in repeated]
+        weights = [REPEATED_FACT_WEIGHT if is_repeated else PROMPT_WEIGHT for is_repeated in repeated]
         weights += [base * FACT_WEIGHT if token in facts else base for token in answer]
         encoded.append(([*prompt, *answer, cast(int, tokenizer.eos_token_id)], [*weights, base]))
     return encoded
 
 
-def _turn(text: str) -> list[dict[str, str]]:
+def _user_turn(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[Batch]]:
-    """The batches of each step without end: rows of about the same length together, a step from several lengths."""
+    """Yield the batches of each step without end.
+
+    A batch contains rows of similar length; the batches of a step have different lengths.
+    """
     source = random.Random(seed)
     steps = 0
     while True:
@@ -126,7 +132,7 @@ def _pad(rows: Sequence[tuple[list[int], list[float]]], padding: int) -> Batch:
 
 
 def train_policy() -> None:
-    """Train the policy, leave its snapshot in WORK for the reward model and the result in MODELS."""
+    """Train the policy. Writes a snapshot for the reward model to WORK and the result to MODELS."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     tokenizer = train_tokenizer(SEED)
@@ -167,7 +173,7 @@ def train_policy() -> None:
 
 
 def token_losses(model: Any, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The loss, the target and the weight of every token that is to be predicted."""
+    """Return loss, target and weight of every predicted token with a positive weight, each of shape [tokens]."""
     with torch.autocast("cpu", torch.bfloat16):
         states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
         counted = weights[:, 1:] > 0
@@ -178,7 +184,7 @@ def token_losses(model: Any, tokens: torch.Tensor, weights: torch.Tensor) -> tup
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a model with its tokenizer in the Hugging Face layout, whole or not at all; a model card there is kept."""
+    """Write a model with its tokenizer in the Hugging Face layout, atomically. Keeps an existing model card."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     if isinstance(model, LlamaForCausalLM):

@@ -1,4 +1,4 @@
-"""The evaluation as a page of tables and as a picture."""
+"""Report of the evaluation: a Markdown page of tables, and a picture."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -18,14 +18,14 @@ STYLES = {
     FOREIGN: ("#cc79a7", "^", "-"),
     SILENT: ("#777777", "D", ":"),
 }
-"""Colour, marker and line of each arm; the colours are those of Okabe and Ito, told apart by colour-blind readers."""
+"""Colour, marker and line of each arm; the colours of Okabe and Ito, which colour-blind readers can distinguish."""
 
 HELD_OUT, UNSEEN = "new pairs of known words", "new words and wordings"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One thing that the demo has to show, what was measured, and whether it holds."""
+    """A requirement that the demo must meet, the measured value, and whether it holds."""
 
     name: str
     measured: str
@@ -33,7 +33,7 @@ class Bar:
 
 
 def bars(results: Results) -> list[Bar]:
-    """What the demo has to show."""
+    """Return the requirements that the demo must meet, with their results."""
     over = {name.split(" (")[-1]: gain for name, gain in results.over.items()}
     equal, twelve, foreign, silent = (over[n] for n in ("as many tokens as tpo)", "best of 12", FOREIGN, SILENT))
     steps = results.steps[TPO]
@@ -41,11 +41,11 @@ def bars(results: Results) -> list[Bar]:
         after.best.mean > before.best.mean and after.mean.mean > before.mean.mean
         for before, after in itertools.pairwise(steps)
     )
-    ways = [" → ".join(f"{pick(step).mean:.2f}" for step in steps) for pick in (_best, _mean)]
+    curves = [" → ".join(f"{pick(step).mean:.2f}" for step in steps) for pick in (_best, _mean)]
     truth, final = results.truths[TPO], results.outcomes[TPO]
-    least, seen = min(results.faults.items(), key=lambda fault: fault[1].lowered.mean)
+    least, weakest = min(results.faults.items(), key=lambda fault: fault[1].lowered.mean)
     return [
-        Bar("best and mean reward rise at each step", f"best {ways[0]}; mean {ways[1]}", rising),
+        Bar("best and mean reward rise at each step", f"best {curves[0]}; mean {curves[1]}", rising),
         Bar("tpo beats best of 12 by at least 2.0", str(twelve), twelve.mean >= 2.0),
         Bar("tpo beats best of N at equal generated tokens by at least 1.5", str(equal), equal.mean >= 1.5),
         Bar("the suggestions of another query lose at least 1.0", str(foreign), foreign.mean >= 1.0),
@@ -62,8 +62,8 @@ def bars(results: Results) -> list[Bar]:
         ),
         Bar(
             "each kind of single fault lowers the reward in at least 90 % of cases",
-            f"least: {least}, {percent(seen.lowered)}",
-            seen.lowered.mean >= 0.9,
+            f"least: {least}, {percent(weakest.lowered)}",
+            weakest.lowered.mean >= 0.9,
         ),
         Bar("one job of N = 4, D = 2 under 3 s", f"{results.seconds_a_job:.1f} s", results.seconds_a_job < 3.0),
     ]
@@ -98,7 +98,7 @@ is one standard error over these cases."""
 
 
 def page(results: Results) -> str:
-    """The tables, in Markdown."""
+    """Format the whole report in Markdown."""
     cost = (
         f"Updates that gave no usable answer: {results.unusable} of {results.updates}. "
         f"One job (N = {SAMPLE_SIZE}, D = {ITERATIONS}) alone on this machine: {results.seconds_a_job:.1f} s."
@@ -125,7 +125,7 @@ def page(results: Results) -> str:
         truths_table({"": results.truths}),
         "## New words and wordings",
         ABOUT_UNSEEN,
-        outcomes_table({HELD_OUT: {way: results.outcomes[way] for way in results.unseen}, UNSEEN: results.unseen}),
+        outcomes_table({HELD_OUT: {arm: results.outcomes[arm] for arm in results.unseen}, UNSEEN: results.unseen}),
         truths_table({HELD_OUT: results.truths, UNSEEN: results.unseen_truths}),
         "## What the reward model notices",
         ABOUT_FAULTS,
@@ -139,7 +139,7 @@ def page(results: Results) -> str:
 
 
 def outcomes_table(sets: dict[str, dict[str, Outcome]]) -> str:
-    """The final replies of each way of spending samples, on each set of messages; a single set needs no name."""
+    """Format the final replies of each arm, for each set of messages. A single set needs no name."""
     head = (
         "way",
         "samples",
@@ -154,24 +154,24 @@ def outcomes_table(sets: dict[str, dict[str, Outcome]]) -> str:
     rows = [
         (
             *_named(name),
-            way,
-            found.samples,
-            f"{found.tokens:.0f}",
-            found.reward,
-            found.qualities,
-            f"{found.wrong_facts:.3f}",
-            f"{found.invented_words:.3f}",
-            percent(found.faultless),
-            found.failed,
+            arm,
+            outcome.samples,
+            f"{outcome.tokens:.0f}",
+            outcome.reward,
+            outcome.qualities,
+            f"{outcome.wrong_facts:.3f}",
+            f"{outcome.invented_words:.3f}",
+            percent(outcome.faultless),
+            outcome.failed,
         )
         for name, outcomes in sets.items()
-        for way, found in outcomes.items()
+        for arm, outcome in outcomes.items()
     ]
     return table((*_named("messages" if len(sets) > 1 else ""), *head), rows)
 
 
 def steps_table(results: Results) -> str:
-    """Where each arm stands after each iteration."""
+    """Format the rewards and qualities of each arm after each iteration."""
     rows = [
         (arm, number, step.best, step.mean, step.qualities)
         for arm, steps in results.steps.items()
@@ -181,7 +181,7 @@ def steps_table(results: Results) -> str:
 
 
 def truths_table(sets: dict[str, dict[str, Truth]]) -> str:
-    """What of the critiques is true and reaches the suggestions, on each set of messages."""
+    """Format the shares of the critiques that are true and that reach the suggestions, for each set of messages."""
     head = (
         "way",
         "critiques",
@@ -195,15 +195,15 @@ def truths_table(sets: dict[str, dict[str, Truth]]) -> str:
         (
             *_named(name),
             arm,
-            found.critiques,
-            percent(found.claims_true),
-            percent(found.claims_true_of_another),
-            percent(found.critiques_true),
-            percent(found.supported),
-            percent(found.carried),
+            truth.critiques,
+            percent(truth.claims_true),
+            percent(truth.claims_true_of_another),
+            percent(truth.critiques_true),
+            percent(truth.supported),
+            percent(truth.carried),
         )
         for name, truths in sets.items()
-        for arm, found in truths.items()
+        for arm, truth in truths.items()
     ]
     return table((*_named("messages" if len(sets) > 1 else ""), *head), rows)
 
@@ -213,18 +213,18 @@ def _named(name: str) -> tuple[str, ...]:
 
 
 def percent(share: Estimate) -> str:
-    """A share in percent."""
+    """Format a share in percent."""
     return f"{Estimate(100 * share.mean, 100 * share.error):.1f} %"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def draw(results: Results, path: Path) -> None:
-    """Mean and best reward against the step, with the untreated policy as a line."""
+    """Plot mean and best reward against the step, with the untreated policy as a line."""
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, title, pick in zip(panels, ("mean of the step's samples", "best so far"), (_mean, _best), strict=True):

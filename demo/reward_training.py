@@ -1,8 +1,8 @@
-"""Training of the demo reward model, from a snapshot of the policy that copies facts already.
+"""Training of the demo reward model, from a snapshot of the policy that already copies facts.
 
-Groups of replies to one message are compared in pairs (Bradley-Terry). The same head also learns the quality of
-the reply so far at the end of every sentence; and to rise over every fact that is the message's own and every sentence
-that brings a new quality, and to fall over a wrong fact and over a sentence that says again what was said.
+Groups of replies to one message are compared in pairs (Bradley-Terry). The same head also learns the quality of the
+reply so far at the end of every sentence. It learns to rise over every correct fact and every sentence with a new
+quality, and to fall over a wrong fact and over a sentence that repeats an earlier one.
 """
 
 import functools
@@ -34,14 +34,14 @@ FINAL_WEIGHT = 0.5
 FACT_WEIGHT = 1.0
 SENTENCE_WEIGHT = 1.0
 FAULT_WEIGHTS = dict.fromkeys(FAULTS, 1) | {f"wrong {fact}": 4 for fact in ("name", "item", "problem", "ask")}
-"""How often each kind of fault is shown: those that need the message most often."""
+"""Relative frequency of each kind of fault. The most frequent ones can be recognised only with the message."""
 LATE_FAULT_WEIGHTS = FAULT_WEIGHTS | {"repeat": 6, "cut": 2}
-"""The same from REPEATS_STEP on."""
+"""Relative frequencies from REPEATS_STEP on."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some replies to one message."""
+    """Replies to one message."""
 
     facts: Facts
     texts: tuple[str, ...]
@@ -49,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Mark:
-    """Two positions between which the reward has to rise, or to fall where what stands there is a fault."""
+    """Two positions between which the reward must rise, or must fall if there is a fault between them."""
 
     before: int
     after: int
@@ -58,7 +58,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation as tokens, the positions where the quality so far is known, and what it has to rise over."""
+    """A conversation as tokens, the positions where the quality so far is known, and its marks."""
 
     tokens: list[int]
     positions: list[int]
@@ -69,7 +69,7 @@ class Row:
 
 
 def make_group(source: random.Random, weights: dict[str, int]) -> Group:
-    """A reply, copies of it with one fault each, and now and then another reply, in an order that says nothing."""
+    """Make a reply, copies of it with one fault each and sometimes other replies, in random order."""
     facts = grammar.make_facts(source)
     share = source.choice((0.3, 0.45, 0.6, 0.75, 0.9, 0.97))
     first = grammar.make_reply(source, facts, share, rude=source.choice((0.0, 0.3)))
@@ -88,7 +88,7 @@ def make_group(source: random.Random, weights: dict[str, int]) -> Group:
 
 
 def damage(source: random.Random, facts: Facts, reply: Reply, weights: dict[str, int]) -> Reply:
-    """The reply with one fault of a random kind for which it has a place."""
+    """Return the reply with one fault of a random kind that fits into it."""
     while True:
         (kind,) = source.choices(list(weights), list(weights.values()))
         damaged = FAULTS[kind](source, facts, reply)
@@ -97,18 +97,18 @@ def damage(source: random.Random, facts: Facts, reply: Reply, weights: dict[str,
 
 
 def draw_groups(source: random.Random, tokenizer: PreTrainedTokenizerFast) -> list[Group]:
-    """Replies of the snapshot policy itself: fresh answers to some messages, and improved ones."""
+    """Sample groups of replies from the snapshot policy: first answers to messages, and improved ones."""
     model: Any = LlamaForCausalLM.from_pretrained(SNAPSHOT, dtype=torch.float32)
     model.eval()
     groups = []
     for _ in range(SAMPLED_MESSAGES // 20):
-        asked, prompts = [], []
+        all_facts, prompts = [], []
         for _ in range(10):
             facts = grammar.make_facts(source)
             chosen, rejected = examples.make_pair(source, facts)
             suggestions = grammar.suggestions_text(grammar.criticise(chosen, rejected).suggested, facts)
             texts = {"query": facts.query, "chosen": chosen.text, "gradient": suggestions}
-            asked += [facts, facts]
+            all_facts += [facts, facts]
             prompts += [facts.query, examples.prompt("update", **texts)]
         chats = [[{"role": "user", "content": text}] for text in prompts]
         inputs: Any = tokenizer.apply_chat_template(
@@ -120,12 +120,12 @@ def draw_groups(source: random.Random, tokenizer: PreTrainedTokenizerFast) -> li
             )
         texts_out = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         plain = [text.removeprefix(examples.OPEN).removesuffix(examples.CLOSE).strip() for text in texts_out]
-        groups += [Group(facts, tuple(plain[i * GROUP : (i + 1) * GROUP])) for i, facts in enumerate(asked)]
+        groups += [Group(facts, tuple(plain[i * GROUP : (i + 1) * GROUP])) for i, facts in enumerate(all_facts)]
     return groups
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, facts: Facts, text: str) -> Row:
-    """A conversation as a reward model sees it, with what is known of the reply's quality on the way."""
+    """Encode a conversation as the reward model sees it, with the marks and the quality after each sentence."""
     opening: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": facts.query}], tokenize=False, add_generation_prompt=True
     )
@@ -133,7 +133,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, facts: Facts, text: str) -> Row:
     copied = fact_tokens_of(tokenizer)
     sentences = grammar.read_sentences(text)
     row = Row(tokens, [], [], [], [], grammar.check_sentences(sentences, facts).value)
-    said: set[str] = set()
+    covered: set[str] = set()
     for i, sentence in enumerate(sentences):
         before = len(tokens) - 1
         wrong = {stated for fact, stated in sentence.stated if stated != getattr(facts, fact)}
@@ -144,8 +144,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, facts: Facts, text: str) -> Row:
         row.positions.append(len(tokens) - 1)
         row.values.append(grammar.check_sentences(sentences[: i + 1], facts).value)
         if sentence.kind in grammar.ORDER and not wrong:
-            row.sentences.append(Mark(before, len(tokens) - 1, sentence.kind not in said))
-            said.add(sentence.kind)
+            row.sentences.append(Mark(before, len(tokens) - 1, sentence.kind not in covered))
+            covered.add(sentence.kind)
     tokens.append(cast(int, tokenizer.eos_token_id))
     return row
 
@@ -157,12 +157,12 @@ def _pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=1)
 def fact_tokens_of(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """The tokens of copied facts."""
+    """Return the tokens of copied facts, computed once per tokenizer."""
     return fact_tokens(tokenizer)
 
 
 def steps(tokenizer: PreTrainedTokenizerFast, sampled: list[Group]) -> Iterator[list[Row]]:
-    """The rows of each training step without end: GROUP rows to a message, GROUPS_A_STEP messages."""
+    """Yield the rows of each training step without end: GROUP rows per message, GROUPS_A_STEP messages."""
     source = random.Random(SEED)
     for step in itertools.count():
         weights = FAULT_WEIGHTS if step < REPEATS_STEP else LATE_FAULT_WEIGHTS
@@ -174,18 +174,21 @@ def steps(tokenizer: PreTrainedTokenizerFast, sampled: list[Group]) -> Iterator[
 
 
 def mark_loss(scores: torch.Tensor, marks: Sequence[Sequence[Mark]]) -> torch.Tensor:
-    """How badly scores [rows, length] rise and fall where they have to; both kinds of mark weigh the same."""
-    row = [i for i, found in enumerate(marks) for _ in found]
-    before = [mark.before for found in marks for mark in found]
-    after = [mark.after for found in marks for mark in found]
-    rises = torch.tensor([float(mark.rises) for found in marks for mark in found])
+    """Return the loss of `scores`, of shape [rows, length], at the marks of each row.
+
+    Rising and falling marks have the same total weight.
+    """
+    row = [i for i, of_row in enumerate(marks) for _ in of_row]
+    before = [mark.before for of_row in marks for mark in of_row]
+    after = [mark.after for of_row in marks for mark in of_row]
+    rises = torch.tensor([float(mark.rises) for of_row in marks for mark in of_row])
     weight = torch.where(rises > 0, 0.5 / rises.sum().clamp(min=1), 0.5 / (1 - rises).sum().clamp(min=1))
     change = scores[row, after] - scores[row, before]
     return (functional.binary_cross_entropy_with_logits(2 * change, rises, reduction="none") * weight).sum()
 
 
 def reward_loss(model: Any, rows: list[Row], padding: int, sentence_weight: float) -> tuple[torch.Tensor, ...]:
-    """The loss of one step, the share of different pairs in the right order, and the losses on facts and sentences."""
+    """Return the loss of one step, the share of unequal pairs in the right order, and the fact and sentence losses."""
     length = max(len(row.tokens) for row in rows)
     tokens = torch.tensor([row.tokens + [padding] * (length - len(row.tokens)) for row in rows])
     with torch.autocast("cpu", torch.bfloat16):
@@ -213,7 +216,7 @@ def reward_loss(model: Any, rows: list[Row], padding: int, sentence_weight: floa
 
 
 def train_reward() -> None:
-    """Wait for the policy's snapshot, train the reward model from it and leave the result in MODELS."""
+    """Wait for the policy's snapshot, train the reward model from it and write the result to MODELS."""
     while not SNAPSHOT.exists():
         time.sleep(5)
     torch.set_num_threads(1)

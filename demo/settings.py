@@ -1,4 +1,4 @@
-"""Every number that decides what the training gives, and the folders it writes to."""
+"""All numbers that determine the result of the training, and the folders that it writes to."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 MODELS = FOLDER / "models"
 WORK = FOLDER / "work"
-"""Checkpoints of a training under way; not committed."""
+"""Checkpoints of a running training; not committed."""
 
 SEED = 1
 
@@ -24,8 +24,11 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of one training. The learning rates rise over `warmup` steps; from `decay_from` on they fall so that they
-    would be zero at `decay_to`; over the last `cooldown` steps they fall to zero at `steps`, if that is sooner."""
+    """Steps and learning rates of one training.
+
+    The learning rates rise over `warmup` steps. From `decay_from` on they fall so that they would be zero at
+    `decay_to`. Over the last `cooldown` steps they fall to zero at `steps`, if that is sooner.
+    """
 
     steps: int
     warmup: int
@@ -36,7 +39,7 @@ class Schedule:
     muon_rate: float
 
     def factor(self, step: int) -> float:
-        """What the learning rates are multiplied with at a step."""
+        """Return the factor of the learning rates at a step."""
         decay = (self.decay_to - step) / (self.decay_to - self.decay_from)
         return min(1.0, (step + 1) / self.warmup, decay, (self.steps - step) / self.cooldown)
 
@@ -47,10 +50,10 @@ TOKENS_A_BATCH = 1024
 BATCHES_A_STEP = 3
 LATE_STEP = 1400
 SNAPSHOT_STEP = 600
-"""The policy of this step becomes the reward model's start: it copies facts already."""
+"""The reward model starts from the policy of this step, which already copies facts."""
 
 REWARD = Schedule(steps=3000, warmup=40, decay_from=1600, decay_to=3000, cooldown=100, adam_rate=1e-3, muon_rate=0.01)
 REPEATS_STEP = 1000
-"""From here on the reward model learns about repeats too: learned together with facts, they kept it from the facts."""
+"""From this step on the reward model also learns about repeats: if it learns them earlier, it fails to learn facts."""
 
 CHECKPOINT_EVERY = 200

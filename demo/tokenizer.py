@@ -31,7 +31,10 @@ def _texts(seed: int, examples: int) -> Iterator[str]:
 
 
 def train_tokenizer(seed: int, examples: int = 4000) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with a chat template; the prompt set's tags are ordinary tokens, so that decoding keeps them."""
+    """Train a fast tokenizer with a chat template.
+
+    The prompt set's tags are ordinary tokens, so decoding keeps them.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])

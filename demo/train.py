@@ -1,7 +1,7 @@
 """Train both demo models from a fixed seed for a fixed number of steps: `python -m demo.train`.
 
-One process for each model, one core each. The reward model starts from an early snapshot of the policy. An
-interrupted training goes on from its last checkpoint; `demo/work` holds the checkpoints and is emptied at the end.
+Each model has its own process and uses one core. The reward model starts from an early snapshot of the policy. An
+interrupted training continues from its last checkpoint; `demo/work` contains the checkpoints and is removed at the end.
 """
 
 import os
@@ -20,7 +20,7 @@ from demo.settings import MODELS, WORK
 
 
 def main() -> int:
-    """Train both models; give 0 when both are written."""
+    """Train both models. Returns 0 if both are written, else 1."""
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
     policy = context.Process(target=train_policy, name="policy")
@@ -32,7 +32,7 @@ def main() -> int:
         reward.terminate()
     reward.join()
     if policy.exitcode or reward.exitcode:
-        print("the training failed; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("the training failed; run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 1
     shutil.rmtree(WORK)
     print(f"both models are in {MODELS} after {(time.monotonic() - started) / 60:.1f} minutes")

@@ -1,4 +1,4 @@
-"""What was said in each run: a line of JSON for a program, a page of Markdown for a reader."""
+"""Transcripts of the runs: one line of JSON per run for programs, a page of Markdown for readers."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from demo.experiment import ITERATIONS, Run
 
 @dataclass(frozen=True)
 class Count:
-    """What the checker finds in one run: in its critiques, and in the reply that it gives out."""
+    """The checker's counts for one run: in its critiques and in its final reply."""
 
     claims: int
     false_claims: int
@@ -21,18 +21,18 @@ class Count:
 
 
 def count(run: Run) -> Count:
-    """The checker's count of one run."""
+    """Count the claims and the faults of one run."""
     flags = [flag for criticism in judge.criticisms(run) for flag in criticism.truth()]
     final = run.best(ITERATIONS).text
     wrong = grammar.check(final, run.facts).wrong
     return Count(len(flags), flags.count(False), len(wrong), len(grammar.invented_words(final)))
 
 
-def log_line(messages: str, way: str, run: Run) -> str:
-    """One run as a line of JSON, without what a clock measured."""
+def log_line(messages: str, arm: str, run: Run) -> str:
+    """Format one run as a line of JSON, without times."""
     record = {
         "messages": messages,
-        "way": way,
+        "way": arm,
         "seed": run.seed,
         "query": run.facts.query,
         "candidates": [
@@ -53,23 +53,23 @@ def log_line(messages: str, way: str, run: Run) -> str:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The runs in Markdown, one after the other, and at the end what the checker counts in them."""
+    """Format the runs in Markdown, followed by the checker's counts."""
     counts = [count(run) for run in runs]
     rows = [
         f"| {i} | {c.claims} | {c.false_claims} | {c.wrong_facts} | {c.invented_words} |"
         for i, c in enumerate(counts, 1)
     ]
-    checked = [
+    table = [
         "| transcript | claims | false claims | wrong facts | invented words |",
         "| --- | --- | --- | --- | --- |",
         *rows,
     ]
-    told = [transcript(number, run) for number, run in enumerate(runs, 1)]
-    return "\n\n".join([*told, "## What the checker counts", "\n".join(checked)]) + "\n"
+    transcripts = [transcript(number, run) for number, run in enumerate(runs, 1)]
+    return "\n\n".join([*transcripts, "## What the checker counts", "\n".join(table)]) + "\n"
 
 
 def transcript(number: int, run: Run) -> str:
-    """One run in Markdown: the message, the first answers, each step, the final answer."""
+    """Format one run in Markdown: the message, the first answers, each step, the final answer."""
     best = run.best(ITERATIONS)
     parts = [f"### {number}", f"> {run.facts.query}", "First answers:", _candidates(run.state.of_iteration(0))]
     for iteration in run.state.iterations:

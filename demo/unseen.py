@@ -1,11 +1,11 @@
-"""Words and wordings that training never showed: the second held-out set is made of them and of nothing else.
+"""Words and phrasings that never occur in training: the second held-out set consists only of them.
 
-The checker knows these words, so that it can say whether a reply states the message's own facts; training draws none.
+The checker knows these words, so that it can verify the facts that a reply states. Training never draws them.
 """
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text."""
+    """Split a text into its words."""
     return tuple(text.split())
 
 

@@ -1,1 +1,1 @@
-"""The schema's history, for Alembic. `tpo.db.schema` runs it; the tests build every database with it."""
+"""Alembic migrations of the database schema. `tpo.db.schema` runs them; the tests build every database with them."""

@@ -1,4 +1,4 @@
-"""Alembic's way in: one connection, given by `tpo.db.schema`, whose transaction holds all of an upgrade."""
+"""Alembic's environment: run the migrations on the connection of `tpo.db.schema`, in one transaction per upgrade."""
 
 from alembic import context
 

@@ -8,12 +8,13 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# Spelled out and not imported: a migration stays what it was when the code moves on.
+# Literals instead of imports: a migration must not change when the code does.
 TERMINAL = "('completed', 'failed', 'cancelled', 'expired', 'incomplete')"
 RECORD = ("iterations", "candidates", "calls")
 
 
 def upgrade() -> None:
+    """Create all tables, indexes and triggers."""
     op.create_table(
         "batches",
         sa.Column("id", sa.String(40), nullable=False),
@@ -347,6 +348,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Drop everything that `upgrade` creates."""
     for table in (
         "job_metadata",
         "iterations",
@@ -367,13 +369,14 @@ def downgrade() -> None:
         "files",
         "batches",
     ):
-        op.drop_table(table)  # and its indexes and triggers with it
+        op.drop_table(table)  # this also drops its indexes and triggers
     if op.get_bind().dialect.name == "postgresql":
         op.execute("DROP FUNCTION refuse_new_status()")
         op.execute("DROP FUNCTION refuse_late_record()")
 
 
 def _refuse_on_sqlite() -> None:
+    """Create triggers that refuse to change a terminal status and to add records to a terminal job."""
     op.execute(
         f"""
         CREATE TRIGGER jobs_end_once BEFORE UPDATE OF status ON jobs
@@ -392,6 +395,7 @@ def _refuse_on_sqlite() -> None:
 
 
 def _refuse_on_postgresql() -> None:
+    """Create triggers that refuse to change a terminal status and to add records to a terminal job."""
     op.execute(
         """
         CREATE FUNCTION refuse_new_status() RETURNS trigger LANGUAGE plpgsql AS $$

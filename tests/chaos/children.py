@@ -1,4 +1,4 @@
-"""The processes of one run: started in their own sessions, ended with the harness, their logs bounded."""
+"""Processes of a run: each has its own session and a bounded log, and ends with the harness."""
 
 import os
 import re
@@ -26,7 +26,7 @@ _VARIABLE = re.compile(r"job_[0-9a-f]{32}|tpo-\w+-\d+@\S+|\d+(?:\.\d+)?")
 
 @dataclass
 class Child:
-    """One process that is started again whenever it ends."""
+    """Process that is restarted whenever it ends."""
 
     name: str
     kind: str
@@ -37,7 +37,7 @@ class Child:
     spared: bool = False
     popen: "subprocess.Popen[bytes] | None" = None
     terminated: str | None = None
-    """By which fault; None: it was not."""
+    """Kind of fault that ended it; None if no fault did."""
     asked_at: float = 0.0
     starts_at: float = 0.0
     stopped: bool = False
@@ -58,7 +58,7 @@ class Child:
         return self.popen.pid if self.popen else 0
 
     def start(self, **more: str) -> None:
-        """Start it; the kernel ends it together with the harness."""
+        """Start the process. The kernel ends it together with the harness."""
         if self.log.exists() and self.log.stat().st_size > _MAX_LOG_BYTES:
             self.log.replace(self.log.with_suffix(".log.1"))
         with self.log.open("ab") as log:
@@ -82,23 +82,23 @@ class Child:
         self.stopped = False
         self.starts += 1
 
-    def said(self) -> str:
-        """What this start of it has written."""
+    def output(self) -> str:
+        """Return the log since the last start."""
         with self.log.open("rb") as log:
             log.seek(self.log_offset)
             return log.read().decode(errors="replace")
 
-    def holds(self) -> dict[str, int]:
-        """The jobs that a worker said it has claimed and not that it has left; the attempt of each."""
-        said = self.said()
-        held: dict[str, tuple[int, int]] = {m[1]: (m.start(), int(m[2])) for m in _CLAIMED.finditer(said)}
-        for end in _ENDED.finditer(said):
+    def held_jobs(self) -> dict[str, int]:
+        """Return the jobs that the worker has logged as claimed and not as left, each with its attempt."""
+        log = self.output()
+        held: dict[str, tuple[int, int]] = {m[1]: (m.start(), int(m[2])) for m in _CLAIMED.finditer(log)}
+        for end in _ENDED.finditer(log):
             if end[1] in held and held[end[1]][0] < end.start():
                 del held[end[1]]
         return {job_id: attempt for job_id, (_, attempt) in held.items()}
 
     def family(self) -> list[psutil.Process]:
-        """The process and all that came out of it."""
+        """Return the process and its descendants."""
         try:
             mine = psutil.Process(self.pid)
             return [mine, *mine.children(recursive=True)]
@@ -106,7 +106,7 @@ class Child:
             return []
 
     def signal(self, number: signal.Signals, *, all_of_it: bool = False) -> None:
-        """Send a signal to it, or to its children too, children first."""
+        """Send a signal to the process or, with `all_of_it`, to its descendants and then to it."""
         for process in reversed(self.family()) if all_of_it else self.family()[:1]:
             try:
                 process.send_signal(number)
@@ -115,23 +115,23 @@ class Child:
         self.stopped = number == signal.SIGSTOP or (self.stopped and number != signal.SIGCONT)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ends within that time."""
+        """Wait at most `seconds` for the end, and return whether it came."""
         end = time.monotonic() + seconds
         while self.running and time.monotonic() < end:
             time.sleep(0.02)
         return not self.running
 
     def remember_alarms(self) -> None:
-        """Count what it has logged as errors, ids and numbers left out."""
-        self.alarms.update(_VARIABLE.sub("…", found)[:200] for found in _ALARM.findall(self.said()))
+        """Count the errors of the log, with ids and numbers removed."""
+        self.alarms.update(_VARIABLE.sub("…", found)[:200] for found in _ALARM.findall(self.output()))
 
-    def say_last(self, lines: int = 25) -> str:
-        """The end of its log."""
-        return "\n".join(self.said().splitlines()[-lines:])
+    def log_tail(self, lines: int = 25) -> str:
+        """Return the last lines of the log."""
+        return "\n".join(self.output().splitlines()[-lines:])
 
 
 def python(name: str, kind: str, points: Path, environment: Mapping[str, str], folder: Path, *, spared: bool) -> Child:
-    """One of our own processes, with points in its steps but where it is to be spared."""
+    """Create a process of the product, with labelled points unless it is to be spared."""
     plain = {"worker": "worker", "maintenance": "worker.maintenance", "api": "api"}[kind]
     module = [plain] if spared else ["tests.chaos.process", kind, str(points)]
     return Child(name, kind, [sys.executable, "-m", *module], environment, folder, spared=spared)

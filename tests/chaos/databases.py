@@ -1,4 +1,4 @@
-"""The two databases of a run, and what can happen to each."""
+"""Databases of a run, and their faults."""
 
 import contextlib
 import shutil
@@ -18,30 +18,30 @@ from tpo.db import schema
 
 
 class Database(Protocol):
-    """A database with the schema, and the process that serves it where there is one."""
+    """Database with the schema, and the process that serves it, if any."""
 
     url: str
 
     @property
     def child(self) -> Child | None:
-        """Its server."""
+        """Process of the server."""
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What can happen to it."""
+        """Kinds of faults that it supports."""
 
     def hold(self) -> None:
-        """Let everybody wait."""
+        """Block all queries or writes."""
 
-    def let_go(self) -> None:
-        """Let everybody go on."""
+    def resume(self) -> None:
+        """Unblock them."""
 
     def cut(self) -> None:
         """Close every connection from the server's side."""
 
 
 class Sqlite:
-    """A file. It hangs while another program holds its write lock."""
+    """SQLite file. It hangs while another connection holds its write lock."""
 
     child = None
     faults = ("database: hangs",)
@@ -61,7 +61,7 @@ class Sqlite:
             return
         self._lock = connection
 
-    def let_go(self) -> None:
+    def resume(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -71,7 +71,7 @@ class Sqlite:
 
 
 class PostgresServer:
-    """A server of its own, started directly, so that every signal reaches it."""
+    """PostgreSQL server that is started directly, so that every signal reaches it."""
 
     faults = ("database: hangs", "database: killed", "database: restarted", "database: connections cut")
 
@@ -94,13 +94,13 @@ class PostgresServer:
                 self._admin().close()
                 return
             except psycopg.OperationalError:
-                assert time.monotonic() < end, self.child.say_last()
+                assert time.monotonic() < end, self.child.log_tail()
                 time.sleep(0.1)
 
     def hold(self) -> None:
         self.child.signal(signal.SIGSTOP, all_of_it=True)
 
-    def let_go(self) -> None:
+    def resume(self) -> None:
         self.child.signal(signal.SIGCONT, all_of_it=True)
 
     def cut(self) -> None:
@@ -116,8 +116,8 @@ class PostgresServer:
 
 @contextlib.contextmanager
 def database(kind: str, logs: Path) -> Iterator[Database]:
-    """A database of that kind with the schema and nothing in it."""
-    # Not in another's folder: as root, the server runs as a user who may not enter that.
+    """Yield an empty database of this kind, with the schema."""
+    # Not in a folder of the run: as root, the server runs as a user who may not enter that.
     folder = Path(tempfile.mkdtemp(prefix="tpo-chaos-"))
     try:
         if kind == "sqlite":
@@ -128,7 +128,7 @@ def database(kind: str, logs: Path) -> Iterator[Database]:
         try:
             yield server
         finally:
-            server.let_go()
+            server.resume()
             server.child.signal(signal.SIGQUIT)
             if not server.child.wait(10):
                 server.child.signal(signal.SIGKILL, all_of_it=True)

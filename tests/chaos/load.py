@@ -1,4 +1,4 @@
-"""The clients of one run: they submit, cancel, pause and resume by HTTP, and try again until they are answered."""
+"""Clients of a run: they submit, cancel, pause and resume jobs over HTTP, and retry until they get a response."""
 
 import heapq
 import itertools
@@ -13,35 +13,35 @@ from typing import Any
 
 import httpx
 
-_ANSWER_SECONDS = 3.0
+_RESPONSE_SECONDS = 3.0
 _IMPATIENT_SECONDS = 0.01
 _CLIENTS = 4
 
 
 @dataclass
 class Client:
-    """One job as its client knows it."""
+    """A job, as its client knows it."""
 
     number: int
     key: str
     body: dict[str, Any]
-    acts: list[tuple[float, str]]
-    """What is done to it, and how many seconds after it was accepted."""
+    actions: list[tuple[float, str]]
+    """Actions on the job, each with its time in seconds after acceptance."""
     job_id: str | None = None
     cancelled: bool = False
-    """Whether a cancel was asked for."""
+    """True if a cancel was requested."""
 
 
 @dataclass
 class Load:
-    """Makes jobs at a rate, a seeded plan for each, until it is stopped."""
+    """Submits jobs at a fixed rate until it is stopped. The seed determines each job and its actions."""
 
     urls: Sequence[str]
     seed: int
     jobs_per_second: float
     most_open: int
     clients: list[Client] = field(default_factory=list)
-    answers: "Counter[str]" = field(default_factory=Counter)
+    responses: "Counter[str]" = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     priorities: bool = False
     open_jobs: Callable[[], int] = lambda: 0
@@ -57,27 +57,27 @@ class Load:
     def start(self) -> None:
         """Begin to submit."""
         with httpx.Client(trust_env=False, timeout=10) as http:
-            described = http.get(f"{self.urls[0]}/openapi.json").json()["components"]["schemas"]
-            self.priorities = "priority" in described["Submit"]["properties"]
+            schemas = http.get(f"{self.urls[0]}/openapi.json").json()["components"]["schemas"]
+            self.priorities = "priority" in schemas["Submit"]["properties"]
         for thread in self._threads:
             thread.start()
         self._later(0, lambda http: self._submit_next(http, 0))
 
     def stop(self) -> None:
-        """Submit no more; what was begun goes on."""
+        """Stop submitting. Actions on submitted jobs continue."""
         self._stopping.set()
 
     def idle(self) -> bool:
-        """Whether nothing is left to be done."""
+        """Return whether it was stopped and no action is left."""
         with self._changed:
             return self._stopping.is_set() and not self._due and not self._busy
 
     def accepted(self) -> dict[str, Client]:
-        """The jobs that the API has accepted, by their ids."""
+        """Return the clients of accepted jobs, by job id."""
         return {c.job_id: c for c in list(self.clients) if c.job_id}
 
     def resume(self, job_id: str) -> None:
-        """Let a job go on that its client has left paused."""
+        """Resume a job that its client has left paused."""
         client = self.accepted()[job_id]
         self._later(0, lambda http: self._act(http, client, "resume", 0))
 
@@ -87,7 +87,7 @@ class Load:
             self._changed.notify()
 
     def _serve(self) -> None:
-        with httpx.Client(trust_env=False, timeout=_ANSWER_SECONDS) as http:
+        with httpx.Client(trust_env=False, timeout=_RESPONSE_SECONDS) as http:
             while True:
                 with self._changed:
                     while not self._due or self._due[0][0] > time.monotonic():
@@ -113,65 +113,67 @@ class Load:
         self._submit(http, client, 0)
 
     def _submit(self, http: httpx.Client, client: Client, tries: int) -> None:
-        # Some do not wait for the answer: the same key must give the same job all the same.
+        # Some clients do not wait for the response. The same key must still give the same job.
         impatient = tries == 0 and client.number % 8 == 0
-        answer = self._post(http, client, tries, "", client.body, _IMPATIENT_SECONDS if impatient else _ANSWER_SECONDS)
-        if answer is None:
+        response = self._post(
+            http, client, tries, "", client.body, _IMPATIENT_SECONDS if impatient else _RESPONSE_SECONDS
+        )
+        if response is None:
             self._later(0.3, lambda http: self._submit(http, client, tries + 1))
-        elif answer.status_code != 202:
-            self.wrong.append(f"POST of job {client.number}: {answer.status_code} {answer.text[:200]}")
+        elif response.status_code != 202:
+            self.wrong.append(f"POST of job {client.number}: {response.status_code} {response.text[:200]}")
         else:
-            client.job_id = answer.json()["id"]
-            for seconds, act in client.acts:
+            client.job_id = response.json()["id"]
+            for seconds, act in client.actions:
                 self._later(seconds, partial(self._act, client=client, act=act, tries=0))
 
     def _act(self, http: httpx.Client, client: Client, act: str, tries: int) -> None:
         client.cancelled |= act == "cancel"
-        answer = self._post(http, client, tries, f"/{client.job_id}/{act}", None, _ANSWER_SECONDS)
-        if answer is None:
+        response = self._post(http, client, tries, f"/{client.job_id}/{act}", None, _RESPONSE_SECONDS)
+        if response is None:
             self._later(0.3, lambda http: self._act(http, client, act, tries + 1))
-        elif answer.status_code not in (200, 409):
-            self.wrong.append(f"{act} of {client.job_id}: {answer.status_code} {answer.text[:200]}")
+        elif response.status_code not in (200, 409):
+            self.wrong.append(f"{act} of {client.job_id}: {response.status_code} {response.text[:200]}")
 
     def _post(
         self, http: httpx.Client, client: Client, tries: int, path: str, body: dict[str, Any] | None, seconds: float
     ) -> httpx.Response | None:
-        """The answer, or None where it is worth another try: none came, or a 503."""
+        """Send a POST. Returns None if it should be retried: without a response, or after a 503."""
         url = self.urls[(client.number + tries) % len(self.urls)]
         headers = {} if path else {"Idempotency-Key": client.key}
         try:
-            answer = http.post(f"{url}/v1/jobs{path}", json=body, headers=headers, timeout=seconds)
+            response = http.post(f"{url}/v1/jobs{path}", json=body, headers=headers, timeout=seconds)
         except httpx.TransportError as error:
-            self.answers[type(error).__name__] += 1
+            self.responses[type(error).__name__] += 1
             return None
-        self.answers[str(answer.status_code)] += 1
-        return None if answer.status_code == 503 else answer
+        self.responses[str(response.status_code)] += 1
+        return None if response.status_code == 503 else response
 
 
 def planned(seed: int, number: int, *, priorities: bool) -> Client:
-    """What the client of that number asks for, and what it does then: by the seed alone."""
-    dice = random.Random(f"{seed}/{number}")
-    mode = dice.choices(("tpo", "revision", "bon"), (5, 2, 2))[0]
+    """Return the client of this number, with its job and actions. They depend only on the seed."""
+    rng = random.Random(f"{seed}/{number}")
+    mode = rng.choices(("tpo", "revision", "bon"), (5, 2, 2))[0]
     body: dict[str, Any] = {
         "input": f"Question {number} of run {seed}: why is the sky blue?",
         "parameters": {
             "mode": mode,
-            "sample_size": dice.randint(1, 4),
-            "max_iterations": dice.randint(1, 2),
-            "seed": dice.getrandbits(32),
+            "sample_size": rng.randint(1, 4),
+            "max_iterations": rng.randint(1, 2),
+            "seed": rng.getrandbits(32),
         },
     }
     if priorities:
-        body["priority"] = dice.randint(0, 2)
-    acts: list[tuple[float, str]] = []
-    match dice.choices(("run", "cancel", "pause", "pause twice", "cancel paused"), (64, 14, 14, 4, 4))[0]:
+        body["priority"] = rng.randint(0, 2)
+    actions: list[tuple[float, str]] = []
+    match rng.choices(("run", "cancel", "pause", "pause twice", "cancel paused"), (64, 14, 14, 4, 4))[0]:
         case "cancel":
-            acts = [(dice.uniform(0, 3), "cancel")]
+            actions = [(rng.uniform(0, 3), "cancel")]
         case "pause" | "pause twice" as often:
-            paused = dice.uniform(0, 2)
-            acts = [(paused, "pause"), (paused + dice.uniform(0.1, 4), "resume")]
+            paused = rng.uniform(0, 2)
+            actions = [(paused, "pause"), (paused + rng.uniform(0.1, 4), "resume")]
             if often == "pause twice":
-                acts += [(acts[1][0] + 1, "pause"), (acts[1][0] + 2, "resume")]
+                actions += [(actions[1][0] + 1, "pause"), (actions[1][0] + 2, "resume")]
         case "cancel paused":
-            acts = [(0.5, "pause"), (2.0, "cancel")]
-    return Client(number, f"chaos-{seed}-{number}", body, acts)
+            actions = [(0.5, "pause"), (2.0, "cancel")]
+    return Client(number, f"chaos-{seed}-{number}", body, actions)

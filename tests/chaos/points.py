@@ -1,7 +1,7 @@
-"""Labelled points of a step: armed from outside, the first process that reaches one is killed or stopped there.
+"""Labelled points of a step. The first process that reaches an armed point is killed or stopped there.
 
-A point is armed by a file of its name. Whoever moves that file away owns it, so that one arming is one fault; only what
-has been read is reported as reached, so that whoever asks may delete the report at once.
+A file with the name of the point arms it. The process that moves the file away owns it, so one arming is one fault.
+The process reads the file before it reports the point as reached, so the report may be deleted immediately.
 """
 
 import os
@@ -23,13 +23,13 @@ WRITES = {
     "maintenance": ("maintenance", ("sweep",)),
     "api": ("jobs", ("submit", "cancel", "pause", "resume")),
 }
-"""What each kind of process writes, as a part of the store and its methods.
+"""Writes of each kind of process, as a part of the store and its methods.
 
-A point lies before each write, before its COMMIT, and after it.
+Each write has a point before it, before its COMMIT, and after it.
 """
 
 CALLS = ("generate", "score")
-"""Model calls; a point lies before each, in the middle of it, and after it."""
+"""Model calls. Each has a point before it, within it, and after it."""
 
 LABELS = {
     kind: tuple(f"{kind}.{write}.{where}" for write in writes for where in ("before", "commit", "after"))
@@ -41,22 +41,22 @@ _REACHED = "reached"
 
 
 def arm(folder: Path, label: str, number: signal.Signals) -> None:
-    """Let the first process that reaches this point get that signal there."""
+    """Arm a point: the first process that reaches it gets this signal."""
     (folder / _REACHED).mkdir(parents=True, exist_ok=True)
-    being_written = folder / "armed"
-    being_written.write_text(number.name)
-    being_written.rename(folder / label)
+    temporary = folder / "armed"
+    temporary.write_text(number.name)
+    temporary.rename(folder / label)
 
 
 def disarm(folder: Path) -> None:
-    """Take back what nobody has reached."""
+    """Disarm the points that no process has reached."""
     for labels in LABELS.values():
         for label in labels:
             (folder / label).unlink(missing_ok=True)
 
 
 def reached(folder: Path) -> list[tuple[str, int]]:
-    """The labels that were reached since the last question, and the process that each has hit."""
+    """Return the labels reached since the last call, each with the id of the process that was hit."""
     found = []
     for file in sorted((folder / _REACHED).glob("*")):
         label, _, pid = file.name.rpartition(".")
@@ -66,15 +66,15 @@ def reached(folder: Path) -> list[tuple[str, int]]:
 
 
 class Points:
-    """The points of one process."""
+    """Points of one process."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self._folder = folder
         self._kind = kind
-        self._now = threading.local()
+        self._current = threading.local()
 
     def here(self, label: str) -> None:
-        """Die or stop where this point is armed."""
+        """Kill or stop this process if the point is armed."""
         name = f"{self._kind}.{label}"
         mine = self._folder / f"taken.{os.getpid()}.{threading.get_ident()}"
         try:
@@ -104,25 +104,25 @@ class Points:
         return StoreWithPoints
 
     def _before_commit(self) -> None:
-        if doing := getattr(self._now, "doing", None):
-            self.here(f"{doing}.commit")
+        if write := getattr(self._current, "write", None):
+            self.here(f"{write}.commit")
 
     def _around(self, name: str, write: Callable[..., Any]) -> Callable[..., Any]:
         def with_points(*args: Any, **kwargs: Any) -> Any:
             self.here(f"{name}.before")
-            self._now.doing = name
+            self._current.write = name
             try:
-                answer = write(*args, **kwargs)
+                result = write(*args, **kwargs)
             finally:
-                self._now.doing = None
+                self._current.write = None
             self.here(f"{name}.after")
-            return answer
+            return result
 
         return with_points
 
 
 class PolicyWithPoints(ScriptedPolicy):
-    """The scripted policy, with points around each call and in the middle of it."""
+    """Scripted policy with points before, within and after each call."""
 
     points: Points
 
@@ -134,7 +134,7 @@ class PolicyWithPoints(ScriptedPolicy):
 
 
 class RewardModelWithPoints(ScriptedRewardModel):
-    """The scripted reward model, with points around each call and in the middle of it."""
+    """Scripted reward model with points before, within and after each call."""
 
     points: Points
 

@@ -1,6 +1,6 @@
 """`python -m tests.chaos.process KIND FOLDER`: an API, a worker or a maintenance worker with points in FOLDER.
 
-Its clock is off by `CHAOS_CLOCK_OFF` seconds.
+Its clock is wrong by `CHAOS_CLOCK_OFF` seconds.
 """
 
 import os
@@ -19,7 +19,7 @@ from worker.startup import start
 
 
 def main(kind: str, folder: Path) -> int:
-    """Serve as the process of that kind does. Gives the exit code."""
+    """Run a process of this kind and return its exit code."""
     points = Points(folder, kind)
     match kind:
         case "worker":

@@ -1,4 +1,4 @@
-"""A run in words: a Markdown table, and what was wrong."""
+"""Report of a run: a Markdown table, and violations."""
 
 import math
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tests.chaos import points
 from tests.chaos.run import Result, Sample
-from tests.chaos.verdict import Told
+from tests.chaos.verdict import JobEvent
 
 _DETECTION_SLACK = 5.0
 _DRAIN_SECONDS = 30.0
@@ -15,17 +15,17 @@ _GROWTH = 1.25
 _SPARE_BYTES = 24 * 2**20
 _SPARE_HANDLES = 16
 _FEWEST_SAMPLES = 24
-"""Fewer looks tell nothing about growth: a process takes its memory in its first minutes."""
+"""Fewer samples say nothing about growth: a process allocates most of its memory in its first minutes."""
 
-_MENDING = ("job.retrying", "job.cancelled", "job.failed", "job.paused")
+_RECOVERY = ("job.retrying", "job.cancelled", "job.failed", "job.paused")
 
 
 def violations(result: Result) -> list[str]:
-    """What must not be; none: the run has passed."""
+    """Return the violations of a run. It has passed if there are none."""
     verdict, monkey = result.verdict, result.monkey
     found = [*verdict.wrong, *result.load.wrong, *monkey.wrong]
     found += [f"{name} ended with {code} after SIGTERM" for name, code in result.ends.items() if code != 0]
-    found += [text for text in monkey.by_themselves if not text.startswith("worker")]
+    found += [text for text in monkey.self_ended if not text.startswith("worker")]
     quiet, _ = detections(result)
     if quiet and percentile(quiet, 99) > result.plan.lease + _DETECTION_SLACK:
         found.append(f"dead workers were noticed after {percentile(quiet, 99):.1f} s at p99")
@@ -38,9 +38,9 @@ def violations(result: Result) -> list[str]:
 
 
 def table(result: Result) -> str:
-    """What happened, and what came of it."""
+    """Return a Markdown table of the faults and the results of a run."""
     verdict, monkey, plan = result.verdict, result.monkey, result.plan
-    kinds = Counter(trouble.kind for trouble in monkey.troubles)
+    kinds = Counter(fault.kind for fault in monkey.faults)
     quiet, all_detections = detections(result)
     cancels, all_cancels = cancel_latencies(result)
     lines = [
@@ -62,9 +62,9 @@ def table(result: Result) -> str:
         f"| drain after SIGTERM | {_times(monkey.drains)} |",
         f"| cancel of a running job, with no fault near | {_times(cancels)} |",
         f"| cancel of a running job, whatever was down | {_times(all_cancels)} |",
-        f"| workers that restarted themselves | {len(monkey.by_themselves)} |",
+        f"| workers that restarted themselves | {len(monkey.self_ended)} |",
         f"| last job ended after the last fault | {result.settled_in:.1f} s |",
-        f"| clients' answers | {_counts(result.load.answers)} |",
+        f"| clients' answers | {_counts(result.load.responses)} |",
         *(
             f"| {name}, never killed: memory, handles, threads | {_flat(s)} |"
             for name, s in result.samples.items()
@@ -75,51 +75,51 @@ def table(result: Result) -> str:
 
 
 def notes(result: Result) -> str:
-    """What was wrong, what ended by itself, and what the processes have logged as errors."""
+    """Return the violations, the logged errors and the processes that ended by themselves."""
     wrong = violations(result)
     lines = [f"{len(wrong)} VIOLATIONS" if wrong else "no violation", *wrong[:40]]
     lines += [f"errors in the logs: {count} x {alarm}" for alarm, count in sorted(result.alarms.items())]
-    return "\n".join([*lines, *result.monkey.by_themselves[:10]])
+    return "\n".join([*lines, *result.monkey.self_ended[:10]])
 
 
 def detections(result: Result) -> tuple[list[float], list[float]]:
-    """Seconds from a kill to the event that took each of its jobs away; in quiet times, and in all."""
+    """Return the seconds from each kill to the recovery of its jobs: without other faults near, and in all."""
     quiet, everything = [], []
     for kill in result.monkey.kills:
         for job_id, attempt in kill.held.items():
-            told = result.verdict.events.get(job_id, [])
-            if (taken := _taken_away(told, kill.at, attempt)) is not None:
-                everything.append(taken)
+            events = result.verdict.events.get(job_id, [])
+            if (seconds := _recovery_seconds(events, kill.at, attempt)) is not None:
+                everything.append(seconds)
                 limit = result.plan.lease + _DETECTION_SLACK
                 if result.monkey.quiet(kill.at - result.plan.lease, kill.at + limit):
-                    quiet.append(taken)
+                    quiet.append(seconds)
     return quiet, everything
 
 
-def _taken_away(told: Sequence[Told], killed: float, attempt: int) -> float | None:
-    before = [event for event in told if event.at <= killed]
+def _recovery_seconds(events: Sequence[JobEvent], killed: float, attempt: int) -> float | None:
+    before = [event for event in events if event.at <= killed]
     claims = [event for event in before if event.type == "job.started"]
-    after = [event for event in told if event.at > killed]
-    # The worker may have handed the job back just before it died, its log line unwritten.
-    if not claims or claims[-1].attempt != attempt or before[-1].type in _MENDING or not after:
+    after = [event for event in events if event.at > killed]
+    # The worker may have released the job just before it died, without logging it.
+    if not claims or claims[-1].attempt != attempt or before[-1].type in _RECOVERY or not after:
         return None
-    return after[0].at - killed if after[0].type in _MENDING else None
+    return after[0].at - killed if after[0].type in _RECOVERY else None
 
 
 def cancel_latencies(result: Result) -> tuple[list[float], list[float]]:
-    """Seconds from a cancel of a running job to its end; with no trouble near, and in all."""
+    """Return the seconds from each cancel of a running job to its end: without faults near, and in all."""
     quiet, everything = [], []
-    for told in result.verdict.events.values():
-        asked = next((event.at for event in told if event.type == "job.cancelling"), None)
-        if asked is not None and told[-1].type == "job.cancelled":
-            everything.append(told[-1].at - asked)
-            if result.monkey.quiet(asked - 2 * result.plan.lease, asked + _CANCEL_SECONDS, of=None):
-                quiet.append(told[-1].at - asked)
+    for events in result.verdict.events.values():
+        requested = next((event.at for event in events if event.type == "job.cancelling"), None)
+        if requested is not None and events[-1].type == "job.cancelled":
+            everything.append(events[-1].at - requested)
+            if result.monkey.quiet(requested - 2 * result.plan.lease, requested + _CANCEL_SECONDS, of=None):
+                quiet.append(events[-1].at - requested)
     return quiet, everything
 
 
 def growth(samples: Sequence[Sample]) -> list[str]:
-    """What has grown from the first third of a run to its last."""
+    """Return what has grown from the first third of the run to its last third."""
     if len(samples) < _FEWEST_SAMPLES:
         return []
     third = len(samples) // 3
@@ -135,7 +135,7 @@ def growth(samples: Sequence[Sample]) -> list[str]:
 
 
 def percentile(values: Sequence[float], p: float) -> float:
-    """The smallest value that so many per cent do not exceed."""
+    """Return the smallest value that `p` per cent of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * p / 100) - 1)]
 
 

@@ -1,4 +1,4 @@
-"""One run: everything is started, driven, disturbed, brought to peace, ended, and judged."""
+"""A run: start all processes, submit jobs, cause faults, wait for the jobs, stop, and verify every row."""
 
 import contextlib
 import os
@@ -30,13 +30,13 @@ from tpo.db import connect, reading
 from tpo.jobs.tables import Job
 
 _SAMPLE_SECONDS = 5.0
-_LOOK_SECONDS = 0.5
-_LOOKED_AT_ONCE = 500
+_POLL_SECONDS = 0.5
+_IDS_PER_QUERY = 500
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how hard."""
+    """Parameters of a run."""
 
     database: str
     seed: int
@@ -44,18 +44,18 @@ class Plan:
     jobs_per_second: float = 1.5
     most_open: int = 100
     mean_gap: float = 5.0
-    """Seconds from one fault to the next."""
+    """Mean seconds from one fault to the next."""
     lease: float = 4.0
     workers: int = 3
-    """Beside one that is spared, whose memory is watched."""
+    """Number of workers, in addition to one that is spared and whose memory is sampled."""
     settle_seconds: float = 180.0
     each_fault_once: bool = False
-    """For a short run: every point is armed as often as anything else happens."""
+    """For a short run: give each fault and each labelled point the same frequency."""
 
 
 @dataclass
 class Sample:
-    """One look at a process that lives as long as the run."""
+    """Resources of a process that lives as long as the run, at one moment."""
 
     at: float
     rss: int
@@ -65,7 +65,7 @@ class Sample:
 
 @dataclass
 class Result:
-    """All that one run has to tell."""
+    """Everything that a run has recorded."""
 
     plan: Plan
     seconds: float
@@ -79,7 +79,7 @@ class Result:
 
 
 class Watcher(threading.Thread):
-    """Looks at the rows while all goes on: which jobs have ended, and how they stood when that was first seen."""
+    """Polls the jobs during the run, and records each job as it was when first seen in a terminal state."""
 
     def __init__(self, url: str, load: Load) -> None:
         super().__init__(daemon=True)
@@ -89,25 +89,25 @@ class Watcher(threading.Thread):
         self._stopping = threading.Event()
 
     def run(self) -> None:
-        while not self._stopping.wait(_LOOK_SECONDS):
+        while not self._stopping.wait(_POLL_SECONDS):
             with contextlib.suppress(StoreUnavailableError):
-                self.look()
+                self.check()
 
     def open_jobs(self) -> list[str]:
         return [job_id for job_id in self._load.accepted() if job_id not in self.ended]
 
-    def look(self) -> None:
-        """Ask after the jobs that had not ended. Raises StoreUnavailableError."""
-        asked = self.open_jobs()
-        for first in range(0, len(asked), _LOOKED_AT_ONCE):
-            some = asked[first : first + _LOOKED_AT_ONCE]
+    def check(self) -> None:
+        """Query the jobs that had not ended. Raises StoreUnavailableError."""
+        open_jobs = self.open_jobs()
+        for first in range(0, len(open_jobs), _IDS_PER_QUERY):
+            ids = open_jobs[first : first + _IDS_PER_QUERY]
             query = select(Job.id, Job.status, Job.last_event, Job.output)
             with reading(self.engine) as session:
-                rows = session.execute(query.where(Job.id.in_(some), Job.status.in_(TERMINAL))).all()
+                rows = session.execute(query.where(Job.id.in_(ids), Job.status.in_(TERMINAL))).all()
             self.ended.update({row.id: (row.status, row.last_event, row.output) for row in rows})
 
     def paused(self) -> list[str]:
-        """The jobs that nobody has let go on. Raises StoreUnavailableError."""
+        """Return the ids of paused jobs. Raises StoreUnavailableError."""
         with reading(self.engine) as session:
             return list(session.scalars(select(Job.id).where(Job.status == "paused")))
 
@@ -116,18 +116,18 @@ class Watcher(threading.Thread):
         self.join(timeout=HANG_SECONDS)
 
 
-def run(plan: Plan, asked_to_stop: threading.Event, say: Callable[[str], None]) -> Result:
-    """Carry a run out, or its first part when it is asked to stop. Everything that it started has ended then."""
+def run(plan: Plan, stop_requested: threading.Event, log: Callable[[str], None]) -> Result:
+    """Run the plan, or its first part if a stop is requested. All started processes have ended on return."""
     folder = Path(tempfile.mkdtemp(prefix="tpo-chaos-run-"))
     try:
         with database(plan.database, folder) as store:
-            return _run(plan, folder, store, asked_to_stop, say)
+            return _run(plan, folder, store, stop_requested, log)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(
-    plan: Plan, folder: Path, store: Database, asked_to_stop: threading.Event, say: Callable[[str], None]
+    plan: Plan, folder: Path, store: Database, stop_requested: threading.Event, log: Callable[[str], None]
 ) -> Result:
     ports = [free_port() for _ in range(3)]
     points = folder / "points"
@@ -152,16 +152,16 @@ def _run(
         load.start()
         watcher.start()
         began = time.monotonic()
-        _go(plan, children, monkey, watcher, samples, asked_to_stop, say)
+        _disturb(plan, children, monkey, watcher, samples, stop_requested, log)
         lasted = time.monotonic() - began
-        say("peace: waiting for the jobs that are left")
-        settled_in = _settle(plan, load, monkey, watcher, asked_to_stop)
-        _start_all(children)  # one that is still being loaded knows nothing of ends yet
+        log("no more faults: waiting for the remaining jobs")
+        settled_in = _settle(plan, load, monkey, watcher, stop_requested)
+        _start_all(children)  # a process that is still starting has no signal handler yet
         ends = _end_all(children)
         watcher.stop()
         with contextlib.suppress(StoreUnavailableError):
-            watcher.look()
-        say("judging every row")
+            watcher.check()
+        log("verifying every row")
         calls = [StartedCall(*line.split()) for line in (folder / "calls.log").read_text().splitlines()]
         verdict = judge(watcher.engine, load.accepted(), watcher.ended, calls)
         result = Result(plan, lasted, load, monkey, verdict, samples, settled_in, ends)
@@ -170,7 +170,7 @@ def _run(
                 result.alarms[f"{child.kind}: {alarm}"] = result.alarms.get(f"{child.kind}: {alarm}", 0) + count
         return result
     finally:
-        store.let_go()
+        store.resume()
         for child in children:
             if child.kind != "database" and child.running:
                 child.signal(signal.SIGKILL, all_of_it=True)
@@ -178,37 +178,37 @@ def _run(
         watcher.engine.dispose()
 
 
-def _go(
+def _disturb(
     plan: Plan,
     children: list[Child],
     monkey: Monkey,
     watcher: Watcher,
     samples: dict[str, list[Sample]],
-    asked_to_stop: threading.Event,
-    say: Callable[[str], None],
+    stop_requested: threading.Event,
+    log: Callable[[str], None],
 ) -> None:
     end = time.monotonic() + plan.seconds
-    sample_at, say_at = 0.0, time.monotonic() + 60
-    while time.monotonic() < end and not asked_to_stop.wait(0.05):
+    sample_at, log_at = 0.0, time.monotonic() + 60
+    while time.monotonic() < end and not stop_requested.wait(0.05):
         monkey.tick(more=True)
         if time.monotonic() >= sample_at:
             sample_at = time.monotonic() + max(_SAMPLE_SECONDS, plan.seconds / 500)
             for child in children:
                 if child.spared and child.running:
                     samples[child.name].append(_sample(child))
-        if time.monotonic() >= say_at:
-            say_at = time.monotonic() + 60
-            say(
+        if time.monotonic() >= log_at:
+            log_at = time.monotonic() + 60
+            log(
                 f"{len(watcher.ended)} jobs have ended, {len(watcher.open_jobs())} are open, "
-                f"{len(monkey.troubles)} faults; {max(0.0, end - time.monotonic()):.0f} s to go"
+                f"{len(monkey.faults)} faults; {max(0.0, end - time.monotonic()):.0f} s to go"
             )
 
 
-def _settle(plan: Plan, load: Load, monkey: Monkey, watcher: Watcher, asked_to_stop: threading.Event) -> float:
-    """Wait until every client is content and every job has ended; at most the time of the plan."""
+def _settle(plan: Plan, load: Load, monkey: Monkey, watcher: Watcher, stop_requested: threading.Event) -> float:
+    """Wait until every client is done and every job has ended, at most `settle_seconds`. Returns the seconds."""
     load.stop()
-    monkey.make_peace()
-    asked_before = asked_to_stop.is_set()
+    monkey.end_faults()
+    requested_before = stop_requested.is_set()
     began = time.monotonic()
     while time.monotonic() - began < plan.settle_seconds:
         monkey.tick(more=False)
@@ -218,7 +218,7 @@ def _settle(plan: Plan, load: Load, monkey: Monkey, watcher: Watcher, asked_to_s
                     load.resume(job_id)
                 if not watcher.open_jobs():
                     break
-        if asked_to_stop.wait(0.1) and not asked_before:
+        if stop_requested.wait(0.1) and not requested_before:
             break
     return time.monotonic() - began
 
@@ -238,7 +238,7 @@ def _children(plan: Plan, folder: Path, points: Path, store: Database, ports: li
         "TPO_LEASE_SECONDS": str(plan.lease),
         "TPO_SWEEP_SECONDS": "1",
         "TPO_RENOTIFY_SECONDS": "3",
-        # Crashes count, and here they are many; that too many end a job is another test's.
+        # Crashes count as attempts, and here there are many. Another test covers the limit.
         "TPO_MAX_ATTEMPTS": "1000",
     }
 
@@ -259,14 +259,14 @@ def _start_all(children: list[Child]) -> None:
             child.start()
     for child in children:
         end = time.monotonic() + 60
-        while child.kind in ready and ready[child.kind] not in child.said():
+        while child.kind in ready and ready[child.kind] not in child.output():
             if not child.running or time.monotonic() > end:
-                raise RuntimeError(f"{child.name} did not start:\n{child.say_last()}")
+                raise RuntimeError(f"{child.name} did not start:\n{child.log_tail()}")
             time.sleep(0.05)
 
 
 def _end_all(children: list[Child]) -> dict[str, int | None]:
-    """Tell our own processes to end; gives their exit codes, None for what had to be killed."""
+    """Terminate the processes of the product. Returns their exit codes, None for one that did not end."""
     ours = [child for child in children if child.kind in ("api", "worker", "maintenance")]
     for child in ours:
         if child.running:
@@ -288,20 +288,20 @@ def _sample(child: Child) -> Sample:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; the second time they end the wait for what is left."""
-    asked = threading.Event()
+    """Yield an event that Ctrl-C and SIGTERM set. A second signal raises KeyboardInterrupt."""
+    requested = threading.Event()
     times = 0
 
-    def ask(_number: int, _frame: object) -> None:
+    def request_stop(_number: int, _frame: object) -> None:
         nonlocal times
         times += 1
         if times > 1:
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
 
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield requested
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

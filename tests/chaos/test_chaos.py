@@ -1,4 +1,4 @@
-"""A short run on each database. `make chaos` runs as long as you like."""
+"""A short chaos run on each database. `make chaos` runs longer ones."""
 
 import threading
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.processes
 
 @pytest.mark.slow
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-def test_whatever_happens_to_the_processes_the_rows_are_those_of_a_quiet_run(database: str) -> None:
+def test_rows_after_faults_equal_an_undisturbed_run(database: str) -> None:
     plan = Plan(database, 20251124, 30.0, jobs_per_second=4.0, mean_gap=0.8, lease=2.0, each_fault_once=True)
     result = run(plan, threading.Event(), print)
     print(table(result))

@@ -1,4 +1,4 @@
-"""At each labelled point of a step a worker is killed, one point after the other, none left out."""
+"""A worker is killed at every labelled point of a step, one point after the other."""
 
 import signal
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests.chaos.verdict import judge
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: str, tmp_path: Path) -> None:
+def test_worker_killed_at_every_point_changes_nothing(migrated_url: str, tmp_path: Path) -> None:
     folder = tmp_path / "points"
     with running_system(migrated_url, tmp_path) as system:
 
@@ -28,27 +28,29 @@ def test_a_worker_killed_at_every_labelled_point_changes_nothing(migrated_url: s
             return accepted[-1]
 
         def pause() -> None:
-            # A worker that lives has it once another step is recorded: one that was killed would not hand it back.
+            # Another recorded step shows that a running worker has the job. A killed worker would not release it.
             recorded = len(system.store.jobs.state(long[0]).calls)
-            eventually(lambda: len(system.store.jobs.state(long[0]).calls) > recorded, why="another step")
+            eventually(
+                lambda: len(system.store.jobs.state(long[0]).calls) > recorded, why="another step should be recorded"
+            )
             system.store.jobs.pause(long[0])
 
         accepted: list[str] = []
         system.maintenance()
         for _ in range(3):
             start_worker().wait_for("is ready")
-        # Long jobs pass a step's points by themselves, in one iteration or another: while the lease of one that was hit
-        # runs out, others go on. They are cancelled in the end.
+        # Long jobs pass all points of a step by themselves. While the lease of one that was hit expires, the others
+        # continue. They are cancelled at the end.
         long = [submit(50) for _ in range(3)]
-        brought_about: dict[str, Callable[[], object]] = {
+        triggers: dict[str, Callable[[], object]] = {
             "claim": lambda: submit(0),
             "release": pause,
             "finish": lambda: submit(0),
         }
         for label in points.LABELS["worker"]:
             points.arm(folder, label, signal.SIGKILL)
-            brought_about.get(label.split(".")[1], lambda: None)()
-            [(reached, pid)] = eventually(lambda: points.reached(folder), why=f"a worker at {label}")
+            triggers.get(label.split(".")[1], lambda: None)()
+            [(reached, pid)] = eventually(lambda: points.reached(folder), why=f"a worker should reach {label}")
             assert reached == label
             assert system.process_of(pid).popen.wait(timeout=HANG_SECONDS) == -signal.SIGKILL
             start_worker()

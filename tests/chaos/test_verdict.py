@@ -1,4 +1,4 @@
-"""The judge finds what is wrong: a run that passes has been looked at by one who can tell."""
+"""Verification of a chaos run: the judge finds each kind of error, so that a pass means something."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +17,8 @@ from tpo.jobs.outcomes import Outcome
 from tpo.store import Store
 
 
-class Done:
-    """A job that was done without any trouble, and the calls that were started for it."""
+class CompletedJob:
+    """A job that completed undisturbed, and the model calls that were started for it."""
 
     def __init__(self, engine: Engine, store: Store, log: Path) -> None:
         self.engine = engine
@@ -38,38 +38,44 @@ class Done:
 
 
 @pytest.fixture
-def done(engine: Engine, store: Store, tmp_path: Path) -> Done:
-    return Done(engine, store, tmp_path / "calls.log")
+def completed(engine: Engine, store: Store, tmp_path: Path) -> CompletedJob:
+    return CompletedJob(engine, store, tmp_path / "calls.log")
 
 
-def test_nothing_is_wrong_with_a_job_that_nothing_disturbed(done: Done) -> None:
-    verdict = done.judged()
+def test_undisturbed_job_has_no_findings(completed: CompletedJob) -> None:
+    verdict = completed.judged()
     assert (verdict.wrong, verdict.lost, verdict.doubled, verdict.inexact) == ([], 0, 0, 0)
     assert (verdict.steps, verdict.started_calls, verdict.repeated_calls) == (6, 6, 0)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("damage", "message"),
     [
         (lambda d: d.accepted.add("job_" + 32 * "0"), "is not in the database"),
         (lambda d: create(d.store), "no client was given it"),
-        (lambda d: d.calls.append(d.calls[2]), "calls in vain"),
+        (lambda d: d.calls.append(d.calls[2]), "unrecorded calls"),
         (lambda d: d.calls.append(StartedCall("sample", "0", "f" * 16, "1")), "belongs to no job"),
-        (lambda d: d.calls.pop(), "that nobody started"),
+        (lambda d: d.calls.pop(), "that no worker started"),
         (lambda d: execute(d.engine, "DELETE FROM events WHERE number = 3"), "not 1..n"),
-        (lambda d: execute(d.engine, "UPDATE candidates SET text = text || '!' WHERE sample = 1"), "none of an"),
-        (lambda d: execute(d.engine, "DELETE FROM calls WHERE number = 6"), "none of an"),
+        (lambda d: execute(d.engine, "UPDATE candidates SET text = text || '!' WHERE sample = 1"), "not in an"),
+        (lambda d: execute(d.engine, "DELETE FROM calls WHERE number = 6"), "not in an"),
         (lambda d: put(d.engine, d.job_id, fence=2), "claimed more or less often"),
         (lambda d: put(d.engine, d.job_id, lease_owner="worker-1"), "still held"),
         (lambda d: put(d.engine, d.job_id, input_tokens=1), "input_tokens"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
-def test_whatever_is_wrong_is_found(done: Done, spoil: Callable[[Done], object], told: str) -> None:
-    spoil(done)
-    assert [what for what in done.judged().wrong if told in what]
+def test_each_kind_of_damage_is_found(
+    completed: CompletedJob, damage: Callable[[CompletedJob], object], message: str
+) -> None:
+    damage(completed)
+    assert [found for found in completed.judged().wrong if message in found]
 
 
-def test_what_changes_after_its_end_is_found(done: Done) -> None:
-    seen: dict[str, Seen] = {done.job_id: ("in_progress", 1, None)}
-    assert [what for what in judge(done.engine, done.accepted, seen, done.calls).wrong if "changed after" in what]
+def test_change_after_the_end_is_found(completed: CompletedJob) -> None:
+    seen: dict[str, Seen] = {completed.job_id: ("in_progress", 1, None)}
+    assert [
+        found
+        for found in judge(completed.engine, completed.accepted, seen, completed.calls).wrong
+        if "changed after" in found
+    ]

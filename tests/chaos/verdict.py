@@ -1,4 +1,4 @@
-"""What must hold when all is over: every row beside what an uninterrupted run gives."""
+"""Verification of a run: compares every row with those of an uninterrupted run of the same job."""
 
 import tempfile
 from collections import Counter
@@ -19,15 +19,15 @@ from tpo.core.status import TERMINAL
 from tpo.jobs.records import progress_columns, read_state, without_progress
 from tpo.jobs.tables import EventRow, Job
 
-Claim = Callable[[bool, str], bool]
-"""Notes what does not hold, and gives whether it does."""
+Expect = Callable[[bool, str], bool]
+"""Records a message if the condition does not hold, and returns the condition."""
 
-_ENDS = tuple(f"job.{status}" for status in TERMINAL)
+_END_EVENTS = tuple(f"job.{status}" for status in TERMINAL)
 
 
 @dataclass
-class Told:
-    """One event of a job, as it stands."""
+class JobEvent:
+    """A stored event of a job."""
 
     type: str
     at: float
@@ -36,7 +36,7 @@ class Told:
 
 @dataclass
 class Verdict:
-    """What was found."""
+    """Findings of a verification."""
 
     wrong: list[str] = field(default_factory=list)
     lost: int = 0
@@ -47,19 +47,19 @@ class Verdict:
     started_calls: int = 0
     repeated_calls: int = 0
     lost_claims: int = 0
-    events: dict[str, list[Told]] = field(default_factory=dict)
+    events: dict[str, list[JobEvent]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Uninterrupted:
-    """A run from the start that nothing disturbs: every state on its way, and every call that it starts."""
+    """Undisturbed run of a job from its start: all states and the digests of all started calls."""
 
     states: Sequence[State]
     digests: Sequence[str]
 
     @classmethod
     def of(cls, state: State) -> "Uninterrupted":
-        """Run it here."""
+        """Run the job in this process."""
         states = [without_progress(state)]
         with tempfile.NamedTemporaryFile() as file:
             log = Path(file.name)
@@ -70,11 +70,11 @@ class Uninterrupted:
 
 
 Seen = tuple[str, int, str | None]
-"""A job's status, the number of its last event and its output."""
+"""Status of a job, number of its last event, and output."""
 
 
 def judge(engine: Engine, accepted: Iterable[str], seen_ended: dict[str, Seen], calls: list[StartedCall]) -> Verdict:
-    """Look at every row. `seen_ended`: each job as it stood when it was first seen in a terminal state."""
+    """Verify every row. `seen_ended` holds each job as it was when first seen in a terminal state."""
     verdict = Verdict(started_calls=len(calls))
     started = Counter(call.digest for call in calls)
     accepted = set(accepted)
@@ -96,72 +96,77 @@ def judge(engine: Engine, accepted: Iterable[str], seen_ended: dict[str, Seen], 
 
 
 def _judge_job(session: Session, job: Job, seen: Seen | None, started: "Counter[str]", verdict: Verdict) -> None:
-    def claim(holds: bool, what: str) -> bool:
+    def expect(holds: bool, message: str) -> bool:
         if not holds:
-            verdict.wrong.append(f"{job.id} ({job.status}, fence {job.fence}): {what}")
+            verdict.wrong.append(f"{job.id} ({job.status}, fence {job.fence}): {message}")
         return holds
 
     state = read_state(session, job)
     reference = Uninterrupted.of(state)
     verdict.statuses[job.status] += 1
     verdict.steps += len(state.calls)
-    if not claim(job.status in TERMINAL, "has not ended"):
+    if not expect(job.status in TERMINAL, "has not ended"):
         verdict.lost += 1
     exact = timeless(state) in reference.states
-    claim(exact, "its rows are none of an uninterrupted run's")
+    expect(exact, "its rows are not in an uninterrupted run")
     if job.status == "completed":
-        exact &= claim(timeless(state) == reference.states[-1], "completed before its last step")
-        exact &= claim(state.best is not None and job.output == state.best.text, "its output is not the best candidate")
+        exact &= expect(timeless(state) == reference.states[-1], "completed before its last step")
+        exact &= expect(
+            state.best is not None and job.output == state.best.text, "its output is not the best candidate"
+        )
     elif job.status in TERMINAL:
-        claim(job.status == "cancelled" and job.cancel_requested_at is not None, f"failed: {job.error_code}")
+        expect(job.status == "cancelled" and job.cancel_requested_at is not None, f"failed: {job.error_code}")
     progress = progress_columns(state, locate(state))
     for name in ("best_candidate", "best_reward", "input_tokens", "output_tokens", "reward_tokens"):
-        exact &= claim(getattr(job, name) == progress[name], f"its {name} is not that of its rows")
-    claim(job.lease_owner is None and job.lease_until is None, "has ended and is still held")
+        exact &= expect(getattr(job, name) == progress[name], f"its {name} differs from its rows")
+    expect(job.lease_owner is None and job.lease_until is None, "has ended and is still held")
     if seen:
-        claim(seen == (job.status, job.last_event, job.output), f"changed after it had ended: {seen}")
+        expect(seen == (job.status, job.last_event, job.output), f"changed after it had ended: {seen}")
     verdict.inexact += not exact
-    _judge_events(session, job, state, reference, claim, verdict)
-    _judge_calls(job, state, reference, started, claim, verdict)
+    _judge_events(session, job, state, reference, expect, verdict)
+    _judge_calls(job, state, reference, started, expect, verdict)
 
 
 def _judge_events(
-    session: Session, job: Job, state: State, reference: Uninterrupted, claim: Claim, verdict: Verdict
+    session: Session, job: Job, state: State, reference: Uninterrupted, expect: Expect, verdict: Verdict
 ) -> None:
     rows = session.scalars(select(EventRow).where(EventRow.job_id == job.id).order_by(EventRow.number)).all()
     types = [row.type for row in rows]
-    claim([row.number for row in rows] == list(range(1, job.last_event + 1)), "its events are not 1..n")
-    claim(types[0] == "job.queued", "its first event is not that it was queued")
-    claim([t for t in types if t in _ENDS] == [types[-1]] == [f"job.{job.status}"], f"its end is told as {types[-3:]}")
-    claim(types.count("job.started") == job.fence, "it was claimed more or less often than its events tell")
+    expect([row.number for row in rows] == list(range(1, job.last_event + 1)), "its events are not 1..n")
+    expect(types[0] == "job.queued", "its first event is not job.queued")
+    expect(
+        [t for t in types if t in _END_EVENTS] == [types[-1]] == [f"job.{job.status}"],
+        f"its last events are {types[-3:]}",
+    )
+    expect(types.count("job.started") == job.fence, "it was claimed more or less often than its events show")
     completed = [row.data["iteration"] for row in rows if row.type == "job.iteration.completed"]
-    claim(completed == list(range(len(completed))), f"iterations were told as completed: {completed}")
-    # A claim tells of the phase that it finds, and a step of the one that follows.
+    expect(completed == list(range(len(completed))), f"events of completed iterations: {completed}")
+    # A claim publishes the current phase, and a step the next one.
     steps = [
-        (row.data["iteration"], row.data["phase"]) for before, row in pairwise(rows) if _tells_of_step(before, row)
+        (row.data["iteration"], row.data["phase"]) for before, row in pairwise(rows) if _is_step_event(before, row)
     ]
     expected = [locate(each) for each in reference.states[1 : len(state.calls) + 1]]
-    claim(
+    expect(
         steps == [(each.iteration, each.phase) for each in expected if each.phase],
-        f"its events tell of other steps: {steps}",
+        f"its events show other steps: {steps}",
     )
-    verdict.events[job.id] = [Told(row.type, row.created_at, row.data.get("attempt")) for row in rows]
+    verdict.events[job.id] = [JobEvent(row.type, row.created_at, row.data.get("attempt")) for row in rows]
 
 
-def _tells_of_step(before: EventRow, row: EventRow) -> bool:
+def _is_step_event(before: EventRow, row: EventRow) -> bool:
     return row.type == "job.phase" and before.type != "job.started"
 
 
 def _judge_calls(
-    job: Job, state: State, reference: Uninterrupted, started: "Counter[str]", claim: Claim, verdict: Verdict
+    job: Job, state: State, reference: Uninterrupted, started: "Counter[str]", expect: Expect, verdict: Verdict
 ) -> None:
-    if not claim([c.number for c in state.calls] == list(range(1, len(state.calls) + 1)), "its calls are not 1..n"):
+    if not expect([c.number for c in state.calls] == list(range(1, len(state.calls) + 1)), "its calls are not 1..n"):
         verdict.doubled += 1
     starts = [started.pop(digest, 0) for digest in reference.digests]
     recorded = len(state.calls)
-    claim(all(starts[:recorded]), "a call is recorded that nobody started")
-    in_vain = sum(starts) - recorded
-    claims_in_vain = job.fence - (job.status == "completed")
-    claim(in_vain <= claims_in_vain, f"{in_vain} calls in vain in {claims_in_vain} claims that did not end it")
+    expect(all(starts[:recorded]), "a call is recorded that no worker started")
+    unrecorded = sum(starts) - recorded
+    unfinished = job.fence - (job.status == "completed")
+    expect(unrecorded <= unfinished, f"{unrecorded} unrecorded calls in {unfinished} claims that did not end it")
     verdict.repeated_calls += sum(max(0, count - 1) for count in starts)
-    verdict.lost_claims += claims_in_vain
+    verdict.lost_claims += unfinished

@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels prompts are read by. No GPU is needed: shapes alone, and the calls are watched."""
+"""Attention kernels that torch uses for prompts. Needs no GPU: tensors have only shapes, and calls are recorded."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from tpo.backends.local import attention
 from tpo.backends.local.attention import Head, _scores, causal
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes each call of torch."""
+class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records each call of torch."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -23,38 +23,36 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize(
-    ("there", "size", "window", "flash"),
+    ("available", "size", "window", "flash"),
     [(True, 128, None, True), (True, 84, None, False), (True, 128, 16, False), (False, 128, None, False)],
     ids=["fits", "odd head size", "sliding window", "none on this GPU"],
 )
-def test_flash_attention_reads_a_prompt_where_it_can_and_another_kernel_elsewhere(
-    there: bool, size: int, window: int | None, flash: bool, monkeypatch: pytest.MonkeyPatch
+def test_flash_attention_is_used_if_supported(
+    available: bool, size: int, window: int | None, flash: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: there)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: available)
     q, k = (torch.empty(heads, n, size, dtype=torch.float16, device="meta") for heads, n in ((32, 7), (8, 19)))
-    with Watch() as seen:
+    with CallRecorder() as recorder:
         out = causal(q, k, k, Head(size**-0.5, window, None))
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
-    assert ("aten::_scaled_dot_product_flash_attention" in seen.calls) == flash
+    assert ("aten::_scaled_dot_product_flash_attention" in recorder.calls) == flash
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("most", [1, 200])
-def test_scores_are_held_in_parts_and_give_the_same(
-    window: int | None, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("limit", [1, 200])
+def test_chunked_scores_equal_unchunked_ones(window: int | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(heads, n, size) for heads, n, size in ((4, 7, 8), (2, 19, 8), (2, 19, 6)))
     head = Head(8**-0.5, window, cap=2.0)
     whole = causal(q, k, v, head)
-    monkeypatch.setattr(attention, "_MOST_SCORES", most)
-    held = []
+    monkeypatch.setattr(attention, "_MOST_SCORES", limit)
+    sizes = []
 
-    def noted(*given: Any) -> torch.Tensor:
-        scores = _scores(*given)
-        held.append(scores.numel())
+    def recorded(*arguments: Any) -> torch.Tensor:
+        scores = _scores(*arguments)
+        sizes.append(scores.numel())
         return scores
 
-    monkeypatch.setattr(attention, "_scores", noted)
+    monkeypatch.setattr(attention, "_scores", recorded)
     torch.testing.assert_close(causal(q, k, v, head), whole)
-    assert max(held) <= max(most, 4 * 19)
-    assert len(held) > 1
+    assert max(sizes) <= max(limit, 4 * 19)
+    assert len(sizes) > 1

@@ -1,4 +1,4 @@
-"""Who holds which slots: nothing is leaked, and nobody writes where another reads."""
+"""Ownership of cache slots: none is leaked, and none is written while another sequence reads it."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ SIZE = 60
 
 
 class Holders(RuleBasedStateMachine):
-    """Sequences that take, share, trim and let go of segments, and what is kept of them."""
+    """Sequences that take, share, trim and release segments, and a prefix cache that keeps some of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Holders(RuleBasedStateMachine):
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def let_go(self, data: st.DataObject) -> None:
+    def release(self, data: st.DataObject) -> None:
         self.arena.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @precondition(lambda self: self.held)
@@ -94,7 +94,7 @@ Holders.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
 TestHolders = Holders.TestCase
 
 
-def test_what_was_used_longest_ago_is_let_go_first() -> None:
+def test_least_recently_used_prefix_is_evicted_first() -> None:
     arena = KVCacheAllocator(SIZE)
     prefixes = PrefixCache(arena)
     first, second = ((token,) * 17 for token in (1, 2))
@@ -108,7 +108,7 @@ def test_what_was_used_longest_ago_is_let_go_first() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 9), max_size=6), length=st.integers(0, 60))
-def test_a_chain_is_cut_to_a_length(lengths: list[int], length: int) -> None:
+def test_chain_is_cut_to_a_length(lengths: list[int], length: int) -> None:
     chain = tuple(Piece(Segment(1, n, n), n) for n in lengths)
     assert chain_length(cut(chain, length)) == min(length, sum(lengths))
 
@@ -118,20 +118,20 @@ def row_of(prefix: tuple[Piece, ...], own: list[Segment]) -> ActiveSequence:
     return ActiveSequence(ticket, 0, prefix, [1], own)
 
 
-def stored(table: dict[int, int], tables: Tables, rows: list[ActiveSequence]) -> None:
-    """Write what has changed."""
+def apply_update(table: dict[int, int], tables: Tables, rows: list[ActiveSequence]) -> None:
+    """Apply the changed table entries to `table`."""
     writes: Any = tables.update(rows)
     if writes is not None:
         table.update(zip(writes.at.tolist(), writes.slots.tolist(), strict=True))
 
 
-def test_tables_name_each_rows_slots_and_are_used_again() -> None:
+def test_tables_list_slots_and_are_reused() -> None:
     arena, tables, table = KVCacheAllocator(1000), Tables(3, 100), dict[int, int]()
     prefix = tuple(Piece(s, s.capacity) for s in arena.take(20))
     rows = [row_of(prefix, arena.take(7)) for _ in range(3)]
-    stored(table, tables, rows)
+    apply_update(table, tables, rows)
     rows[1].own += arena.take(14)
-    stored(table, tables, rows)
+    apply_update(table, tables, rows)
     assert tables.update(rows) is None
     for row in rows:
         slots = [p.segment.start + i for p in row.prefix for i in range(p.length)]
@@ -140,18 +140,18 @@ def test_tables_name_each_rows_slots_and_are_used_again() -> None:
     numbers = {row.table for row in rows}
     assert numbers == {0, 1, 2}
     late = row_of(prefix, arena.take(5))
-    stored(table, tables, [rows[0], late, rows[2]])
+    apply_update(table, tables, [rows[0], late, rows[2]])
     assert {rows[0].table, late.table, rows[2].table} == numbers
 
 
-def test_what_was_not_written_when_memory_ran_out_is_written_anew() -> None:
+def test_forgotten_tables_are_written_again() -> None:
     arena, tables, table = KVCacheAllocator(1000), Tables(3, 100), dict[int, int]()
     prefix = tuple(Piece(s, s.capacity) for s in arena.take(20))
     rows = [row_of(prefix, arena.take(7)) for _ in range(3)]
     assert tables.update(rows) is not None
     tables.forget()
     late = [rows[1], row_of(prefix, arena.take(5)), rows[0]]
-    stored(table, tables, late)
+    apply_update(table, tables, late)
     assert {row.table for row in late} == {0, 1, 2}
     for row in late:
         slots = [*range(prefix[0].segment.start, prefix[0].segment.start + 20), row.own[0].start]

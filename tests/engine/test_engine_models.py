@@ -1,4 +1,4 @@
-"""Which models the engine takes, and what it says to the others."""
+"""Models that the engine supports, and errors for the others."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-TAKEN = [
+SUPPORTED = [
     (LlamaForCausalLM, LlamaConfig(**SIZES)),
     (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
     (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
@@ -68,8 +68,8 @@ def bloom(vocabulary: int = 300) -> Any:
     return model(config(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4)).eval()
 
 
-@pytest.mark.parametrize(("cls", "config"), TAKEN, ids=lambda x: getattr(x, "__name__", "config"))
-def test_families_that_are_served_write_what_generate_writes(cls: Any, config: Any) -> None:
+@pytest.mark.parametrize(("cls", "config"), SUPPORTED, ids=lambda x: getattr(x, "__name__", "config"))
+def test_supported_families_equal_generate(cls: Any, config: Any) -> None:
     torch.manual_seed(3)
     model = cls(config).eval()
     prompt = [(5 * i) % 290 for i in range(70)]
@@ -81,7 +81,7 @@ def test_families_that_are_served_write_what_generate_writes(cls: Any, config: A
     assert {c.tokens for c in answer.completions} == {tuple(out[0, len(prompt) :].tolist())}
 
 
-def test_attention_of_its_own_is_refused_and_left_as_it_was() -> None:
+def test_model_with_own_attention_is_rejected_unchanged() -> None:
     model = bloom()
     before = model.config._attn_implementation
     with pytest.raises(ModelRefusedError, match=r"The policy x cannot be served by the engine.*TPO_ENGINE_FALLBACK"):
@@ -90,7 +90,7 @@ def test_attention_of_its_own_is_refused_and_left_as_it_was() -> None:
     assert model(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
-def test_logits_that_are_not_the_models_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_logits_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
     monkeypatch.setattr("tpo.backends.local.attention.merged", lambda out, weight: out[0])
@@ -99,11 +99,11 @@ def test_logits_that_are_not_the_models_own_are_refused(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [(RuntimeError("no kernel for this"), "no kernel for this.*TPO_ENGINE_FALLBACK"), (NO_MEMORY, "TPO_BATCH_ROWS")],
 )
-def test_a_model_that_breaks_when_it_is_tried_out_is_refused(
-    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+def test_model_that_fails_the_trial_is_rejected(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
 
@@ -111,18 +111,18 @@ def test_a_model_that_breaks_when_it_is_tried_out_is_refused(
         raise error
 
     monkeypatch.setattr("tpo.backends.local.attention.causal", breaks)
-    with pytest.raises(ModelRefusedError, match=f"(?s)The policy x .*{said}"):
+    with pytest.raises(ModelRefusedError, match=f"(?s)The policy x .*{message}"):
         build_engine(model.eval(), frozenset(), 512, name="The policy x")
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_memory_that_holds_nothing_is_refused() -> None:
+def test_too_small_cache_is_rejected() -> None:
     model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4))
     with pytest.raises(ModelRefusedError, match="TPO_CACHE_GIB"):
         build_engine(model.eval(), frozenset(), 512, EngineOptions(cache_gib=1e-6))
 
 
-def test_the_fallback_answers_one_by_one_and_seeds_hold(tmp_path: Path) -> None:
+def test_fallback_respects_seeds(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     bloom(len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

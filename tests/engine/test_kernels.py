@@ -1,4 +1,4 @@
-"""The decode step for a GPU: its kernels and its tables, without a GPU."""
+"""Kernels and tables of the decode step for a GPU, run without a GPU."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ pytestmark = pytest.mark.processes
 
 
 @pytest.mark.slow
-def test_the_gpus_decode_step_writes_what_the_plain_one_writes() -> None:
-    """Every kind of attention; prompts shared, rows that join, leave and are put back; greedy and sampled."""
+def test_gpu_decode_step_equals_the_plain_one() -> None:
+    """Compare every kind of attention, with shared prompts and with rows that join, leave and are preempted."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run(
         [sys.executable, "-m", "tests.support.kernels"], env=environment, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""What is loaded, how, and what is refused with which words."""
+"""Loading of models, and errors for models that cannot be loaded."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
-def test_a_policy_comes_whole(policy_folder: Path) -> None:
+def test_policy_is_loaded(policy_folder: Path) -> None:
     model = load_policy_model(str(policy_folder), Settings())
     assert model.network.dtype == torch.float32
     assert model.network.config._attn_implementation == "sdpa"
@@ -48,18 +48,18 @@ def test_a_policy_comes_whole(policy_folder: Path) -> None:
     assert len(model.stop_tokens) == 1
 
 
-def test_attention_that_torch_cannot_fuse_is_computed_in_full(tmp_path: Path) -> None:
+def test_capped_attention_is_loaded_eager(tmp_path: Path) -> None:
     model = load_policy_model(str(save_capped(tmp_path)), Settings())
     assert model.network.config._attn_implementation == "eager"
 
 
-def test_several_end_tokens_are_all_heeded(policy_folder: Path, tmp_path: Path) -> None:
+def test_all_end_tokens_are_loaded(policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     edit(folder / "generation_config.json", eos_token_id=[3, 5])
     assert load_policy_model(str(folder), Settings()).stop_tokens >= {3, 5}
 
 
-def test_dtype_as_set_and_rewards_in_float32_all_the_same(policy_folder: Path, reward_folder: Path) -> None:
+def test_dtype_applies_to_policies_and_not_to_rewards(policy_folder: Path, reward_folder: Path) -> None:
     settings = Settings(dtype="bfloat16")
     assert load_policy_model(str(policy_folder), settings).network.dtype == torch.bfloat16
     assert load_reward_network(str(reward_folder), settings).network.dtype == torch.float32
@@ -67,24 +67,24 @@ def test_dtype_as_set_and_rewards_in_float32_all_the_same(policy_folder: Path, r
     assert halved.network.dtype == torch.bfloat16
 
 
-def test_a_device_that_is_not_there_is_refused(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_device_is_rejected(policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelRefusedError, match="TPO_DEVICE=cuda"):
         load_policy_model(str(policy_folder), Settings(device="cuda"))
 
 
 @pytest.mark.parametrize("load", [load_policy, load_reward_model])
-def test_a_folder_that_is_not_there(load: Any, tmp_path: Path) -> None:
+def test_missing_folder_is_rejected(load: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match="There is no folder"):
         load(str(tmp_path / "none"), Settings())
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_folder_without_config_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match=r"holds no config\.json"):
         load_policy(str(tmp_path), Settings())
 
 
-def test_a_folder_without_weights(policy_folder: Path, tmp_path: Path) -> None:
+def test_folder_without_weights_is_rejected(policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelRefusedError, match="holds no weights"):
@@ -92,7 +92,7 @@ def test_a_folder_without_weights(policy_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "load"), [("policy", load_policy), ("reward", load_reward_model)])
-def test_a_pickle_is_never_opened(kind: str, load: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_pickle_is_never_opened(kind: str, load: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = copy(request.getfixturevalue(f"{kind}_folder"), tmp_path)
     (folder / "model.safetensors").unlink()
     opened = tmp_path / "opened"
@@ -102,7 +102,7 @@ def test_a_pickle_is_never_opened(kind: str, load: Any, request: pytest.FixtureR
     assert not opened.exists()
 
 
-def test_weights_that_are_cut_short(policy_folder: Path, tmp_path: Path) -> None:
+def test_truncated_weights_are_rejected(policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -120,20 +120,20 @@ def test_weights_that_are_cut_short(policy_folder: Path, tmp_path: Path) -> None
         ("model.safetensors", "x" * 1000),
     ],
 )
-def test_a_file_that_holds_something_else(name: str, content: str, policy_folder: Path, tmp_path: Path) -> None:
+def test_corrupt_file_is_rejected(name: str, content: str, policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     (folder / name).write_text(content)
-    with pytest.raises(ModelRefusedError, match="cannot be loaded") as refused:
+    with pytest.raises(ModelRefusedError, match="cannot be loaded") as error:
         load_policy(str(folder), Settings())
-    assert len(str(refused.value)) < 1000
+    assert len(str(error.value)) < 1000
 
 
-def test_a_language_model_is_no_reward_model(policy_folder: Path) -> None:
+def test_language_model_is_rejected_as_reward_model(policy_folder: Path) -> None:
     with pytest.raises(ModelRefusedError, match="is not a reward model: its config names LlamaForCausalLM"):
         load_reward_model(str(policy_folder), Settings())
 
 
-def test_a_language_model_that_says_it_is_a_reward_model(policy_folder: Path, tmp_path: Path) -> None:
+def test_reward_model_without_score_head_is_rejected(policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     edit(
         folder / "config.json",
@@ -145,7 +145,7 @@ def test_a_language_model_that_says_it_is_a_reward_model(policy_folder: Path, tm
         load_reward_model(str(folder), Settings())
 
 
-def test_several_labels_are_no_score(tmp_path: Path) -> None:
+def test_reward_model_with_several_labels_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match="has 3 labels"):
         load_reward_model(str(save_reward(tmp_path, num_labels=3)), Settings())
 
@@ -166,18 +166,18 @@ def test_code_of_a_tokenizer_is_never_run(policy_folder: Path, tmp_path: Path) -
     folder = copy(policy_folder, tmp_path)
     (folder / "own.py").write_text("raise SystemExit('this was run')")
     edit(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.T", "own.T"]})
-    with contextlib.suppress(ModelRefusedError):  # it may be loaded as what the library itself knows
+    with contextlib.suppress(ModelRefusedError):  # the library may load it as a tokenizer of its own
         load_policy_model(str(folder), Settings())
 
 
-def test_an_architecture_that_nobody_knows(policy_folder: Path, tmp_path: Path) -> None:
+def test_unknown_architecture_is_rejected(policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     edit(folder / "config.json", model_type="unheard_of")
     with pytest.raises(ModelRefusedError, match="unheard_of"):
         load_policy(str(folder), Settings())
 
 
-def test_layers_that_keep_other_things_are_refused(tmp_path: Path) -> None:
+def test_unsupported_layer_type_is_rejected(tmp_path: Path) -> None:
     folder = save_llama(tmp_path)
     edit(folder / "config.json", model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
     with pytest.raises(ModelRefusedError, match="linear_attention"):
@@ -185,19 +185,19 @@ def test_layers_that_keep_other_things_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("save", "load"), [(save_llama, load_policy), (save_reward, load_reward_model)])
-def test_a_tokenizer_without_a_chat_template(save: Any, load: Any, tmp_path: Path) -> None:
+def test_tokenizer_without_a_chat_template_is_rejected(save: Any, load: Any, tmp_path: Path) -> None:
     folder = save(tmp_path, template=None)
     with pytest.raises(ModelRefusedError, match=r"no chat template.*chat_template\.jinja"):
         load(str(folder), Settings())
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_reward_model_is_no_policy(tied: bool, tmp_path: Path) -> None:
+def test_reward_model_is_rejected_as_policy(tied: bool, tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match="is not a policy: its config names LlamaForSequenceClassification"):
         load_policy(str(save_reward(tmp_path, tie_word_embeddings=tied)), Settings())
 
 
-def test_a_policy_without_its_head_is_not_whole(reward_folder: Path, tmp_path: Path) -> None:
+def test_policy_without_lm_head_is_rejected(reward_folder: Path, tmp_path: Path) -> None:
     headless = copy(reward_folder, tmp_path)
     edit(headless / "config.json", architectures=["LlamaForCausalLM"])
     with pytest.raises(ModelRefusedError, match=r"has no lm_head\.weight"):
@@ -205,7 +205,7 @@ def test_a_policy_without_its_head_is_not_whole(reward_folder: Path, tmp_path: P
 
 
 @pytest.mark.processes
-def test_a_name_on_the_hub_without_a_network() -> None:
+def test_hub_name_without_network_is_rejected() -> None:
     code = (
         "from tpo.backends import load_policy\nfrom tpo.core.errors import ModelRefusedError\n"
         "from tpo.settings import Settings\n"
@@ -220,7 +220,7 @@ def test_a_name_on_the_hub_without_a_network() -> None:
     assert "HF_HUB_OFFLINE" in found.stdout
 
 
-def test_without_torch_the_hint_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tpo.backends.local.policy", None)
     monkeypatch.setitem(sys.modules, "tpo.backends.local.reward", None)
     for load in (load_policy, load_reward_model):
@@ -228,7 +228,7 @@ def test_without_torch_the_hint_says_how_to_install(monkeypatch: pytest.MonkeyPa
             load("demo", Settings())
 
 
-def test_threads_are_set(policy_folder: Path) -> None:
+def test_thread_count_is_applied(policy_folder: Path) -> None:
     before = torch.get_num_threads()
     try:
         load_policy_model(str(policy_folder), Settings(threads=1))

@@ -1,6 +1,6 @@
-"""The scheduler beside a model made of a hash: whoever comes, goes or is put back, each sample gets its own tokens.
+"""Scheduler with a model made of a hash: each sample gets its own tokens, whatever joins, leaves or is preempted.
 
-The cache is a dictionary of slots, so that a token in a wrong place, or one that another has written over, is seen.
+The cache is a dictionary of slots, so a token in a wrong or overwritten slot is detected.
 """
 
 import random
@@ -19,16 +19,16 @@ from tpo.backends.local.scheduler import ActiveSequence, Limits, PrefillChunk, S
 
 STOP = 0
 TOKENS = 40
-"""Of the arena; prompts and answers below need 36 at most."""
+"""Capacity of the cache. Prompts and answers below need 36 tokens at most."""
 
 
 def drawn(seed: int, step: int) -> int:
-    """The token that a seed draws at a step; one in nine ends the answer."""
+    """Return the token that a seed draws at a step. One in nine ends the answer."""
     return random.Random(1000 * seed + step).randrange(9)
 
 
 def answer(request: TokenRequest) -> tuple[Completion, ...]:
-    """What the request must get."""
+    """Return the completions that the request must get."""
     completions = []
     for seed in request.seeds:
         tokens: list[int] = []
@@ -39,7 +39,7 @@ def answer(request: TokenRequest) -> tuple[Completion, ...]:
 
 
 class Machine:
-    """A scheduler, and what its steps would have written."""
+    """Scheduler, and the cache contents that its steps would have written."""
 
     def __init__(self, limits: Limits) -> None:
         self.scheduler = Scheduler(limits, frozenset({STOP}))
@@ -54,7 +54,7 @@ class Machine:
         plan = self.scheduler.plan()
         assert sum(chunk.end - chunk.begin for chunk in plan.chunks) <= self.scheduler.limits.chunk
         assert len(plan.rows) <= self.scheduler.limits.rows
-        assert plan.rows or plan.chunks or not self.scheduler.busy, "nobody gets on"
+        assert plan.rows or plan.chunks or not self.scheduler.busy, "no sequence makes progress"
         self.read(plan.chunks)
         for row in plan.rows:
             self.cache[row.slot] = row.tokens[-1]
@@ -73,15 +73,15 @@ class Machine:
                 self.scheduler.join(chunk.reading, [drawn(seeds[sample], 0) for sample in chunk.reading.samples])
 
     def seen(self, row: ActiveSequence) -> list[int]:
-        """The tokens that the row looks at."""
+        """Return the tokens that the row attends to."""
         own = [s.start + i for s in row.own for i in range(s.used)]
         return [self.cache[slot] for slot in (*slots_of(row.prefix), *own)]
 
     def next_token(self, row: ActiveSequence) -> int:
         return drawn(row.ticket.request.seeds[row.sample], len(row.tokens))
 
-    def held_once_each(self) -> None:
-        """Every segment has as many holders as there are chains that name it."""
+    def assert_holders_are_exact(self) -> None:
+        """Assert that every segment has as many holders as there are chains that contain it."""
         scheduler = self.scheduler
         chains: list[Any] = [*(r.chain for r in scheduler.readings), *(row.prefix for row in scheduler.rows)]
         chains += scheduler.prefixes._kept.values()
@@ -98,7 +98,7 @@ def slots_of(chain: Sequence[Piece]) -> list[int]:
     return [piece.segment.start + i for piece in chain for i in range(piece.length)]
 
 
-# Prompts that begin alike, in whole blocks of the kept prefixes and beside them.
+# Prompts with common prefixes, which end at and between the block boundaries of the prefix cache.
 PROMPTS = st.builds(
     lambda common, own: (1, 2, 3, 4) * common + own,
     st.integers(0, 5),
@@ -113,44 +113,44 @@ REQUESTS = st.builds(
     max_tokens=st.integers(1, 12),
     under_way=st.booleans(),
 )
-DEEDS = st.one_of(
+ACTIONS = st.one_of(
     REQUESTS, st.integers(1, 8), st.just("out of memory"), st.integers(0, 9).map(lambda number: ("cancel", number))
 )
 
 
 @settings(max_examples=400)
 @given(
-    deeds=st.lists(DEEDS, max_size=25),
+    actions=st.lists(ACTIONS, max_size=25),
     rows=st.integers(1, 6),
     chunk=st.integers(1, 30),
     patience=st.integers(0, 3),
     first_slots=st.sampled_from([1, 2, 5, 128]),
 )
-def test_everyone_gets_their_own_tokens_and_nothing_is_leaked(
-    deeds: list[Any], rows: int, chunk: int, patience: int, first_slots: int
+def test_samples_get_their_tokens_and_no_slot_leaks(
+    actions: list[Any], rows: int, chunk: int, patience: int, first_slots: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "FIRST_SLOTS", first_slots)
         machine = Machine(Limits(rows, TOKENS, chunk, patience))
-        for deed in deeds:
-            match deed:
+        for action in actions:
+            match action:
                 case TokenRequest():
-                    machine.submit(deed)
+                    machine.submit(action)
                 case int():
-                    for _ in range(deed):
+                    for _ in range(action):
                         machine.step()
-                        machine.held_once_each()
+                        machine.assert_holders_are_exact()
                 case ("cancel", int(number)):
                     for ticket in machine.tickets[number : number + 1]:
                         ticket.future.cancel()
                 case _:
                     machine.scheduler.preempt_youngest()
-                    machine.held_once_each()
+                    machine.assert_holders_are_exact()
         for _ in range(3000):
             if not machine.scheduler.busy:
                 break
             machine.step()
-        assert not machine.scheduler.busy, "it never ends"
+        assert not machine.scheduler.busy, "the scheduler did not finish"
         for ticket in machine.tickets:
             assert ticket.future.cancelled() or ticket.future.result(0).completions == answer(ticket.request)
         machine.scheduler.prefixes.forget()
@@ -158,7 +158,7 @@ def test_everyone_gets_their_own_tokens_and_nothing_is_leaked(
 
 
 @pytest.mark.parametrize(("length", "read"), [(3, [0, 0, 1]), (9, [0, 0, 1]), (10, [1, 1, 1])])
-def test_a_prompt_waits_for_others_unless_it_fills_a_step_or_has_waited_enough(length: int, read: list[int]) -> None:
+def test_prompt_waits_for_others_with_limited_patience(length: int, read: list[int]) -> None:
     machine = Machine(Limits(rows=6, tokens=TOKENS, chunk=10, patience=2))
     machine.submit(TokenRequest((1, 2, 3), (8,), 1.0, 1.0, 12))
     machine.step()
@@ -166,14 +166,14 @@ def test_a_prompt_waits_for_others_unless_it_fills_a_step_or_has_waited_enough(l
     assert [len(machine.scheduler.plan().chunks) for _ in range(3)] == read
 
 
-def test_as_many_samples_begin_as_there_is_memory_for() -> None:
+def test_number_of_started_samples_fits_the_memory() -> None:
     machine = Machine(Limits(rows=6, tokens=TOKENS, chunk=10))
     machine.submit(TokenRequest((1, 2, 3), (1, 2, 3, 4), 1.0, 1.0, 12))
     machine.scheduler.plan()
     assert [reading.samples for reading in machine.scheduler.readings] == [[0, 1]]
 
 
-def test_who_was_put_back_waits_until_somebody_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preempted_sample_waits_for_a_free_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FIRST_SLOTS", 2)
     machine = Machine(Limits(rows=6, tokens=TOKENS, chunk=TOKENS))
     longest = max(range(200), key=lambda seed: len(answer(TokenRequest((1,), (seed,), 1.0, 1.0, 30))[0].tokens))

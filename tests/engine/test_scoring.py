@@ -1,4 +1,4 @@
-"""The reward model's thread: whom it scores together, in which order, and who is told what breaks."""
+"""Thread of the reward model: batching, order and failures."""
 
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ POISON = 99
 
 
 class Network:
-    """Scores a conversation by its sum. Waits in its first pass, so that the rest arrives together."""
+    """Network that scores a conversation by its sum. Its first pass blocks, so that later requests are batched."""
 
     dtype = torch.float32
     device = torch.device("cpu")
@@ -46,7 +46,7 @@ def network() -> Network:
 
 @pytest.fixture
 def busy(network: Network) -> Iterator[RewardEngine]:
-    """An engine within its first pass."""
+    """Engine in its first pass."""
     engine = RewardEngine(network, 100)
     engine.submit([[1]])
     assert network.begun.wait(HANG_SECONDS)
@@ -55,7 +55,7 @@ def busy(network: Network) -> Iterator[RewardEngine]:
     engine.close()
 
 
-def test_whoever_waits_longest_comes_first_with_neighbours_in_length(busy: RewardEngine, network: Network) -> None:
+def test_longest_waiting_request_runs_first(busy: RewardEngine, network: Network) -> None:
     long, short = busy.submit([[2] * 400]), [busy.submit([[3] * 300] * 2) for _ in range(3)]
     network.proceed.set()
     assert long.result(60) == (800,)
@@ -64,7 +64,7 @@ def test_whoever_waits_longest_comes_first_with_neighbours_in_length(busy: Rewar
     assert busy.submit([]).result(60) == ()
 
 
-def test_a_conversation_that_breaks_the_model_fails_alone(busy: RewardEngine, network: Network) -> None:
+def test_conversation_that_breaks_the_model_fails_alone(busy: RewardEngine, network: Network) -> None:
     first, broken, last = busy.submit([[1], [2]]), busy.submit([[3], [POISON]]), busy.submit([[4]])
     network.proceed.set()
     assert (first.result(60), last.result(60)) == ((1, 2), (4,))
@@ -74,15 +74,15 @@ def test_a_conversation_that_breaks_the_model_fails_alone(busy: RewardEngine, ne
     assert busy.healthy
 
 
-def test_what_nobody_waits_for_is_not_scored(busy: RewardEngine, network: Network) -> None:
-    gone, stays = busy.submit([[5]]), busy.submit([[6]])
-    gone.cancel()
+def test_cancelled_request_is_not_scored(busy: RewardEngine, network: Network) -> None:
+    cancelled, remaining = busy.submit([[5]]), busy.submit([[6]])
+    cancelled.cancel()
     network.proceed.set()
-    assert stays.result(60) == (6,)
+    assert remaining.result(60) == (6,)
     assert network.passes[1:] == [[[6]]]
 
 
-def test_when_the_device_fails_everyone_is_told(busy: RewardEngine, network: Network) -> None:
+def test_device_failure_fails_all_requests(busy: RewardEngine, network: Network) -> None:
     network.error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     futures = [busy.submit([[POISON]]), busy.submit([[7] * 500, [8] * 500]), busy.submit([[9] * 500])]
     network.proceed.set()

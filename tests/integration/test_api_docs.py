@@ -1,4 +1,4 @@
-"""Every command in docs/api.md runs, and does what the page says."""
+"""The commands of docs/api.md run and have the documented results."""
 
 import json
 import re
@@ -24,15 +24,17 @@ def test_every_command_works(sqlite_system: System) -> None:
         ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == commands.count("curl ") - 1  # one answer goes into $JOB
-    submitted, limited, first, again, polled = answers[:5]
+    responses = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(responses) == commands.count("curl ") - 1  # one response goes into $JOB
+    submitted, limited, first, again, polled = responses[:5]
     assert limited["parameters"]["early_stop"] == {"patience": 2, "min_gain": 0.1}
     assert first["id"] == again["id"] != submitted["id"]
     assert (polled["status"], polled["metadata"]) == ("queued", {"ticket": "4711"})
-    told = [answer["status"] for answer in answers if answer.get("id") == polled["id"] and "status" in answer]
-    assert told == ["queued", "queued", "paused", "queued", "cancelled"]
-    assert {"id": polled["id"], "object": "job", "deleted": True} in answers
+    statuses = [
+        response["status"] for response in responses if response.get("id") == polled["id"] and "status" in response
+    ]
+    assert statuses == ["queued", "queued", "paused", "queued", "cancelled"]
+    assert {"id": polled["id"], "object": "job", "deleted": True} in responses
 
 
 def test_every_code_is_listed() -> None:
@@ -47,5 +49,5 @@ def test_every_code_of_a_failed_job_is_listed() -> None:
         *JobError.__subclasses__(),
         BackendUnavailableError,
     ]
-    said_by_classes = {error.code for error in classes}
-    assert listed == said_by_classes | {"worker_lost", "unreadable_record", "internal_error", "out_of_memory"}
+    codes_of_classes = {error.code for error in classes}
+    assert listed == codes_of_classes | {"worker_lost", "unreadable_record", "internal_error", "out_of_memory"}

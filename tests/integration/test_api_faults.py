@@ -1,4 +1,4 @@
-"""Bad input and faults that only a real process shows: raw bytes on its socket, and a broker that goes away."""
+"""Bad input and faults that need a real process: raw bytes on its socket, and a broker that goes away."""
 
 import json
 import shutil
@@ -29,30 +29,30 @@ def module_api(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def raw(port: int, request: bytes) -> bytes:
-    """What the server answers to these bytes, until it closes."""
+    """Send these bytes and return what the server sends until it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=HANG_SECONDS) as connection:
         connection.sendall(request)
-        answer = b""
+        received = b""
         while piece := connection.recv(65536):
-            answer += piece
-        return answer
+            received += piece
+        return received
 
 
-def header_lines(answer: bytes) -> list[bytes]:
-    return answer.partition(b"\r\n\r\n")[0].split(b"\r\n")
+def header_lines(received: bytes) -> list[bytes]:
+    return received.partition(b"\r\n\r\n")[0].split(b"\r\n")
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/responses", "/v1/batches", "/v1/webhooks"])
-def test_a_body_of_100_mb_costs_no_memory(sqlite_system: System, path: str) -> None:
+def test_announced_100_mb_body_costs_no_memory(sqlite_system: System, path: str) -> None:
     with started_api(sqlite_system) as api:
         process = psutil.Process(api.process.pid)
         api.client.get("/v1/jobs")
         before = process.memory_info().rss
-        assert_problem(_sent(api, path, "application/json"), 413, "body_too_large")
+        assert_problem(_announce(api, path, "application/json"), 413, "body_too_large")
         assert process.memory_info().rss - before < 20_000_000
 
 
-def test_an_upload_of_100_mb_costs_little_memory(sqlite_system: System) -> None:
+def test_upload_of_100_mb_costs_little_memory(sqlite_system: System) -> None:
     with started_api(sqlite_system, max_file_bytes=2 * MANY) as api:
         process = psutil.Process(api.process.pid)
         api.client.get("/v1/jobs")
@@ -68,25 +68,25 @@ def test_an_upload_of_100_mb_costs_little_memory(sqlite_system: System) -> None:
                 yield b"x" * 1_000_000
             yield b"\r\n--b--\r\n"
 
-        answer = api.client.post(
+        response = api.client.post(
             "/v1/files", content=parts(), headers={"content-type": "multipart/form-data; boundary=b"}
         )
-        assert answer.status_code == 200
-        assert answer.json()["bytes"] == MANY
+        assert response.status_code == 200
+        assert response.json()["bytes"] == MANY
         assert max(highest, process.memory_info().rss) - before < 40_000_000
 
 
-def _sent(api: Api, path: str, content_type: str) -> httpx.Response:
-    """The answer to a body of 100 MB that is announced: none of it is waited for."""
+def _announce(api: Api, path: str, content_type: str) -> httpx.Response:
+    """Announce a body of 100 MB, send none of it, and return the received."""
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {content_type}\r\ncontent-length: {MANY}\r\n\r\n"
-    answer = raw(api.port, head.encode())
-    status, *headers = header_lines(answer)
+    received = raw(api.port, head.encode())
+    status, *headers = header_lines(received)
     assert b"connection: close" in headers
     pairs = [line.split(b": ", 1) for line in headers]
     return httpx.Response(
         int(status.split()[1]),
         headers=[(name, value) for name, value in pairs],
-        content=answer.partition(b"\r\n\r\n")[2],
+        content=received.partition(b"\r\n\r\n")[2],
     )
 
 
@@ -104,27 +104,27 @@ def _sent(api: Api, path: str, content_type: str) -> httpx.Response:
         b"GET / HTTP/9.9\r\n\r\n",
     ],
 )
-def test_no_header_can_be_smuggled_into_an_answer(module_api: Api, request_bytes: bytes) -> None:
+def test_no_header_can_be_injected_into_a_response(module_api: Api, request_bytes: bytes) -> None:
     with socket.create_connection(("127.0.0.1", module_api.port), timeout=HANG_SECONDS) as connection:
         connection.sendall(request_bytes)
         connection.shutdown(socket.SHUT_WR)
-        answer = b""
+        received = b""
         while piece := connection.recv(65536):
-            answer += piece
-    assert not [line for line in header_lines(answer) if line.lower().startswith(b"set-cookie")]
-    assert answer.count(b"HTTP/1.1 ") <= 1
-    assert b" 500 " not in answer.partition(b"\r\n")[0]
+            received += piece
+    assert not [line for line in header_lines(received) if line.lower().startswith(b"set-cookie")]
+    assert received.count(b"HTTP/1.1 ") <= 1
+    assert b" 500 " not in received.partition(b"\r\n")[0]
     assert module_api.client.get("/healthz").status_code == 200
     assert "Traceback" not in module_api.process.output
 
 
-def test_a_file_s_name_says_nothing_in_a_header(module_api: Api) -> None:
+def test_file_name_is_not_copied_into_a_header(module_api: Api) -> None:
     name = "a\"; filename*=utf-8''b\r\nset-cookie: a=b"
     made = module_api.client.post("/v1/files", data={"purpose": "batch"}, files={"file": (name, b"x")})
     assert made.status_code == 200
-    answer = module_api.client.get(f"/v1/files/{made.json()['id']}/content")
-    assert answer.headers["content-disposition"] == "attachment"
-    assert "set-cookie" not in answer.headers
+    response = module_api.client.get(f"/v1/files/{made.json()['id']}/content")
+    assert response.headers["content-disposition"] == "attachment"
+    assert "set-cookie" not in response.headers
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_a_file_s_name_says_nothing_in_a_header(module_api: Api) -> None:
         (b'{"unheard_of": 1}', 422, "invalid_input"),
     ],
 )
-def test_every_address_refuses_what_is_not_its_body(
+def test_every_route_rejects_an_invalid_body(
     module_api: Api, path: str, content: bytes, status: int, code: str
 ) -> None:
-    answer = module_api.client.post(path, content=content, headers={"content-type": "application/json"})
-    problem = assert_problem(answer, status, code, answer.json()["error"]["param"])
+    response = module_api.client.post(path, content=content, headers={"content-type": "application/json"})
+    problem = assert_problem(response, status, code, response.json()["error"]["param"])
     if b"unheard_of" in content:
         assert "unheard_of: is not a known field" in problem["detail"]
 
@@ -161,21 +161,21 @@ def test_every_address_refuses_what_is_not_its_body(
         ("/v1/webhooks", "wh_0"),
     ],
 )
-def test_past_the_end_of_a_list_there_is_nothing(module_api: Api, path: str, last: str) -> None:
+def test_page_after_the_last_item_is_empty(module_api: Api, path: str, last: str) -> None:
     empty: dict[str, Any] = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
     assert module_api.client.get(path, params={"after": last}).json() == empty
 
 
-def test_a_stream_goes_on_while_the_broker_is_away(system: System) -> None:
+def test_stream_continues_while_the_broker_is_down(system: System) -> None:
     system.worker(scripted_latency=0.3)
     with started_api(system) as api:
         job = api.client.post("/v1/jobs", json={"input": "Hello", "parameters": {"max_iterations": 2}}).json()
         with api.client.stream("GET", f"/v1/jobs/{job['id']}/events", headers=STREAM) as response:
-            told = frames(response)
-            while next(told)["event"] != "job.started":
+            events = frames(response)
+            while next(events)["event"] != "job.started":
                 pass
             system.broker.stop(kill=True)
-            rest = [json.loads(frame["data"]) for frame in told]
+            rest = [json.loads(frame["data"]) for frame in events]
         assert rest[-1]["type"] == "job.completed"
         assert [event["sequence_number"] for event in rest] == list(
             range(rest[0]["sequence_number"], rest[-1]["sequence_number"] + 1)

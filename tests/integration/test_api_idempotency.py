@@ -1,4 +1,4 @@
-"""Requests that are sent again, and quotas, over HTTP."""
+"""Idempotent requests and quotas over HTTP."""
 
 import contextlib
 from collections import Counter
@@ -28,7 +28,7 @@ def client(migrated_url: str, valkey: Valkey) -> Iterator[TestClient]:
         yield client
 
 
-def refused(response: Any, status: int, code: str, param: str | None = None) -> None:
+def assert_rejected(response: Any, status: int, code: str, param: str | None = None) -> None:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
@@ -38,7 +38,7 @@ class TestKey:
     def post(self, client: TestClient, key: str, body: Any = BODY) -> Any:
         return client.post("/v1/jobs", json=body, headers={"idempotency-key": key})
 
-    def test_the_same_request_gives_the_first_job(self, client: TestClient) -> None:
+    def test_duplicate_request_returns_the_first_job(self, client: TestClient) -> None:
         first = self.post(client, "key")
         again = self.post(client, "key", {"metadata": {"b": "2", "a": "1"}, "input": "Hello"})
         assert (first.status_code, again.status_code) == (202, 202)
@@ -46,21 +46,21 @@ class TestKey:
         assert again.headers["location"] == first.headers["location"]
         assert (first.headers.get("idempotent-replayed"), again.headers["idempotent-replayed"]) == (None, "true")
 
-    def test_another_body_is_refused(self, client: TestClient) -> None:
+    def test_key_with_another_body_is_rejected(self, client: TestClient) -> None:
         self.post(client, "key")
         for body in ({**BODY, "input": "Bye"}, {**BODY, "model": "scripted"}):
-            refused(self.post(client, "key", body), 422, "idempotency_key_reused", "Idempotency-Key")
+            assert_rejected(self.post(client, "key", body), 422, "idempotency_key_reused", "Idempotency-Key")
         assert len(client.get("/v1/jobs").json()["data"]) == 1
 
     @pytest.mark.parametrize("key", ["", "x" * 256, "tab\there", "é"])
-    def test_what_is_no_key(self, client: TestClient, key: str) -> None:
-        answer = client.post("/v1/jobs", json=BODY, headers={b"idempotency-key": key.encode()})
-        refused(answer, 422, "invalid_input", "Idempotency-Key")
+    def test_malformed_key_is_rejected(self, client: TestClient, key: str) -> None:
+        response = client.post("/v1/jobs", json=BODY, headers={b"idempotency-key": key.encode()})
+        assert_rejected(response, 422, "invalid_input", "Idempotency-Key")
         assert client.get("/v1/jobs").json()["data"] == []
 
 
 @pytest.mark.parametrize("named", ["key", "external_id"])
-def test_200_at_once_to_three_processes_make_one_job(system: System, named: str) -> None:
+def test_200_concurrent_requests_to_3_processes_create_one_job(system: System, named: str) -> None:
     with contextlib.ExitStack() as stack:
         apis = [stack.enter_context(started_api(system)) for _ in range(3)]
         clients = [stack.enter_context(httpx.Client(base_url=api.url, timeout=HANG_SECONDS)) for api in apis]
@@ -71,69 +71,69 @@ def test_200_at_once_to_three_processes_make_one_job(system: System, named: str)
             return clients[i % 3].post("/v1/jobs", json=body, headers=headers)
 
         with ThreadPoolExecutor(30) as pool:
-            answers = list(pool.map(post, range(200)))
-        assert Counter(answer.status_code for answer in answers) == {202: 200}
-        assert len({answer.json()["id"] for answer in answers}) == 1
-        assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
+            responses = list(pool.map(post, range(200)))
+        assert Counter(response.status_code for response in responses) == {202: 200}
+        assert len({response.json()["id"] for response in responses}) == 1
+        assert sum("idempotent-replayed" not in response.headers for response in responses) == 1
         assert len(system.store.jobs.page(limit=9)) == 1
 
 
 class TestExternalId:
-    def test_the_same_request_gives_the_first_job(self, client: TestClient) -> None:
+    def test_duplicate_request_returns_the_first_job(self, client: TestClient) -> None:
         first = submit(client, external_id="mine")
         assert submit(client, external_id="mine") == first
         assert first["external_id"] == "mine"
 
-    def test_another_request_is_a_conflict_that_no_retry_mends(self, client: TestClient) -> None:
+    def test_another_request_is_a_conflict_without_retry(self, client: TestClient) -> None:
         submit(client, external_id="mine")
-        answer = client.post("/v1/jobs", json={"input": "Bye", "external_id": "mine"})
-        refused(answer, 409, "external_id_taken")
-        assert answer.headers["x-should-retry"] == "false"
+        response = client.post("/v1/jobs", json={"input": "Bye", "external_id": "mine"})
+        assert_rejected(response, 409, "external_id_taken")
+        assert response.headers["x-should-retry"] == "false"
 
-    def test_serves_the_openai_client_that_repeats_a_post(self, system: System) -> None:
+    def test_retry_of_the_openai_client_returns_the_first_job(self, system: System) -> None:
         with started_api(system) as api:
-            answers: list[str] = []
+            job_ids: list[str] = []
 
-            def lose_the_first(response: Any) -> None:
+            def fail_the_first(response: Any) -> None:
                 response.read()
-                answers.append(response.json()["id"])
-                if len(answers) == 1:
+                job_ids.append(response.json()["id"])
+                if len(job_ids) == 1:
                     response.status_code = 500
 
-            http = openai.DefaultHttpxClient(event_hooks={"response": [lose_the_first]})
+            http = openai.DefaultHttpxClient(event_hooks={"response": [fail_the_first]})
             with openai.OpenAI(base_url=f"{api.url}/v1", api_key="none", http_client=http) as client:
                 job: Any = client.post("/jobs", body={**BODY, "external_id": "mine"}, cast_to=object)
-            assert answers == [job["id"]] * 2
+            assert job_ids == [job["id"]] * 2
             assert len(system.store.jobs.page(limit=9)) == 1
 
 
 class TestQuota:
-    def test_jobs_a_minute(self, migrated_url: str, valkey: Valkey) -> None:
+    def test_jobs_per_minute_are_limited(self, migrated_url: str, valkey: Valkey) -> None:
         with api_client(database_url=migrated_url, broker_url=valkey.url, max_jobs_per_minute=2) as client:
             for remaining in ("1", "0"):
-                taken = client.post("/v1/jobs", json=BODY)
-                assert taken.status_code == 202
-                assert taken.headers["x-ratelimit-limit-requests"] == "2"
-                assert taken.headers["x-ratelimit-remaining-requests"] == remaining
-                assert 0 < float(taken.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
-            answer = client.post("/v1/jobs", json=BODY)
-            refused(answer, 429, "rate_limit_exceeded")
-            assert answer.json()["error"]["type"] == "rate_limit_error"
-            assert 1 <= int(answer.headers["retry-after"]) <= 60
-            assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+                accepted = client.post("/v1/jobs", json=BODY)
+                assert accepted.status_code == 202
+                assert accepted.headers["x-ratelimit-limit-requests"] == "2"
+                assert accepted.headers["x-ratelimit-remaining-requests"] == remaining
+                assert 0 < float(accepted.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+            response = client.post("/v1/jobs", json=BODY)
+            assert_rejected(response, 429, "rate_limit_exceeded")
+            assert response.json()["error"]["type"] == "rate_limit_error"
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+            assert response.headers["x-ratelimit-remaining-requests"] == "0"
             assert len(client.get("/v1/jobs").json()["data"]) == 2
 
-    def test_jobs_in_flight(self, migrated_url: str, valkey: Valkey) -> None:
+    def test_jobs_in_flight_are_limited(self, migrated_url: str, valkey: Valkey) -> None:
         with api_client(database_url=migrated_url, broker_url=valkey.url, max_jobs_in_flight=1) as client:
             job = submit(client)
-            answer = client.post("/v1/jobs", json=BODY)
-            refused(answer, 429, "too_many_jobs_in_flight")
-            assert answer.headers["retry-after"]
+            response = client.post("/v1/jobs", json=BODY)
+            assert_rejected(response, 429, "too_many_jobs_in_flight")
+            assert response.headers["retry-after"]
             client.post(f"/v1/jobs/{job['id']}/cancel")
-            refused(client.post(f"/v1/jobs/{job['id']}/extend", json={"iterations": 1}), 409, "wrong_state")
+            assert_rejected(client.post(f"/v1/jobs/{job['id']}/extend", json={"iterations": 1}), 409, "wrong_state")
             submit(client)
 
-    def test_a_tenant_s_own(self, migrated_url: str, valkey: Valkey, store: Store) -> None:
+    def test_limit_of_the_tenant_applies(self, migrated_url: str, valkey: Valkey, store: Store) -> None:
         store.tenants.set_limits("default", Limits(in_flight=0))
         with api_client(database_url=migrated_url, broker_url=valkey.url) as client:
-            refused(client.post("/v1/jobs", json=BODY), 429, "too_many_jobs_in_flight")
+            assert_rejected(client.post("/v1/jobs", json=BODY), 429, "too_many_jobs_in_flight")

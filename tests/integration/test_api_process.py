@@ -1,4 +1,4 @@
-"""A real `python -m api` beside a real broker and both databases, while they fail."""
+"""A real `python -m api` with a real broker and both databases, while these fail."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.processes
 
 
 class Api:
-    """An API process that listens, and a client of it."""
+    """API process that accepts connections, and a client of it."""
 
     def __init__(self, system: System, **settings: object) -> None:
         self.port = free_port()
@@ -45,7 +45,7 @@ class Api:
 
     @property
     def threads(self) -> int:
-        """How many threads it has: one more once its first request runs."""
+        """Number of threads of the process; its first request adds one."""
         return psutil.Process(self.process.pid).num_threads()
 
 
@@ -68,26 +68,26 @@ def sqlite_api(sqlite_system: System) -> Iterator[Api]:
         yield api
 
 
-def test_connections_send_without_waiting_for_acknowledgements() -> None:
-    # Without TCP_NODELAY the client's delayed acknowledgement holds each answer back for 40 ms.
-    async def delays() -> int:
+def test_connections_set_tcp_nodelay() -> None:
+    # Without TCP_NODELAY the client's delayed acknowledgement delays each response by 40 ms.
+    async def no_delay() -> int:
         accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-        def look(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def accept(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
         configuration = Settings(port=free_port())
-        async with await asyncio.start_server(look, sock=_listen(configuration)):
+        async with await asyncio.start_server(accept, sock=_listen(configuration)):
             _, writer = await asyncio.open_connection(configuration.host, configuration.port)
             writer.close()
             return await accepted
 
-    assert asyncio.run(delays())
+    assert asyncio.run(no_delay())
 
 
 class TestBroker:
-    def test_a_job_submitted_while_it_is_down_is_rung_for_later(self, system: System, api: Api) -> None:
+    def test_job_submitted_while_it_is_down_is_notified_later(self, system: System, api: Api) -> None:
         assert api.submit().status_code == 202
         system.broker.stop(kill=True)
         response = api.submit()
@@ -95,29 +95,32 @@ class TestBroker:
         job_id = response.json()["id"]
         assert api.client.get(response.headers["location"]).json()["status"] == "queued"
         assert_problem(api.client.get("/readyz"), 503, "not_ready")
-        bells = system.store.maintenance.sweep(renotify_seconds=0, forget_worker_seconds=60)
-        assert [bell.model for bell in bells] == [SCRIPTED]
+        wakeups = system.store.maintenance.sweep(renotify_seconds=0, forget_worker_seconds=60)
+        assert [wakeup.model for wakeup in wakeups] == [SCRIPTED]
         assert system.store.jobs.get(job_id).status == "queued"
         system.broker.start()
         api.submit()
-        eventually(lambda: api.client.get("/readyz").json()["checks"]["broker"] == "ok", why="the broker is back")
+        eventually(
+            lambda: api.client.get("/readyz").json()["checks"]["broker"] == "ok",
+            why="the broker should be reachable again",
+        )
 
-    def test_one_that_hangs_delays_an_answer_by_seconds(self, sqlite_system: System, sqlite_api: Api) -> None:
+    def test_hanging_broker_delays_a_response_by_seconds(self, sqlite_system: System, sqlite_api: Api) -> None:
         assert sqlite_api.submit().status_code == 202
         assert sqlite_system.broker.process
         sqlite_system.broker.process.send_signal(signal.SIGSTOP)
         try:
-            # All are answered while it hangs: one after the other they would take longer than the client waits.
+            # All are answered while the broker hangs: one after the other they would exceed the client's timeout.
             with ThreadPoolExecutor(32) as pool:
-                answers = list(pool.map(lambda _i: sqlite_api.submit(), range(32)))
+                responses = list(pool.map(lambda _i: sqlite_api.submit(), range(32)))
             ready = sqlite_api.client.get("/readyz")
         finally:
             sqlite_system.broker.process.send_signal(signal.SIGCONT)
-        assert [r.status_code for r in answers] == [202] * 32
+        assert [r.status_code for r in responses] == [202] * 32
         assert_problem(ready, 503, "not_ready")
         assert ready.json()["checks"]["broker"] == "missing"
 
-    def test_rings_again_when_it_is_back(self, sqlite_system: System, sqlite_api: Api) -> None:
+    def test_notifies_again_after_a_restart(self, sqlite_system: System, sqlite_api: Api) -> None:
         import redis
 
         sqlite_system.broker.stop()
@@ -125,13 +128,13 @@ class TestBroker:
         sqlite_system.broker.start()
         job_id = sqlite_api.submit().json()["id"]
         broker = redis.Redis(port=sqlite_system.broker.port)
-        waiting = b"".join(broker.lrange(queue_name("scripted"), 0, -1))  # type: ignore[arg-type]
+        messages = b"".join(broker.lrange(queue_name("scripted"), 0, -1))  # type: ignore[arg-type]
         broker.close()
-        assert job_id.encode() in waiting
+        assert job_id.encode() in messages
 
 
 class TestDatabase:
-    def test_postgresql_that_stops_is_a_503_until_it_is_back(self, tmp_path: Path) -> None:
+    def test_stopped_postgresql_is_a_503_until_restart(self, tmp_path: Path) -> None:
         with postgres_server() as postgres:
             schema.upgrade(postgres.url)
             with running_system(postgres.url, tmp_path) as system, started_api(system) as api:
@@ -149,7 +152,7 @@ class TestDatabase:
                     assert second.submit().status_code == 202
                 assert len(api.client.get("/v1/jobs").json()["data"]) == 2
 
-    def test_an_sqlite_file_that_is_gone_or_damaged_is_a_503_until_it_is_back(
+    def test_missing_or_damaged_sqlite_file_is_a_503(
         self, sqlite_system: System, sqlite_api: Api, tmp_path: Path
     ) -> None:
         job_id = sqlite_api.submit().json()["id"]
@@ -167,7 +170,7 @@ class TestDatabase:
             file.rename(tmp_path / file.name)
         assert [job["id"] for job in sqlite_api.client.get("/v1/jobs").json()["data"]] == [job_id]
 
-    def test_one_without_the_schema_is_refused(self, database_url: str, tmp_path: Path) -> None:
+    def test_start_without_the_schema_fails(self, database_url: str, tmp_path: Path) -> None:
         with running_system(database_url, tmp_path) as system:
             process = system.start("-m", "api", port=free_port())
             assert process.popen.wait(timeout=HANG_SECONDS) == 1
@@ -176,7 +179,7 @@ class TestDatabase:
 
 
 class TestProcess:
-    def test_says_that_its_port_is_taken(self, sqlite_system: System) -> None:
+    def test_start_on_a_used_port_fails_with_the_reason(self, sqlite_system: System) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             process = sqlite_system.start("-m", "api", port=port)
@@ -185,41 +188,41 @@ class TestProcess:
         assert "TPO_PORT" in process.output
         assert "Traceback" not in process.output
 
-    def test_says_that_it_has_no_key(self, sqlite_system: System, sqlite_api: Api) -> None:
+    def test_start_without_a_key_warns_or_fails(self, sqlite_system: System, sqlite_api: Api) -> None:
         sqlite_api.process.wait_for("No TPO_API_KEY: this machine alone")
         open_to_others = sqlite_system.start("-m", "api", port=free_port(), host="0.0.0.0")
         assert open_to_others.popen.wait(timeout=HANG_SECONDS) == 1
         assert "TPO_API_KEY" in open_to_others.output
 
-    def test_names_a_wrong_setting_without_its_value(self, sqlite_system: System) -> None:
+    def test_start_names_an_invalid_setting_without_its_value(self, sqlite_system: System) -> None:
         process = sqlite_system.start("-m", "api", port=free_port(), api_key="too-short-key")
         assert process.popen.wait(timeout=HANG_SECONDS) == 1
         assert "TPO_API_KEY" in process.output
         assert "too-short-key" not in process.output
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_ends_by_itself(self, sqlite_api: Api, number: int) -> None:
-        assert sqlite_api.client.get("/healthz").status_code == 200  # a connection that stays open
-        # Not by its last resort, which leaves with 1.
+    def test_signal_ends_the_process_cleanly(self, sqlite_api: Api, number: int) -> None:
+        assert sqlite_api.client.get("/healthz").status_code == 200  # the connection stays open
+        # The forced exit after the deadline would have code 1.
         assert sqlite_api.process.stop(number) == 0
 
-    def test_finishes_the_request_that_runs(self, sqlite_system: System, sqlite_api: Api, tmp_path: Path) -> None:
-        # A writer holds SQLite's lock until after the signal; the submit that waits for it must still be answered.
+    def test_signal_lets_a_running_request_finish(self, sqlite_system: System, sqlite_api: Api, tmp_path: Path) -> None:
+        # A writer holds SQLite's lock until after the signal. The submit that waits for it must still be answered.
         writer = sqlite3.connect(tmp_path / "tpo.db", isolation_level=None)
         writer.execute("BEGIN IMMEDIATE")
         with ThreadPoolExecutor(1) as pool:
             threads = sqlite_api.threads
-            answer = pool.submit(sqlite_api.submit)
-            eventually(lambda: sqlite_api.threads > threads, why="the request runs")
+            pending = pool.submit(sqlite_api.submit)
+            eventually(lambda: sqlite_api.threads > threads, why="the request should be running")
             sqlite_api.process.popen.send_signal(signal.SIGTERM)
             writer.execute("ROLLBACK")
             writer.close()
-            response = answer.result()
+            response = pending.result()
         assert response.status_code == 202
         assert sqlite_api.process.popen.wait(timeout=HANG_SECONDS) == 0
         assert sqlite_system.store.jobs.get(response.json()["id"]).status == "queued"
 
-    def test_ends_while_the_database_hangs(self, tmp_path: Path) -> None:
+    def test_signal_ends_the_process_while_the_database_hangs(self, tmp_path: Path) -> None:
         with postgres_server() as postgres:
             schema.upgrade(postgres.url)
             with (
@@ -230,7 +233,7 @@ class TestProcess:
             ):
                 threads = api.threads
                 hangs = pool.submit(api.submit)
-                eventually(lambda: api.threads > threads, why="the request runs")
+                eventually(lambda: api.threads > threads, why="the request should be running")
                 assert httpx.get(f"{api.url}/healthz").status_code == 200
                 api.process.stop()
                 assert_problem(hangs.result(), 503, "server_stopping")
@@ -250,7 +253,7 @@ class TestProcess:
         assert "\nforged" not in api.process.output
         assert f"will ring for {job_id}" in api.process.output
 
-    def test_refuses_an_endless_body(self, sqlite_api: Api) -> None:
+    def test_endless_body_is_cut_off(self, sqlite_api: Api) -> None:
         sent = 0
         with socket.create_connection(("127.0.0.1", sqlite_api.port)) as connection:
             connection.sendall(
@@ -284,7 +287,7 @@ class TestOpenAIClient:
         assert error.request_id
         assert error.response.json()["status"] == 422
 
-    def test_raises_its_own_classes(self, client: openai.OpenAI) -> None:
+    def test_raises_the_exception_of_each_status(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError) as missing:
             client.get(f"/jobs/{UNKNOWN_ID}", cast_to=object)
         assert missing.value.code == "job_not_found"
@@ -295,10 +298,10 @@ class TestOpenAIClient:
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="wrong").get("/jobs", cast_to=object)
 
-    def test_submits_and_pages_on_the_last_id(self, client: openai.OpenAI) -> None:
-        made = [_post(client, {"input": f"job {i}"})["id"] for i in range(5)]
+    def test_submits_and_paginates_by_last_id(self, client: openai.OpenAI) -> None:
+        submitted = [_post(client, {"input": f"job {i}"})["id"] for i in range(5)]
         pages = client.get_api_list("/jobs", page=SyncCursorPage[Model], model=Model, options={"params": {"limit": 2}})
-        assert sorted(job.id for job in pages) == sorted(made)
+        assert sorted(job.id for job in pages) == sorted(submitted)
 
     def test_lists_models(self, client: openai.OpenAI, sqlite_system: System) -> None:
         sqlite_system.store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
@@ -306,6 +309,6 @@ class TestOpenAIClient:
 
 
 def _post(client: openai.OpenAI, body: dict[str, Any]) -> dict[str, Any]:
-    answer: Any = client.post("/jobs", body=body, cast_to=object)
-    assert isinstance(answer, dict)
-    return answer
+    job: Any = client.post("/jobs", body=body, cast_to=object)
+    assert isinstance(job, dict)
+    return job

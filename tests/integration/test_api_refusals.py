@@ -1,4 +1,4 @@
-"""What the API refuses, and how: on SQLite alone, because none of it reaches a database."""
+"""Requests that the API rejects. Only on SQLite, because none of them reaches a database."""
 
 import contextlib
 import json
@@ -32,8 +32,8 @@ def make_client(
     shutil.copy(sqlite_template, folder / "tpo.db")
     url = f"sqlite:///{folder}/tpo.db"
     with contextlib.ExitStack() as stack:
-        surroundings = {"database_url": url, "broker_url": valkey.url}
-        yield lambda **settings: stack.enter_context(api_client(**{**surroundings, **settings}))
+        defaults = {"database_url": url, "broker_url": valkey.url}
+        yield lambda **settings: stack.enter_context(api_client(**{**defaults, **settings}))
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +43,19 @@ def client(make_client: MakeClient) -> TestClient:
 
 @pytest.fixture(scope="module")
 def closed_client(make_client: MakeClient) -> TestClient:
-    """A client without the key that this server wants."""
+    """Client without an API key, of a server that requires one."""
     return make_client(api_key=KEY)
 
 
 @pytest.fixture
-def nothing_new(client: TestClient) -> Iterator[None]:
-    """Fails where a test has left a job behind."""
+def creates_no_job(client: TestClient) -> Iterator[None]:
+    """Fail if the test created a job."""
     before = client.get("/v1/jobs").json()["first_id"]
     yield
     assert client.get("/v1/jobs").json()["first_id"] == before
 
 
-@pytest.mark.usefixtures("nothing_new")
+@pytest.mark.usefixtures("creates_no_job")
 class TestBody:
     @pytest.mark.parametrize(
         ("body", "param"),
@@ -121,7 +121,7 @@ class TestBody:
         ],
         ids=lambda value: value if isinstance(value, str) and value.isprintable() else "body",
     )
-    def test_refuses_and_names_the_field(self, client: TestClient, body: Any, param: str | None) -> None:
+    def test_rejects_invalid_field_and_names_it(self, client: TestClient, body: Any, param: str | None) -> None:
         response = client.post(
             "/v1/jobs", content=json.dumps(body).encode(), headers={"content-type": "application/json"}
         )
@@ -148,19 +148,19 @@ class TestBody:
             (b'{"input": "x"}', "", 415, "unsupported_media_type"),
         ],
     )
-    def test_refuses_what_is_not_json(
+    def test_rejects_what_is_not_json(
         self, client: TestClient, content: bytes, media_type: str, status: int, code: str
     ) -> None:
         response = client.post("/v1/jobs", content=content, headers={"content-type": media_type})
         assert_problem(response, status, code)
 
-    def test_names_every_field_that_is_wrong(self, client: TestClient) -> None:
+    def test_names_every_invalid_field(self, client: TestClient) -> None:
         response = client.post("/v1/jobs", json={"input": 1, "x": 1, "parameters": {"top_p": 7}})
         detail = assert_problem(response, 422, "invalid_input", "input")["detail"]
         assert all(name in detail for name in ("input: ", "x: ", "parameters.top_p: "))
 
     @pytest.mark.parametrize("streamed", [False, True], ids=["with its length", "without"])
-    def test_refuses_a_body_that_is_too_large(self, client: TestClient, streamed: bool) -> None:
+    def test_rejects_a_body_that_is_too_large(self, client: TestClient, streamed: bool) -> None:
         content = b'{"input": "' + b"x" * 300_000 + b'"}'
         pieces = (content[i : i + 65536] for i in range(0, len(content), 65536))
         response = client.post(
@@ -170,12 +170,12 @@ class TestBody:
 
 
 class TestLimits:
-    def test_takes_the_longest_input_in_its_longest_form(self, client: TestClient) -> None:
+    def test_accepts_the_longest_input_fully_escaped(self, client: TestClient) -> None:
         content = b'{"input": "' + b"\\ud83d\\ude00" * 1000 + b'"}'
         response = client.post("/v1/jobs", content=content, headers={"content-type": "application/json"})
         assert response.json()["input"] == "😀" * 1000
 
-    def test_obeys_the_server_s_own_limits(self, make_client: MakeClient) -> None:
+    def test_configured_limits_apply(self, make_client: MakeClient) -> None:
         client = make_client(max_sample_size=4, max_iterations=1)
         submit(client, parameters={"sample_size": 4, "max_iterations": 1})
         for name in ("sample_size", "max_iterations"):
@@ -183,7 +183,7 @@ class TestLimits:
             response = client.post("/v1/jobs", json={"input": "x", "parameters": parameters})
             assert_problem(response, 422, "invalid_input", f"parameters.{name}")
 
-    def test_defaults_must_obey_them_too(self, make_client: MakeClient) -> None:
+    def test_configured_limits_apply_to_defaults(self, make_client: MakeClient) -> None:
         response = make_client(max_sample_size=4).post("/v1/jobs", json={"input": "x"})
         assert_problem(response, 422, "invalid_input", "parameters.sample_size")
 
@@ -202,60 +202,60 @@ class TestQuery:
             ("limt=5", "limt"),
         ],
     )
-    def test_refuses_and_names_the_parameter(self, client: TestClient, query: str, param: str) -> None:
+    def test_rejects_invalid_parameter_and_names_it(self, client: TestClient, query: str, param: str) -> None:
         assert_problem(client.get(f"/v1/jobs?{query}"), 422, "invalid_input", param)
 
 
 class TestRequestId:
     @pytest.mark.parametrize("given", ["abc", "A.b_c-9", "x" * 128])
-    def test_is_the_client_s_where_it_is_sane(self, client: TestClient, given: str) -> None:
+    def test_valid_id_of_the_client_is_echoed(self, client: TestClient, given: str) -> None:
         assert client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"] == given
 
     @pytest.mark.parametrize("given", ["", "a b", "x" * 129, 'a"b', "a\tb"])
-    def test_is_a_new_one_elsewhere(self, client: TestClient, given: str) -> None:
+    def test_invalid_id_is_replaced(self, client: TestClient, given: str) -> None:
         made = client.get("/nothing", headers={"x-request-id": given}).headers["x-request-id"]
         assert made.startswith("req_")
 
 
 class TestKey:
-    def test_protects_everything_but_the_probes(self, closed_client: TestClient) -> None:
+    def test_protects_everything_except_public_routes(self, closed_client: TestClient) -> None:
         for path in ("/v1/jobs", "/v1/models", "/v1/nothing", f"/v1/jobs/{UNKNOWN_ID}"):
-            refused = closed_client.get(path)
-            assert_problem(refused, 401, "invalid_api_key")
-            assert refused.headers["www-authenticate"] == "Bearer"
+            response = closed_client.get(path)
+            assert_problem(response, 401, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
         for path in ("/", "/healthz", "/docs", "/openapi.json"):
             assert closed_client.get(path).status_code == 200
         assert_problem(closed_client.get("/readyz"), 503, "not_ready")
 
     @pytest.mark.parametrize("sent", ["", "Bearer", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", "Bearer é"])
-    def test_is_compared_before_the_body_is_looked_at(self, closed_client: TestClient, sent: str) -> None:
+    def test_is_checked_before_the_body_is_parsed(self, closed_client: TestClient, sent: str) -> None:
         response = closed_client.post("/v1/jobs", content=b"{", headers={b"authorization": sent.encode("latin-1")})
         assert_problem(response, 401, "invalid_api_key")
 
-    def test_lets_its_owner_in(self, closed_client: TestClient) -> None:
+    def test_valid_key_is_accepted(self, closed_client: TestClient) -> None:
         for scheme in ("Bearer", "bearer"):
             assert closed_client.get("/v1/jobs", headers={"authorization": f"{scheme} {KEY}"}).status_code == 200
 
 
-class TestDescription:
-    def test_types_every_answer_and_documents_errors(self, client: TestClient) -> None:
+class TestOpenAPI:
+    def test_types_every_response_and_documents_errors(self, client: TestClient) -> None:
         paths = client.get("/openapi.json").json()["paths"]
         assert {"/v1/jobs", "/v1/jobs/{job_id}/events", "/v1/jobs/{job_id}/extend", "/readyz"} <= set(paths)
         for path, operations in paths.items():
             for operation in operations.values():
-                for status, answer in operation["responses"].items():
+                for status, response in operation["responses"].items():
                     if status == "304":
-                        assert "content" not in answer
+                        assert "content" not in response
                         continue
                     if path == "/v1/files/{file_id}/content" and status == "200":
-                        assert "application/json" not in answer["content"]  # a file as it is, of whatever type
+                        assert "application/json" not in response["content"]  # the file itself, of any media type
                         continue
                     if path == "/metrics" and status == "200":
-                        assert set(answer["content"]) == {"text/plain"}
+                        assert set(response["content"]) == {"text/plain"}
                         continue
                     problem = int(status) >= 400
                     media_type = "application/problem+json" if problem else "application/json"
-                    ref = answer["content"][media_type]["schema"]["$ref"]
+                    ref = response["content"][media_type]["schema"]["$ref"]
                     assert ref.endswith("/Problem") == problem
                 if path.startswith("/v1/"):
                     assert "503" in operation["responses"]
@@ -271,7 +271,7 @@ class TestDescription:
         assert named("/v1/jobs/{job_id}") == {"job_id", "wait", "If-None-Match"}
         assert named("/v1/jobs/{job_id}/events") == {"job_id", "starting_after", "limit", "stream", "Last-Event-ID"}
 
-    def test_its_examples_are_what_they_show(self, client: TestClient) -> None:
+    def test_examples_match_their_schemas(self, client: TestClient) -> None:
         description = client.get("/openapi.json").json()
         components = description["components"]
 
@@ -281,7 +281,7 @@ class TestDescription:
         for name, schema in components["schemas"].items():
             for example in schema.get("examples", []):
                 check({"$ref": f"#/components/schemas/{name}"}, example)
-                if "tpo" in schema["properties"] and "object" in example:  # of a response or a chat, not of a request
+                if "tpo" in schema["properties"] and "object" in example:  # the example is a response, not a request
                     Params.model_validate(example["tpo"]["parameters"])
         for path, operations in description["paths"].items():
             for operation in operations.values():
@@ -309,46 +309,46 @@ class TestDescription:
             ("get", "/v1/batches/{batch_id}", {}),
         ],
     )
-    def test_its_errors_say_what_the_server_says(
+    def test_example_errors_equal_real_errors(
         self, make_client: MakeClient, method: str, path: str, sent: dict[str, Any]
     ) -> None:
         client = make_client(policy="demo", reward_model="demo")
-        answer = client.request(method, path.replace("{", "").replace("}", ""), **sent)
-        told = client.get("/openapi.json").json()["paths"][path][method]["responses"][str(answer.status_code)]
-        error = answer.json()["error"]
-        shown = told["content"]["application/problem+json"]["examples"][error["code"]]["value"]["error"]
-        # Where an id stands in a message, the example has none.
-        assert shown == {**error, "message": re.sub(r" '[a-z]+_id'", " with this id", error["message"])}
+        response = client.request(method, path.replace("{", "").replace("}", ""), **sent)
+        documented = client.get("/openapi.json").json()["paths"][path][method]["responses"][str(response.status_code)]
+        error = response.json()["error"]
+        example = documented["content"]["application/problem+json"]["examples"][error["code"]]["value"]["error"]
+        # The message contains an id, the example does not.
+        assert example == {**error, "message": re.sub(r" '[a-z]+_id'", " with this id", error["message"])}
 
-    def test_tells_every_error_by_its_code(self, client: TestClient) -> None:
-        told = {
+    def test_documents_every_error_code(self, client: TestClient) -> None:
+        documented = {
             code
             for operations in client.get("/openapi.json").json()["paths"].values()
             for operation in operations.values()
-            for status, answer in operation["responses"].items()
+            for status, response in operation["responses"].items()
             if int(status) >= 400
-            for code in answer["content"]["application/problem+json"]["examples"]
+            for code in response["content"]["application/problem+json"]["examples"]
         }
-        # It answers a method that an address does not know.
-        assert codes() - told == {"method_not_allowed"}
+        # Any route can return it, for a method that it does not support.
+        assert codes() - documented == {"method_not_allowed"}
 
-    def test_never_mentions_the_framework_s_errors(self, client: TestClient) -> None:
+    def test_does_not_mention_framework_errors(self, client: TestClient) -> None:
         assert "HTTPValidationError" not in client.get("/openapi.json").text
 
-    def test_tells_of_the_key(self, make_client: MakeClient) -> None:
+    def test_documents_authentication(self, make_client: MakeClient) -> None:
         description = make_client(api_key=KEY).get("/openapi.json").json()
         assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
         assert description["paths"]["/v1/jobs"]["get"]["security"] == [{"key": []}]
         assert "security" not in description["paths"]["/healthz"]["get"]
 
-    def test_its_examples_are_valid(self, make_client: MakeClient) -> None:
+    def test_request_examples_are_accepted(self, make_client: MakeClient) -> None:
         client = make_client(policy="demo", reward_model="demo")
         examples = client.get("/openapi.json").json()["components"]["schemas"]["Submit"]["examples"]
         assert examples
         for example in examples:
             assert client.post("/v1/jobs", json=example).status_code == 202
 
-    def test_every_answer_has_the_shape_it_promises(self, client: TestClient) -> None:
+    def test_responses_match_their_models(self, client: TestClient) -> None:
         schemas.Job.model_validate_json(client.post("/v1/jobs", json={"input": "x"}).content)
         schemas.JobPage.model_validate_json(client.get("/v1/jobs").content)
 
@@ -363,7 +363,7 @@ _FIELDS = ("model", "input", "parameters", "metadata", "deadline_seconds")
 
 @hypothesis_settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.fixed_dictionaries({}, optional=dict.fromkeys(_FIELDS, _JSON)) | _JSON)
-def test_no_body_is_an_error_of_ours(client: TestClient, body: Any) -> None:
+def test_no_body_causes_a_server_error(client: TestClient, body: Any) -> None:
     response = client.post("/v1/jobs", content=json.dumps(body), headers={"content-type": "application/json"})
     if response.status_code != 202:
         assert response.status_code in (400, 413, 415, 422)

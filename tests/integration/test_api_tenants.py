@@ -1,4 +1,4 @@
-"""Keys and tenants over HTTP and on the command line, on both databases."""
+"""API keys and tenants over HTTP and on the command line, on both databases."""
 
 import contextlib
 import json
@@ -26,17 +26,17 @@ from tpo.tenants.tenants import Limits
 
 @contextlib.contextmanager
 def clients(url: str, valkey: Valkey, *secrets: str | None, **settings: Any) -> Iterator[list[TestClient]]:
-    """Clients of one server, each with its key."""
+    """Yield clients of one server, one for each API key."""
     with api_client(database_url=url, broker_url=valkey.url, **settings) as client:
         yield [_with_key(client, secret) for secret in secrets]
 
 
 def _with_key(client: TestClient, secret: str | None) -> TestClient:
-    # Not entered: the application's lifespan is the first client's.
+    # Not entered: the first client runs the application's lifespan.
     return TestClient(client.app, headers={"authorization": f"Bearer {secret}"} if secret else {})
 
 
-def test_tenants_do_not_see_each_other(migrated_url: str, valkey: Valkey, store: Store) -> None:
+def test_tenants_cannot_see_each_other(migrated_url: str, valkey: Valkey, store: Store) -> None:
     first, second = (store.keys.create("k", tenant).secret for tenant in ("acme", "other"))
     with clients(migrated_url, valkey, first, second, KEY, api_key=KEY) as (acme, other, default):
         job = submit(acme)
@@ -59,7 +59,7 @@ def test_tenants_do_not_see_each_other(migrated_url: str, valkey: Valkey, store:
         assert acme.get(f"/v1/jobs/{job['id']}").json()["status"] == "queued"
 
 
-def test_a_server_without_any_key_asks_for_none(migrated_url: str, valkey: Valkey, store: Store) -> None:
+def test_server_without_keys_requires_none(migrated_url: str, valkey: Valkey, store: Store) -> None:
     with clients(migrated_url, valkey, None, "whatever") as (without, with_some_key):
         job = submit(without)
         assert with_some_key.get(f"/v1/jobs/{job['id']}").status_code == 200
@@ -71,40 +71,42 @@ def test_a_server_without_any_key_asks_for_none(migrated_url: str, valkey: Valke
         assert right.get("/v1/jobs").json()["data"] == []
 
 
-def test_a_server_can_require_keys_before_there_is_one(migrated_url: str, valkey: Valkey) -> None:
+def test_server_can_require_keys_before_one_exists(migrated_url: str, valkey: Valkey) -> None:
     with clients(migrated_url, valkey, None, require_key=True) as (without,):
         assert_problem(without.get("/v1/jobs"), 401, "invalid_api_key")
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic {}", "{}", "Bearer {} {}", "Bearer {}x"])
-def test_what_is_no_key(migrated_url: str, valkey: Valkey, store: Store, header: str) -> None:
+def test_malformed_key_is_rejected(migrated_url: str, valkey: Valkey, store: Store, header: str) -> None:
     secret = store.keys.create("k", "acme").secret
     with clients(migrated_url, valkey, None) as (client,):
-        refused = client.get("/v1/jobs", headers={"authorization": header.replace("{}", secret)})
-        assert_problem(refused, 401, "invalid_api_key")
+        response = client.get("/v1/jobs", headers={"authorization": header.replace("{}", secret)})
+        assert_problem(response, 401, "invalid_api_key")
 
 
-def test_a_revoked_key_is_refused_within_seconds(
+def test_revoked_key_is_rejected_within_seconds(
     migrated_url: str, valkey: Valkey, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = store.keys.create("k", "acme")
     with clients(migrated_url, valkey, key.secret) as (client,):
         assert client.get("/v1/jobs").status_code == 200
         store.keys.revoke(key.row.id)
-        assert client.get("/v1/jobs").status_code == 200  # remembered
+        assert client.get("/v1/jobs").status_code == 200  # the key is cached
         now = time.monotonic
         monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: now() + 6))
         assert_problem(client.get("/v1/jobs"), 401, "invalid_api_key")
 
 
-def test_a_lost_database_is_no_refusal(migrated_url: str, valkey: Valkey) -> None:
+def test_unreachable_database_is_a_503_not_a_401(migrated_url: str, valkey: Valkey) -> None:
     with clients(migrated_url, valkey, "some-key-that-is-long", require_key=True) as (client,):
         lost = connect(f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/none")
         client.app.state.store = Store(lost)  # type: ignore[attr-defined]
         assert_problem(client.get("/v1/jobs"), 503, "database_unavailable")
 
 
-def test_the_command_line(migrated_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+def test_keys_commands_manage_keys(
+    migrated_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: Store
+) -> None:
     monkeypatch.setenv("TPO_DATABASE_URL", migrated_url)
     monkeypatch.chdir(tmp_path)
 
@@ -114,20 +116,20 @@ def test_the_command_line(migrated_url: str, tmp_path: Path, monkeypatch: pytest
         return done.stdout
 
     assert "no keys" in tpo("list")
-    made = json.loads(tpo("create", "laptop", "--tenant", "acme", "--json"))
-    assert store.keys.tenant_of(made["key"]) == "acme"
+    created = json.loads(tpo("create", "laptop", "--tenant", "acme", "--json"))
+    assert store.keys.tenant_of(created["key"]) == "acme"
     plain = tpo("create", "desk").strip()
     assert store.keys.tenant_of(plain) == "default"
     listed = tpo("list", "--json")
     assert [key["name"] for key in json.loads(listed)] == ["laptop", "desk"]
-    assert made["key"] not in listed
-    assert made["key"][4:] not in tpo("list")
+    assert created["key"] not in listed
+    assert created["key"][4:] not in tpo("list")
     assert "acme" in tpo("limit", "acme", "--jobs-in-flight", "0")
     with pytest.raises(QuotaExceededError):
         store.for_tenant("acme").jobs.submit(new_state(), limits=Limits(), max_attempts=1, model="m", reward_model="r")
-    assert made["id"] in tpo("revoke", made["id"])
-    assert store.keys.tenant_of(made["key"]) is None
+    assert created["id"] in tpo("revoke", created["id"])
+    assert store.keys.tenant_of(created["key"]) is None
     wrong = CliRunner().invoke(app, ["keys", "revoke", "key_none"])
     assert (wrong.exit_code, "no key" in wrong.output) == (1, True)
-    refused = CliRunner().invoke(app, ["keys", "create", "k", "--tenant", "a b"])
-    assert refused.exit_code == 2
+    rejected = CliRunner().invoke(app, ["keys", "create", "k", "--tenant", "a b"])
+    assert rejected.exit_code == 2

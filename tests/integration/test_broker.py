@@ -1,4 +1,4 @@
-"""Promises 11 and 12 with real workers and a real broker, on both databases: the order of jobs, and paused queues."""
+"""Order of jobs and paused queues, with real workers and a real broker, on both databases."""
 
 import json
 from collections import Counter
@@ -24,84 +24,86 @@ SLOTS = 4
 SHORT: dict[str, Any] = {"mode": "bon", "sample_size": 1}
 
 
-def begun(system: System, *tenants: str) -> list[Job]:
-    """The jobs of these tenants that were ever claimed, in the order of their claims."""
+def claimed(system: System, *tenants: str) -> list[Job]:
+    """Return the jobs of these tenants that were ever claimed, in the order of their claims."""
     with reading(system.engine) as session:
         found = select(Job).where(Job.started_at.is_not(None), Job.tenant.in_(tenants))
         return list(session.scalars(found.order_by(Job.started_at)))
 
 
-def bells(system: System) -> int:
+def wakeups(system: System) -> int:
     return int(system.broker.command("LLEN", queue_name(SCRIPTED)))
 
 
-def test_promise_11_ten_jobs_beside_ten_thousand_wait_at_most_twice_as_long_as_alone(system: System) -> None:
-    template, like_small = (system.submit(ring=False, **SHORT) for _ in range(2))
+def test_ten_jobs_wait_at_most_twice_as_long_among_10000(system: System) -> None:
+    template, small_template = (system.submit(ring=False, **SHORT) for _ in range(2))
     create_many(system.engine, template, 10_000, tenant="big")
-    small = create_many(system.engine, like_small, 10, tenant="small", status="paused")
+    small = create_many(system.engine, small_template, 10, tenant="small", status="paused")
     system.notify_job(template)
     system.worker(slots=SLOTS, scripted_latency=0.05)
-    eventually(lambda: len(begun(system, "big")) >= 2 * SLOTS, why="the big one's jobs run")
+    eventually(lambda: len(claimed(system, "big")) >= 2 * SLOTS, why="jobs of the large tenant should run")
     execute(system.engine, "UPDATE jobs SET status = 'queued' WHERE tenant = 'small'")
-    seen = {job.id for job in begun(system, "big")}
-    eventually(lambda: len(begun(system, "small")) == 10, why="the small one's jobs have had their turns")
-    order = [job for job in begun(system, "big", "small") if job.id not in seen]
-    beside = [number for number, job in enumerate(order, 1) if job.tenant == "small"]
+    earlier = {job.id for job in claimed(system, "big")}
+    eventually(lambda: len(claimed(system, "small")) == 10, why="all jobs of the small tenant should be claimed")
+    order = [job for job in claimed(system, "big", "small") if job.id not in earlier]
+    positions = [number for number, job in enumerate(order, 1) if job.tenant == "small"]
     assert [job.id for job in order if job.tenant == "small"] == small
-    # Alone, the tenth would have the tenth turn. What was claimed while the ten came is no wait of theirs.
-    assert beside[-1] <= 2 * 10 + SLOTS, beside
-    assert bells(system) <= MAX_QUEUED_WAKEUPS
-    print("turns of the small one:", beside)
+    # Without the other tenant, the tenth job would be the tenth claim. Claims made while the ten arrived do not count.
+    assert positions[-1] <= 2 * 10 + SLOTS, positions
+    assert wakeups(system) <= MAX_QUEUED_WAKEUPS
+    print("claims of the small tenant:", positions)
 
 
-def test_promise_11_the_broker_s_queue_stays_shallow_and_nothing_is_left_behind(system: System) -> None:
+def test_queued_wakeups_are_bounded_and_all_jobs_run(system: System) -> None:
     job_ids = [system.submit(seed=seed, **SHORT) for seed in range(MAX_QUEUED_WAKEUPS + 8)]
-    assert bells(system) == MAX_QUEUED_WAKEUPS
+    assert wakeups(system) == MAX_QUEUED_WAKEUPS
     urgent = system.submit(priority=100, **SHORT)
-    assert bells(system) == MAX_QUEUED_WAKEUPS
+    assert wakeups(system) == MAX_QUEUED_WAKEUPS
     system.worker(concurrency=2, scripted_latency=0)
     for job_id in (*job_ids, urgent):
         assert system.wait_for_end(job_id).status == "completed"
-    assert begun(system, "default")[0].id == urgent
-    eventually(lambda: bells(system) == 0, why="no bell is left")
+    assert claimed(system, "default")[0].id == urgent
+    eventually(lambda: wakeups(system) == 0, why="no wake-up should be left")
 
 
-def test_promise_11_no_worker_exceeds_the_limit_of_running_jobs(system: System) -> None:
+def test_limit_of_running_jobs_holds_over_workers(system: System) -> None:
     system.store.tenants.set_limits("default", Limits(running=2))
     for _ in range(2):
         system.worker(slots=SLOTS, scripted_latency=0.05)
     job_ids = [system.submit(seed=seed, **SHORT) for seed in range(12)]
     for job_id in job_ids:
         system.wait_for_end(job_id)
-    jobs = begun(system, "default")
+    jobs = claimed(system, "default")
     moments = sorted([(j.started_at or 0, 1) for j in jobs] + [(j.completed_at or 0, -1) for j in jobs])
-    running = most = 0
+    running = peak = 0
     for _, change in moments:
         running += change
-        most = max(most, running)
-    assert most == 2
+        peak = max(peak, running)
+    assert peak == 2
     assert Counter(job.status for job in jobs) == {"completed": 12}
 
 
-def test_promise_12_a_queue_paused_under_load_stops_within_one_step_and_goes_on(system: System) -> None:
+def test_paused_queue_stops_within_one_step_and_resumes(system: System) -> None:
     system.maintenance()
     for _ in range(2):
         system.worker(concurrency=2, scripted_latency=0.3)
     job_ids = [system.submit(seed=seed) for seed in range(8)]
     for rounds in range(1, 3):
-        eventually(lambda n=rounds: len(system.calls()) >= 6 * n, why="model calls run")  # type: ignore[misc]
+        eventually(lambda n=rounds: len(system.calls()) >= 6 * n, why="model calls should be running")  # type: ignore[misc]
         running = [j.id for j in system.store.jobs.page(limit=99, statuses=["in_progress"])]
         system.store.queues.pause(SCRIPTED)
         steps = {job_id: len(system.store.jobs.state(job_id).calls) for job_id in running}
-        eventually(lambda: not system.store.jobs.page(limit=99, statuses=["in_progress"]), why="all are handed back")
+        eventually(
+            lambda: not system.store.jobs.page(limit=99, statuses=["in_progress"]), why="all jobs should be released"
+        )
         for job_id, before in steps.items():
-            # One step was running. Its worker may have read just before the pause that it may continue: then one more.
+            # One step was running. If its worker checked just before the pause, it does one more.
             assert len(system.store.jobs.state(job_id).calls) - before <= 2
         calls = len(system.calls())
         system.notify_job(job_ids[0])
         system.store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
-        eventually(lambda: bells(system) == 0, why="a worker has answered")
-        assert len(system.calls()) == calls, "while it is paused nothing runs"
+        eventually(lambda: wakeups(system) == 0, why="a worker should take the wake-up")
+        assert len(system.calls()) == calls, "a model call ran while the queue was paused"
         for job_id in system.store.queues.resume(SCRIPTED):
             system.notify_job(job_id)
     for job_id in job_ids:
@@ -109,10 +111,10 @@ def test_promise_12_a_queue_paused_under_load_stops_within_one_step_and_goes_on(
         assert (job.status, job.attempt) == ("completed", 1)
         assert timeless(system.store.jobs.state(job_id)) == uninterrupted(system.store.jobs.state(job_id))
     calls_made = Counter(call.digest for call in system.calls())
-    assert max(calls_made.values()) == 1, "no step was thrown away"
+    assert max(calls_made.values()) == 1, "a step was repeated"
 
 
-def test_promise_12_queues_on_the_command_line(system: System) -> None:
+def test_queues_commands_list_pause_and_resume(system: System) -> None:
     def tpo(*words: str) -> str:
         done = CliRunner().invoke(app, ["queues", *words], env=system.environment)
         assert done.exit_code == 0, done.output
@@ -120,7 +122,7 @@ def test_promise_12_queues_on_the_command_line(system: System) -> None:
 
     assert "no queues" in tpo("list")
     system.worker(scripted_latency=0.05)
-    eventually(lambda: system.store.workers.live(10), why="the worker's row")
+    eventually(lambda: system.store.workers.live(10), why="the worker should be registered")
     assert "is paused" in tpo("pause", SCRIPTED)
     job_id = system.submit()
     (shown,) = json.loads(tpo("list", "--json"))
@@ -130,6 +132,6 @@ def test_promise_12_queues_on_the_command_line(system: System) -> None:
     assert system.store.jobs.get(job_id).fence == 0
     assert json.loads(tpo("resume", SCRIPTED, "--json")) == {"model": SCRIPTED, "state": "resumed"}
     assert system.wait_for_end(job_id).status == "completed"
-    refused = CliRunner().invoke(app, ["queues", "pause", "no such"], env=system.environment)
-    assert refused.exit_code == 2
-    assert "There is no queue 'no such'" in refused.output
+    rejected = CliRunner().invoke(app, ["queues", "pause", "no such"], env=system.environment)
+    assert rejected.exit_code == 2
+    assert "There is no queue 'no such'" in rejected.output

@@ -1,4 +1,4 @@
-"""docker-compose.yml without Docker: each service's own command and environment, on this machine's real servers."""
+"""docker-compose.yml without Docker: each service's command and environment run on this machine."""
 
 import subprocess
 import sys
@@ -25,12 +25,12 @@ KEYS = {
     "REDIS_PASSWORD": "composeredis1",
 }
 VARIABLES = {**KEYS, "TPO_POLICY": "scripted", "TPO_REWARD_MODEL": "scripted"}
-LASTING = {"api", "worker", "worker-gpu", "beat", "flower", "redis", "postgres"}
+LONG_RUNNING = {"api", "worker", "worker-gpu", "beat", "flower", "redis", "postgres"}
 
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    """The services with every key set."""
+    """Services of the file with every key set."""
     return dict(read(VARIABLES)["services"])
 
 
@@ -38,43 +38,43 @@ def services() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("missing", sorted(KEYS))
-def test_it_does_not_start_without_a_key(missing: str) -> None:
+def test_missing_key_is_an_error(missing: str) -> None:
     with pytest.raises(Unset, match=missing):
         read({key: value for key, value in VARIABLES.items() if key != missing})
 
 
-def test_the_example_names_every_variable() -> None:
+def test_example_names_every_variable() -> None:
     named = {line.split("=")[0] for line in (ROOT / ".env.example").read_text().splitlines() if "=" in line[:40]}
     assert set(KEYS) | {"TPO_POLICY", "TPO_REWARD_MODEL", "TPO_PUBLISH", "TPO_PORT", "TPO_FLOWER_PORT"} == named
-    # As it stands in the example, no key is set: nothing starts with a key that everybody knows.
+    # The example sets no key, so nothing starts with a publicly known one.
     with pytest.raises(Unset):
         read({})
 
 
-def test_only_the_api_and_flower_are_published_and_on_loopback(services: dict[str, Any]) -> None:
+def test_only_api_and_flower_are_published_on_loopback(services: dict[str, Any]) -> None:
     published = {name: service["ports"] for name, service in services.items() if "ports" in service}
     assert published == {"api": ["127.0.0.1:8000:8000"], "flower": ["127.0.0.1:5555:5555"]}
     ways_out = {"network_mode", "networks", "privileged", "pid", "ipc", "cap_add", "links", "external_links"}
     assert not {name for name, service in services.items() if ways_out & set(service)}
 
 
-def test_what_lasts_is_restarted_and_checked(services: dict[str, Any]) -> None:
-    assert set(services) == LASTING | {"migrate"}
-    for name in LASTING:
+def test_long_running_services_have_restart_and_healthcheck(services: dict[str, Any]) -> None:
+    assert set(services) == LONG_RUNNING | {"migrate"}
+    for name in LONG_RUNNING:
         assert services[name]["restart"] == "unless-stopped"
         assert services[name]["healthcheck"]["test"]
     assert services["migrate"]["restart"] == "no"
 
 
-def test_a_service_knows_only_the_secrets_that_it_needs(services: dict[str, Any]) -> None:
+def test_each_service_gets_only_its_secrets(services: dict[str, Any]) -> None:
     holders = {name for name, service in services.items() if KEYS["TPO_API_KEY"] in str(service)}
     assert holders == {"api"}
     assert {name for name, s in services.items() if KEYS["TPO_FLOWER_BASIC_AUTH"] in str(s)} == {"flower"}
-    # No password stands in a command, where the process list would show it.
+    # No command contains a password, which the process list would show.
     assert not [n for n, s in services.items() for key in KEYS.values() if key in str(s.get("command"))]
 
 
-def test_workers_wait_for_the_schema_and_the_stores(services: dict[str, Any]) -> None:
+def test_workers_depend_on_migration_and_stores(services: dict[str, Any]) -> None:
     for name in ("api", "worker", "worker-gpu", "beat"):
         assert {k: v["condition"] for k, v in services[name]["depends_on"].items()} == {
             "postgres": "service_healthy",
@@ -83,7 +83,7 @@ def test_workers_wait_for_the_schema_and_the_stores(services: dict[str, Any]) ->
         }
 
 
-def test_the_gpu_profile_reserves_a_gpu(services: dict[str, Any]) -> None:
+def test_gpu_profile_reserves_a_gpu(services: dict[str, Any]) -> None:
     assert [name for name, service in services.items() if "profiles" in service] == ["worker-gpu"]
     (device,) = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
@@ -97,7 +97,7 @@ def test_stores_keep_their_data_in_volumes(services: dict[str, Any]) -> None:
         assert mount.split(":")[0] in volumes
 
 
-def test_the_image_has_what_it_copies_and_runs_as_nobody_special() -> None:
+def test_image_copies_allowed_files_and_drops_root() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {w for line in lines if line.startswith("COPY ") and "--from" not in line for w in line.split()[1:-1]}
@@ -114,7 +114,7 @@ def test_the_image_has_what_it_copies_and_runs_as_nobody_special() -> None:
 def native(
     services: dict[str, Any], postgres_admin_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Native]:
-    """The services on this machine: PostgreSQL as their own user with their own password, the rest not yet started."""
+    """Services that run on this machine. PostgreSQL has their user and password; the rest is not yet started."""
     folder = tmp_path_factory.mktemp("compose")
     broker, api, flower = free_port(), free_port(), free_port()
     with psycopg.connect(postgres_admin_url, autocommit=True) as connection:
@@ -147,7 +147,7 @@ def native(
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_job_goes_through_and_everything_ends_when_told(native: Native) -> None:
+def test_services_complete_a_job_and_end_on_sigterm(native: Native) -> None:
     running: dict[str, subprocess.Popen[bytes]] = {}
     with ended(running):
         assert native.is_healthy("postgres")
@@ -173,7 +173,7 @@ def test_a_job_goes_through_and_everything_ends_when_told(native: Native) -> Non
 
 def _check_api(native: Native) -> None:
     url = f"http://127.0.0.1:{native.environment('api')['TPO_PORT']}"
-    body = {"input": "Where is my parcel?", "parameters": {"sample_size": 3, "max_iterations": 1}}
+    body = {"input": "Where is my order?", "parameters": {"sample_size": 3, "max_iterations": 1}}
     assert httpx.post(f"{url}/v1/jobs", json=body).status_code == 401
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEYS['TPO_API_KEY']}"}) as client:
         _until(lambda: client.get("/readyz").status_code == 200, native, "worker")
@@ -201,10 +201,10 @@ def _check_redis(native: Native) -> None:
 
 
 def _programs(folder: Path, broker_port: int) -> Path:
-    """Programs of the images under their own names: Redis' server and client, and PostgreSQL's."""
+    """Create the programs of the images: the server and client of Redis, and pg_isready. Returns their folder."""
     programs = folder / "bin"
     programs.mkdir()
-    # Tests leave the address and the folder to the image; everything else is the file's own.
+    # The image sets the address and the folder; all other options are those of the file.
     _script(
         programs / "redis-server",
         f'#!/bin/sh\nexec {get_binary_path()} "$@" --bind 127.0.0.1 --port {broker_port} --dir {folder}\n',
@@ -227,6 +227,6 @@ def _script(file: Path, text: str) -> None:
 
 def _until(condition: Any, native: Native, name: str) -> None:
     try:
-        eventually(condition, why=f"{name} is ready")
+        eventually(condition, why=f"{name} should be ready")
     finally:
         print(f"--- {name}\n{native.log(name)[-2000:]}")

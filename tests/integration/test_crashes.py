@@ -1,4 +1,4 @@
-"""Processes and servers are killed, paused and restarted: every job ends, as if nothing had happened."""
+"""Killed, paused and restarted processes and servers. Every job must end as in an undisturbed run."""
 
 import random
 import time
@@ -21,7 +21,7 @@ PHASES = [("sample", 0), ("score", 0), ("critique", 1), ("gradient", 1), ("updat
 
 
 def assert_exact(system: System, *job_ids: str) -> None:
-    """The jobs have completed with the rows of an uninterrupted run, and told of it without a gap."""
+    """Assert that the jobs completed with the rows of an uninterrupted run and with events without a gap."""
     for job_id in job_ids:
         job, state = system.store.jobs.get(job_id), system.store.jobs.state(job_id)
         assert job.status == "completed", (job.error_code, job.error_message)
@@ -34,26 +34,26 @@ def assert_exact(system: System, *job_ids: str) -> None:
 
 
 def repeated(calls: list[StartedCall]) -> int:
-    """How many model calls were started although they had been started before."""
+    """Count the model calls that were started again."""
     return sum(count - 1 for count in Counter(call.digest for call in calls).values())
 
 
 def wait_for_call(system: System, phase: tuple[str, int]) -> StartedCall:
-    """A call that a living worker has started."""
+    """Wait for a call of this phase that was started by a worker which still runs, and return it."""
 
     def started() -> StartedCall | None:
         calls = [call for call in system.calls() if call.phase == phase]
         return next((call for call in calls if system.process_of(call.pid).popen.poll() is None), None)
 
-    return eventually(started, why=f"a call of {phase}")
+    return eventually(started, why=f"a running worker should start a call of {phase}")
 
 
 def wait_for_call_of(system: System, worker: Process) -> None:
-    eventually(lambda: [c for c in system.calls() if c.pid == worker.pid], why="a call of this worker")
+    eventually(lambda: [c for c in system.calls() if c.pid == worker.pid], why="this worker should start a call")
 
 
 def wait_for_claim(system: System, job_id: str, fence: int) -> None:
-    eventually(lambda: system.store.jobs.get(job_id).fence >= fence, why="another claim")
+    eventually(lambda: system.store.jobs.get(job_id).fence >= fence, why="the job should be claimed again")
 
 
 def claimed_again_or_ended(system: System, job_id: str, fence: int) -> bool:
@@ -62,20 +62,20 @@ def claimed_again_or_ended(system: System, job_id: str, fence: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
-    dice = random.Random(20250112)
+def test_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
+    rng = random.Random(20250112)
     system.maintenance()
     for _ in range(2):
         system.worker(lease_seconds=2, scripted_latency=1)
     job_id = system.submit(max_attempts=len(PHASES) + 2)
     for phase in PHASES:
         call = wait_for_call(system, phase)
-        time.sleep(dice.uniform(0, 0.9))
+        time.sleep(rng.uniform(0, 0.9))
         fence = system.store.jobs.get(job_id).fence
         system.process_of(call.pid).kill()
         system.start("-m", "worker", lease_seconds=2, scripted_latency=1)
-        # Where this test itself was stopped for seconds, the kill came too late and the job has ended.
-        eventually(partial(claimed_again_or_ended, system, job_id, fence), why="another claim")
+        # If the test itself was stopped for seconds, the kill came too late and the job has ended.
+        eventually(partial(claimed_again_or_ended, system, job_id, fence), why="the job should be claimed again")
         if system.store.jobs.get(job_id).completed_at:
             break
     system.wait_for_end(job_id)
@@ -86,7 +86,7 @@ def test_a_worker_killed_in_each_phase_changes_nothing(system: System) -> None:
     assert len(calls) == len(system.store.jobs.state(job_id).calls) + repeated(calls)
 
 
-def test_a_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
+def test_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
     system.maintenance()
     first = system.worker(scripted_latency=0.5, lease_seconds=5)
     job_id = system.submit()
@@ -104,8 +104,8 @@ def test_a_worker_that_lost_its_lease_writes_nothing(system: System) -> None:
     assert system.store.jobs.get(job_id).fence == 2
 
 
-def test_sigterm_under_load_loses_and_repeats_nothing(system: System) -> None:
-    system.maintenance(renotify_seconds=600)  # what is handed back is rung for by the worker itself
+def test_sigterm_under_load_loses_and_repeats_no_call(system: System) -> None:
+    system.maintenance(renotify_seconds=600)  # the worker itself notifies of the jobs that it releases
     workers = [system.worker(concurrency=4) for _ in range(2)]
     job_ids = [system.submit(seed=seed) for seed in range(16)]
     for worker in workers:
@@ -121,16 +121,16 @@ def test_sigterm_under_load_loses_and_repeats_nothing(system: System) -> None:
     assert sum(job.fence for job in jobs) > len(jobs)
 
 
-def test_sigterm_interrupts_a_call_that_takes_too_long(system: System) -> None:
+def test_sigterm_interrupts_a_long_call(system: System) -> None:
     worker = system.worker(scripted_latency=3600, drain_seconds=0.5)
     job_id = system.submit()
-    eventually(system.calls, why="a model call")
+    eventually(system.calls, why="a model call should start")
     assert worker.stop() == 0
     job = system.store.jobs.get(job_id)
     assert (job.status, job.attempt, job.lease_owner) == ("queued", 0, None)
 
 
-def test_sigterm_ends_a_worker_whose_thread_hangs(sqlite_system: System) -> None:
+def test_sigterm_ends_a_worker_with_a_hanging_thread(sqlite_system: System) -> None:
     system = sqlite_system
     worker = system.start("-m", "tests.support.hanging_worker", drain_seconds=0.5)
     worker.wait_for("is ready")
@@ -145,7 +145,7 @@ def test_sigterm_ends_a_worker_whose_thread_hangs(sqlite_system: System) -> None
     assert_exact(system, job_id)
 
 
-def test_jobs_survive_the_loss_of_everything_in_the_broker(system: System) -> None:
+def test_jobs_survive_the_loss_of_all_broker_data(system: System) -> None:
     system.maintenance()
     lost = [system.submit(seed=seed) for seed in range(3)]
     system.broker.command("FLUSHALL")
@@ -154,18 +154,18 @@ def test_jobs_survive_the_loss_of_everything_in_the_broker(system: System) -> No
     system.wait_for_status(running[0], "in_progress")
     system.broker.command("FLUSHALL")
     system.broker.stop(kill=True)
-    unheard = [system.submit(seed=seed) for seed in range(6, 9)]
+    unnotified = [system.submit(seed=seed) for seed in range(6, 9)]
     system.broker.start()
-    for job_id in lost + running + unheard:
+    for job_id in lost + running + unnotified:
         system.wait_for_end(job_id)
-    assert_exact(system, *lost, *running, *unheard)
+    assert_exact(system, *lost, *running, *unnotified)
     assert repeated(system.calls()) == 0
 
 
-def test_queued_doorbells_survive_a_killed_broker(sqlite_system: System) -> None:
+def test_queued_wakeups_survive_a_killed_broker(sqlite_system: System) -> None:
     system = sqlite_system
     job_id = system.submit()
-    assert system.broker.persisted(), "the append-only file is not on the disk"
+    assert system.broker.persisted(), "the append-only file was not written to disk"
     system.broker.stop(kill=True)
     system.broker.start()
     assert system.broker.command("LLEN", queue_name(SCRIPTED)) == 1
@@ -173,12 +173,12 @@ def test_queued_doorbells_survive_a_killed_broker(sqlite_system: System) -> None
     system.wait_for_end(job_id)
 
 
-def test_a_job_that_kills_its_worker_ends_and_others_go_on(system: System) -> None:
+def test_job_that_kills_its_workers_fails_and_others_complete(system: System) -> None:
     system.maintenance()
     poison = system.submit("Poison.", max_attempts=2)
     for attempt in (1, 2):
         worker = system.worker(lease_seconds=4, scripted_latency=1)
-        # The status alone would be that of the attempt before, whose lease has not run out yet.
+        # The status would still be that of the attempt before, whose lease has not expired.
         wait_for_claim(system, poison, attempt)
         worker.kill()
     job = system.wait_for_end(poison)
@@ -188,26 +188,26 @@ def test_a_job_that_kills_its_worker_ends_and_others_go_on(system: System) -> No
     assert_exact(system, other)
 
 
-def test_the_pause_before_another_attempt_outlives_every_process(system: System) -> None:
+def test_retry_delay_survives_every_process(system: System) -> None:
     worker = system.start("-m", "tests.support.unavailable_worker")
     worker.wait_for("is ready")
     job_id = system.submit(max_attempts=2)
     worker.wait_for("for another attempt (backend_unavailable)")
     worker.kill()
     system.broker.command("FLUSHALL")
-    waits = system.store.jobs.get(job_id)
-    assert (waits.status, waits.attempt) == ("queued", 1)
-    assert waits.next_attempt_at
+    waiting = system.store.jobs.get(job_id)
+    assert (waiting.status, waiting.attempt) == ("queued", 1)
+    assert waiting.next_attempt_at
     system.worker()
-    system.notify_job(job_id)  # too early: it does not count
+    system.notify_job(job_id)  # too early: must be ignored
     system.maintenance()
     system.wait_for_end(job_id)
     assert_exact(system, job_id)
     first, second = (e.created_at for e in system.store.jobs.events(job_id) if e.type == "job.started")
-    assert first < waits.next_attempt_at <= second
+    assert first < waiting.next_attempt_at <= second
 
 
-def test_a_budget_holds_over_a_worker_that_was_killed(system: System) -> None:
+def test_budget_holds_after_a_killed_worker(system: System) -> None:
     system.maintenance()
     worker = system.worker(lease_seconds=4)
     job_id = system.submit(max_iterations=9, max_output_tokens=250)
@@ -222,7 +222,7 @@ def test_a_budget_holds_over_a_worker_that_was_killed(system: System) -> None:
 
 
 @pytest.mark.slow
-def test_a_database_that_restarts_costs_no_call(tmp_path: Path) -> None:
+def test_database_restart_repeats_no_call(tmp_path: Path) -> None:
     with postgres_server() as server:
         schema.upgrade(server.url)
         with running_system(server.url, tmp_path) as system:
@@ -239,7 +239,7 @@ def test_a_database_that_restarts_costs_no_call(tmp_path: Path) -> None:
             assert {system.store.jobs.get(job_id).attempt for job_id in job_ids} == {1}
 
 
-def test_a_process_without_work_survives_a_restart_of_the_broker(sqlite_system: System) -> None:
+def test_idle_processes_survive_a_broker_restart(sqlite_system: System) -> None:
     system = sqlite_system
     processes: list[Process] = [system.worker(), system.maintenance()]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Flower as it runs beside a real worker: a live view behind its password."""
+"""Flower with a real worker: a live view that requires a password."""
 
 import json
 import re
@@ -22,7 +22,7 @@ AUTH = ("ops", "flower-pass-8842")
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """Everything, with a broker that wants a password; one job went through."""
+    """Running `tpo up` on a broker with a password, after one job has completed."""
     folder = tmp_path_factory.mktemp("flower")
     with valkey_server(folder / "valkey") as valkey:
         _set_password(valkey.port)
@@ -31,13 +31,13 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
             folder / "data", TPO_BROKER_URL=broker, TPO_FLOWER_BASIC_AUTH=":".join(AUTH), TPO_FLOWER_HOST="127.0.0.1"
         ) as running:
             _wait_for_workers(running)
-            done = tpo("submit", "--wait", "Where is my parcel?", env=running.env)
+            done = tpo("submit", "--wait", "Where is my order?", env=running.env)
             assert done.returncode == 0, done.stderr
             yield running
             assert running.stop()[0] == 0
 
 
-def test_it_shows_workers_and_tasks_by_name_with_their_runtime(up: Up) -> None:
+def test_flower_shows_named_workers_and_tasks(up: Up) -> None:
     (task,) = _run_job_tasks(up)
     assert task["state"] == "SUCCESS"
     assert task["runtime"] > 0
@@ -49,29 +49,29 @@ def test_it_shows_workers_and_tasks_by_name_with_their_runtime(up: Up) -> None:
 
 
 @pytest.mark.parametrize("page", ["/", "/tasks", "/broker", "/metrics", "/api/tasks", "/api/workers"])
-def test_nothing_is_shown_without_the_password(up: Up, page: str) -> None:
+def test_flower_requires_the_password(up: Up, page: str) -> None:
     for auth in (None, ("ops", "wrong-password"), ("", "")):
-        answer = httpx.get(up.facts["flower"] + page, auth=auth)
-        assert answer.status_code == 401
-        assert "tpo" not in answer.text
+        response = httpx.get(up.facts["flower"] + page, auth=auth)
+        assert response.status_code == 401
+        assert "tpo" not in response.text
 
 
-def test_its_health_is_open_and_says_nothing(up: Up) -> None:
-    answer = httpx.get(up.facts["flower"] + "/healthcheck")
-    assert (answer.status_code, answer.text) == (200, "OK")
+def test_flower_healthcheck_is_public(up: Up) -> None:
+    response = httpx.get(up.facts["flower"] + "/healthcheck")
+    assert (response.status_code, response.text) == (200, "OK")
 
 
 @pytest.mark.parametrize("path", ["/api/task/send-task/tpo.run_job", "/api/worker/shutdown/{worker}"])
-def test_it_changes_nothing(up: Up, path: str) -> None:
+def test_flower_is_read_only(up: Up, path: str) -> None:
     worker = next(name for name in _get(up, "/api/workers").json() if "tpo-worker-" in name)
-    answer = httpx.post(
+    response = httpx.post(
         up.facts["flower"] + path.format(worker=worker), auth=AUTH, content=json.dumps({"args": ["job_x"]})
     )
-    assert answer.status_code == 403
+    assert response.status_code == 403
     assert httpx.get(f"{up.facts['api']}/readyz").status_code == 200
 
 
-def test_it_listens_on_loopback_alone(up: Up) -> None:
+def test_flower_listens_only_on_loopback(up: Up) -> None:
     port = up.ports["flower-port"]
     table = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
     listening = re.findall(rf"([0-9A-F]+):{port:04X} [0-9A-F]+:0000 0A", table)
@@ -79,22 +79,22 @@ def test_it_listens_on_loopback_alone(up: Up) -> None:
 
 
 def _get(up: Up, page: str) -> httpx.Response:
-    answer = httpx.get(up.facts["flower"] + page, auth=AUTH, timeout=HANG_SECONDS)
-    assert answer.status_code == 200, page
-    return answer
+    response = httpx.get(up.facts["flower"] + page, auth=AUTH, timeout=HANG_SECONDS)
+    assert response.status_code == 200, page
+    return response
 
 
 def _run_job_tasks(up: Up) -> list[dict[str, Any]]:
-    def look() -> list[dict[str, Any]] | None:
+    def finished() -> list[dict[str, Any]] | None:
         tasks = [t for t in _get(up, "/api/tasks").json().values() if t["name"] == "tpo.run_job"]
         return tasks if all(t["state"] == "SUCCESS" for t in tasks) else None
 
-    return eventually(look, why="Flower sees the end of the job's task")
+    return eventually(finished, why="Flower should see the end of the job's task")
 
 
 def _wait_for_workers(up: Up) -> None:
-    """Flower shows what happens from when it listens to events on."""
-    eventually(lambda: len(_get(up, "/api/workers?refresh=true").json()) >= 2, why="Flower sees the workers")
+    """Wait for Flower to see the workers: it shows only events that follow."""
+    eventually(lambda: len(_get(up, "/api/workers?refresh=true").json()) >= 2, why="Flower should see the workers")
 
 
 def _set_password(port: int) -> None:

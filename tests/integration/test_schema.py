@@ -1,6 +1,6 @@
-"""Requests that are made out of /openapi.json, against a live server: no 5xx, and no answer off its schema.
+"""Requests generated from /openapi.json against a live server: no 5xx, and no response that violates its schema.
 
-Hooks (tests/support/known_ids.py) let most of them name jobs, files, batches and webhooks that exist.
+Hooks (tests/support/known_ids.py) give most requests ids of existing jobs, files, batches and webhooks.
 """
 
 import os
@@ -26,8 +26,8 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 3 + 600)
-def test_every_answer_is_as_described(sqlite_system: System, tmp_path: Path) -> None:
-    """Longer by `make fuzz`."""
+def test_every_response_matches_the_schema(sqlite_system: System, tmp_path: Path) -> None:
+    """Send a few generated requests to each operation. `make fuzz` sends more."""
     sqlite_system.worker(scripted_latency=0.01)
     log = tmp_path / "answers.log"
     with started_api(sqlite_system, max_sample_size=4, max_iterations=2, webhook_allow_private=True) as api:
@@ -62,12 +62,12 @@ def test_every_answer_is_as_described(sqlite_system: System, tmp_path: Path) -> 
     print(done.stdout[-10000:])
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]
     assert "failed unexpectedly" not in api.process.output
-    answers = Counter(log.read_text().splitlines())
-    print("\n".join(f"{count:6} {answer}" for answer, count in sorted(answers.items())))
-    worked = {answer.rpartition(" ")[0] for answer in answers if int(answer.rpartition(" ")[2]) < 400}
+    responses = Counter(log.read_text().splitlines())
+    print("\n".join(f"{count:6} {response}" for response, count in sorted(responses.items())))
+    worked = {response.rpartition(" ")[0] for response in responses if int(response.rpartition(" ")[2]) < 400}
     operations = {f"{method.upper()} {path}" for path, methods in described.items() for method in methods}
-    calls = Counter(answer.rpartition(" ")[0] for answer in answers.elements())
-    # A machine that is busy gets to some operations seldom, or not at all.
+    calls = Counter(response.rpartition(" ")[0] for response in responses.elements())
+    # A busy machine sends few or no requests to some operations: those do not count.
     idle = {operation for operation in operations - worked if calls[operation] >= OFTEN}
-    assert idle == set(), "operations that were never seen doing their work"
-    print(f"{len(worked & operations)} of {len(operations)} operations were seen doing their work")
+    assert idle == set(), "operations that never succeeded"
+    print(f"{len(worked & operations)} of {len(operations)} operations succeeded")

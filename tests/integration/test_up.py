@@ -1,4 +1,4 @@
-"""`tpo up` with real processes that are really killed."""
+"""`tpo up` with real processes, some of which are killed."""
 
 import contextlib
 import json
@@ -25,42 +25,42 @@ pytestmark = pytest.mark.processes
 SERVICES = {"broker", "api", "flower", "maintenance", "worker"}
 
 
-def _answer(up: Up, prompt: str = "Where is my parcel?") -> str:
+def _submit(up: Up, prompt: str = "Where is my order?") -> str:
     done = tpo("submit", "--wait", prompt, env=up.env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "text"),
     [
         ({"api_key": "key-of-16-characters"}, "TPO_API_KEY"),
         ({"require_key": True, "host": "0.0.0.0"}, "with a key that"),
         ({}, "this machine only"),
     ],
 )
-def test_it_tells_who_may_use_the_api(settings: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_up_prints_who_may_use_the_api(settings: dict[str, Any], text: str, tmp_path: Path) -> None:
     stack = Stack.plan(Settings(**settings), tmp_path, broker_port=6479, workers=1)
-    assert told in stack.guard
+    assert text in stack.guard
 
 
-def test_one_interrupt_drains_everything_worker_first_and_broker_last(tmp_path: Path) -> None:
+def test_interrupt_stops_the_worker_first_and_the_broker_last(tmp_path: Path) -> None:
     with running_up(tmp_path / "data") as up:
         assert set(up.pids) == SERVICES
         assert up.facts["api"] == f"http://127.0.0.1:{up.ports['port']}"
         docs = httpx.get(up.facts["docs"])
         assert docs.status_code == 200
-        assert "://" not in docs.text  # no page of another server: it works without a network
+        assert "://" not in docs.text  # no link to another server: the page works without a network
         assert httpx.get(up.facts["flower"]).status_code == 200
-        answer = _answer(up)
+        answer = _submit(up)
         family = up.family()
-        code, told = up.stop(signal.SIGINT)
+        code, events = up.stop(signal.SIGINT)
     assert code == 0
     assert all_gone(family)
-    stopped = [fact for fact in told if fact["event"] == "stopped"]
+    stopped = [fact for fact in events if fact["event"] == "stopped"]
     assert [stopped[0]["service"], stopped[-1]["service"]] == ["worker", "broker"]
     assert {fact["how"] for fact in stopped} == {"exit code 0"}
-    # What was done is still there when it is started again.
+    # The job is still stored after a restart.
     with running_up(tmp_path / "data") as up:
         (job,) = httpx.get(f"{up.facts['api']}/v1/jobs").json()["data"]
         assert job["output"].strip() == answer.strip()
@@ -82,10 +82,10 @@ def test_killed_children_are_restarted(tmp_path: Path) -> None:
                 break
         assert not set(before.values()) & set(up.pids.values())
         _wait_ready(up)
-        assert "Draft" in _answer(up)
+        assert "Draft" in _submit(up)
 
 
-def test_a_killed_parent_leaves_nobody(tmp_path: Path) -> None:
+def test_killed_parent_leaves_no_process(tmp_path: Path) -> None:
     with running_up(tmp_path / "data", "--workers", "2") as up:
         family = up.family()
         assert len(family) == 1 + len(SERVICES) + 1
@@ -93,7 +93,7 @@ def test_a_killed_parent_leaves_nobody(tmp_path: Path) -> None:
         assert all_gone(family)
 
 
-def test_a_second_interrupt_kills_what_hangs(tmp_path: Path) -> None:
+def test_second_interrupt_kills_hanging_processes(tmp_path: Path) -> None:
     with running_up(tmp_path / "data") as up:
         family = up.family()
         os.kill(up.pids["worker"], signal.SIGSTOP)
@@ -105,14 +105,14 @@ def test_a_second_interrupt_kills_what_hangs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "x" * 70, "300.1.1.1"])
-def test_a_host_that_is_none_is_one_line(tmp_path: Path, host: str) -> None:
+def test_invalid_host_is_a_one_line_error(tmp_path: Path, host: str) -> None:
     env = environment(TPO_API_KEY="a-key-of-this-test")
     done = tpo_up(tmp_path / "data", "--host", host, env=env)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
     assert host in done.stderr
 
 
-def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_used_port_is_reported_before_the_start(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -127,7 +127,7 @@ def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
     assert not (tmp_path / "data" / "tpo.db").exists()
 
 
-def test_a_broker_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_missing_broker_is_reported_before_the_start(tmp_path: Path) -> None:
     env = environment(TPO_BROKER_URL=f"redis://:secret-word@127.0.0.1:{free_port()}/0")
     done = tpo_up(tmp_path, env=env)
     assert (done.returncode, done.stdout) == (1, "")
@@ -135,9 +135,9 @@ def test_a_broker_that_is_not_there_is_said_before_anything_starts(tmp_path: Pat
     assert not (tmp_path / "tpo.db").exists()
 
 
-def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_unwritable_log_is_a_one_line_error(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "api.log"
-    log.mkdir(parents=True)  # as a file of another user is, also for root
+    log.mkdir(parents=True)  # cannot be written, even by root
     ports = [word for name in ("port", "flower-port", "broker-port") for word in (f"--{name}", _port())]
     done = tpo("up", "--json", "--data-dir", str(tmp_path), *ports)
     assert done.returncode == 1
@@ -146,13 +146,13 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert not psutil.pid_exists(started)
 
 
-def test_two_ports_that_are_one_are_refused(tmp_path: Path) -> None:
+def test_equal_ports_are_rejected(tmp_path: Path) -> None:
     done = tpo_up(tmp_path, "--port", "45001", "--flower-port", "45001")
     assert done.returncode == 1
     assert "cannot both have port 45001" in done.stderr
 
 
-def test_a_second_one_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+def test_second_up_on_the_same_folder_is_rejected(tmp_path: Path) -> None:
     with running_up(tmp_path / "data") as up:
         done = tpo_up(tmp_path / "data")
         assert done.returncode == 1
@@ -162,36 +162,36 @@ def test_a_second_one_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_that_is_not_there_ends_it_with_the_reason(tmp_path: Path) -> None:
+def test_missing_model_ends_up_with_the_reason(tmp_path: Path) -> None:
     ports = {"port": free_port(), "flower-port": free_port(), "broker-port": free_port()}
     up = Up(tmp_path / "data", ports, environment(TPO_POLICY=str(tmp_path / "no-such-model")))
     with up.process:
-        told = list(up.events())
+        events = list(up.events())
         family = set(up.pids.values())
         assert up.process.wait(HANG_SECONDS) == 1
         assert "no-such-model" in up.errors()
-    assert [fact["event"] for fact in told].count("ended") == 1
+    assert [fact["event"] for fact in events].count("ended") == 1
     assert not any(psutil.pid_exists(pid) for pid in family)
 
 
-def test_servers_of_the_environment_are_used(tmp_path: Path, postgres_admin_url: str) -> None:
+def test_configured_servers_are_used(tmp_path: Path, postgres_admin_url: str) -> None:
     with (
         valkey_server(tmp_path / "valkey") as valkey,
         new_database(postgres_admin_url) as database,
         running_up(tmp_path / "data", TPO_BROKER_URL=valkey.url, TPO_DATABASE_URL=database) as up,
     ):
         assert set(up.pids) == SERVICES - {"broker"}
-        assert "Draft" in _answer(up)
+        assert "Draft" in _submit(up)
         assert not (tmp_path / "data" / "tpo.db").exists()
 
 
-def test_an_open_address_without_a_key_is_refused(tmp_path: Path) -> None:
+def test_public_address_without_a_key_is_rejected(tmp_path: Path) -> None:
     done = tpo_up(tmp_path, "--host", "0.0.0.0")
     assert done.returncode == 2
     assert "TPO_API_KEY" in done.stderr
 
 
-def test_no_secret_in_the_process_list(tmp_path: Path) -> None:
+def test_process_list_contains_no_secret(tmp_path: Path) -> None:
     secrets = {"TPO_API_KEY": "key-0123456789abcdef", "TPO_FLOWER_BASIC_AUTH": "ops:flower-secret-1"}
     with running_up(tmp_path / "data", **secrets) as up:
         shown = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
@@ -204,9 +204,9 @@ def _port() -> str:
 
 
 def _wait_ready(up: Up) -> None:
-    def look() -> bool:
+    def ready() -> bool:
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{up.env['TPO_URL']}/readyz", timeout=10).status_code == 200
         return False
 
-    eventually(look, why="it is ready again")
+    eventually(ready, why="the API should be ready again")

@@ -1,4 +1,4 @@
-"""Processes that live and do nothing end by themselves, and a database that hangs keeps nobody for long."""
+"""Stalled processes end by themselves, and a hanging database blocks callers only for a limited time."""
 
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def assert_exact(system: System, job_id: str) -> None:
     assert timeless(state) == uninterrupted(state)
 
 
-def test_a_consumer_that_has_gone_silent_ends_its_process(sqlite_system: System) -> None:
+def test_stalled_consumer_ends_its_process(sqlite_system: System) -> None:
     system = sqlite_system
-    system.maintenance()  # rings again: the first message is lost in the connection
+    system.maintenance()  # notifies again: the first message is lost in the connection
     with cutter(system.broker.port) as proxy:
         worker = system.worker(broker_url=f"redis://127.0.0.1:{proxy.port}/0", renotify_seconds=0.5)
         system.wait_for_end(system.submit())
-        # As after a reset that the client does not see: its connection is open, and nothing comes on it any more.
+        # Like a reset that the client does not notice: its connection is open, but receives nothing any more.
         proxy.freeze()
         job_id = system.submit(seed=1)
         assert worker.popen.wait(timeout=HANG_SECONDS) == 1
@@ -43,7 +43,7 @@ def test_a_consumer_that_has_gone_silent_ends_its_process(sqlite_system: System)
     assert_exact(system, job_id)
 
 
-def test_a_silent_consumer_hands_its_jobs_back(sqlite_system: System) -> None:
+def test_stalled_consumer_releases_its_jobs(sqlite_system: System) -> None:
     system = sqlite_system
     system.maintenance()
     with cutter(system.broker.port) as proxy:
@@ -59,7 +59,7 @@ def test_a_silent_consumer_hands_its_jobs_back(sqlite_system: System) -> None:
     assert (job.status, job.lease_owner) in (("queued", None), ("completed", None))
 
 
-def test_a_silent_maintenance_worker_ends_too(sqlite_system: System) -> None:
+def test_stalled_maintenance_worker_ends_too(sqlite_system: System) -> None:
     system = sqlite_system
     with cutter(system.broker.port) as proxy:
         maintenance = system.maintenance(broker_url=f"redis://127.0.0.1:{proxy.port}/0")
@@ -69,7 +69,7 @@ def test_a_silent_maintenance_worker_ends_too(sqlite_system: System) -> None:
     assert system.broker.command("LLEN", MAINTENANCE_QUEUE) > 0
 
 
-def test_a_busy_or_idle_worker_is_not_taken_for_silent(sqlite_system: System) -> None:
+def test_busy_or_idle_worker_is_not_considered_stalled(sqlite_system: System) -> None:
     system = sqlite_system
     worker = system.worker(renotify_seconds=0.2, concurrency=1, scripted_latency=0.5)
     running = system.submit()
@@ -81,7 +81,7 @@ def test_a_busy_or_idle_worker_is_not_taken_for_silent(sqlite_system: System) ->
     assert "the consumer takes none" not in worker.output
 
 
-def test_a_worker_whose_model_is_stuck_stops_its_heartbeat(sqlite_system: System) -> None:
+def test_worker_with_a_stuck_model_ends(sqlite_system: System) -> None:
     system = sqlite_system
     system.maintenance()
     worker = system.start("-m", "tests.support.hanging_worker", "stuck", lease_seconds=10)
@@ -94,11 +94,11 @@ def test_a_worker_whose_model_is_stuck_stops_its_heartbeat(sqlite_system: System
     system.worker()
     job = system.wait_for_end(job_id)
     assert_exact(system, job_id)
-    assert job.attempt == 2  # it counts, as a crash does
+    assert job.attempt == 2  # it counts as an attempt, as a crash does
 
 
 @pytest.mark.slow
-def test_a_database_that_hangs_keeps_nobody_for_long(tmp_path: Path) -> None:
+def test_hanging_database_is_a_503_and_jobs_continue(tmp_path: Path) -> None:
     with postgres_server() as server:
         schema.upgrade(server.url)
         with running_system(server.url, tmp_path) as system:
@@ -107,21 +107,21 @@ def test_a_database_that_hangs_keeps_nobody_for_long(tmp_path: Path) -> None:
             system.maintenance()
             worker = system.worker(scripted_latency=1)
             job_id = system.submit()
-            eventually(system.calls, why="a model call")
-            # A 503 within half a minute is promised; a busy machine may take twice as long.
+            eventually(system.calls, why="a model call should start")
+            # The guarantee is a 503 within half a minute. A busy machine may take twice as long.
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
                 assert client.get(f"/v1/jobs/{job_id}").status_code == 200
                 with server.suspended():
-                    answer = client.get(f"/v1/jobs/{job_id}")  # while it hangs: nobody waits for its end
+                    response = client.get(f"/v1/jobs/{job_id}")  # answered while the database still hangs
                     worker.wait_for("leases cannot be renewed")
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
+                assert (response.status_code, response.json()["error"]["code"]) == (503, "database_unavailable")
                 assert client.get(f"/v1/jobs/{job_id}").status_code == 200
             system.wait_for_end(job_id)
             assert_exact(system, job_id)
 
 
 @pytest.mark.slow
-def test_a_connection_to_a_server_that_hangs_is_given_up() -> None:
+def test_query_on_a_hanging_server_times_out() -> None:
     with postgres_server() as server:
         schema.upgrade(server.url)
         engine = connect(server.url)

@@ -1,4 +1,4 @@
-"""The snippets in docs/webhooks.md run, and receive what the page says."""
+"""The snippets of docs/webhooks.md run and receive the documented event."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_every_snippet_works(sqlite_system: System, monkeypatch: pytest.MonkeyPa
         names: dict[str, Any] = {}
         snippets = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
         exec("\n".join(snippets), names)
-        eventually(lambda: receiver.received, why="the test event")
-        got = receiver.received[0]
-        assert names["receive"](got.body, got.headers) == f"webhook.test {names['webhook']['id']}"
+        eventually(lambda: receiver.received, why="the test event should arrive")
+        request = receiver.received[0]
+        assert names["receive"](request.body, request.headers) == f"webhook.test {names['webhook']['id']}"
         names["api"].close()

@@ -1,4 +1,4 @@
-"""Webhooks over HTTPS, from real processes and from a courier in this one, and the ends of batches as they are told."""
+"""Webhooks over HTTPS, sent by real processes and by a sender in this one, and events of ended batches."""
 
 import json
 import socket
@@ -13,8 +13,8 @@ from standardwebhooks import Webhook
 from testing.processes import System
 from testing.waiting import eventually
 from tests.integration.openai.test_batches import line
-from tests.integration.test_webhooks import courier, finish
 from tests.support.receiver import AUTHORITY, TLS, Receiver, receiving
+from tests.support.webhooks import finish, make_sender
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.webhooks.tables import Delivery
@@ -36,28 +36,28 @@ def delivery(store: Store, webhook_id: str) -> Delivery:
     return found
 
 
-def test_a_certificate_of_an_authority_that_is_named(sqlite_store: Store, receiver: Receiver) -> None:
+def test_certificate_of_a_configured_authority_is_trusted(sqlite_store: Store, receiver: Receiver) -> None:
     webhook = sqlite_store.webhooks.create(f"{receiver.url}/in", ["job.completed"])
     job_id = finish(sqlite_store)
-    strict, trusting = courier(sqlite_store), courier(sqlite_store, webhook_ca_file=AUTHORITY)
+    strict, trusting = make_sender(sqlite_store), make_sender(sqlite_store, webhook_ca_file=AUTHORITY)
 
-    def refused() -> bool:
+    def rejected() -> bool:
         strict.notify_due()
         return delivery(sqlite_store, webhook.row.id).last_error == "tls_failed"
 
-    eventually(refused, why="an authority that nobody named is not believed")
+    eventually(rejected, why="a certificate of an unknown authority should be rejected")
     assert receiver.received == []
 
     def arrived() -> bool:
         trusting.notify_due()
         return delivery(sqlite_store, webhook.row.id).status == "delivered"
 
-    eventually(arrived, why="the delivery")
+    eventually(arrived, why="the delivery should succeed")
     (got,) = receiver.received
     assert Webhook(webhook.secret).verify(got.body, got.headers)["data"]["id"] == job_id
 
 
-def test_a_certificate_of_another_name(
+def test_certificate_of_another_name_is_rejected(
     sqlite_store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = int(receiver.url.rpartition(":")[2])
@@ -73,21 +73,21 @@ def test_a_certificate_of_another_name(
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     finish(sqlite_store)
-    works = courier(sqlite_store, webhook_ca_file=AUTHORITY)
+    sender = make_sender(sqlite_store, webhook_ca_file=AUTHORITY)
 
     def one_of_two_arrives() -> bool:
-        works.notify_due()
+        sender.notify_due()
         return (
             delivery(sqlite_store, right).status == "delivered"
             and delivery(sqlite_store, wrong).last_error == "tls_failed"
         )
 
-    eventually(one_of_two_arrives, why="one arrives, the other does not")
+    eventually(one_of_two_arrives, why="the right name should be delivered and the wrong one rejected")
     assert len(receiver.received) == 1
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no certificate", (TLS / "receiver.pem").read_bytes()[-200:]])
-def test_what_is_no_file_of_certificates_is_refused_at_the_start(tmp_path: Path, content: bytes | None) -> None:
+def test_invalid_ca_file_is_rejected_by_the_settings(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "authorities.pem"
     if content is not None:
         file.write_bytes(content)
@@ -96,7 +96,7 @@ def test_what_is_no_file_of_certificates_is_refused_at_the_start(tmp_path: Path,
     assert Settings(webhook_ca_file=AUTHORITY).webhook_ca_file == AUTHORITY
 
 
-def test_every_end_of_a_batch_is_told_by_real_processes(sqlite_system: System, receiver: Receiver) -> None:
+def test_events_of_ended_batches_are_delivered(sqlite_system: System, receiver: Receiver) -> None:
     system, store = sqlite_system, sqlite_system.store
     webhook = store.webhooks.create(
         receiver.url, [f"batch.{end}" for end in ("completed", "failed", "cancelled", "expired")]
@@ -117,14 +117,14 @@ def test_every_end_of_a_batch_is_told_by_real_processes(sqlite_system: System, r
         "batch.expired": batch(line("a"), seconds=0),
     }
     store.batches.cancel(wanted["batch.cancelled"])
-    system.environment["SSL_CERT_FILE"] = str(AUTHORITY)  # in place of the system's authorities
+    system.environment["SSL_CERT_FILE"] = str(AUTHORITY)  # replaces the system's authorities
     system.worker(scripted_latency=0)
     system.maintenance(webhook_allow_private="true", webhook_retry_seconds=0.2)
-    eventually(lambda: len(receiver.received) >= 4, why="four ends are told")
-    told = {}
-    for got in receiver.received:
-        Webhook(webhook.secret).verify(got.body, got.headers)
-        event = json.loads(got.body)
+    eventually(lambda: len(receiver.received) >= 4, why="four events should be delivered")
+    delivered = {}
+    for request in receiver.received:
+        Webhook(webhook.secret).verify(request.body, request.headers)
+        event = json.loads(request.body)
         assert event.keys() == {"id", "object", "type", "created_at", "data"}
-        told[event["type"]] = event["data"]["id"]
-    assert told == wanted
+        delivered[event["type"]] = event["data"]["id"]
+    assert delivered == wanted

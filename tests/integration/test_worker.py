@@ -1,4 +1,4 @@
-"""What a worker does while nothing breaks: it runs jobs, many at once, stops them when asked, and says no text."""
+"""Workers without faults: they run jobs concurrently, stop them on request and log no text."""
 
 import base64
 import json
@@ -19,12 +19,12 @@ from tpo.settings import SCRIPTED
 pytestmark = pytest.mark.processes
 
 
-def opened(message: bytes) -> str:
-    """A message of the broker in clear, its body decoded."""
+def decoded(message: bytes) -> str:
+    """Return a message of the broker, followed by its decoded body."""
     return message.decode() + base64.b64decode(json.loads(message)["body"]).decode()
 
 
-def test_a_job_runs_through_and_no_text_leaves_the_database(sqlite_system: System) -> None:
+def test_job_completes_and_no_text_leaves_the_database(sqlite_system: System) -> None:
     system = sqlite_system
     password, word = marker(), marker()
     with redis.Redis(port=system.broker.port) as client:
@@ -39,25 +39,25 @@ def test_a_job_runs_through_and_no_text_leaves_the_database(sqlite_system: Syste
         worker = system.worker()
         assert system.wait_for_end(job_id).status == "completed"
         assert [process.stop() for process in (worker, maintenance)] == [0, 0]
-        told = ""
+        published = ""
         while event := events.get_message(timeout=0.5):
-            told += opened(event["data"]) if event["type"] == "pmessage" else ""
+            published += decoded(event["data"]) if event["type"] == "pmessage" else ""
     state = system.store.jobs.state(job_id)
     assert timeless(state) == uninterrupted(state)
-    message = opened(messages[0])
+    message = decoded(messages[0])
     assert json.loads(messages[0])["headers"]["argsrepr"] == f"['{job_id}']"
     assert f'[["{job_id}"], {{}}' in message
-    assert '"task-started"' in told
-    assert job_id in told
+    assert '"task-started"' in published
+    assert job_id in published
     logs = "".join(process.output for process in system.processes)
     assert job_id in logs
     texts = [word, password, *(c.text for c in state.candidates)]
     texts += [note.text for i in state.iterations for note in (i.critique, i.gradient) if note]
-    for place in (logs, message, told):
+    for place in (logs, message, published):
         assert not [text for text in texts if text in place or json.dumps(text)[1:-1] in place]
 
 
-def test_twenty_jobs_run_at_once(system: System) -> None:
+def test_twenty_jobs_run_concurrently(system: System) -> None:
     system.worker(concurrency=20, scripted_latency=0.7)
     job_ids = [system.submit(seed=seed) for seed in range(20)]
     jobs = [system.wait_for_end(job_id) for job_id in job_ids]
@@ -65,7 +65,7 @@ def test_twenty_jobs_run_at_once(system: System) -> None:
     assert max(job.started_at or 0 for job in jobs) < min(job.completed_at or 0 for job in jobs)
 
 
-def test_a_busy_worker_leaves_doorbells_to_an_idle_one(sqlite_system: System) -> None:
+def test_busy_worker_leaves_wakeups_to_an_idle_one(sqlite_system: System) -> None:
     system = sqlite_system
     system.worker(concurrency=1, scripted_latency=3600)
     running = system.submit()
@@ -77,7 +77,7 @@ def test_a_busy_worker_leaves_doorbells_to_an_idle_one(sqlite_system: System) ->
     assert system.store.jobs.get(running).status == "in_progress"
 
 
-def test_one_run_for_a_doorbell_that_is_rung_twenty_times(system: System) -> None:
+def test_duplicate_wakeups_run_a_job_once(system: System) -> None:
     for _ in range(2):
         system.worker()
     job_id = system.submit(ring=False)
@@ -89,10 +89,10 @@ def test_one_run_for_a_doorbell_that_is_rung_twenty_times(system: System) -> Non
     assert len(system.calls()) == 2 * len(system.store.jobs.state(job_id).calls)
 
 
-def test_cancel_ends_a_running_call_and_nothing_is_written_after(system: System) -> None:
-    worker = system.worker(scripted_latency=600)  # only a call that is ended in its middle ends while the test waits
+def test_cancel_interrupts_a_call_and_ends_writes(system: System) -> None:
+    worker = system.worker(scripted_latency=600)  # only an interrupted call ends within the test
     job_id = system.submit()
-    eventually(system.calls, why="a model call")
+    eventually(system.calls, why="a model call should start")
     assert system.store.jobs.cancel(job_id).status == "cancelling"
     job = system.wait_for_end(job_id)
     worker.wait_for(f"{job_id} cancelled")
@@ -102,20 +102,20 @@ def test_cancel_ends_a_running_call_and_nothing_is_written_after(system: System)
 
 
 @pytest.fixture
-def hangups() -> Iterator[None]:
-    """What is started now hears that its terminal closes, also where these tests run under nohup."""
+def sighup_enabled() -> Iterator[None]:
+    """Let new processes receive SIGHUP, even if the tests run under nohup."""
     old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, old)
 
 
-@pytest.mark.usefixtures("hangups")
+@pytest.mark.usefixtures("sighup_enabled")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_an_idle_worker_ends_at_once(sqlite_system: System, number: int) -> None:
+def test_signal_ends_an_idle_worker(sqlite_system: System, number: int) -> None:
     processes = [sqlite_system.worker(drain_seconds=600), sqlite_system.maintenance()]
-    assert len(eventually(lambda: sqlite_system.store.workers.live(10), why="the worker's row")) == 1
+    assert len(eventually(lambda: sqlite_system.store.workers.live(10), why="the worker should be registered")) == 1
     assert [process.stop(number) for process in processes] == [0, 0]
-    # Not by the bound on a drain, which leaves without a word.
+    # The forced exit after the deadline would log nothing.
     assert all("has ended" in process.output for process in processes)
     assert not sqlite_system.store.workers.live(10)
 
@@ -129,7 +129,7 @@ def test_an_idle_worker_ends_at_once(sqlite_system: System, number: int) -> None
         ("worker", {"database_url": "sqlite:///empty.db"}, 1, "tpo db upgrade"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(
+def test_invalid_configuration_is_a_one_line_error(
     sqlite_system: System, module: str, settings: dict[str, str], code: int, message: str
 ) -> None:
     process = sqlite_system.start("-m", module, **settings)
@@ -140,15 +140,15 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert not sqlite_system.store.workers.live(60)
 
 
-def test_a_paused_job_stops_within_a_call_and_goes_on_elsewhere(system: System) -> None:
+def test_paused_job_stops_within_a_call_and_resumes_elsewhere(system: System) -> None:
     first = system.worker(scripted_latency=1)
     job_id = system.submit()
-    eventually(lambda: len(system.calls()) >= 2, why="the second call runs")
+    eventually(lambda: len(system.calls()) >= 2, why="the second call should be running")
     system.store.jobs.pause(job_id)
     running = len(system.calls())
     system.wait_for_status(job_id, "paused")
     calls = len(system.calls())
-    assert calls <= running + 1  # one may have asked just before the pause whether to begin
+    assert calls <= running + 1  # one call may have been allowed just before the pause
     first.stop()
     system.worker()
     job = system.store.jobs.resume(job_id)
@@ -162,7 +162,7 @@ def test_a_paused_job_stops_within_a_call_and_goes_on_elsewhere(system: System) 
     assert (events.count("job.paused"), events.count("job.resumed")) == (1, 1)
 
 
-def test_a_pause_and_a_resume_in_one_breath_lose_nothing(system: System) -> None:
+def test_immediate_pause_and_resume_lose_nothing(system: System) -> None:
     system.worker(scripted_latency=0.2)
     system.maintenance()
     job_id = system.submit(max_iterations=10)
@@ -174,7 +174,7 @@ def test_a_pause_and_a_resume_in_one_breath_lose_nothing(system: System) -> None
     assert timeless(system.store.jobs.state(job_id)) == uninterrupted(system.store.jobs.state(job_id))
 
 
-def test_what_is_over_its_retention_is_forgotten(sqlite_system: System) -> None:
+def test_expired_jobs_are_purged(sqlite_system: System) -> None:
     system = sqlite_system
     ended, live = system.submit(ring=False), system.submit(ring=False)
     system.store.jobs.cancel(ended)
@@ -184,11 +184,11 @@ def test_what_is_over_its_retention_is_forgotten(sqlite_system: System) -> None:
         "m.PURGE_SECONDS = 0.2; import sys; from worker.startup import start; sys.exit(start(m.main))",
         retention_days=1e-9,
     )
-    eventually(lambda: len(system.store.jobs.page(limit=9)) == 1, why="it is forgotten")
+    eventually(lambda: len(system.store.jobs.page(limit=9)) == 1, why="the ended job should be deleted")
     assert system.store.jobs.get(live).status == "queued"
 
 
-def test_a_worker_waits_for_its_broker_and_can_be_stopped_meanwhile(sqlite_system: System) -> None:
+def test_worker_waits_for_its_broker_and_can_be_stopped(sqlite_system: System) -> None:
     system = sqlite_system
     system.broker.stop()
     stopped = [system.start("-m", "worker"), system.start("-m", "worker.maintenance")]
@@ -203,7 +203,7 @@ def test_a_worker_waits_for_its_broker_and_can_be_stopped_meanwhile(sqlite_syste
     assert waiting.stop() == 0
 
 
-def test_a_worker_waits_for_a_broker_that_refuses_it(sqlite_system: System) -> None:
+def test_worker_waits_for_a_broker_without_memory(sqlite_system: System) -> None:
     system = sqlite_system
     system.broker.command("CONFIG", "SET", "maxmemory", "1")
     full = [system.start("-m", "worker"), system.start("-m", "worker.maintenance")]
@@ -217,32 +217,32 @@ def test_a_worker_waits_for_a_broker_that_refuses_it(sqlite_system: System) -> N
 
 
 @pytest.mark.parametrize(
-    ("address", "says"),
+    ("address", "message"),
     [
         (":other-word@127.0.0.1:{port}/0", "The broker refuses the user or password"),
         (":the-word@127.0.0.1:{port}/99", "The broker has no database of the number"),
     ],
 )
-def test_a_broker_that_refuses_is_told_from_one_that_is_away(sqlite_system: System, address: str, says: str) -> None:
+def test_broker_errors_name_the_cause(sqlite_system: System, address: str, message: str) -> None:
     broker = sqlite_system.broker
     broker.command("CONFIG", "SET", "requirepass", "the-word")
     url = f"redis://{address.format(port=broker.port)}"
     notifier = JobNotifier(url)
-    for ask in (
+    for call in (
         notifier.ping,
         lambda: notifier.notify_job("job_1", SCRIPTED),
         lambda: notifier.pending_count(SCRIPTED),
     ):
-        with pytest.raises(BrokerUnavailableError, match=says):
-            ask()
+        with pytest.raises(BrokerUnavailableError, match=message):
+            call()
     notifier.close()
     process = sqlite_system.start("-m", "worker", broker_url=url)
-    process.wait_for(says)
+    process.wait_for(message)
     assert process.stop() == 0
     assert "word@" not in process.output
 
 
-def test_a_worker_waits_for_its_database_and_can_be_stopped_meanwhile(sqlite_system: System) -> None:
+def test_worker_waits_for_its_database_and_can_be_stopped(sqlite_system: System) -> None:
     process = sqlite_system.start("-m", "worker", database_url="postgresql+psycopg://nobody:word@127.0.0.1:1/none")
     process.wait_for("The database cannot be reached")
     assert process.stop() == 0
@@ -250,6 +250,6 @@ def test_a_worker_waits_for_its_database_and_can_be_stopped_meanwhile(sqlite_sys
 
 
 @pytest.mark.parametrize("module", ["worker.maintenance", "worker.tasks", "worker.__main__"])
-def test_torch_is_loaded_with_a_model_and_not_before(module: str) -> None:
+def test_worker_modules_do_not_import_torch(module: str) -> None:
     check = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], timeout=HANG_SECONDS).returncode == 0

@@ -1,10 +1,10 @@
-"""Where models are chosen by name. A back end is imported when its name is first used, and torch with it."""
+"""Load models by name. A back end, and torch with it, is imported when its name is first used."""
 
 from collections.abc import Callable
 from importlib import resources
 from typing import Protocol, TypeVar
 
-from tpo.backends.model_source import check_place
+from tpo.backends.model_source import check_source
 from tpo.backends.scripted import ScriptedPolicy, ScriptedRewardModel
 from tpo.core.errors import ModelRefusedError
 from tpo.core.ports import Policy, RewardModel
@@ -13,31 +13,31 @@ from tpo.settings import DEMO, OPENAI, REMOTE_REWARDS, SCRIPTED, Settings
 T = TypeVar("T")
 
 
-class Loaded(Protocol):
-    """What a process that holds a model needs of it beside its answers."""
+class LoadedModel(Protocol):
+    """Lifecycle of a model in this process: its health and its shutdown."""
 
     @property
     def healthy(self) -> bool:
-        """False when every further request would fail, so that the process had better be started anew."""
+        """False when every further request would fail and the process should be restarted."""
         ...
 
     def close(self) -> None:
-        """Stop the model's threads; requests that wait raise BackendUnavailableError."""
+        """Stop the model's threads. Pending requests raise BackendUnavailableError."""
         ...
 
 
-class LoadedPolicy(Policy, Loaded, Protocol):
-    """A policy in memory, ready to answer."""
+class LoadedPolicy(Policy, LoadedModel, Protocol):
+    """A policy that is loaded and ready to answer."""
 
 
-class LoadedRewardModel(RewardModel, Loaded, Protocol):
-    """A reward model in memory, ready to answer."""
+class LoadedRewardModel(RewardModel, LoadedModel, Protocol):
+    """A reward model that is loaded and ready to answer."""
 
 
 def load_policy(spec: str, settings: Settings) -> LoadedPolicy:
-    """The policy of that name: demo, scripted, a folder, a name on the Hugging Face Hub, or openai:MODEL.
+    """Load a policy by name: demo, scripted, a folder, a name on the Hugging Face Hub, or openai:MODEL.
 
-    Raises ModelRefusedError.
+    Raises ModelRefusedError if the model cannot be loaded.
     """
     if spec == SCRIPTED:
         return ScriptedPolicy(settings.scripted_latency, settings.scripted_log)
@@ -45,19 +45,20 @@ def load_policy(spec: str, settings: Settings) -> LoadedPolicy:
         from tpo.backends.remote.policy import OpenAIPolicy
 
         return OpenAIPolicy.load(spec.removeprefix(OPENAI), settings)
-    place = _demo_folder("policy") if spec == DEMO else spec
-    check_place(place, "policy")
+    source = _demo_folder("policy") if spec == DEMO else spec
+    check_source(source, "policy")
     try:
         from tpo.backends.local.policy import LocalPolicy
     except ImportError as error:
         raise _not_installed(spec, error) from error
-    return LocalPolicy.load(place, settings)
+    return LocalPolicy.load(source, settings)
 
 
 def load_reward_model(spec: str, settings: Settings, policy: Policy | None = None) -> LoadedRewardModel:
-    """The reward model of that name: demo, scripted, a folder, a name on the Hub, or one behind HTTP.
+    """Load a reward model by name: demo, scripted, a folder, a name on the Hub, or one behind HTTP.
 
-    With `reward_file`, what that file says; a judge in it may be this process's own policy. Raises ModelRefusedError.
+    If `reward_file` is set, load the combined reward that it describes. A judge in that file may be `policy`, the
+    policy of this process. Raises ModelRefusedError if a model cannot be loaded.
     """
     if settings.reward_file is not None:
         from tpo.backends.rewards import load_combined
@@ -70,20 +71,20 @@ def load_reward_model(spec: str, settings: Settings, policy: Policy | None = Non
         from tpo.backends.remote.reward import RemoteRewardModel
 
         return RemoteRewardModel.load(spec, settings)
-    place = _demo_folder("reward") if spec == DEMO else spec
-    check_place(place, "reward model")
+    source = _demo_folder("reward") if spec == DEMO else spec
+    check_source(source, "reward model")
     try:
         from tpo.backends.local.reward import LocalRewardModel
     except ImportError as error:
         raise _not_installed(spec, error) from error
-    return LocalRewardModel.load(place, settings)
+    return LocalRewardModel.load(source, settings)
 
 
 def load_models(settings: Settings) -> tuple[LoadedPolicy, LoadedRewardModel]:
-    """Both models of a process. Raises ModelRefusedError.
+    """Load both models of a process. Raises ModelRefusedError if one cannot be loaded.
 
-    The policy comes last: on a GPU its engine takes the memory that is left. A reward that is made of parts may need
-    the policy, and comes after it.
+    The policy is loaded last, because on a GPU its engine takes the memory that is left. A combined reward may use the
+    policy as a judge and is therefore loaded after it.
     """
     if settings.reward_file is not None:
         policy = load_policy(settings.policy, settings)
@@ -92,7 +93,8 @@ def load_models(settings: Settings) -> tuple[LoadedPolicy, LoadedRewardModel]:
     return _or_close(reward, lambda: load_policy(settings.policy, settings)), reward
 
 
-def _or_close(first: Loaded, load: Callable[[], T]) -> T:
+def _or_close(first: LoadedModel, load: Callable[[], T]) -> T:
+    """Call `load`; if it fails, close the model that was loaded first."""
     try:
         return load()
     except BaseException:
@@ -106,6 +108,6 @@ def _demo_folder(part: str) -> str:
 
 def _not_installed(spec: str, error: ImportError) -> ModelRefusedError:
     return ModelRefusedError(
-        f"{spec!r} needs torch and transformers on this machine ({error}). Install torch in the build that fits your "
-        'hardware, then: pip install ".[local]". The back end "scripted" needs neither.'
+        f"{spec!r} needs torch and transformers on this machine ({error}). Install the torch build for your hardware, "
+        'then run: pip install ".[local]". The back end "scripted" needs neither.'
     )

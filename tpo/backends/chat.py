@@ -1,4 +1,4 @@
-"""Messages to tokens and tokens to text, by the model's own chat template."""
+"""Convert messages to tokens and tokens to text with the model's own chat template."""
 
 import re
 import threading
@@ -16,13 +16,13 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Chat:
-    """One model's tokenizer. Any thread may call; Hugging Face's fast tokenizers may not be used by two at once."""
+    """One model's tokenizer. Thread-safe: a lock guards it, as Hugging Face's fast tokenizers are not thread-safe."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         if not tokenizer.chat_template:
             raise ModelRefusedError(
-                f"{name} has no chat template: its tokenizer cannot say where a turn begins and ends. Take the model's "
-                "chat or instruct variant, or add its chat_template.jinja to the folder."
+                f"{name} has no chat template, so its tokenizer cannot mark where a turn begins and ends. Use the "
+                "model's chat or instruct variant, or add its chat_template.jinja to the folder."
             )
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
@@ -32,20 +32,20 @@ class Chat:
             self._render([Message(role="user", content=_PROBE)])
         except TemplateError as error:
             raise ModelRefusedError(
-                f"{name}: its chat template refuses a conversation of one user's turn: {error}"
+                f"{name}: its chat template refuses a conversation with a single user turn: {error}"
             ) from error
-        self._folds_system = not self._takes_system()
+        self._folds_system = not self._accepts_system()
 
     def encode(self, messages: Sequence[Message], *, for_reply: bool) -> list[int]:
-        """The conversation's token ids; `for_reply` opens the assistant's turn.
+        """Return the conversation's token ids; `for_reply` opens the assistant's turn.
 
-        Control tokens in the messages become ordinary text. Raises PromptRefusedError where the template does, and for
-        text that is not Unicode (half a surrogate pair).
+        Control tokens in the messages become ordinary text. Raises PromptRefusedError if the template refuses the
+        messages, or if a text is not valid Unicode (half a surrogate pair).
         """
         if any(_LONE_SURROGATE.search(m.content) for m in messages):
-            raise PromptRefusedError("A message holds half a surrogate pair, which is no Unicode text.")
+            raise PromptRefusedError("A message contains half a surrogate pair, which is not valid Unicode text.")
         if self._folds_system:
-            messages = _folded(messages)
+            messages = _fold_system(messages)
         try:
             with self._lock:
                 encoded = self._tokenizer.apply_chat_template(
@@ -61,20 +61,21 @@ class Chat:
         return list(encoded["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Generated text: special tokens are left out; other added ones (answer tags) and thinking stay."""
+        """Return generated text without special tokens. Other added tokens (answer tags) and thinking tags remain."""
         with self._lock:
             return str(self._tokenizer.decode([t for t in tokens if t not in self._hidden], skip_special_tokens=False))
 
     def count(self, text: str) -> int:
-        """How many tokens a text has, without any turn around it."""
+        """Return the number of tokens in a text, without the tokens of a chat turn."""
         with self._lock:
             return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def opens_thinking(self, prompt: Sequence[int]) -> bool:
-        """Whether the template has begun the model's reasoning for it."""
+        """Return whether the template has already opened the model's reasoning."""
         return self.decode(prompt[-8:]).rstrip().endswith(THINK_OPEN)
 
-    def _takes_system(self) -> bool:
+    def _accepts_system(self) -> bool:
+        """Return whether the template accepts a system turn and renders its text."""
         system = "system-probe"
         try:
             text = self._render([Message(role="system", content=system), Message(role="user", content=_PROBE)])
@@ -87,8 +88,8 @@ class Chat:
         return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def _folded(messages: Sequence[Message]) -> list[Message]:
-    """System turns at the front become the first paragraphs of the first user's turn."""
+def _fold_system(messages: Sequence[Message]) -> list[Message]:
+    """Move leading system turns into the first user turn, as its first paragraphs."""
     first = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
     if first == 0:
         return list(messages)

@@ -1,4 +1,4 @@
-"""How a job's thread waits for a batch it shares with others."""
+"""Futures that let a job's thread wait for a batch it shares with other jobs."""
 
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, TypeVar
@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from tpo.core.ports import Interrupt
 
-_SLICE = 0.1
+_POLL_SECONDS = 0.1
 
 T = TypeVar("T")
 
 
 def result_of(future: Future[T], interrupt: "Interrupt") -> T:
-    """The future's result. Asks `interrupt` several times a second; what it raises cancels the future."""
+    """Wait for the future's result. Call `interrupt` several times a second; if it raises, cancel the future."""
     try:
-        while not wait((future,), timeout=_SLICE).done:
+        while not wait((future,), timeout=_POLL_SECONDS).done:
             interrupt()
     except BaseException:
         future.cancel()
@@ -23,12 +23,12 @@ def result_of(future: Future[T], interrupt: "Interrupt") -> T:
 
 
 def succeed(future: Future[T], result: T) -> None:
-    """Give the result, unless nobody waits for it any more."""
+    """Set the result, unless the future is already done or cancelled."""
     if not future.done() and future.set_running_or_notify_cancel():
         future.set_result(result)
 
 
 def fail(future: Future[T], error: Exception) -> None:
-    """Give the error, unless nobody waits any more."""
+    """Set the exception, unless the future is already done or cancelled."""
     if not future.done() and future.set_running_or_notify_cancel():
         future.set_exception(error)

@@ -1,4 +1,4 @@
-"""Where models are loaded from: a folder that can be refused at once, before anything large is imported."""
+"""Check where a model is loaded from, before anything large is imported."""
 
 import re
 from pathlib import Path
@@ -12,20 +12,20 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 Role = Literal["policy", "reward model"]
 
 
-def check_place(spec: str, role: Role) -> None:
-    """Raise ModelRefusedError where `spec` is neither a folder of a model nor a name on the Hugging Face Hub."""
+def check_source(spec: str, role: Role) -> None:
+    """Raise ModelRefusedError if `spec` is neither a model folder nor a name on the Hugging Face Hub."""
     folder = Path(spec).expanduser()
     if not folder.is_dir():
         if _HUB_NAME.fullmatch(spec) and not spec.startswith("."):
             return
         raise ModelRefusedError(f"There is no folder {spec} to load the {role} from.")
     if not (folder / "config.json").is_file():
-        raise ModelRefusedError(f"The folder {spec} holds no config.json: it is not a {role} saved by transformers.")
+        raise ModelRefusedError(f"The folder {spec} holds no config.json, so it is not a {role} saved by transformers.")
     if any(folder.glob("*.safetensors")):
         return
     if any(file for pattern in _PICKLES for file in folder.glob(pattern)):
         raise ModelRefusedError(
-            f"The {role} in {spec} is a pickle, which runs code when it is opened, and is not loaded. Save it as "
-            "safetensors: model.save_pretrained(folder) with a current transformers, where you trust the file."
+            f"The {role} in {spec} is a pickle. A pickle can run code when it is opened, so it is not loaded. If "
+            "you trust the file, save it as safetensors: model.save_pretrained(folder) with a current transformers."
         )
-    raise ModelRefusedError(f"The folder {spec} holds no weights: a *.safetensors file is needed for a {role}.")
+    raise ModelRefusedError(f"The folder {spec} holds no weights: a {role} needs a *.safetensors file.")

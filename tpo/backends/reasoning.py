@@ -6,8 +6,8 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 def split_reasoning(text: str, *, opened: bool | None = None) -> tuple[str, str]:
     """Return the answer in a text, and its reasoning.
 
-    `opened` says whether the chat template has opened the reasoning, so that the text holds only its end; None if that
-    is unknown. Reasoning that never ends leaves no answer.
+    `opened`: True if the chat template has opened the reasoning, so that the text contains only its closing tag; None
+    if that is unknown. If the reasoning never ends, the answer is empty.
     """
     if opened or text.lstrip().startswith(THINK_OPEN):
         reasoning, end, answer = text.rpartition(THINK_CLOSE)

@@ -1,7 +1,8 @@
-"""The deterministic fake of both models, for tests, demonstrations and load: no weights, no luck, no wall clock.
+"""Deterministic fakes of both models for tests, demonstrations and load tests.
 
-Texts depend on the call's kind, its messages and the seed alone. Each response carries the number of its draft; an
-update is a later draft than those it was shown, most of the time, and later drafts score higher, so that curves rise.
+They need no weights, no random numbers and no wall clock. A text depends only on the call's kind, its messages and the
+seed. Each response carries a draft number. An update usually has a higher draft number than the drafts it was shown,
+and higher drafts score higher, so that reward curves rise.
 """
 
 import hashlib
@@ -24,11 +25,11 @@ _WORDS = (
 _TAGS = re.compile(r"<(\w+)> and </\1>")
 _FALLBACK_TAG = "improved"
 _DRAFT = re.compile(r"\bDraft (\d{1,6})\b")
-_SLICE = 0.02
+_POLL_SECONDS = 0.02
 
 
 class ScriptedPolicy:
-    """A policy that answers out of a hash."""
+    """A policy whose texts are derived from a hash."""
 
     healthy = True
 
@@ -37,28 +38,30 @@ class ScriptedPolicy:
         self._log = log
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
-        """One text for each seed; with temperature 0 the seed does not matter."""
+        """Generate one text for each seed. With temperature 0 the seed is ignored."""
         started = time.perf_counter()
-        _start(request.kind, request, self._log)
-        _take_time(self._latency, interrupt)
+        _log_call(request.kind, request, self._log)
+        _simulate_latency(self._latency, interrupt)
         texts = tuple(self._text(request, seed if request.temperature > 0 else 0) for seed in request.seeds)
-        return Generation(texts=texts, input_tokens=_count(request.messages), seconds=time.perf_counter() - started)
+        return Generation(
+            texts=texts, input_tokens=_count_words(request.messages), seconds=time.perf_counter() - started
+        )
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Do nothing: no thread runs."""
 
     def _text(self, request: Generate, seed: int) -> Text:
         conversation = "\x00".join(f"{m.role}\x01{m.content}" for m in request.messages)
-        dice = _digest(request.kind, conversation, str(seed))
-        words = _reply(request, dice).split(" ")
+        noise = _digest(request.kind, conversation, str(seed))
+        words = _reply(request, noise).split(" ")
         written = " ".join(words[: request.max_tokens])
         text = cut_at(written, request.stop)
-        whole = text != written or len(words) <= request.max_tokens
-        return Text(text=text, finish_reason="stop" if whole else "length", tokens=len(text.split()))
+        complete = text != written or len(words) <= request.max_tokens
+        return Text(text=text, finish_reason="stop" if complete else "length", tokens=len(text.split()))
 
 
 class ScriptedRewardModel:
-    """A reward model that reads the draft's number and adds a hash of the text, less than one."""
+    """A reward model whose score is the draft number plus a hash of the text in [0, 1)."""
 
     healthy = True
 
@@ -67,30 +70,32 @@ class ScriptedRewardModel:
         self._log = log
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
-        """One score for each response, which depends on its text alone."""
+        """Return one score for each response; it depends only on the response's text."""
         started = time.perf_counter()
-        _start("score", request, self._log)
-        _take_time(self._latency, interrupt)
-        read = _count(request.messages) * len(request.responses) + sum(len(r.split()) for r in request.responses)
+        _log_call("score", request, self._log)
+        _simulate_latency(self._latency, interrupt)
+        input_tokens = _count_words(request.messages) * len(request.responses) + sum(
+            len(r.split()) for r in request.responses
+        )
         values = tuple(_reward(response) for response in request.responses)
-        return Rewards(values=values, input_tokens=read, seconds=time.perf_counter() - started)
+        return Rewards(values=values, input_tokens=input_tokens, seconds=time.perf_counter() - started)
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Do nothing: no thread runs."""
 
 
-def _reply(request: Generate, dice: bytes) -> str:
-    prose = " ".join(_WORDS[byte % len(_WORDS)] for byte in dice[8 : 20 + dice[1] % 20])
+def _reply(request: Generate, noise: bytes) -> str:
+    prose = " ".join(_WORDS[byte % len(_WORDS)] for byte in noise[8 : 20 + noise[1] % 20])
     match request.kind:
         case "sample":
-            return f"Draft {1 + dice[0] % 3}: {prose}."
+            return f"Draft {1 + noise[0] % 3}: {prose}."
         case "critique":
             return f"The chosen response is {prose}. The other one is not."
         case "gradient":
             return f"1. Say more of what is {prose}. 2. Say less of the rest."
         case "update":
-            answer = f"Draft {_latest_draft(request.messages) + dice[0] % 4}: {prose}."
-            if dice[2] < 256 // 20:
+            answer = f"Draft {_latest_draft(request.messages) + noise[0] % 4}: {prose}."
+            if noise[2] < 256 // 20:
                 return answer
             tag = _tag(request.messages[-1].content)
             return f"<{tag}> {answer} </{tag}>"
@@ -101,7 +106,7 @@ def _latest_draft(messages: Iterable[Message]) -> int:
 
 
 def _tag(prompt: str) -> str:
-    """The pair of tags that the prompt asks for; the demo's prompts ask for none, and mean this one."""
+    """Return the tag name that the prompt asks for, or the fallback: the demo's prompts name no tag."""
     names = _TAGS.findall(prompt)
     return str(names[-1]) if names else _FALLBACK_TAG
 
@@ -116,12 +121,15 @@ def _digest(*parts: str) -> bytes:
     return hashlib.blake2b("\x02".join(parts).encode("utf-8", "surrogatepass")).digest()
 
 
-def _count(messages: Iterable[Message]) -> int:
+def _count_words(messages: Iterable[Message]) -> int:
     return sum(len(m.content.split()) for m in messages)
 
 
-def _start(kind: CallKind, request: Generate | Score, log: Path | None) -> None:
-    """Append `kind iteration digest pid` in one write: lines of many processes do not mix, and a kill loses none."""
+def _log_call(kind: CallKind, request: Generate | Score, log: Path | None) -> None:
+    """Append the line `kind iteration digest pid` to the log.
+
+    A single write keeps lines of several processes apart, and a killed process loses none.
+    """
     if log is None:
         return
     digest = _digest(kind, repr(request)).hex()[:16]
@@ -133,10 +141,10 @@ def _start(kind: CallKind, request: Generate | Score, log: Path | None) -> None:
         os.close(file)
 
 
-def _take_time(seconds: float, interrupt: Interrupt) -> None:
+def _simulate_latency(seconds: float, interrupt: Interrupt) -> None:
     never = threading.Event()
     end = time.monotonic() + seconds
     interrupt()
     while (left := end - time.monotonic()) > 0:
-        never.wait(min(left, _SLICE))
+        never.wait(min(left, _POLL_SECONDS))
         interrupt()

@@ -1,4 +1,4 @@
-"""The Python client: jobs over HTTP, with retries that never make a job twice."""
+"""The Python client: jobs over HTTP, with retries that never create a job twice."""
 
 from tpo.client.batch import Result
 from tpo.client.client import Client

@@ -1,4 +1,4 @@
-"""Many jobs, a bounded number of them at once: from any iterable, each with its own result or its own error."""
+"""Batches: a job for each row of an iterable, with bounded concurrency and a result or an error for each row."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +11,12 @@ from tpo.client.types import Job
 
 Row = TypeVar("Row")
 Item = TypeVar("Item")
-Given = TypeVar("Given")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Result(Generic[Row]):
-    """What came of one row: `output` where it went well, `error` where not. `job` is there once it was submitted."""
+    """The result of one row: its `output`, or an `error`. `job` is None if it could not be submitted."""
 
     index: int
     row: Row
@@ -25,37 +25,37 @@ class Result(Generic[Row]):
 
     @property
     def output(self) -> str | None:
-        """The answer; of a job that stopped early, the best that it had."""
+        """The answer; for a job that stopped early, its best answer so far."""
         return self.job["output"] if self.job else None
 
 
-def flow(
+def map_concurrently(
     items: Iterable[Item],
-    work: Callable[[Item, threading.Event], Given],
+    work: Callable[[Item, threading.Event], Value],
     *,
-    at_once: int,
+    concurrency: int,
     in_order: bool,
-) -> Iterator[Given]:
-    """What `work` makes of each item, `at_once` of them at a time, each in a thread of its own.
+) -> Iterator[Value]:
+    """Iterate over the results of `work` for each item, which runs in up to `concurrency` threads.
 
-    An item is drawn only when there is room for it. What `work` raises is raised here. Whoever stops listening sets
-    the event that `work` is given: what still runs should end soon.
+    An item is read only when a thread is free for it. Errors of `work` are raised here. `work` also gets an event,
+    which is set when the caller stops iterating: calls that still run should then end soon.
     """
-    if at_once < 1:
-        raise ValueError("at_once must be at least 1")
-    left = threading.Event()
-    running: list[Future[Given]] = []
+    if concurrency < 1:
+        raise ValueError("in_flight must be at least 1")
+    abandoned = threading.Event()
+    running: list[Future[Value]] = []
     source = iter(items)
-    more = True
+    exhausted = False
     try:
         while True:
-            while more and len(running) < at_once:
+            while not exhausted and len(running) < concurrency:
                 try:
                     item = next(source)
                 except StopIteration:
-                    more = False
+                    exhausted = True
                 else:
-                    running.append(_in_thread(work, item, left))
+                    running.append(_in_thread(work, item, abandoned))
             if not running:
                 return
             done = running[0] if in_order else next(iter(wait(running, return_when=FIRST_COMPLETED).done))
@@ -63,17 +63,17 @@ def flow(
             running.remove(done)
             yield result
     finally:
-        left.set()
+        abandoned.set()
 
 
-def _in_thread(work: Callable[..., Given], *arguments: Any) -> "Future[Given]":
-    """A daemon thread: one that waits for an answer must not keep the program from its end."""
-    future: Future[Given] = Future()
+def _in_thread(work: Callable[..., Value], *arguments: Any) -> "Future[Value]":
+    """Run a function in a daemon thread, which does not keep the program alive while it waits for a response."""
+    future: Future[Value] = Future()
 
     def run() -> None:
         try:
             future.set_result(work(*arguments))
-        except BaseException as error:  # told to whoever asks for the result
+        except BaseException as error:  # raised by result()
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

@@ -1,4 +1,4 @@
-"""One server, as Python sees it."""
+"""The client of one server."""
 
 import builtins
 import threading
@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx
 
-from tpo.client.batch import Result, Row, flow
+from tpo.client.batch import Result, Row, map_concurrently
 from tpo.client.errors import ClientError, JobFailedError, WaitTimeoutError
 from tpo.client.stream import follow
 from tpo.client.transport import Transport
@@ -19,18 +19,22 @@ from tpo.client.types import TERMINAL, Candidate, Event, Iteration, Job, Status
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 LONG_POLL_SECONDS = 10.0
-_PAGE = 100
+_PAGE_SIZE = 100
 
 Body = Mapping[str, Any]
-"""The JSON of a submission; only `input` is needed."""
-Show = Callable[[Job], object]
+"""The JSON body of a submission. Only `input` is required."""
+OnProgress = Callable[[Job], object]
+"""Called with a job whenever it has changed."""
 
 
 class Client:
-    """Jobs over HTTP. Threads may share one. Close it, or use it in a `with` statement.
+    """A client of one server. It is thread-safe. Close it, or use it in a `with` statement.
 
-    Whatever fails for a moment is tried again up to `retries` times, with jitter, and not before `Retry-After`.
-    `timeout` is for one answer, in seconds; for how long a job may take see `wait`. Every method raises ClientError.
+    Temporary failures are retried up to `retries` times, with jitter, and not before `Retry-After`. `timeout` is the
+    time for one response, in seconds; for the time that a job may take, see `wait`. Every method raises ClientError.
+
+        with Client("http://127.0.0.1:8000") as client:
+            print(client.wait(client.submit("Why is the sky blue?"))["output"])
     """
 
     def __init__(
@@ -51,78 +55,80 @@ class Client:
         self._transport.close()
 
     def submit(self, job: str | Body, *, idempotency_key: str | None = None, **fields: Any) -> Job:
-        """A new job, of a prompt or of a whole body; `fields` are more of the body's fields, where it has none.
+        """Submit a job: a prompt, or a whole body. `fields` are added to the body unless it has them.
 
-        However often the request must be sent, it makes one job. With a key of your own that holds over calls too.
+        Retries of the request create only one job. With your own `idempotency_key`, so do repeated calls.
         """
         if not isinstance(job, str | Mapping):
-            raise ClientError(f"a job is a prompt or the body of a request, and no {type(job).__name__}")
+            raise ClientError(f"a job must be a prompt (str) or a request body (mapping), not {type(job).__name__}")
         body = {**fields, **({"input": job} if isinstance(job, str) else job)}
-        return cast(Job, self._transport.post("/v1/jobs", body, _once(idempotency_key)))
+        return cast(Job, self._transport.post("/v1/jobs", body, _idempotency_headers(idempotency_key)))
 
     def get(self, job: str | Job) -> Job:
-        """The job as it is now."""
+        """Return the current state of a job."""
         return cast(Job, self._transport.json("GET", _path(job)))
 
-    def wait(self, job: str | Job, *, progress: Show | None = None, timeout: float | None = None) -> Job:
-        """The job when it has ended, however it ended. `progress` is called with it whenever it has changed.
+    def wait(self, job: str | Job, *, progress: OnProgress | None = None, timeout: float | None = None) -> Job:
+        """Wait until a job ends, and return it, however it ended. `progress` is called whenever the job has changed.
 
-        Raises WaitTimeoutError after `timeout` seconds; the job goes on.
+        Raises WaitTimeoutError after `timeout` seconds; the job continues.
         """
         return self._wait(job, progress, timeout, threading.Event())
 
     def wait_all(
-        self, jobs: Iterable[str | Job], *, progress: Show | None = None, in_flight: int = 32
+        self, jobs: Iterable[str | Job], *, progress: OnProgress | None = None, in_flight: int = 32
     ) -> builtins.list[Job]:
-        """The jobs, in their order, when all have ended; `in_flight` of them are asked after at a time."""
-        turn = threading.Lock()
+        """Wait until all jobs have ended, and return them in order. Up to `in_flight` of them are polled at a time."""
+        lock = threading.Lock()
 
         def show(job: Job) -> None:
-            with turn:
+            with lock:
                 if progress is not None:
                     progress(job)
 
-        def one(job: str | Job, left: threading.Event) -> Job:
-            return self._wait(job, show, None, left)
+        def wait_for(job: str | Job, abandoned: threading.Event) -> Job:
+            return self._wait(job, show, None, abandoned)
 
-        return [*flow(jobs, one, at_once=in_flight, in_order=True)]
+        return [*map_concurrently(jobs, wait_for, concurrency=in_flight, in_order=True)]
 
     def events(self, job: str | Job, *, starting_after: int = 0) -> Iterator[Event]:
-        """What happens to the job, as it happens, to its last event: each once, also when the connection is cut."""
+        """Iterate over the events of a job until its last one. A lost connection is resumed, without duplicates."""
         return follow(self._transport, _path(job), starting_after)
 
     def cancel(self, job: str | Job) -> Job:
-        """Ask for the job's end. One that has ended stays as it is."""
+        """Cancel a job. A job that has already ended is not changed."""
         return cast(Job, self._transport.json("POST", f"{_path(job)}/cancel"))
 
     def pause(self, job: str | Job) -> Job:
-        """Hold the job: at once while it waits, within one model call while it runs."""
+        """Pause a job: immediately if it waits, within one model call if it runs."""
         return cast(Job, self._transport.json("POST", f"{_path(job)}/pause"))
 
     def resume(self, job: str | Job) -> Job:
-        """Let a paused job go on from where it stopped."""
+        """Resume a paused job where it stopped."""
         return cast(Job, self._transport.json("POST", f"{_path(job)}/resume"))
 
     def retry(self, job: str | Job, *, idempotency_key: str | None = None) -> Job:
-        """Try again: a job that waits for an attempt waits no longer; of one without success a new one is made."""
-        return cast(Job, self._transport.json("POST", f"{_path(job)}/retry", headers=_once(idempotency_key)))
+        """Retry a job. A delayed retry starts now; for a job that ended without success, a new job is created."""
+        return cast(
+            Job, self._transport.json("POST", f"{_path(job)}/retry", headers=_idempotency_headers(idempotency_key))
+        )
 
     def extend(self, job: str | Job, iterations: int, *, idempotency_key: str | None = None) -> Job:
-        """A new job that goes on from one that has ended, for so many more iterations."""
-        body, headers = {"iterations": iterations}, _once(idempotency_key)
+        """Create a job that continues one that has ended, with this many more iterations."""
+        body, headers = {"iterations": iterations}, _idempotency_headers(idempotency_key)
         return cast(Job, self._transport.post(f"{_path(job)}/extend", body, headers))
 
     def delete(self, job: str | Job) -> None:
-        """Forget a job that has ended, with all its texts."""
-        # Not there at a second try: the first one came through, and its answer was lost.
-        self._transport.ask("DELETE", _path(job), settled=frozenset({httpx.codes.NOT_FOUND}))
+        """Delete a job that has ended, with all its texts."""
+        # A retry that finds no job means that the first attempt succeeded and its response was lost.
+        self._transport.request("DELETE", _path(job), success_on_retry=frozenset({httpx.codes.NOT_FOUND}))
 
     def iterations(self, job: str | Job) -> builtins.list[Iteration]:
-        """The job's record: whom each iteration compared, what was said, its rewards."""
+        """Return the iterations of a job: the compared candidates, the critique, the gradient and the rewards."""
         return cast(builtins.list[Iteration], self._transport.json("GET", f"{_path(job)}/iterations")["data"])
 
     def candidates(self, job: str | Job) -> builtins.list[Candidate]:
-        """All responses of the job, with their texts and rewards."""
+        """Return all candidates of a job, with their texts and rewards."""
         return cast(builtins.list[Candidate], self._transport.json("GET", f"{_path(job)}/candidates")["data"])
 
     def list(
@@ -134,11 +140,12 @@ class Client:
         after: str | None = None,
         limit: int | None = None,
     ) -> Iterator[Job]:
-        """Jobs, the newest first, or with `order="asc"` the oldest; page after page is fetched as it is needed."""
-        left = limit
-        pairs = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
-        while left is None or left > 0:
-            query: dict[str, Any] = {"order": order, "limit": _PAGE if left is None else min(left, _PAGE), **pairs}
+        """Iterate over jobs, newest first, or oldest first with `order="asc"`. Pages are fetched as they are needed."""
+        remaining = limit
+        filters = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        while remaining is None or remaining > 0:
+            size = _PAGE_SIZE if remaining is None else min(remaining, _PAGE_SIZE)
+            query: dict[str, Any] = {"order": order, "limit": size, **filters}
             query |= {"status": status} if status else {}
             query |= {"after": after} if after else {}
             page = self._transport.json("GET", "/v1/jobs", params=query)
@@ -146,7 +153,7 @@ class Client:
             if not page["has_more"]:
                 return
             after = page["last_id"]
-            left = None if left is None else left - len(page["data"])
+            remaining = None if remaining is None else remaining - len(page["data"])
 
     def batch(
         self,
@@ -155,52 +162,54 @@ class Client:
         *,
         in_flight: int = 16,
         in_order: bool = True,
-        progress: Show | None = None,
+        progress: OnProgress | None = None,
         **fields: Any,
     ) -> Iterator[Result[Row]]:
-        """Submit a job of each row and wait for it; gives results in the order of the rows, or as they come.
+        """Submit a job for each row and wait for it. Results come in the order of the rows, or as the jobs end.
 
-        `rows`: any iterable, a Hugging Face dataset too; a row is drawn only when fewer than `in_flight` jobs run.
-        `make` turns a row into a prompt or a body; without it the row is one. `fields` go into every body that has
-        none of its own. A row that fails has its error in its result and disturbs no other.
+        `rows` is any iterable, such as a Hugging Face dataset. A row is read only when fewer than `in_flight` jobs run.
+        `make` turns a row into a prompt or a body; without it, the row must be one. `fields` are added to each body
+        unless it has them. The error of a row is in its result, and other rows are not affected.
         """
 
-        def one(numbered: tuple[int, Row], left: threading.Event) -> Result[Row]:
+        def process(numbered: tuple[int, Row], abandoned: threading.Event) -> Result[Row]:
             index, row = numbered
             job: Job | None = None
             try:
                 job = self.submit(cast(str | Body, row) if make is None else make(row), **fields)
-                job = self._wait(job, progress, None, left)
+                job = self._wait(job, progress, None, abandoned)
             except ClientError as error:
                 return Result(index, row, job, error)
             return Result(index, row, job, None if job["status"] == "completed" else JobFailedError(job))
 
-        return flow(enumerate(rows), one, at_once=in_flight, in_order=in_order)
+        return map_concurrently(enumerate(rows), process, concurrency=in_flight, in_order=in_order)
 
-    def _wait(self, job: str | Job, progress: Show | None, timeout: float | None, left: threading.Event) -> Job:
+    def _wait(
+        self, job: str | Job, progress: OnProgress | None, timeout: float | None, abandoned: threading.Event
+    ) -> Job:
         end = None if timeout is None else time.monotonic() + timeout
         tag: str | None = None
         path = _path(job)
         while True:
-            rest = LONG_POLL_SECONDS if end is None else max(0.0, min(LONG_POLL_SECONDS, end - time.monotonic()))
-            # The first answer comes at once, each later one when there is news.
-            headers, query = ({}, {}) if tag is None else ({"if-none-match": tag}, {"wait": round(rest, 3)})
-            response = self._transport.ask("GET", path, patience=rest, headers=headers, params=query)
+            seconds = LONG_POLL_SECONDS if end is None else max(0.0, min(LONG_POLL_SECONDS, end - time.monotonic()))
+            # The first response comes immediately, each further one when the job has changed.
+            headers, query = ({}, {}) if tag is None else ({"if-none-match": tag}, {"wait": round(seconds, 3)})
+            response = self._transport.request("GET", path, extra_seconds=seconds, headers=headers, params=query)
             if response.status_code != httpx.codes.NOT_MODIFIED:
                 tag = response.headers.get("etag")
-                known: Job = self._transport.parsed(response)
+                current: Job = self._transport.parse(response)
                 if progress is not None:
-                    progress(known)
-                if known["status"] in TERMINAL:
-                    return known
-            if left.is_set() or (end is not None and time.monotonic() >= end):
-                raise WaitTimeoutError(f"{job if isinstance(job, str) else job['id']} has not ended in that time")
+                    progress(current)
+                if current["status"] in TERMINAL:
+                    return current
+            if abandoned.is_set() or (end is not None and time.monotonic() >= end):
+                raise WaitTimeoutError(f"{job if isinstance(job, str) else job['id']} did not end in time")
 
 
 def _path(job: str | Job) -> str:
-    # Half a surrogate pair stands in no id, and a question mark in none either.
+    # No id contains a lone surrogate, nor the question mark that replaces it: the server answers 404.
     return f"/v1/jobs/{quote(job if isinstance(job, str) else job['id'], safe='', errors='replace')}"
 
 
-def _once(idempotency_key: str | None) -> dict[str, str]:
+def _idempotency_headers(idempotency_key: str | None) -> dict[str, str]:
     return {"idempotency-key": idempotency_key or uuid.uuid4().hex}

@@ -1,16 +1,16 @@
 """The errors of the client, in one tree.
 
 ClientError
-├── APIConnectionError             no connection, or no answer in time, after all retries
-├── APIError                the server answered with an error: status, code, param, request_id
-│   ├── BadRequestError      400, 413, 415, 422: the caller can mend it
+├── APIConnectionError       no connection, or no response in time, after all retries
+├── APIError                 the server responded with an error: status, code, param, request_id
+│   ├── BadRequestError      400, 413, 415, 422: the request must be corrected
 │   ├── AuthenticationError  401, 403
-│   ├── NotFoundError            404
-│   ├── ConflictError            409: the job's state does not allow it
-│   ├── RateLimitError         429, after all retries: retry_after
-│   └── InternalServerError        5xx, after all retries
-├── JobFailedError         a job of a batch ended without success; it stands in `job`
-└── WaitTimeoutError           a job has not ended in the time that was given; it goes on
+│   ├── NotFoundError        404
+│   ├── ConflictError        409: the state of the job does not allow the request
+│   ├── RateLimitError       429, after all retries: retry_after
+│   └── InternalServerError  5xx, after all retries
+├── JobFailedError           a job ended without success; it is in `job`
+└── WaitTimeoutError         a job did not end in the given time; it continues
 """
 
 from collections.abc import Mapping
@@ -23,18 +23,18 @@ from tpo.core.errors import TPOError
 
 
 class ClientError(TPOError):
-    """Something that was asked of the server did not come about."""
+    """A request to the server failed."""
 
-    again = False
-    """Whether the same request may go better next time."""
+    retryable = False
+    """Whether a retry of the same request may succeed."""
     retry_after: float | None = None
-    """Seconds that the server asks for before that."""
+    """Seconds that the server asks the client to wait before a retry."""
 
 
 class APIConnectionError(ClientError):
     """The server cannot be reached."""
 
-    again = True
+    retryable = True
 
 
 class JobFailedError(ClientError):
@@ -48,11 +48,11 @@ class JobFailedError(ClientError):
 
 
 class WaitTimeoutError(ClientError):
-    """The job has not ended in the time that was given."""
+    """The job did not end in the given time."""
 
 
 class APIError(ClientError):
-    """The server answered with an error."""
+    """The server responded with an error."""
 
     def __init__(self, message: str, status: int, error: Mapping[str, Any], headers: Mapping[str, str]) -> None:
         super().__init__(message)
@@ -61,8 +61,8 @@ class APIError(ClientError):
         self.param: str | None = error.get("param")
         self.request_id = headers.get("x-request-id")
         self.retry_after = _seconds_of(headers.get("retry-after"))
-        told = headers.get("x-should-retry")
-        self.again = status in _AGAIN if told is None else told == "true"
+        should_retry = headers.get("x-should-retry")
+        self.retryable = status in _RETRYABLE if should_retry is None else should_retry == "true"
 
 
 class BadRequestError(APIError):
@@ -74,11 +74,11 @@ class AuthenticationError(APIError):
 
 
 class NotFoundError(APIError):
-    """There is nothing with this id."""
+    """There is no resource with this id."""
 
 
 class ConflictError(APIError):
-    """The job's state does not allow that."""
+    """The state of the job does not allow the request."""
 
 
 class RateLimitError(APIError):
@@ -86,11 +86,11 @@ class RateLimitError(APIError):
 
 
 class InternalServerError(APIError):
-    """Something went wrong in the server."""
+    """The server failed."""
 
 
-_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-_KINDS: dict[int, type[APIError]] = {
+_RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
+_BY_STATUS: dict[int, type[APIError]] = {
     400: BadRequestError,
     401: AuthenticationError,
     403: AuthenticationError,
@@ -103,10 +103,10 @@ _KINDS: dict[int, type[APIError]] = {
 }
 
 
-def of_response(response: httpx.Response) -> APIError:
-    """What a problem+json says, with the field that it is about. The response must have been read."""
+def error_from_response(response: httpx.Response) -> APIError:
+    """Build the error of a response from its problem+json. The response must have been read."""
     error: Mapping[str, Any] = {}
-    message = f"the server answered {response.status_code} {response.reason_phrase}"
+    message = f"the server responded with {response.status_code} {response.reason_phrase}"
     try:
         problem = response.json()
     except ValueError:
@@ -117,12 +117,12 @@ def of_response(response: httpx.Response) -> APIError:
     if (param := error.get("param")) and param not in message:
         message = f"{param}: {message}"
     status = response.status_code
-    kind = _KINDS.get(status, InternalServerError if status >= 500 else APIError)
-    return kind(message, status, error, response.headers)
+    error_class = _BY_STATUS.get(status, InternalServerError if status >= 500 else APIError)
+    return error_class(message, status, error, response.headers)
 
 
 def _seconds_of(retry_after: str | None) -> float | None:
-    """The header `Retry-After` in seconds; a date, which our server never sends, counts as none."""
+    """Parse the header `Retry-After` in seconds. A date is ignored, because the server never sends one."""
     try:
         return max(0.0, float(retry_after)) if retry_after is not None else None
     except ValueError:

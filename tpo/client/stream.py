@@ -1,4 +1,4 @@
-"""A job's events as they happen; a stream that is cut is resumed where it stopped."""
+"""The event stream of a job, resumed where it stopped if the connection is lost."""
 
 import json
 from collections.abc import Iterator
@@ -8,40 +8,44 @@ from tpo.client.transport import Transport
 from tpo.client.types import TERMINAL, Event
 
 SILENCE_SECONDS = 45.0
-"""The server says something every 15 s; after so long without a word the connection is dead."""
+"""The server sends something every 15 s. After this silence the connection counts as dead."""
 
-_LAST = frozenset(f"job.{status}" for status in TERMINAL)
+_LAST_EVENTS = frozenset(f"job.{status}" for status in TERMINAL)
 
 
 def follow(transport: Transport, job_path: str, after: int) -> Iterator[Event]:
-    """The events after that number, to the job's last one, each once and in order. Raises ClientError."""
+    """Iterate over the events after a number until the job's last one, in order, without duplicates.
+
+    Raises ClientError.
+    """
     attempt = 0
     while True:
         seen = after
         try:
-            for event in _once(transport, job_path, after):
+            for event in _open_stream(transport, job_path, after):
                 after = event["sequence_number"]
                 attempt = 0
                 yield event
-                if event["type"] in _LAST:
+                if event["type"] in _LAST_EVENTS:
                     return
-            # It ended in peace and told nothing: the job had ended at that number, or before.
+            # The stream closed normally without events: the job had ended at that number or before.
             if after == seen and transport.json("GET", job_path)["status"] in TERMINAL:
                 return
             error: ClientError = APIConnectionError(f"the server at {transport.url} ends its event streams early")
-        except ClientError as cut:
-            error = cut
+        except ClientError as caught:
+            error = caught
         transport.backoff.wait(attempt, error)
         attempt += 1
 
 
-def _once(transport: Transport, job_path: str, after: int) -> Iterator[Event]:
+def _open_stream(transport: Transport, job_path: str, after: int) -> Iterator[Event]:
+    """Iterate over the events of one connection."""
     headers = {"accept": "text/event-stream", "last-event-id": str(after)}
     response = transport.open(f"{job_path}/events", headers, SILENCE_SECONDS)
     try:
         lines = response.iter_lines()
         data: list[str] = []
-        while (line := transport.explained(lambda: next(lines, None))) is not None:
+        while (line := transport.translate_errors(lambda: next(lines, None))) is not None:
             if line.startswith("data:"):
                 data.append(line[5:].removeprefix(" "))
             elif not line and data:

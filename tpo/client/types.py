@@ -1,4 +1,4 @@
-"""What the server answers, as types. The values are the plain JSON: a field that a newer server adds is there too."""
+"""Types of the server's responses. The values are plain JSON, so fields that a newer server adds are present too."""
 
 from typing import Any, Literal, TypedDict
 
@@ -6,7 +6,7 @@ from tpo.core import status
 from tpo.core.status import Status as Status
 
 TERMINAL: frozenset[str] = frozenset(status.TERMINAL)
-"""A job in one of these never changes again."""
+"""Statuses in which a job no longer changes."""
 
 
 class Message(TypedDict):
@@ -17,7 +17,7 @@ class Message(TypedDict):
 
 
 class Progress(TypedDict):
-    """Where a job stands."""
+    """The current iteration and phase of a job."""
 
     iteration: int
     max_iterations: int
@@ -33,7 +33,7 @@ class Best(TypedDict):
 
 
 class Failure(TypedDict):
-    """Why a job failed."""
+    """The error of a failed job."""
 
     code: str
     message: str
@@ -41,13 +41,13 @@ class Failure(TypedDict):
 
 
 class Incomplete(TypedDict):
-    """Why a job was cut short with the best it had."""
+    """The reason why a job ended early, with its best answer so far."""
 
     reason: str
 
 
 class Usage(TypedDict):
-    """Tokens, and seconds inside model calls, whatever the models run on."""
+    """Tokens, and seconds of wall time inside model calls."""
 
     input_tokens: int
     output_tokens: int
@@ -57,7 +57,7 @@ class Usage(TypedDict):
 
 
 class Job(TypedDict):
-    """One optimization. Times are unix seconds."""
+    """One optimization. Times are Unix seconds."""
 
     id: str
     object: Literal["job"]
@@ -91,7 +91,7 @@ class Job(TypedDict):
 
 
 class Event(TypedDict):
-    """One thing that happened to a job; what else stands in it depends on its type."""
+    """An event of a job. Its other fields depend on its type."""
 
     object: Literal["event"]
     type: str
@@ -101,7 +101,7 @@ class Event(TypedDict):
 
 
 class RewardPart(TypedDict):
-    """One of the things that a reward is the weighted sum of; `value` is before its weight."""
+    """One term of a reward that is a weighted sum. `value` is before weighting."""
 
     name: str
     value: float | None
@@ -109,7 +109,7 @@ class RewardPart(TypedDict):
 
 
 class Candidate(TypedDict):
-    """One sampled response. Where `unusable` says why it is none, `text` is the raw reply."""
+    """One sample of a job. If it is `unusable`, `text` is the whole reply of the policy."""
 
     id: str
     object: Literal["candidate"]
@@ -123,7 +123,7 @@ class Candidate(TypedDict):
 
 
 class Iteration(TypedDict):
-    """One round: 0 is the first sampling; each later one compares, criticises and revises."""
+    """One iteration. Number 0 is the first sampling; each later one compares, criticises and revises."""
 
     object: Literal["iteration"]
     number: int

@@ -1,1 +1,1 @@
-"""Our jobs in the shapes of OpenAI's API: `requests` is what comes in, `views` and `stream` what goes out."""
+"""Jobs in the shapes of OpenAI's API: `requests` parses requests; `views` and `stream` build responses."""

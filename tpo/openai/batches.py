@@ -1,4 +1,4 @@
-"""Batches as OpenAI's clients read them."""
+"""Batches in the shapes of OpenAI's API."""
 
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class BatchDeleted(Wire):
-    """A batch that is forgotten, with its output and its errors."""
+    """A deleted batch. Its output file and its error file are deleted too."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -25,30 +25,34 @@ class BatchDeleted(Wire):
 
 
 class BatchRequest(Wire):
-    """`POST /v1/batches`."""
+    """The body of `POST /v1/batches`."""
 
-    input_file_id: str = Field(pattern=r"^[!-~]{1,64}$", description="a file of purpose batch: a request a line")
+    input_file_id: str = Field(
+        pattern=r"^[!-~]{1,64}$", description="id of a file with purpose `batch`, which has a request on each line"
+    )
     endpoint: Endpoint
-    completion_window: str = Field(pattern=WINDOW, description="24h, or another number of s, m, h or d")
+    completion_window: str = Field(
+        pattern=WINDOW, description="time that the batch has: `24h`, or another number of s, m, h or d"
+    )
     metadata: Metadata | None = Field(None, max_length=16)
-    output_expires_after: ExpiresAfter | None = Field(None, description="of the output and the error file")
+    output_expires_after: ExpiresAfter | None = Field(None, description="expiry of the output file and the error file")
 
     @property
     def window_seconds(self) -> float:
-        """The time that the batch has."""
+        """The completion window in seconds."""
         return int(self.completion_window[:-1]) * _SECONDS[self.completion_window[-1]]
 
 
 class RequestCounts(Wire):
-    """Requests by what came of them so far."""
+    """Number of requests, by result so far."""
 
     total: int
     completed: int
     failed: int
 
 
-class BatchFault(Wire):
-    """Why a batch was refused as a whole."""
+class BatchError(Wire):
+    """An error for which a whole batch was refused."""
 
     code: str
     message: str
@@ -56,15 +60,15 @@ class BatchFault(Wire):
     param: str | None = None
 
 
-class BatchFaults(Wire):
-    """All of them."""
+class BatchErrors(Wire):
+    """The errors for which a batch was refused."""
 
     object: Literal["list"] = "list"
-    data: list[BatchFault]
+    data: list[BatchError]
 
 
 class BatchUsage(Wire):
-    """What the policy read and wrote, over all jobs that have ended."""
+    """Tokens that the policy read and wrote, over all jobs that have ended."""
 
     input_tokens: int
     input_tokens_details: CachedTokens = CachedTokens()
@@ -74,14 +78,14 @@ class BatchUsage(Wire):
 
 
 class Batch(Identified):
-    """A batch."""
+    """A batch of requests."""
 
     object: Literal["batch"] = "batch"
     endpoint: str
     input_file_id: str
     completion_window: str
     status: BatchStatus
-    errors: BatchFaults | None
+    errors: BatchErrors | None
     output_file_id: str | None
     error_file_id: str | None
     created_at: int
@@ -99,11 +103,11 @@ class Batch(Identified):
 
 
 def batch(row: tables.Batch) -> Batch:
-    """One batch. Its files are shown when they are complete."""
+    """Build the view of a batch. Its output and error files are shown when they are complete."""
     ended = row.status in tables.ENDED
     status: BatchStatus = "cancelling" if row.status == "finalizing" and row.cancelling_at else row.status
-    faults = [BatchFault(code=row.error_code, message=row.error_message or "")] if row.error_code else []
-    shown: dict[str, Any] = {
+    errors = [BatchError(code=row.error_code, message=row.error_message or "")] if row.error_code else []
+    ended_at: dict[str, Any] = {
         f"{end}_at": _seconds(row.ended_at) if row.status == end else None
         for end in ("completed", "failed", "expired", "cancelled")
     }
@@ -113,7 +117,7 @@ def batch(row: tables.Batch) -> Batch:
         input_file_id=row.input_file_id,
         completion_window=row.completion_window,
         status=status,
-        errors=BatchFaults(data=faults) if faults else None,
+        errors=BatchErrors(data=errors) if errors else None,
         output_file_id=row.output_file_id if ended else None,
         error_file_id=row.error_file_id if ended else None,
         created_at=int(row.created_at),
@@ -128,7 +132,7 @@ def batch(row: tables.Batch) -> Batch:
             total_tokens=row.input_tokens + row.output_tokens,
         ),
         metadata=row.batch_metadata,
-        **shown,
+        **ended_at,
     )
 
 

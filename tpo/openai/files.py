@@ -1,4 +1,4 @@
-"""Files as OpenAI's clients read them."""
+"""Files in the shapes of OpenAI's API."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from tpo.wire import Identified, Wire
 
 
 class File(Identified):
-    """A file."""
+    """An uploaded file, or a file that a batch wrote."""
 
     object: Literal["file"] = "file"
     bytes: int
@@ -18,11 +18,11 @@ class File(Identified):
     filename: str
     purpose: Purpose
     status: Literal["processed"] = "processed"
-    expires_at: int | None = Field(description="when it is deleted; null where it is kept")
+    expires_at: int | None = Field(description="when the file is deleted, in Unix seconds; null for never")
 
 
 class FileDeleted(Wire):
-    """A file that is forgotten."""
+    """A deleted file."""
 
     id: str
     object: Literal["file"] = "file"
@@ -30,22 +30,24 @@ class FileDeleted(Wire):
 
 
 class ExpiresAfter(Wire):
-    """How long a file is kept."""
+    """The expiry of a file, counted from its creation."""
 
     anchor: Literal["created_at"]
-    seconds: int = Field(ge=3600, le=2_592_000, description="from an hour to 30 days after the file was made")
+    seconds: int = Field(
+        ge=3600, le=2_592_000, description="seconds after the file's creation: from an hour to 30 days"
+    )
 
 
 def file(row: tables.File, retention_days: float | None) -> File:
-    """One file, as it is kept where everything goes after so many days."""
-    ends = [] if row.expires_at is None else [row.expires_at]
+    """Build the view of a file. It expires at its own time or after the retention, whichever is first."""
+    expiries = [] if row.expires_at is None else [row.expires_at]
     if retention_days is not None:
-        ends.append(row.created_at + retention_days * 86400)
+        expiries.append(row.created_at + retention_days * 86400)
     return File(
         id=row.id,
         bytes=row.bytes,
         created_at=int(row.created_at),
         filename=row.filename,
         purpose=row.purpose,
-        expires_at=int(min(ends)) if ends else None,
+        expires_at=int(min(expiries)) if expiries else None,
     )

@@ -1,4 +1,4 @@
-"""What a response was asked, as OpenAI's clients read it: its messages, each with an id of its own."""
+"""The input items of a response in the shape of OpenAI's API: its messages, each with its own id."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -11,23 +11,23 @@ from tpo.wire import Identified, Wire
 
 
 class InputText(Wire):
-    """What was said."""
+    """The text of an input message."""
 
     type: Literal["input_text"] = "input_text"
     text: str
 
 
 class AskedMessage(Identified):
-    """One message of the input; the assistant's own as it would stand in an output."""
+    """One message of the input. A message of the assistant has the content type of an output."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "user", "assistant"]
     status: Literal["completed"] = "completed"
-    content: list[InputText | OutputText] = Field(description="one text")
+    content: list[InputText | OutputText] = Field(description="the message's text, as the only part")
 
 
 def input_items(job: Job) -> Sequence[AskedMessage]:
-    """All messages, the first one first, but for the one that the response shows as its `instructions`."""
+    """Return the input messages in order, without the one that the response shows as its `instructions`."""
     return [
         AskedMessage(
             id=f"{job.id.replace('job_', 'msg_', 1)}_{number}",

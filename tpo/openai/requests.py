@@ -1,6 +1,6 @@
-"""Requests as OpenAI's clients write them, and the submission that each one means.
+"""Requests in the shapes of OpenAI's API, and their translation into submissions of jobs.
 
-A parameter that would have no effect is refused by its name, unless its value asks for what is done anyway.
+A parameter that would have no effect is refused by name, unless its value requests the default behaviour.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ _TEXTS = ("input_text", "output_text", "text")
 
 
 def _flattened(content: Any) -> Any:
-    """The text of a message whose content is given in parts."""
+    """Join the text parts of a message's content. Raises ValueError for any other part."""
     if not isinstance(content, list):
         return content
     for part in content:
         if not isinstance(part, dict) or part.get("type") not in _TEXTS or not isinstance(part.get("text"), str):
-            raise ValueError("must be a string, or a list of parts that are texts: nothing else can be read")
+            raise ValueError("must be a string or a list of text parts: other parts are not supported")
     return "".join(part["text"] for part in content)
 
 
@@ -31,14 +31,14 @@ Role = Literal["system", "developer", "user", "assistant"]
 
 
 class Turn(Wire):
-    """One message."""
+    """One message of a conversation."""
 
     role: Role
     content: Content
 
 
 class InputItem(Turn):
-    """One message of a response's input. An item of an earlier response's output can be given back as it is."""
+    """One message of a response's input. An output item of an earlier response can be sent back unchanged."""
 
     type: Literal["message"] = "message"
     id: str | None = None
@@ -47,7 +47,7 @@ class InputItem(Turn):
 
 
 class ChatMessage(Turn):
-    """One message of a chat. An earlier answer can be given back as it is, dumped by the client or not."""
+    """One message of a chat. An earlier answer can be sent back unchanged, also as the client's model dump."""
 
     refusal: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
@@ -57,30 +57,30 @@ class ChatMessage(Turn):
 
 
 class PlainText(Wire):
-    """The one format that there is."""
+    """The only supported format: plain text."""
 
     type: Literal["text"] = "text"
 
 
 class TextOptions(Wire):
-    """How the text is formatted."""
+    """Format of the output text."""
 
     format: PlainText | None = None
 
 
 class StreamOptions(Wire):
-    """What a stream holds beside the text."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
 class JobRequest(Wire):
-    """A request that means a job."""
+    """A request that is translated into a job."""
 
     names: ClassVar[Mapping[str, str]] = {}
-    """Fields of a submission by the names that they have here."""
+    """Names of a submission's fields in this request."""
 
-    model: str | None = Field(None, min_length=1, max_length=512, description="default: the server's setting")
+    model: str | None = Field(None, min_length=1, max_length=512, description="policy; default: the server's policy")
     temperature: float | None = None
     top_p: float | None = None
     metadata: dict[str, Any] | None = None
@@ -88,44 +88,44 @@ class JobRequest(Wire):
     stream_options: StreamOptions | None = None
     tpo: dict[str, Any] | None = Field(
         None,
-        description="what OpenAI's API does not know: each of a job's `parameters`, its `priority`, `deadline_seconds` "
-        "and `external_id`",
+        description="fields that OpenAI's API does not have: each of a job's `parameters`, its `priority`, "
+        "`deadline_seconds` and `external_id`",
     )
 
-    store: Literal[True] | None = Field(None, description="every job is stored")
-    tools: list[Any] | None = Field(None, max_length=0, description="there are none")
+    store: Literal[True] | None = Field(None, description="always true: every job is stored")
+    tools: list[Any] | None = Field(None, max_length=0, description="tools are not supported; empty")
     tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: bool | None = Field(None, description="without tools it says nothing")
+    parallel_tool_calls: bool | None = Field(None, description="ignored, because tools are not supported")
     service_tier: Literal["auto", "default"] | None = None
 
     def submission(self) -> Submit:
-        """The job that is asked for. Raises InvalidInputError, by the names of this request."""
-        own = dict(self.tpo or {})
-        beside = {name: own.pop(name) for name in _BESIDE if name in own}
-        given = {name: value for name, value in self._sampling().items() if value is not None}
-        for name in sorted(given.keys() & own.keys()):
-            raise InvalidInputError(f"tpo.{name}: stands beside tpo too; send one of them.", f"tpo.{name}")
-        said = self._said()
-        wanted: dict[str, Any] = {
+        """Translate the request into a submission. Raises InvalidInputError, with the field names of this request."""
+        parameters = dict(self.tpo or {})
+        other = {name: parameters.pop(name) for name in _OTHER_FIELDS if name in parameters}
+        sampling = {name: value for name, value in self._sampling().items() if value is not None}
+        for name in sorted(sampling.keys() & parameters.keys()):
+            raise InvalidInputError(f"tpo.{name}: is also set outside tpo; send only one of them.", f"tpo.{name}")
+        content = self._input()
+        submission: dict[str, Any] = {
             "model": self.model,
-            "input": said if isinstance(said, str) else _one_system_message(said),
-            "parameters": {**own, **given},
+            "input": content if isinstance(content, str) else _merge_system_messages(content),
+            "parameters": {**parameters, **sampling},
             "metadata": self.metadata or {},
-            **beside,
+            **other,
         }
         try:
-            return Submit.model_validate(wanted)
+            return Submit.model_validate(submission)
         except ValidationError as error:
             raise validation_messages.invalid(error, self._renamed) from None
 
     def as_sent(self, error: InvalidInputError) -> InvalidInputError:
-        """An error about the submission, told by the names of this request."""
+        """Return an error of the submission with the field names of this request."""
         if not error.param:
             return error
         name = self._renamed(error.param)
         return type(error)(str(error).replace(error.param, name), name)
 
-    def _said(self) -> str | list[Turn]:
+    def _input(self) -> str | list[Turn]:
         raise NotImplementedError
 
     def _sampling(self) -> dict[str, Any]:
@@ -136,11 +136,11 @@ class JobRequest(Wire):
         if head == "parameters":
             return f"tpo.{rest}" if rest in (self.tpo or {}) else self.names.get(field, f"tpo{dot}{rest}")
         top = head.partition("[")[0]
-        return f"tpo.{field}" if top in _BESIDE else field.replace(top, self.names.get(top, top), 1)
+        return f"tpo.{field}" if top in _OTHER_FIELDS else field.replace(top, self.names.get(top, top), 1)
 
 
 class ResponseRequest(JobRequest):
-    """`POST /v1/responses`."""
+    """The body of `POST /v1/responses`."""
 
     names = {  # noqa: RUF012 - as annotated above
         "parameters.temperature": "temperature",
@@ -149,16 +149,16 @@ class ResponseRequest(JobRequest):
     }
 
     input: Annotated[Annotated[SaidText, Tag("text")] | Annotated[list[InputItem], Tag("messages")], BY_SHAPE] = Field(
-        description="a string, or messages of which the last is the user's"
+        description="a prompt, or messages of which the last is the user's"
     )
-    instructions: SaidText | None = Field(None, description="the system's message, before the input")
-    max_output_tokens: int | None = Field(None, description="of each sampled response")
-    background: bool | None = Field(None, description="where it is not true, the answer waits for the job's end")
+    instructions: SaidText | None = Field(None, description="system message before the input")
+    max_output_tokens: int | None = Field(None, description="maximum length of each sample, in tokens")
+    background: bool | None = Field(None, description="if not true, the request waits until the job ends")
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
     include: list[Any] | None = Field(None, max_length=0)
 
-    def _said(self) -> str | list[Turn]:
+    def _input(self) -> str | list[Turn]:
         if self.instructions is None:
             return self.input if isinstance(self.input, str) else list(self.input)
         turns = [Turn(role="user", content=self.input)] if isinstance(self.input, str) else self.input
@@ -169,7 +169,7 @@ class ResponseRequest(JobRequest):
 
 
 class ChatRequest(JobRequest):
-    """`POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`."""
 
     names = {  # noqa: RUF012 - as annotated above
         "input": "messages",
@@ -180,8 +180,8 @@ class ChatRequest(JobRequest):
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
-    max_completion_tokens: int | None = Field(None, description="of each sampled response")
-    max_tokens: int | None = Field(None, description="the older name of max_completion_tokens")
+    max_completion_tokens: int | None = Field(None, description="maximum length of each sample, in tokens")
+    max_tokens: int | None = Field(None, description="older name of max_completion_tokens")
     seed: int | None = None
     n: Literal[1] | None = None
     response_format: PlainText | None = None
@@ -192,10 +192,10 @@ class ChatRequest(JobRequest):
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens are the same: send one of them")
+            raise ValueError("max_tokens and max_completion_tokens are the same: send only one of them")
         return self
 
-    def _said(self) -> str | list[Turn]:
+    def _input(self) -> str | list[Turn]:
         return list(self.messages)
 
     def _sampling(self) -> dict[str, Any]:
@@ -203,14 +203,15 @@ class ChatRequest(JobRequest):
         return {**super()._sampling(), "max_tokens": limit, "seed": self.seed}
 
 
-def _one_system_message(turns: list[Turn]) -> list[dict[str, str]]:
-    """Chat templates know the role of the system alone, once, and at the head."""
-    said = [{"role": t.role.replace("developer", "system"), "content": t.content} for t in turns]
-    head = next((at for at, turn in enumerate(said) if turn["role"] != "system"), len(said))
-    if head < 2:
-        return said
-    return [{"role": "system", "content": "\n\n".join(turn["content"] for turn in said[:head])}, *said[head:]]
+def _merge_system_messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """Merge leading system and developer messages: chat templates allow only one system message, at the start."""
+    messages = [{"role": t.role.replace("developer", "system"), "content": t.content} for t in turns]
+    leading = next((index for index, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if leading < 2:
+        return messages
+    merged = "\n\n".join(message["content"] for message in messages[:leading])
+    return [{"role": "system", "content": merged}, *messages[leading:]]
 
 
-_BESIDE = tuple(sorted(set(Submit.model_fields) - {"model", "input", "parameters", "metadata"}))
-"""What stands beside a submission's parameters, and has no name in OpenAI's API."""
+_OTHER_FIELDS = tuple(sorted(set(Submit.model_fields) - {"model", "input", "parameters", "metadata"}))
+"""Fields of a submission that are not parameters and have no name in OpenAI's API."""

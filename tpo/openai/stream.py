@@ -1,7 +1,7 @@
-"""A job's events as the events of a response, under OpenAI's names.
+"""Translation of a job's events into the events of a response, with OpenAI's names.
 
-One event of a job gives a fixed number of them, by its type and what the job answered alone, so that numbers are the
-same whenever the stream is read, and `starting_after` resumes where it was cut.
+The number of response events that a job event gives depends only on its type and on the job's answer. So sequence
+numbers are the same whenever the stream is read, and `starting_after` resumes a stream where it stopped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,43 +11,43 @@ from tpo.core.status import TERMINAL
 from tpo.jobs.tables import EventRow, Job
 from tpo.openai import views
 
-_ENDS = {"completed": "response.completed", "failed": "response.failed"}
-_WAITS = ("job.queued", "job.retrying", "job.paused", "job.resumed")
+_LAST_EVENTS = {"completed": "response.completed", "failed": "response.failed"}
+_WAITING_EVENTS = ("job.queued", "job.retrying", "job.paused", "job.resumed")
 
 
 class ResponseEvents:
-    """Turns the events of one job, given in their order from the first, into those of its response."""
+    """Translates the events of one job, from the first one on and in order, into events of its response."""
 
     def __init__(self) -> None:
         self._next = 0
 
     def of(self, job: Job, events: Iterable[EventRow]) -> Iterator[dict[str, Any]]:
-        """The events of a response; `job` is as new as the last event."""
+        """Translate further events. `job` must be at least as new as the last one."""
         for event in events:
-            for told in _told(job, event):
-                yield {**told, "sequence_number": self._next}
+            for translated in _translate(job, event):
+                yield {**translated, "sequence_number": self._next}
                 self._next += 1
 
 
-def _told(job: Job, event: EventRow) -> Iterator[dict[str, Any]]:
+def _translate(job: Job, event: EventRow) -> Iterator[dict[str, Any]]:
     status = event.type.removeprefix("job.")
     if status in TERMINAL:
         yield from _end(job)
         return
-    waits = event.type in _WAITS
-    snapshot = _snapshot(job, event, "queued" if waits else "in_progress")
+    waiting = event.type in _WAITING_EVENTS
+    snapshot = _snapshot(job, event, "queued" if waiting else "in_progress")
     if event.number == 1:
         yield {"type": "response.created", "response": snapshot}
-    yield {"type": "response.queued" if waits else "response.in_progress", "response": snapshot}
+    yield {"type": "response.queued" if waiting else "response.in_progress", "response": snapshot}
 
 
 def _snapshot(job: Job, event: EventRow, status: views.ResponseStatus) -> dict[str, Any]:
-    """The response as it was then: what came of it later is not told before its time."""
-    shown = views.response(job)
-    details = shown.tpo.model_copy(
+    """Return the response as it was at an event, without the results that the job has had since then."""
+    response = views.response(job)
+    details = response.tpo.model_copy(
         update={"event": {"type": event.type, **event.data}, "error_code": None, "stop_reason": None}
     )
-    then: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "status": status,
         "completed_at": None,
         "output": [],
@@ -56,23 +56,24 @@ def _snapshot(job: Job, event: EventRow, status: views.ResponseStatus) -> dict[s
         "usage": None,
         "tpo": details,
     }
-    return shown.model_copy(update=then).model_dump()
+    return response.model_copy(update=changes).model_dump()
 
 
 def _end(job: Job) -> Iterator[dict[str, Any]]:
-    shown = views.response(job)
-    for position, item in enumerate(shown.output):
-        at: dict[str, Any] = {"item_id": item.id, "output_index": position, "content_index": 0}
+    """Iterate over the events of a job's end: its output, then the whole response."""
+    response = views.response(job)
+    for index, item in enumerate(response.output):
+        position: dict[str, Any] = {"item_id": item.id, "output_index": index, "content_index": 0}
         part = item.content[0]
         empty = item.model_copy(update={"status": "in_progress", "content": []})
-        yield {"type": "response.output_item.added", "output_index": position, "item": empty.model_dump()}
+        yield {"type": "response.output_item.added", "output_index": index, "item": empty.model_dump()}
         yield {
             "type": "response.content_part.added",
-            **at,
+            **position,
             "part": part.model_copy(update={"text": ""}).model_dump(),
         }
-        yield {"type": "response.output_text.delta", **at, "delta": part.text, "logprobs": []}
-        yield {"type": "response.output_text.done", **at, "text": part.text, "logprobs": []}
-        yield {"type": "response.content_part.done", **at, "part": part.model_dump()}
-        yield {"type": "response.output_item.done", "output_index": position, "item": item.model_dump()}
-    yield {"type": _ENDS.get(job.status, "response.incomplete"), "response": shown.model_dump()}
+        yield {"type": "response.output_text.delta", **position, "delta": part.text, "logprobs": []}
+        yield {"type": "response.output_text.done", **position, "text": part.text, "logprobs": []}
+        yield {"type": "response.content_part.done", **position, "part": part.model_dump()}
+        yield {"type": "response.output_item.done", "output_index": index, "item": item.model_dump()}
+    yield {"type": _LAST_EVENTS.get(job.status, "response.incomplete"), "response": response.model_dump()}

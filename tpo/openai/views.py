@@ -1,6 +1,6 @@
-"""Jobs as OpenAI's clients read them: a response or a chat completion is a view of a job, with no row of its own.
+"""Jobs in the shapes of OpenAI's API: a response or a chat completion is a view of a job, without its own row.
 
-What OpenAI's API does not know stands under `tpo`.
+Fields that OpenAI's API does not have are under `tpo`.
 """
 
 import re
@@ -26,24 +26,24 @@ _STATUS: dict[Status, ResponseStatus] = {
     "incomplete": "incomplete",
 }
 THEIR_CODES = {"context_too_long": "invalid_prompt", "prompt_refused": "invalid_prompt"}
-"""Our errors that the caller can mend, by the codes that OpenAI's clients know."""
+"""OpenAI's codes for errors that the caller can fix, by the code of this API."""
 
 
 class CachedTokens(Wire):
-    """None are."""
+    """Tokens read from a cache: always 0."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
 
 
 class ReasoningTokens(Wire):
-    """They are not told apart."""
+    """Tokens of reasoning: always 0, because they are not counted separately."""
 
     reasoning_tokens: int = 0
 
 
 class ResponseUsage(Wire):
-    """What the policy read and wrote, over all calls of the job."""
+    """Tokens that the policy read and wrote, over all calls of the job."""
 
     input_tokens: int
     input_tokens_details: CachedTokens = CachedTokens()
@@ -53,7 +53,7 @@ class ResponseUsage(Wire):
 
 
 class OutputText(Wire):
-    """The answer."""
+    """The text of the answer."""
 
     type: Literal["output_text"] = "output_text"
     text: str
@@ -62,7 +62,7 @@ class OutputText(Wire):
 
 
 class OutputMessage(Wire):
-    """The message that holds the answer."""
+    """The message that contains the answer."""
 
     id: str
     type: Literal["message"] = "message"
@@ -72,20 +72,20 @@ class OutputMessage(Wire):
 
 
 class ResponseFailure(Wire):
-    """Why a response failed, by a code that OpenAI's clients know."""
+    """The error of a failed response, with a code of OpenAI's API."""
 
     code: str
     message: str
 
 
 class IncompleteDetails(Wire):
-    """Why a response stopped early."""
+    """The reason why a response stopped early."""
 
     reason: str
 
 
 class JobDetails(Wire):
-    """The job behind a response."""
+    """Details of the job behind a response or a chat completion."""
 
     job_id: str
     status: Status
@@ -97,7 +97,7 @@ class JobDetails(Wire):
     reward_model: str
     reward_tokens: int
     parameters: dict[str, Any]
-    event: dict[str, Any] | None = Field(None, description="in a stream: what happened")
+    event: dict[str, Any] | None = Field(None, description="the job's event; only in a stream")
 
 
 class Response(Wire):
@@ -128,7 +128,7 @@ class Response(Wire):
 
 
 class ResponseDeleted(Wire):
-    """A response that is forgotten."""
+    """A deleted response."""
 
     id: str
     object: Literal["response"] = "response"
@@ -136,7 +136,7 @@ class ResponseDeleted(Wire):
 
 
 class AnswerMessage(Wire):
-    """The answer of a chat."""
+    """The message of a chat completion."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -144,7 +144,7 @@ class AnswerMessage(Wire):
 
 
 class Choice(Wire):
-    """The one choice."""
+    """The only choice of a chat completion."""
 
     index: Literal[0] = 0
     message: AnswerMessage
@@ -153,7 +153,7 @@ class Choice(Wire):
 
 
 class ChatUsage(Wire):
-    """What the policy read and wrote, over all calls of the job."""
+    """Tokens that the policy read and wrote, over all calls of the job."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -173,19 +173,19 @@ class ChatCompletion(Wire):
 
 
 def response_id(job_id: str) -> str:
-    """The id of the response that shows a job."""
+    """Return the id of a job's response."""
     return job_id.replace("job_", "resp_", 1)
 
 
 def job_id_of(response: str) -> str:
-    """The job behind a response. Raises JobNotFoundError where it cannot be the id of one."""
+    """Return the id of a response's job. Raises JobNotFoundError if it cannot be the id of a response."""
     if not re.fullmatch("resp_[0-9a-f]{32}", response):
         raise JobNotFoundError("There is no response with this id.")
     return response.replace("resp_", "job_", 1)
 
 
 def response(job: Job) -> Response:
-    """A job as a response."""
+    """Build the response of a job."""
     first = job.input[0]
     return Response(
         id=response_id(job.id),
@@ -207,7 +207,7 @@ def response(job: Job) -> Response:
 
 
 def message(job: Job) -> OutputMessage:
-    """The answer of a job that has one."""
+    """Build the output message of a job that has an answer."""
     return OutputMessage(
         id=job.id.replace("job_", "msg_", 1),
         status="completed" if job.status == "completed" else "incomplete",
@@ -216,7 +216,7 @@ def message(job: Job) -> OutputMessage:
 
 
 def chat_completion(job: Job) -> ChatCompletion:
-    """A job that has an answer as a chat completion."""
+    """Build the chat completion of a job that has an answer."""
     return ChatCompletion(
         id=job.id.replace("job_", "chatcmpl-", 1),
         created=int(job.created_at),

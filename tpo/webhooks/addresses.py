@@ -1,4 +1,4 @@
-"""Which addresses a user may have us call: those that anybody could."""
+"""Checks of the addresses of webhooks: only public ones may be called, because users choose them."""
 
 import ipaddress
 import re
@@ -14,12 +14,12 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public Internet, also where it wraps another one."""
+    """Return whether an address, and any address embedded in it, belongs to the public Internet."""
     if isinstance(address, ipaddress.IPv6Address):
-        wrapped = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+        embedded = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
         if address in _NAT64:
-            wrapped.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        if not all(is_public(inner) for inner in wrapped if inner is not None):
+            embedded.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        if not all(is_public(inner) for inner in embedded if inner is not None):
             return False
         if address.ipv4_mapped is not None:
             return True
@@ -27,35 +27,35 @@ def is_public(address: Address) -> bool:
 
 
 def check_url(url: str, *, allow_private: bool) -> None:
-    """Raise InvalidInputError unless events can be sent to this address, as far as its text alone tells.
+    """Check the URL of a webhook by its text. Raises InvalidInputError if events cannot be sent to it.
 
-    What a name means is looked at when something is sent, each time: until then it may change.
+    Host names are resolved and checked at each delivery, because their addresses can change until then.
     """
     if not _URL.fullmatch(url):
-        raise InvalidInputError("url: must begin with https:// or http:// and hold printable ASCII alone.", "url")
+        raise InvalidInputError("url: must start with https:// or http:// and contain only printable ASCII.", "url")
     try:
         parts = urlsplit(url)
         host, _port = parts.hostname or "", parts.port
     except ValueError:
         raise InvalidInputError("url: is not a valid address.", "url") from None
     if not host or parts.username is not None or parts.password is not None or parts.fragment:
-        raise InvalidInputError("url: must name a host, and hold neither user, password nor fragment.", "url")
+        raise InvalidInputError("url: must name a host, and contain no user, password or fragment.", "url")
     if allow_private:
         return
     try:
-        private = not is_public(_written(host))
+        private = not is_public(_literal_address(host))
     except ValueError:
         private = host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost")
     if private:
-        raise InvalidInputError("url: is no public address.", "url")
+        raise InvalidInputError("url: is not a public address.", "url")
 
 
-def _written(host: str) -> Address:
-    """The address that a host is written as, in the old ways too: 127.1, 0x7f000001. Raises ValueError of a name."""
+def _literal_address(host: str) -> Address:
+    """Parse a literal address, also in old notations: 127.1, 0x7f000001. Raises ValueError for a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
         try:
             return ipaddress.IPv4Address(socket.inet_aton(host))
         except OSError:
-            raise ValueError(f"{host!r} is no address") from None
+            raise ValueError(f"{host!r} is not an address") from None

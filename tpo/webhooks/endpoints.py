@@ -1,4 +1,4 @@
-"""Webhooks: what their owners do with them. Nobody sees another tenant's."""
+"""Queries of the webhooks of one tenant."""
 
 import base64
 import secrets
@@ -14,23 +14,23 @@ from tpo.webhooks.outbox import insert_delivery
 from tpo.webhooks.tables import PING, Delivery, Webhook
 
 MAX_WEBHOOKS = 20
-"""Of one tenant: each is told of every job."""
+"""Maximum number of webhooks of one tenant: each adds a delivery to every job."""
 
 _SECRET_BYTES = 32
 
 
 class NewSecret(NamedTuple):
-    """A webhook whose secret was just made: the one time that it can be read."""
+    """A webhook and its new secret, which is readable only now."""
 
     row: Webhook
     secret: str
 
 
 class WebhookQueries(Queries):
-    """The part of the store that keeps webhooks."""
+    """The part of the store that manages webhooks."""
 
     def create(self, url: str, events: Sequence[str]) -> NewSecret:
-        """Make a webhook. Raises ConflictError where the tenant has too many."""
+        """Create a webhook. Raises ConflictError if the tenant has MAX_WEBHOOKS already."""
         secret = _new_secret()
         with writing(self._engine) as session:
             count = select(func.count()).select_from(Webhook).where(Webhook.tenant == self.tenant)
@@ -52,12 +52,12 @@ class WebhookQueries(Queries):
             return NewSecret(session.get_one(Webhook, webhook_id), secret)
 
     def get(self, webhook_id: str) -> Webhook:
-        """One webhook. Raises WebhookNotFoundError."""
+        """Return a webhook. Raises WebhookNotFoundError."""
         with reading(self._engine) as session:
             return self._own_webhook(session, webhook_id)
 
     def page(self, *, limit: int, after: str | None = None) -> Sequence[Webhook]:
-        """A page of webhooks, the newest first; `after` is the id that the last page ended with."""
+        """Return a page of webhooks, newest first. `after` is the last id of the previous page."""
         query = select(Webhook).where(Webhook.tenant == self.tenant)
         if after is not None:
             query = query.where(Webhook.id < after)
@@ -65,20 +65,20 @@ class WebhookQueries(Queries):
             return session.scalars(query.order_by(Webhook.id.desc()).limit(limit)).all()
 
     def update(self, webhook_id: str, changes: dict[str, Any]) -> Webhook:
-        """Change `url`, `events` or `enabled`: what waits when it is switched off is dropped."""
+        """Change `url`, `events` or `enabled`. Pending deliveries of a webhook that is disabled are dropped."""
         with writing(self._engine) as session:
             webhook = self._own_webhook(session, webhook_id, lock=True)
             if changes.get("enabled") is True:
                 changes = {**changes, "disabled_reason": None}
             if changes.get("enabled") is False:
-                switch_off(session, webhook_id, "by_owner")
+                disable_webhook(session, webhook_id, "by_owner")
             if changes:
                 session.execute(update(Webhook).where(Webhook.id == webhook_id).values(changes))
             session.refresh(webhook)
             return webhook
 
     def rotate_secret(self, webhook_id: str, keep_old_seconds: float) -> NewSecret:
-        """Make a new secret; the one that it replaces signs too for a while. Raises WebhookNotFoundError."""
+        """Create a new secret. The old one signs as well for `keep_old_seconds`. Raises WebhookNotFoundError."""
         secret = _new_secret()
         with writing(self._engine) as session:
             webhook = self._own_webhook(session, webhook_id, lock=True)
@@ -94,20 +94,20 @@ class WebhookQueries(Queries):
             return NewSecret(webhook, secret)
 
     def delete(self, webhook_id: str) -> None:
-        """Forget a webhook and its deliveries. Raises WebhookNotFoundError."""
+        """Delete a webhook and its deliveries. Raises WebhookNotFoundError."""
         with writing(self._engine) as session:
             self._own_webhook(session, webhook_id, lock=True)
             session.execute(delete(Webhook).where(Webhook.id == webhook_id))
 
     def ping(self, webhook_id: str) -> Delivery:
-        """Have a test event delivered. Raises WebhookNotFoundError, and ConflictError where the webhook is off."""
+        """Enqueue a test event. Raises WebhookNotFoundError, and ConflictError if the webhook is disabled."""
         with writing(self._engine) as session:
             if not self._own_webhook(session, webhook_id, lock=True).enabled:
                 raise ConflictError("The webhook is switched off: enable it first.")
             return session.get_one(Delivery, insert_delivery(session, webhook_id, PING, webhook_id))
 
     def deliveries_page(self, webhook_id: str, *, limit: int, after: str | None = None) -> Sequence[Delivery]:
-        """A page of a webhook's deliveries, the newest first. Raises WebhookNotFoundError."""
+        """Return a page of a webhook's deliveries, newest first. Raises WebhookNotFoundError."""
         query = select(Delivery).where(Delivery.webhook_id == webhook_id)
         if after is not None:
             query = query.where(Delivery.id < after)
@@ -123,12 +123,13 @@ class WebhookQueries(Queries):
         return found
 
 
-def switch_off(session: Session, webhook_id: str, reason: str) -> None:
-    """Send nothing more to a webhook; what waits for it is dropped. Its row comes first: so do all who lock both."""
-    off = update(Webhook).where(Webhook.id == webhook_id)
-    session.execute(off.values(enabled=False, disabled_reason=reason))
-    waiting = update(Delivery).where(Delivery.webhook_id == webhook_id, Delivery.status.in_(("pending", "sending")))
-    session.execute(waiting.values(status="failed", last_error="webhook_off", ended_at=now()))
+def disable_webhook(session: Session, webhook_id: str, reason: str) -> None:
+    """Disable a webhook and drop its pending deliveries."""
+    # The webhook's row is locked first, as everywhere: another order could deadlock.
+    disabled = update(Webhook).where(Webhook.id == webhook_id)
+    session.execute(disabled.values(enabled=False, disabled_reason=reason))
+    pending = update(Delivery).where(Delivery.webhook_id == webhook_id, Delivery.status.in_(("pending", "sending")))
+    session.execute(pending.values(status="failed", last_error="webhook_off", ended_at=now()))
 
 
 def _new_secret() -> str:

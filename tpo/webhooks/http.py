@@ -1,7 +1,7 @@
-"""One POST to an address that a user named: never to a private one, never further than it, and for a bounded time.
+"""POST to a URL that a user chose: only to public addresses, without redirects, and for a bounded time.
 
-The name is resolved once; what was looked at is what is connected to, so that a name that changes in between gains
-nothing. No redirect is followed, no proxy asked, and of the answer the status alone is read.
+The host name is resolved once, and the connection goes to the addresses that were checked: DNS rebinding has no effect.
+No proxy is used, and only the status of the response is read.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from tpo.webhooks.addresses import is_public
 
 
 class NotSent(Exception):
-    """No answer came. Its message is a code."""
+    """No response arrived. The message is an error code."""
 
 
 def trusted(authorities: Path | None) -> ssl.SSLContext:
-    """Whose certificates are believed: the system's authorities (or those of SSL_CERT_FILE), and these beside them."""
+    """Create a TLS context that trusts the system's authorities (or those of SSL_CERT_FILE) and the given ones."""
     context = ssl.create_default_context()
     if authorities is not None:
         context.load_verify_locations(authorities)
@@ -33,7 +33,11 @@ def trusted(authorities: Path | None) -> ssl.SSLContext:
 def post(
     url: str, body: bytes, headers: Mapping[str, str], *, seconds: float, allow_private: bool, tls: ssl.SSLContext
 ) -> int:
-    """The status of the answer. Raises NotSent."""
+    """Send a POST request and return the status of the response. Raises NotSent.
+
+    `seconds` bounds the whole call, except that the DNS lookup can take longer. `allow_private` permits addresses that
+    are not public.
+    """
     end = time.monotonic() + seconds
     parts = urlsplit(url)
     try:
@@ -52,7 +56,7 @@ def post(
 
 
 def _resolve(parts: SplitResult, *, allow_private: bool) -> list[str]:
-    """All addresses of a host, in the resolver's order; one that is not public refuses them all."""
+    """Return all addresses of a host, in the resolver's order. Raises NotSent if one of them is not public."""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
@@ -65,43 +69,44 @@ def _resolve(parts: SplitResult, *, allow_private: bool) -> list[str]:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to one of these addresses, whatever the name means by now."""
+    """A connection to one of the given addresses, without another DNS lookup."""
 
     def __init__(self, parts: SplitResult, addresses: list[str], end: float, tls: ssl.SSLContext) -> None:
         self._tls = tls if parts.scheme == "https" else None
         super().__init__(parts.hostname or "", parts.port or (443 if self._tls else 80))
         self._addresses = addresses
         self._end = end
-        self.default_port = 443 if self._tls else 80  # the Host header names any other
+        self.default_port = 443 if self._tls else 80  # the Host header contains any other port
 
     def connect(self) -> None:
-        """Connect to the first address that answers."""
-        failed: OSError = OSError()
+        """Connect to the first address that accepts the connection."""
+        last_error: OSError = OSError()
         for address in self._addresses:
-            left = self._end - time.monotonic()
-            if left <= 0:
+            remaining = self._end - time.monotonic()
+            if remaining <= 0:
                 raise TimeoutError
             try:
-                sock = socket.create_connection((address, self.port), left)
+                sock = socket.create_connection((address, self.port), remaining)
             except OSError as error:
-                failed = error
+                last_error = error
                 continue
             self.sock = sock
             if self._tls:
                 self.sock = self._tls.wrap_socket(sock, server_hostname=self.host)
             return
-        raise failed
+        raise last_error
 
     @contextlib.contextmanager
     def bounded(self) -> Iterator[None]:
-        """Cut the connection at its end: a receiver that sends a byte now and then would hold it for ever."""
+        """Shut the connection down at its deadline. A receiver that sends a byte now and then would hold it open."""
         sock = self.sock
 
-        def cut() -> None:
+        def shut_down() -> None:
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of a TLS socket too, whose own waits for its reader
+                # Not the method of a TLS socket, which would wait for a thread that reads.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-        timer = threading.Timer(max(0.0, self._end - time.monotonic()), cut)
+        timer = threading.Timer(max(0.0, self._end - time.monotonic()), shut_down)
         timer.daemon = True
         timer.start()
         try:

@@ -1,4 +1,4 @@
-"""Payloads and signatures of webhooks (Standard Webhooks)."""
+"""Payloads and signatures of webhooks, as Standard Webhooks (https://www.standardwebhooks.com) defines them."""
 
 import base64
 import hashlib
@@ -8,20 +8,20 @@ import json
 from tpo.webhooks.deliveries import ClaimedDelivery
 
 
-def payload(parcel: ClaimedDelivery) -> bytes:
-    """The body: thin, for texts are fetched with a key. The same at every attempt."""
+def payload(delivery: ClaimedDelivery) -> bytes:
+    """Return the body of a delivery. It contains only ids, and is the same at every attempt."""
     event = {
-        "id": parcel.event_id,
+        "id": delivery.event_id,
         "object": "event",
-        "type": parcel.type,
-        "created_at": int(parcel.created_at),
-        "data": {"id": parcel.object_id},
+        "type": delivery.type,
+        "created_at": int(delivery.created_at),
+        "data": {"id": delivery.object_id},
     }
     return json.dumps(event, separators=(",", ":")).encode()
 
 
 def signed(event_id: str, timestamp: int, body: bytes, secrets: tuple[str, ...]) -> dict[str, str]:
-    """The headers that prove who sent it, with a signature for each secret that is valid."""
+    """Return the headers that sign a body, with a signature for each valid secret. `timestamp` is in Unix seconds."""
     content = f"{event_id}.{timestamp}.".encode() + body
     digests = (hmac.digest(base64.b64decode(s.removeprefix("whsec_")), content, hashlib.sha256) for s in secrets)
     return {

@@ -1,4 +1,4 @@
-"""Webhooks and their deliveries as typed models."""
+"""Tables of webhooks and their deliveries."""
 
 from typing import Any, Literal, get_args
 
@@ -24,13 +24,13 @@ EventType = Literal[
     "response.incomplete",
 ]
 DEFAULT_EVENTS: tuple[EventType, ...] = tuple(e for e in get_args(EventType) if not e.startswith("response."))
-"""A response is a job by another name: it is told of only to those who ask for that name."""
+"""Events of a webhook that names none. A response is a job under another name, so its events need a subscription."""
 
 PING = "webhook.test"
 
 
 class Webhook(Base):
-    """Where a tenant wants to be told of what has ended, and the secrets that sign it."""
+    """An endpoint of a tenant that is notified when a job or a batch ends, with the secrets that sign its events."""
 
     __tablename__ = "webhooks"
     __table_args__ = (Index("webhooks_by_tenant", "tenant", "id"),)
@@ -43,13 +43,13 @@ class Webhook(Base):
     disabled_reason: Mapped[str | None]
     secret: Mapped[str]
     old_secret: Mapped[str | None]
-    """Signs beside the new one until `old_secret_until`."""
+    """Signs in addition to the new secret until `old_secret_until`."""
     old_secret_until: Mapped[float | None]
     created_at: Mapped[float]
 
 
 class Delivery(Base):
-    """One event on its way to one webhook."""
+    """The delivery of one event to one webhook."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
@@ -62,14 +62,14 @@ class Delivery(Base):
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     webhook_id: Mapped[str] = mapped_column(String(40), ForeignKey("webhooks.id", ondelete="CASCADE"))
     event_id: Mapped[str] = mapped_column(String(40))
-    """The same at every attempt: a receiver tells by it what it has seen."""
+    """The same at every attempt, so that a receiver can recognise duplicates."""
     type: Mapped[str] = mapped_column(String(40))
     object_id: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[float]
     status: Mapped[DeliveryStatus] = mapped_column(String(16), default="pending")
     attempt: Mapped[int] = mapped_column(default=0)
     next_attempt_at: Mapped[float]
-    """While it is sent: when it counts as lost with its sender."""
+    """When the next attempt is due. While a delivery is being sent: when its sender counts as dead."""
     ended_at: Mapped[float | None]
     last_error: Mapped[str | None]
-    """A code alone: nothing that the receiver said."""
+    """An error code. It contains nothing from the receiver's response."""

@@ -1,4 +1,4 @@
-"""The Python client against a real server and worker: cuts, errors for a moment, requests sent twice, batches."""
+"""The Python client against a real server and worker: cut connections, retries, idempotency and batches."""
 
 import contextlib
 import threading
@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {"parameters": {"sample_size": 2, "max_iterations": 1}}
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Iterator[tuple[System, Api]]:
-    """A server and a worker for the whole file."""
+    """Server and worker for all tests of this file."""
     folder = tmp_path_factory.mktemp("client")
     (folder / "tpo.db").write_bytes(sqlite_template.read_bytes())
     with running_system(f"sqlite:///{folder}/tpo.db", folder) as system, started_api(system) as api:
@@ -69,7 +69,7 @@ def jobs_in(system: System) -> int:
         return int(connection.execute(text("SELECT count(*) FROM jobs")).scalar_one())
 
 
-def test_submit_wait_and_the_record(client: Client) -> None:
+def test_submit_wait_and_read_the_record(client: Client) -> None:
     seen: list[Job] = []
     job = client.submit("Where is it?", metadata={"row": "1"}, parameters={"sample_size": 2, "max_iterations": 8})
     assert job["metadata"] == {"row": "1"}
@@ -77,31 +77,31 @@ def test_submit_wait_and_the_record(client: Client) -> None:
     assert ended["status"] == "completed"
     assert ended["output"]
     assert seen[-1] == ended
-    assert len(seen) > 2  # it was told what happened in between
+    assert len(seen) > 2  # progress was reported before the end
     assert client.get(job["id"]) == ended == client.cancel(job)
     assert [i["number"] for i in client.iterations(job)] == list(range(9))
     assert len(client.candidates(job)) == 18
 
 
-def test_events_come_as_they_happen(client: Client) -> None:
+def test_events_are_streamed_and_resumable(client: Client) -> None:
     job = client.submit("Hello", **SMALL)
-    told = list(client.events(job))
-    assert [e["sequence_number"] for e in told] == list(range(1, len(told) + 1))
-    assert told[-1]["type"] == "job.completed"
-    assert list(client.events(job, starting_after=3)) == told[3:]
-    assert list(client.events(job, starting_after=len(told))) == list(client.events(job, starting_after=9999)) == []
+    events = list(client.events(job))
+    assert [e["sequence_number"] for e in events] == list(range(1, len(events) + 1))
+    assert events[-1]["type"] == "job.completed"
+    assert list(client.events(job, starting_after=3)) == events[3:]
+    assert list(client.events(job, starting_after=len(events))) == list(client.events(job, starting_after=9999)) == []
 
 
-def test_an_event_stream_that_is_cut_is_resumed(client: Client, proxy: Cutter) -> None:
+def test_cut_event_stream_is_resumed(client: Client, proxy: Cutter) -> None:
     job = client.submit("Hello", **SMALL)
     proxy.budgets = [100, 300, 500, 700, 900, 1100]
     with Client(proxy.url) as cut:
-        told = list(cut.events(job))
+        events = list(cut.events(job))
     assert proxy.connections >= 5
-    assert told == list(client.events(job))
+    assert events == list(client.events(job))
 
 
-def test_a_submission_whose_answer_is_lost_makes_one_job(system: System, proxy: Cutter) -> None:
+def test_submit_with_a_lost_response_creates_one_job(system: System, proxy: Cutter) -> None:
     before = jobs_in(system)
     proxy.lost = 2
     with Client(proxy.url) as client:
@@ -111,19 +111,19 @@ def test_a_submission_whose_answer_is_lost_makes_one_job(system: System, proxy: 
     assert jobs_in(system) == before + 1
 
 
-def test_a_key_of_ones_own_holds_over_calls_and_clients(system: System, client: Client) -> None:
+def test_idempotency_key_holds_over_calls_and_clients(system: System, client: Client) -> None:
     before = jobs_in(system)
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: client.submit("Hello", idempotency_key="one", **SMALL)["id"], range(20)))
-    assert len(set(made)) == 1
+        job_ids = list(pool.map(lambda _: client.submit("Hello", idempotency_key="one", **SMALL)["id"], range(20)))
+    assert len(set(job_ids)) == 1
     assert jobs_in(system) == before + 1
-    with pytest.raises(BadRequestError) as refused:
+    with pytest.raises(BadRequestError) as rejected:
         client.submit("Other", idempotency_key="one", **SMALL)
-    assert refused.value.code == "idempotency_key_reused"
+    assert rejected.value.code == "idempotency_key_reused"
     assert client.submit("Hello", **SMALL)["id"] != client.submit("Hello", **SMALL)["id"]
 
 
-def test_what_fails_for_a_moment_is_tried_again_when_the_server_says(system: System, proxy: Cutter) -> None:
+def test_temporary_error_is_retried_after_retry_after(system: System, proxy: Cutter) -> None:
     before = jobs_in(system)
     proxy.refusals = 2
     began = time.monotonic()
@@ -134,7 +134,7 @@ def test_what_fails_for_a_moment_is_tried_again_when_the_server_says(system: Sys
     assert jobs_in(system) == before + 1
 
 
-def test_what_goes_on_failing_is_an_error_of_its_kind(proxy: Cutter) -> None:
+def test_persistent_error_raises_its_class(proxy: Cutter) -> None:
     proxy.refusals = 1
     with Client(proxy.url, retries=0) as client:
         with pytest.raises(InternalServerError) as failed:
@@ -146,7 +146,7 @@ def test_what_goes_on_failing_is_an_error_of_its_kind(proxy: Cutter) -> None:
             client.get("job_1")
     proxy.refusals = 1
     with Client(proxy.url) as patient, pytest.raises(RateLimitError):
-        patient.get("job_1")  # nobody waits for hours
+        patient.get("job_1")  # a retry-after of hours is not waited for
 
 
 def test_errors_are_typed(client: Client) -> None:
@@ -168,7 +168,7 @@ def test_errors_are_typed(client: Client) -> None:
         nonsense.get(unknown)
 
 
-def test_what_no_json_holds_is_an_error_that_names_the_field(client: Client) -> None:
+def test_unencodable_value_error_names_the_field(client: Client) -> None:
     for job, field in (
         ({"input": "half a pair \ud83d"}, "input"),
         ({"input": "x", "parameters": {"temperature": float("nan")}}, "parameters.temperature"),
@@ -188,13 +188,13 @@ def test_what_no_json_holds_is_an_error_that_names_the_field(client: Client) -> 
 
 
 @pytest.mark.parametrize("key", ["two\nlines-of-a-file", "schlüssel-der-lang-genug-ist"])
-def test_a_key_that_no_header_carries_is_said_without_it(key: str) -> None:
-    with pytest.raises(ClientError, match="API key") as refused:
+def test_invalid_api_key_is_not_quoted(key: str) -> None:
+    with pytest.raises(ClientError, match="API key") as error:
         Client(api_key=key)
-    assert key not in str(refused.value)
+    assert key not in str(error.value)
 
 
-def test_a_key(system: System) -> None:
+def test_api_key_authenticates(system: System) -> None:
     with started_api(system, api_key=KEY) as api:
         with Client(api.url, "another-key-that-is-wrong") as stranger, pytest.raises(AuthenticationError):
             next(stranger.list())
@@ -202,20 +202,20 @@ def test_a_key(system: System) -> None:
             assert known.get(known.submit("x", **SMALL)["id"])["status"] in {"queued", "in_progress", "completed"}
 
 
-def test_waiting_ends_when_the_time_is_up(client: Client) -> None:
+def test_wait_times_out(client: Client) -> None:
     job = client.submit("x", model=None, parameters={"sample_size": 2, "max_iterations": 50})
-    client.pause(job)  # it does not end meanwhile, however slow this machine is
+    client.pause(job)  # so that it cannot end early on a slow machine
     with pytest.raises(WaitTimeoutError):
         client.wait(job, timeout=0.3)
     assert client.cancel(job)["status"] in {"cancelling", "cancelled"}
     assert client.wait(job)["status"] == "cancelled"
 
 
-def test_a_job_is_held_and_let_go(client: Client) -> None:
+def test_pause_and_resume(client: Client) -> None:
     job = client.submit("x", parameters={"sample_size": 2, "max_iterations": 50})
     client.pause(job)
-    while (held := client.get(job))["status"] != "paused":
-        assert held["status"] in ("queued", "in_progress")
+    while (current := client.get(job))["status"] != "paused":
+        assert current["status"] in ("queued", "in_progress")
     assert client.pause(job)["status"] == "paused"
     assert client.resume(job["id"])["status"] in ("queued", "in_progress")
     client.cancel(job)
@@ -224,7 +224,7 @@ def test_a_job_is_held_and_let_go(client: Client) -> None:
         client.resume(job)
 
 
-def test_a_job_goes_on_in_another(system: System, client: Client, proxy: Cutter) -> None:
+def test_retry_and_extend_continue_in_a_new_job(system: System, client: Client, proxy: Cutter) -> None:
     short = client.wait(client.submit("x", parameters={"sample_size": 2, "max_iterations": 3, "max_output_tokens": 1}))
     assert (short["status"], short["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     before = jobs_in(system)
@@ -243,7 +243,7 @@ def test_a_job_goes_on_in_another(system: System, client: Client, proxy: Cutter)
         client.extend(short, 0)
 
 
-def test_a_job_is_deleted_once(client: Client, proxy: Cutter) -> None:
+def test_delete_is_idempotent_within_one_call(client: Client, proxy: Cutter) -> None:
     job = client.submit("x", parameters={"sample_size": 2, "max_iterations": 50})
     with pytest.raises(ConflictError):
         client.delete(job)
@@ -251,38 +251,38 @@ def test_a_job_is_deleted_once(client: Client, proxy: Cutter) -> None:
     client.wait(job)
     proxy.lost = 1
     with Client(proxy.url) as cut:
-        cut.delete(job)  # the first answer was lost, and the second says that there is no such job
+        cut.delete(job)  # the first response was lost, and the retry is a 404
     with pytest.raises(NotFoundError):
         client.delete(job)
 
 
-def test_early_stop_is_told(client: Client) -> None:
+def test_early_stop_is_reported(client: Client) -> None:
     rule = {"early_stop": {"patience": 1, "min_gain": 1000.0}}
     job = client.wait(client.submit("x", parameters={"sample_size": 2, "max_iterations": 9, **rule}))
     assert (job["status"], job["stop_reason"], job["progress"]["iteration"]) == ("completed", "early_stop", 1)
 
 
-def test_lists_go_over_pages(client: Client) -> None:
-    made = [client.submit(f"{n}", metadata={"list": "yes"}, **SMALL)["id"] for n in range(105)]
-    assert [job["id"] for job in client.list(metadata={"list": "yes"}, order="asc")] == made
-    assert [job["id"] for job in client.list(metadata={"list": "yes"}, limit=3)] == made[:-4:-1]
-    client.wait_all(made)
+def test_list_iterates_over_pages(client: Client) -> None:
+    submitted = [client.submit(f"{n}", metadata={"list": "yes"}, **SMALL)["id"] for n in range(105)]
+    assert [job["id"] for job in client.list(metadata={"list": "yes"}, order="asc")] == submitted
+    assert [job["id"] for job in client.list(metadata={"list": "yes"}, limit=3)] == submitted[:-4:-1]
+    client.wait_all(submitted)
     assert {job["status"] for job in client.list(metadata={"list": "yes"}, status=["completed"])} == {"completed"}
     assert list(client.list(metadata={"list": "yes"}, status="failed")) == []
 
 
-def test_a_batch_is_drawn_as_it_runs_and_gives_results_in_order(client: Client) -> None:
-    drawn = 0
+def test_batch_reads_rows_lazily_and_keeps_order(client: Client) -> None:
+    read = 0
 
     def rows() -> Iterator[dict[str, str]]:
-        nonlocal drawn
+        nonlocal read
         for n in range(12):
-            drawn += 1
+            read += 1
             yield {"prompt": {5: "   ", 7: "half a pair \ud83d"}.get(n, f"Question {n}")}
 
     results = client.batch(rows(), lambda row: row["prompt"], in_flight=3, **SMALL)
     first = next(results)
-    assert drawn <= 4
+    assert read <= 4
     rest = list(results)
     assert [r.index for r in (first, *rest)] == list(range(12))
     for result in (first, *rest):
@@ -296,26 +296,26 @@ def test_a_batch_is_drawn_as_it_runs_and_gives_results_in_order(client: Client) 
             assert result.job["input"] == result.row["prompt"]
 
 
-def test_what_cannot_be_sent_disturbs_no_other_row(client: Client) -> None:
+def test_invalid_row_does_not_affect_other_rows(client: Client) -> None:
     rows: list[Any] = ["a", None, 5, "\ud800", {"input": "b", "parameters": {"temperature": float("nan")}}, "c"]
     rows.insert(3, {"input": "d", "metadata": {"key": object()}})
     results = list(client.batch(rows, in_flight=2, **SMALL))
     assert [r.output is not None for r in results] == [True, False, False, False, False, False, True]
-    refused = [ClientError, ClientError, ClientError, BadRequestError, BadRequestError]
-    assert [type(r.error) for r in results[1:-1]] == refused
+    errors = [ClientError, ClientError, ClientError, BadRequestError, BadRequestError]
+    assert [type(r.error) for r in results[1:-1]] == errors
     assert "no NoneType" in str(results[1].error)
 
 
-def test_another_server_at_the_address() -> None:
-    with another_server() as url, Client(url) as lost:
+def test_other_server_at_the_url_is_reported() -> None:
+    with html_server() as url, Client(url) as lost:
         for ask in (lost.get, lost.wait, lost.iterations):
             with pytest.raises(ClientError, match="no TPO server"):
                 ask("job_1")
 
 
 @contextlib.contextmanager
-def another_server() -> Iterator[str]:
-    """A web server that answers every request with a page."""
+def html_server() -> Iterator[str]:
+    """Run a web server that answers every request with a page, and yield its URL."""
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -334,7 +334,7 @@ def another_server() -> Iterator[str]:
             server.shutdown()
 
 
-def test_a_batch_as_it_comes(client: Client) -> None:
+def test_batch_yields_results_as_completed(client: Client) -> None:
     slow = {"input": "slow", "parameters": {"sample_size": 2, "max_iterations": 8}}
     rows = [slow, *({"input": f"{n}", **SMALL} for n in range(4))]
     results = list(client.batch(rows, in_flight=5, in_order=False))
@@ -347,10 +347,10 @@ def test_a_batch_as_it_comes(client: Client) -> None:
     assert ended.job == ended.error.job
 
 
-def test_a_batch_that_nobody_listens_to_ends(client: Client) -> None:
+def test_closed_batch_ends_its_threads(client: Client) -> None:
     before = threading.active_count()
     results = client.batch([f"{n}" for n in range(100)], in_flight=4, **SMALL)
     next(results)
     results.close()  # type: ignore[attr-defined]
-    eventually(lambda: threading.active_count() <= before, why="its threads have ended")
+    eventually(lambda: threading.active_count() <= before, why="the threads of the batch should end")
     assert threading.active_count() <= before

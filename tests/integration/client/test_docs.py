@@ -1,4 +1,4 @@
-"""Every snippet in docs/client.md runs, and does what the page says."""
+"""The snippets of docs/client.md run and have the documented results."""
 
 import os
 import re

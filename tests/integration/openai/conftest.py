@@ -1,4 +1,4 @@
-"""A server with a worker, and the official client of it, for the tests of one module."""
+"""A server with a worker and the official client of it, for all tests of a module."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,20 +16,20 @@ from tests.support.databases import DATABASES, migrated_database
 
 
 class Server(NamedTuple):
-    """A running API on a system, and its address."""
+    """Running API of a system, and its URL."""
 
     system: System
     api: Process
     url: str
 
     def client(self, key: str = KEY) -> openai.OpenAI:
-        """The official client, unchanged but for its address and key; it repeats nothing, so that errors are seen."""
+        """Return the official client with this server's URL and key. It does not retry, so that errors are seen."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=HANG_SECONDS)
 
 
 @contextlib.contextmanager
 def serving(system: System, **settings: object) -> Iterator[Server]:
-    """Start an API on a system."""
+    """Start an API on a system and yield it."""
     port = free_port()
     api = system.start("-m", "api", port=port, api_key=KEY, lease_seconds=30, **settings)
     api.wait_for("Listening on")
@@ -38,7 +38,7 @@ def serving(system: System, **settings: object) -> Iterator[Server]:
 
 @pytest.fixture(scope="module", params=DATABASES)
 def shared_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """A system on a database of either kind, for all tests of a module."""
+    """System on SQLite and on PostgreSQL, for all tests of a module."""
     folder: Path = tmp_path_factory.mktemp("system")
     with migrated_database(request.param, request, folder) as url, running_system(url, folder) as system:
         yield system
@@ -46,7 +46,7 @@ def shared_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def server(shared_system: System) -> Iterator[Server]:
-    """An API and a worker that answers within some tenths of a second."""
+    """API and a worker that completes a job within some tenths of a second."""
     shared_system.worker(scripted_latency=0.02, concurrency=8)
     with serving(shared_system, wait_seconds=30) as server:
         yield server
@@ -54,20 +54,20 @@ def server(shared_system: System) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    """A client of that server."""
+    """Client of that server."""
     with server.client() as client:
         yield client
 
 
 @pytest.fixture
 def idle(sqlite_system: System) -> Iterator[Server]:
-    """An API without a worker: its jobs stay queued until a test changes that."""
+    """API without a worker: its jobs stay queued until a test changes that."""
     with serving(sqlite_system, wait_seconds=1) as server:
         yield server
 
 
 @pytest.fixture
 def idle_client(idle: Server) -> Iterator[openai.OpenAI]:
-    """A client of the API without a worker."""
+    """Client of the API without a worker."""
     with idle.client() as client:
         yield client

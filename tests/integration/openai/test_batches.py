@@ -23,7 +23,7 @@ ONE_CALL = {"sample_size": 1, "max_iterations": 0}
 
 @pytest.fixture(scope="module")
 def batch_server(shared_system: System) -> Iterator[Server]:
-    """An API, a worker and maintenance."""
+    """API, worker and maintenance worker."""
     shared_system.worker(scripted_latency=0, concurrency=8)
     shared_system.maintenance(max_batch_lines=1000, batch_jobs=50)
     with serving(shared_system) as server:
@@ -37,10 +37,10 @@ def batch_client(batch_server: Server) -> Iterator[openai.OpenAI]:
 
 
 def line(custom_id: Any, url: str = RESPONSES, **body: Any) -> str:
-    asked: dict[str, Any] = (
+    defaults: dict[str, Any] = (
         {"input": "Hello"} if url == RESPONSES else {"messages": [{"role": "user", "content": "Hi"}]}
     )
-    body = {**asked, "model": "scripted", "tpo": ONE_CALL, **body}
+    body = {**defaults, "model": "scripted", "tpo": ONE_CALL, **body}
     return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body})
 
 
@@ -53,11 +53,11 @@ def start(client: openai.OpenAI, text: str | bytes, url: Any = RESPONSES, window
 
 
 def end(client: openai.OpenAI, batch: Batch) -> Batch:
-    def look() -> Batch | None:
+    def ended() -> Batch | None:
         found = client.batches.retrieve(batch.id)
         return found if found.status in ENDED else None
 
-    return eventually(look, why="the batch ends")
+    return eventually(ended, why="the batch should end")
 
 
 def read(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def run(client: openai.OpenAI, text: str | bytes, url: str = RESPONSES) -> Batch
 
 
 class TestFiles:
-    def test_are_kept_as_they_came(self, batch_client: openai.OpenAI, tmp_path: Path) -> None:
+    def test_content_is_stored_unchanged(self, batch_client: openai.OpenAI, tmp_path: Path) -> None:
         data = b"".join(b"%d\r\n" % i for i in range(150_000))
         (tmp_path / "large.jsonl").write_bytes(data)
         file = batch_client.files.create(file=tmp_path / "large.jsonl", purpose="batch")
@@ -86,13 +86,13 @@ class TestFiles:
             with pytest.raises(openai.NotFoundError):
                 batch_client.files.delete(gone)
 
-    def test_other_purposes_and_fields_are_refused(self, batch_client: openai.OpenAI) -> None:
+    def test_other_purposes_and_fields_are_rejected(self, batch_client: openai.OpenAI) -> None:
         with pytest.raises(openai.UnprocessableEntityError, match="purpose"):
             batch_client.files.create(file=("a", b"a"), purpose="vision")
         with pytest.raises(openai.UnprocessableEntityError, match="colour"):
             batch_client.files.create(file=("a", b"a"), purpose="batch", extra_body={"colour": "red"})
 
-    def test_one_that_is_too_large_is_refused(self, sqlite_system: System) -> None:
+    def test_too_large_file_is_rejected(self, sqlite_system: System) -> None:
         with serving(sqlite_system, max_file_bytes=100_000) as server, server.client() as client:
             with pytest.raises(openai.APIStatusError) as caught:
                 client.files.create(file=("a", b"x" * 300_000), purpose="batch")
@@ -113,15 +113,13 @@ class TestFiles:
             ),
         ],
     )
-    def test_what_is_no_form_with_a_file_is_refused(
-        self, batch_server: Server, kind: str, body: bytes, status: int
-    ) -> None:
+    def test_invalid_form_is_rejected(self, batch_server: Server, kind: str, body: bytes, status: int) -> None:
         headers = {"content-type": kind, "authorization": f"Bearer {KEY}"}
-        answer = httpx2.post(f"{batch_server.url}/v1/files", headers=headers, content=body)
-        assert answer.status_code == status, answer.text
-        assert answer.json()["error"]["message"]
+        response = httpx2.post(f"{batch_server.url}/v1/files", headers=headers, content=body)
+        assert response.status_code == status, response.text
+        assert response.json()["error"]["message"]
 
-    def test_of_another_tenant_is_not_found(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
+    def test_file_of_another_tenant_is_not_found(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
         file = batch_client.files.create(file=("a", line("a").encode()), purpose="batch")
         batch = start(batch_client, line("a"))
         secret = batch_server.system.store.keys.create("stranger", "strangers").secret
@@ -138,7 +136,7 @@ class TestFiles:
 
 class TestBatches:
     @pytest.mark.parametrize("url", [RESPONSES, CHAT])
-    def test_results_stand_in_the_order_of_the_requests(self, batch_client: openai.OpenAI, url: str) -> None:
+    def test_results_are_in_the_order_of_the_requests(self, batch_client: openai.OpenAI, url: str) -> None:
         batch = run(batch_client, "\n".join(line(f"r{i}", url) for i in range(60)), url)
         assert (batch.status, batch.error_file_id, batch.metadata) == ("completed", None, {"set": "test"})
         counts, usage = batch.request_counts, batch.usage
@@ -158,7 +156,7 @@ class TestBatches:
         assert batch.output_file_id
         assert batch_client.files.retrieve(batch.output_file_id).purpose == "batch_output"
 
-    def test_a_bad_line_fails_alone(self, batch_client: openai.OpenAI) -> None:
+    def test_invalid_line_does_not_affect_others(self, batch_client: openai.OpenAI) -> None:
         text = "\r\n".join(
             [
                 "\ufeff" + line("good"),
@@ -181,8 +179,8 @@ class TestBatches:
         assert batch.request_counts.to_dict() == {"total": 9, "completed": 2, "failed": 7}
         assert [r["custom_id"] for r in read(batch_client, batch.output_file_id)] == ["good", "deep"]
         errors = {r["error"]["line"]: (r["custom_id"], r["error"]) for r in read(batch_client, batch.error_file_id)}
-        told = {number: (name, e["code"], e["param"]) for number, (name, e) in errors.items()}
-        assert told == {
+        found = {number: (name, e["code"], e["param"]) for number, (name, e) in errors.items()}
+        assert found == {
             2: (None, "invalid_input", None),
             4: ("good", "duplicate_custom_id", "custom_id"),
             5: ("elsewhere", "invalid_input", "url"),
@@ -194,41 +192,41 @@ class TestBatches:
         assert "line 1" in errors[4][1]["message"]
 
     @pytest.mark.parametrize("text", ["", "\r\n\n  \n"])
-    def test_a_file_without_requests_is_refused_as_a_whole(self, batch_client: openai.OpenAI, text: str) -> None:
+    def test_file_without_requests_fails_the_batch(self, batch_client: openai.OpenAI, text: str) -> None:
         batch = run(batch_client, text)
         assert batch.status == "failed"
         assert batch.errors
         assert [e.code for e in batch.errors.data or []] == ["empty_file"]
 
-    def test_so_is_one_with_too_many(self, batch_client: openai.OpenAI) -> None:
+    def test_file_with_too_many_requests_fails_the_batch(self, batch_client: openai.OpenAI) -> None:
         batch = run(batch_client, "{}\n" * 1001)
         assert batch.errors
         assert [e.code for e in batch.errors.data or []] == ["too_many_requests"]
 
-    def test_what_cannot_be_a_batch_is_refused(self, batch_client: openai.OpenAI) -> None:
+    def test_invalid_batch_is_rejected(self, batch_client: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError):
             batch_client.batches.create(input_file_id="file-1", endpoint=RESPONSES, completion_window="24h")
         file = batch_client.files.create(file=("a", b""), purpose="batch")
         for wrong in ({"endpoint": "/v1/embeddings"}, {"completion_window": "soon"}):
-            asked: Any = {"input_file_id": file.id, "endpoint": RESPONSES, "completion_window": "24h", **wrong}
+            arguments: Any = {"input_file_id": file.id, "endpoint": RESPONSES, "completion_window": "24h", **wrong}
             with pytest.raises(openai.UnprocessableEntityError) as caught:
-                batch_client.batches.create(**asked)
+                batch_client.batches.create(**arguments)
             assert caught.value.param == next(iter(wrong))
         output = run(batch_client, line("a")).output_file_id
         assert output
         with pytest.raises(openai.UnprocessableEntityError):
             batch_client.batches.create(input_file_id=output, endpoint=RESPONSES, completion_window="24h")
 
-    def test_are_listed_by_pages(self, batch_client: openai.OpenAI) -> None:
-        made = [start(batch_client, line("a")).id for _ in range(3)]
-        assert [b.id for _, b in zip(range(3), batch_client.batches.list(limit=2), strict=False)] == made[::-1]
+    def test_batches_are_listed_in_pages(self, batch_client: openai.OpenAI) -> None:
+        created = [start(batch_client, line("a")).id for _ in range(3)]
+        assert [b.id for _, b in zip(range(3), batch_client.batches.list(limit=2), strict=False)] == created[::-1]
         for batch_id in ("batch_" + "0" * 32, "batch_1"):
             with pytest.raises(openai.NotFoundError):
                 batch_client.batches.retrieve(batch_id)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.long)])
-    def test_many_more_lines_than_jobs_at_once(self, batch_client: openai.OpenAI, count: int) -> None:
+    def test_batch_can_exceed_the_concurrent_jobs(self, batch_client: openai.OpenAI, count: int) -> None:
         text = "\n".join(line(f"r{i}", tpo={**ONE_CALL, "seed": i}) for i in range(count))
         batch = end(batch_client, start(batch_client, text))
         assert batch.request_counts
@@ -237,15 +235,15 @@ class TestBatches:
 
 
 class TestEnds:
-    """Batches that end before they are done."""
+    """Batches that are interrupted before all requests are completed."""
 
-    def test_cancel_keeps_what_is_finished(self, system: System) -> None:
+    def test_cancel_keeps_completed_requests(self, system: System) -> None:
         with serving(system) as server, server.client() as client:
             system.maintenance(batch_jobs=8)
             system.worker(scripted_latency=0.3, concurrency=4)
             text = "\n".join(line(f"r{i}") for i in range(40))
             batch = start(client, text)
-            eventually(lambda: _completed(client, batch) >= 4, why="some requests are done")
+            eventually(lambda: _completed(client, batch) >= 4, why="some requests should be completed")
             with pytest.raises(openai.ConflictError):
                 client.files.delete(batch.input_file_id)
             assert client.batches.cancel(batch.id).status == "cancelling"
@@ -253,14 +251,15 @@ class TestEnds:
             assert cancelled.status == "cancelled"
             assert cancelled.cancelled_at
             assert client.batches.cancel(batch.id).status == "cancelled"
-            done, undone = read(client, cancelled.output_file_id), read(client, cancelled.error_file_id)
-            assert len(done) >= 4
-            assert undone
-            assert {r["error"]["code"] for r in undone} == {"batch_cancelled"}
-            assert sorted(r["custom_id"] for r in done + undone) == sorted(f"r{i}" for i in range(40))
+            completed = read(client, cancelled.output_file_id)
+            cancelled_requests = read(client, cancelled.error_file_id)
+            assert len(completed) >= 4
+            assert cancelled_requests
+            assert {r["error"]["code"] for r in cancelled_requests} == {"batch_cancelled"}
+            assert sorted(r["custom_id"] for r in completed + cancelled_requests) == sorted(f"r{i}" for i in range(40))
             assert client.files.delete(batch.input_file_id).deleted
 
-    def test_one_that_is_cancelled_before_it_begins_counts_its_requests(self, system: System) -> None:
+    def test_cancel_before_the_start_counts_all_requests(self, system: System) -> None:
         with serving(system) as server, server.client() as client:
             batch = start(client, "\n".join(["", *(line(f"r{i}") for i in range(60)), "no request"]))
             assert client.batches.cancel(batch.id).status == "cancelling"
@@ -272,22 +271,22 @@ class TestEnds:
             assert (counts.total, counts.completed, counts.failed) == (61, 0, 61)
             assert len(read(client, cancelled.error_file_id)) == 61
 
-    def test_one_whose_time_is_over_keeps_what_is_finished(self, system: System) -> None:
+    def test_expired_batch_keeps_completed_requests(self, system: System) -> None:
         with serving(system) as server, server.client() as client:
             system.maintenance(batch_jobs=4)
             system.worker(scripted_latency=0.3, concurrency=2)
             batch = start(client, "\n".join(line(f"r{i}") for i in range(200)), window="5s")
             expired = end(client, batch)
             assert expired.status == "expired"
-            done, undone = read(client, expired.output_file_id), read(client, expired.error_file_id)
-            assert done
-            assert {r["error"]["code"] for r in undone} == {"batch_expired"}
-            assert [r["custom_id"] for r in done] == [
-                f"r{i}" for i in range(200) if f"r{i}" in {d["custom_id"] for d in done}
+            completed, expired_requests = read(client, expired.output_file_id), read(client, expired.error_file_id)
+            assert completed
+            assert {r["error"]["code"] for r in expired_requests} == {"batch_expired"}
+            assert [r["custom_id"] for r in completed] == [
+                f"r{i}" for i in range(200) if f"r{i}" in {d["custom_id"] for d in completed}
             ]
-            assert len(done) + len(undone) == 200
+            assert len(completed) + len(expired_requests) == 200
 
-    def test_keeps_to_its_tenant_s_quota(self, sqlite_system: System) -> None:
+    def test_batch_respects_the_quota_of_its_tenant(self, sqlite_system: System) -> None:
         system = sqlite_system
         with serving(system) as server, server.client() as client:
             system.maintenance(max_jobs_in_flight=3)
@@ -296,16 +295,16 @@ class TestEnds:
             def steps() -> int:
                 return system.store.batches.get(batch.id).step
 
-            eventually(lambda: len(system.store.jobs.page(limit=50)) == 3, why="there are jobs")
+            eventually(lambda: len(system.store.jobs.page(limit=50)) == 3, why="jobs should be created up to the quota")
             known = steps()
-            eventually(lambda: steps() >= known + 3, why="it is looked for more")
+            eventually(lambda: steps() >= known + 3, why="the batch should be advanced")
             assert len(system.store.jobs.page(limit=50)) == 3
             system.worker(scripted_latency=0)
             counts = end(client, batch).request_counts
             assert counts
             assert counts.completed == 20
 
-    def test_maintenance_that_is_killed_again_and_again_makes_every_job_once(self, system: System) -> None:
+    def test_killed_maintenance_creates_every_job_once(self, system: System) -> None:
         with serving(system) as server, server.client() as client:
             system.worker(scripted_latency=0, concurrency=8)
             batch = start(client, "\n".join(line(f"r{i}") for i in range(150)))
@@ -314,7 +313,7 @@ class TestEnds:
                 maintenance = system.maintenance(batch_jobs=40)
                 known = _completed(client, batch)
                 if killed < 4:
-                    eventually(lambda: _completed(client, batch) > known or _ended(client, batch), why="it goes on")  # noqa: B023
+                    eventually(lambda: _completed(client, batch) > known or _ended(client, batch), why="it advances")  # noqa: B023
                     maintenance.kill()
                     killed += 1
                 else:

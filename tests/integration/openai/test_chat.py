@@ -1,4 +1,4 @@
-"""Chat completions through the official client."""
+"""Chat completions with the official client."""
 
 from typing import Any
 
@@ -17,36 +17,36 @@ def ask(client: openai.OpenAI, **more: Any) -> Any:
     return client.chat.completions.create(**{"model": "scripted", "messages": HELLO, "extra_body": TPO, **more})
 
 
-class TestAnswer:
-    def test_is_that_of_the_job(self, client: openai.OpenAI, server: Server) -> None:
-        answer = ask(client, temperature=0.5, top_p=0.9, max_completion_tokens=64, seed=7, n=1, metadata={"a": "b"})
-        assert answer.object == "chat.completion"
-        [choice] = answer.choices
+class TestCompletion:
+    def test_equals_the_output_of_the_job(self, client: openai.OpenAI, server: Server) -> None:
+        completion = ask(client, temperature=0.5, top_p=0.9, max_completion_tokens=64, seed=7, n=1, metadata={"a": "b"})
+        assert completion.object == "chat.completion"
+        [choice] = completion.choices
         assert (choice.finish_reason, choice.message.role) == ("stop", "assistant")
-        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens > 0
-        job = server.system.store.jobs.get(answer.id.replace("chatcmpl-", "job_"))
+        assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens > 0
+        job = server.system.store.jobs.get(completion.id.replace("chatcmpl-", "job_"))
         assert job.output == choice.message.content
         assert [m["role"] for m in job.input] == ["system", "user"]
         params = job.params
         assert (params["seed"], params["max_tokens"], params["temperature"], params["top_p"]) == (7, 64, 0.5, 0.9)
         assert job.job_metadata == {"a": "b"}
 
-    @pytest.mark.parametrize("given_back", ["as it is", "model_dump", "to_dict"])
-    def test_can_be_given_back(self, client: openai.OpenAI, given_back: str) -> None:
+    @pytest.mark.parametrize("sent_as", ["as it is", "model_dump", "to_dict"])
+    def test_message_can_be_sent_back(self, client: openai.OpenAI, sent_as: str) -> None:
         first = ask(client).choices[0].message
-        if given_back != "as it is":
-            first = getattr(first, given_back)()
+        if sent_as != "as it is":
+            first = getattr(first, sent_as)()
         again = ask(client, messages=[*HELLO, first, {"role": "user", "content": [{"type": "text", "text": "More"}]}])
         assert again.choices[0].message.content
 
-    def test_can_come_as_a_stream(self, client: openai.OpenAI) -> None:
+    def test_can_be_streamed(self, client: openai.OpenAI) -> None:
         whole = ask(client, seed=3)
         chunks = list(ask(client, seed=3, stream=True, stream_options={"include_usage": True}))
         assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
         assert chunks[-2].choices[0].finish_reason == "stop"
         assert chunks[-1].usage == whole.usage
 
-    def test_one_that_takes_too_long_is_told_and_goes_on(self, idle: Server, idle_client: openai.OpenAI) -> None:
+    def test_timeout_is_a_504_and_the_job_continues(self, idle: Server, idle_client: openai.OpenAI) -> None:
         with idle_client.with_options(max_retries=2) as patient, pytest.raises(openai.InternalServerError) as caught:
             ask(patient)
         assert (caught.value.status_code, caught.value.code) == (504, "still_running")
@@ -71,18 +71,18 @@ class TestAnswer:
             ({"status": "cancelled"}, openai.InternalServerError, "job_cancelled"),
         ],
     )
-    def test_a_job_without_an_answer_is_an_error(
+    def test_job_without_output_is_an_error(
         self, idle: Server, values: dict[str, Any], error: type[openai.APIStatusError], code: str
     ) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         system = idle.system
         with idle.client() as client, ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(ask, client)
-            [job] = eventually(lambda: system.store.jobs.page(limit=1), why="the job is there")
+            pending = pool.submit(ask, client)
+            [job] = eventually(lambda: system.store.jobs.page(limit=1), why="the job should be stored")
             put(system.engine, job.id, completed_at=1.0, **values)
             with pytest.raises(error) as caught:
-                answer.result()
+                pending.result()
         assert caught.value.code == code
         assert job.id in str(caught.value)
 
@@ -102,7 +102,9 @@ class TestAnswer:
             ({"temperature": 2.1}, "temperature"),
         ],
     )
-    def test_names_what_it_refuses(self, client: openai.OpenAI, more: dict[str, Any], param: str) -> None:
+    def test_rejects_unsupported_parameter_and_names_it(
+        self, client: openai.OpenAI, more: dict[str, Any], param: str
+    ) -> None:
         with pytest.raises(openai.UnprocessableEntityError) as caught:
             ask(client, **more)
         assert caught.value.param == param

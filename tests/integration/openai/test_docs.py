@@ -1,4 +1,4 @@
-"""Every snippet in docs/openai.md runs, and does what the page says."""
+"""The snippets of docs/openai.md run and have the documented results."""
 
 import os
 import re

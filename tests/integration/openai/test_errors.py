@@ -1,4 +1,4 @@
-"""Every error reaches the official client as the exception that it has for it."""
+"""Every error raises the matching exception of the official client."""
 
 from typing import Any
 
@@ -15,20 +15,20 @@ def create(client: openai.OpenAI, **more: Any) -> Any:
     return client.responses.create(**{"model": "scripted", "input": "Why?", "background": True, **more})
 
 
-def test_401(idle: Server) -> None:
+def test_401_raises_authentication_error(idle: Server) -> None:
     with idle.client("wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
         create(client)
     assert caught.value.code == "invalid_api_key"
 
 
-def test_400(idle_client: openai.OpenAI) -> None:
+def test_400_raises_bad_request_error(idle_client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError):
         idle_client.post(
             "/responses", content=b"{", options={"headers": {"content-type": "application/json"}}, cast_to=object
         )
 
 
-def test_404(idle_client: openai.OpenAI) -> None:
+def test_404_raises_not_found_error(idle_client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         idle_client.responses.retrieve("resp_" + "0" * 32)
     assert caught.value.code == "job_not_found"
@@ -36,7 +36,7 @@ def test_404(idle_client: openai.OpenAI) -> None:
         idle_client.embeddings.create(model="scripted", input="x")
 
 
-def test_409(idle_client: openai.OpenAI) -> None:
+def test_409_raises_conflict_error(idle_client: openai.OpenAI) -> None:
     response = create(idle_client)
     with pytest.raises(openai.ConflictError):
         idle_client.responses.delete(response.id)
@@ -52,7 +52,7 @@ def test_409(idle_client: openai.OpenAI) -> None:
     assert caught.value.code == "external_id_taken"
 
 
-def test_422(idle_client: openai.OpenAI) -> None:
+def test_422_raises_unprocessable_entity_error(idle_client: openai.OpenAI) -> None:
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         create(idle_client, model="gpt-9")
     assert (caught.value.code, caught.value.param, caught.value.type) == (
@@ -63,7 +63,7 @@ def test_422(idle_client: openai.OpenAI) -> None:
     assert caught.value.request_id
 
 
-def test_429(sqlite_system: System) -> None:
+def test_429_raises_rate_limit_error(sqlite_system: System) -> None:
     with serving(sqlite_system, max_jobs_in_flight=1) as server, server.client() as client:
         create(client)
         with pytest.raises(openai.RateLimitError) as caught:
@@ -72,7 +72,7 @@ def test_429(sqlite_system: System) -> None:
 
 
 @pytest.mark.processes
-def test_503_and_the_client_s_own_retries_outlast_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_503_is_survived_by_the_retries_of_the_client(tmp_path_factory: pytest.TempPathFactory) -> None:
     from testing.processes import running_system
 
     with postgres_server() as postgres:
@@ -90,7 +90,7 @@ def test_503_and_the_client_s_own_retries_outlast_it(tmp_path_factory: pytest.Te
                 assert create(patient).status == "queued"
 
 
-def test_models(idle: Server, idle_client: openai.OpenAI) -> None:
+def test_models_are_listed_and_retrieved(idle: Server, idle_client: openai.OpenAI) -> None:
     idle.system.store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
     [model] = list(idle_client.models.list())
     assert (model.id, model.object, model.owned_by) == ("scripted", "model", "tpo")

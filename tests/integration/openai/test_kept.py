@@ -1,4 +1,4 @@
-"""Files and batches: made once however often they are asked for, kept as long as is said, and forgotten when told."""
+"""Files and batches: idempotent creation, expiry and deletion."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ HOUR: Final = 3600
 
 @pytest.fixture(scope="module")
 def batch_server(shared_system: System) -> Iterator[Server]:
-    """An API, a worker and maintenance."""
+    """API, worker and maintenance worker."""
     shared_system.worker(scripted_latency=0, concurrency=8)
     shared_system.maintenance()
     with serving(shared_system) as server:
@@ -32,17 +32,17 @@ def batch_client(batch_server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def named(key: str) -> dict[str, str]:
+def idempotency_header(key: str) -> dict[str, str]:
     return {"Idempotency-Key": key}
 
 
-class TestOnce:
+class TestIdempotency:
     def upload(self, client: openai.OpenAI, key: str, data: bytes = b"a", name: str = "a", **more: Any) -> Any:
         return client.files.with_raw_response.create(
-            file=(name, data), purpose="batch", extra_headers=named(key), **more
+            file=(name, data), purpose="batch", extra_headers=idempotency_header(key), **more
         )
 
-    def test_the_same_upload_gives_the_first_file(self, batch_client: openai.OpenAI) -> None:
+    def test_duplicate_upload_returns_the_first_file(self, batch_client: openai.OpenAI) -> None:
         before = len(list(batch_client.files.list()))
         first, again = (self.upload(batch_client, "upload") for _ in range(2))
         assert first.parse().id == again.parse().id
@@ -56,30 +56,33 @@ class TestOnce:
         batch_client.files.delete(first.parse().id)
         assert "idempotent-replayed" not in self.upload(batch_client, "upload", b"b").headers
 
-    def test_many_equal_uploads_at_once_make_one_file(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
-        data = b"x" * 600_000  # some parts: all of them are under way at the same time
+    def test_concurrent_equal_uploads_create_one_file(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
+        data = b"x" * 600_000  # several parts, so that the uploads overlap
         with ThreadPoolExecutor(8) as pool, serving(batch_server.system) as second, second.client() as other:
-            answers = list(pool.map(lambda i: self.upload((batch_client, other)[i % 2], "many", data), range(16)))
-        ids = Counter(answer.parse().id for answer in answers)
+            responses = list(pool.map(lambda i: self.upload((batch_client, other)[i % 2], "many", data), range(16)))
+        ids = Counter(response.parse().id for response in responses)
         assert len(ids) == 1
-        assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
+        assert sum("idempotent-replayed" not in response.headers for response in responses) == 1
         assert batch_client.files.content(next(iter(ids))).read() == data
         with batch_server.system.engine.connect() as connection:
             query = "SELECT count(*) FROM files WHERE NOT complete AND purpose = 'batch'"
             assert connection.exec_driver_sql(query).scalar() == 0
 
-    def test_the_same_batch_is_started_once(self, batch_client: openai.OpenAI) -> None:
+    def test_duplicate_batch_is_created_once(self, batch_client: openai.OpenAI) -> None:
         file = self.upload(batch_client, "input", line("a").encode()).parse()
 
         def ask(_i: int = 0, window: Any = "24h", key: str = "batch") -> Any:
             return batch_client.batches.with_raw_response.create(
-                input_file_id=file.id, endpoint=RESPONSES, completion_window=window, extra_headers=named(key)
+                input_file_id=file.id,
+                endpoint=RESPONSES,
+                completion_window=window,
+                extra_headers=idempotency_header(key),
             )
 
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(ask, range(16)))
-        assert len({answer.parse().id for answer in answers}) == 1
-        assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
+            responses = list(pool.map(ask, range(16)))
+        assert len({response.parse().id for response in responses}) == 1
+        assert sum("idempotent-replayed" not in response.headers for response in responses) == 1
         for window, key in (("1h", "batch"), ("24h", "input")):
             with pytest.raises(openai.UnprocessableEntityError) as caught:
                 ask(window=window, key=key)
@@ -88,9 +91,7 @@ class TestOnce:
             ask(key="x" * 256)
         assert caught.value.param == "Idempotency-Key"
 
-    def test_a_key_is_its_tenant_s_and_forgotten_in_time(
-        self, batch_client: openai.OpenAI, batch_server: Server
-    ) -> None:
+    def test_key_belongs_to_its_tenant_and_expires(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
         first = self.upload(batch_client, "mine").parse()
         secret = batch_server.system.store.keys.create("theirs", "another").secret
         with batch_server.client(secret) as stranger:
@@ -99,17 +100,17 @@ class TestOnce:
         assert self.upload(batch_client, "mine").parse().id != first.id
 
 
-class TestKept:
-    def test_as_long_as_its_owner_says(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
+class TestExpiry:
+    def test_file_expires_at_the_requested_time(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
         file = batch_client.files.create(
             file=("a", line("a").encode()), purpose="batch", expires_after={"anchor": "created_at", "seconds": HOUR}
         )
         assert file.expires_at == pytest.approx(file.created_at + HOUR, abs=1)
         assert batch_client.files.create(file=("a", b"a"), purpose="batch").expires_at is None
         execute(batch_server.system.engine, f"UPDATE files SET expires_at = 1 WHERE id = '{file.id}'")
-        for look in (batch_client.files.retrieve, batch_client.files.content, batch_client.files.delete):
+        for call in (batch_client.files.retrieve, batch_client.files.content, batch_client.files.delete):
             with pytest.raises(openai.NotFoundError):
-                look(file.id)
+                call(file.id)
         assert file.id not in [f.id for f in batch_client.files.list()]
         with pytest.raises(openai.NotFoundError):
             batch_client.batches.create(input_file_id=file.id, endpoint=RESPONSES, completion_window="24h")
@@ -126,12 +127,12 @@ class TestKept:
             ({"anchor": "created_at", "seconds": HOUR, "more": 1}, "expires_after[more]"),
         ],
     )
-    def test_what_is_no_time_is_refused(self, batch_client: openai.OpenAI, wrong: Any, param: str) -> None:
+    def test_invalid_expiry_is_rejected(self, batch_client: openai.OpenAI, wrong: Any, param: str) -> None:
         with pytest.raises(openai.UnprocessableEntityError) as caught:
             batch_client.files.create(file=("a", b"a"), purpose="batch", expires_after=wrong)
         assert caught.value.param == param
 
-    def test_results_as_long_as_is_said(self, batch_client: openai.OpenAI) -> None:
+    def test_result_files_expire_at_the_requested_time(self, batch_client: openai.OpenAI) -> None:
         file = batch_client.files.create(file=("a", (line("a") + "\n{}").encode()), purpose="batch")
         batch = end(
             batch_client,
@@ -144,10 +145,10 @@ class TestKept:
         )
         for name in (batch.output_file_id, batch.error_file_id):
             assert name
-            made = batch_client.files.retrieve(name)
-            assert made.expires_at == pytest.approx(made.created_at + HOUR, abs=1)
+            file = batch_client.files.retrieve(name)
+            assert file.expires_at == pytest.approx(file.created_at + HOUR, abs=1)
 
-    def test_until_a_batch_is_forgotten(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
+    def test_deleting_a_batch_deletes_its_results(self, batch_client: openai.OpenAI, batch_server: Server) -> None:
         batch = run(batch_client, line("a") + "\n{}")
         assert batch.output_file_id
         assert batch.error_file_id
@@ -164,7 +165,7 @@ class TestKept:
         with pytest.raises(openai.NotFoundError):
             batch_client.delete(f"/batches/{batch.id}", cast_to=object)
 
-    def test_one_that_works_is_not_forgotten(self, idle_client: openai.OpenAI) -> None:
+    def test_running_batch_cannot_be_deleted(self, idle_client: openai.OpenAI) -> None:
         batch = start(idle_client, line("a"))
         with pytest.raises(openai.ConflictError) as caught:
             idle_client.delete(f"/batches/{batch.id}", cast_to=object)

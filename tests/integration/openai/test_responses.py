@@ -1,4 +1,4 @@
-"""Responses through the official client."""
+"""Responses with the official client."""
 
 from typing import Any
 
@@ -26,15 +26,15 @@ def create(client: openai.OpenAI, **more: Any) -> Response:
 
 
 def ended(client: openai.OpenAI, response_id: str) -> Response:
-    def look() -> Response | None:
+    def terminal() -> Response | None:
         response = client.responses.retrieve(response_id)
         return response if response.status in ENDED else None
 
-    return eventually(look, why="the response ends")
+    return eventually(terminal, why="the response should end")
 
 
 class TestCreate:
-    def test_is_polled_until_it_has_an_answer(self, client: openai.OpenAI, server: Server) -> None:
+    def test_background_response_is_polled_until_its_end(self, client: openai.OpenAI, server: Server) -> None:
         response = create(
             client,
             instructions="Be short.",
@@ -57,13 +57,13 @@ class TestCreate:
         assert [m["role"] for m in job.input] == ["system", "user"]
         assert (job.params["sample_size"], job.params["temperature"]) == (2, 0.5)
 
-    def test_waits_where_it_is_not_in_the_background(self, client: openai.OpenAI) -> None:
+    def test_foreground_response_waits_for_the_end(self, client: openai.OpenAI) -> None:
         response = create(client, background=False)
         assert response.status == "completed"
         assert response.output_text
 
-    @pytest.mark.parametrize("given_back", ["as it is", "model_dump", "to_dict"])
-    def test_reads_messages_and_parts(self, client: openai.OpenAI, server: Server, given_back: str) -> None:
+    @pytest.mark.parametrize("sent_as", ["as it is", "model_dump", "to_dict"])
+    def test_input_accepts_messages_and_parts(self, client: openai.OpenAI, server: Server, sent_as: str) -> None:
         first = create(client, background=False)
         turns: Any = [
             {"role": "developer", "content": "Be kind."},
@@ -71,7 +71,7 @@ class TestCreate:
                 "role": "user",
                 "content": [{"type": "input_text", "text": "One "}, {"type": "input_text", "text": "two"}],
             },
-            *(item if given_back == "as it is" else getattr(item, given_back)() for item in first.output),
+            *(item if sent_as == "as it is" else getattr(item, sent_as)() for item in first.output),
             {"type": "message", "role": "user", "content": "And now?"},
         ]
         response = create(client, input=turns, instructions="Be short.")
@@ -81,7 +81,7 @@ class TestCreate:
         assert job.input[1]["content"] == "One two"
         assert job.input[2]["content"] == first.output_text
 
-    def test_is_the_job_by_another_name(self, client: openai.OpenAI) -> None:
+    def test_response_names_its_job(self, client: openai.OpenAI) -> None:
         response = create(client)
         job: Any = client.get(f"/jobs/{views.job_id_of(response.id)}", cast_to=object)
         assert job["created_at"] == response.created_at
@@ -109,7 +109,9 @@ class TestCreate:
             ({"metadata": {"a": "x" * 513}}, "metadata.a"),
         ],
     )
-    def test_names_what_it_refuses(self, client: openai.OpenAI, more: dict[str, Any], param: str) -> None:
+    def test_rejects_unsupported_parameter_and_names_it(
+        self, client: openai.OpenAI, more: dict[str, Any], param: str
+    ) -> None:
         with pytest.raises(openai.UnprocessableEntityError) as caught:
             create(client, **more)
         assert caught.value.param == param
@@ -117,14 +119,14 @@ class TestCreate:
 
 
 class TestInputItems:
-    def test_are_what_was_asked(self, idle_client: openai.OpenAI) -> None:
+    def test_input_items_equal_the_request(self, idle_client: openai.OpenAI) -> None:
         turns: Any = [
             {"role": "user", "content": "One"},
             {"role": "assistant", "content": "Two"},
             {"role": "user", "content": "Three"},
         ]
-        made = idle_client.responses.create(input=turns, instructions="Be kind.", background=True, model="scripted")
-        listed = idle_client.responses.input_items.list(made.id, order="asc", limit=2)
+        created = idle_client.responses.create(input=turns, instructions="Be kind.", background=True, model="scripted")
+        listed = idle_client.responses.input_items.list(created.id, order="asc", limit=2)
         assert listed.has_next_page()
         items: list[Any] = list(listed)
         assert [(item.type, item.role, item.content[0].type, item.content[0].text) for item in items] == [
@@ -134,21 +136,21 @@ class TestInputItems:
         ]
         ids = [item.id for item in items]
         assert len(set(ids)) == 3
-        assert [item.id for item in idle_client.responses.input_items.list(made.id)] == ids[::-1]
-        assert list(idle_client.responses.input_items.list(made.id, order="asc", after=ids[-1])) == []
+        assert [item.id for item in idle_client.responses.input_items.list(created.id)] == ids[::-1]
+        assert list(idle_client.responses.input_items.list(created.id, order="asc", after=ids[-1])) == []
 
-    def test_refuse_what_is_no_place_in_them(self, idle_client: openai.OpenAI) -> None:
-        made = idle_client.responses.create(input="Hello", background=True, model="scripted")
-        assert len(list(idle_client.responses.input_items.list(made.id))) == 1
+    def test_invalid_after_is_rejected(self, idle_client: openai.OpenAI) -> None:
+        created = idle_client.responses.create(input="Hello", background=True, model="scripted")
+        assert len(list(idle_client.responses.input_items.list(created.id))) == 1
         with pytest.raises(openai.UnprocessableEntityError) as caught:
-            idle_client.responses.input_items.list(made.id, after="msg_1")
+            idle_client.responses.input_items.list(created.id, after="msg_1")
         assert caught.value.param == "after"
         with pytest.raises(openai.NotFoundError):
             idle_client.responses.input_items.list("resp_" + "0" * 32)
 
 
 class TestEnds:
-    def test_cancel(self, idle_client: openai.OpenAI) -> None:
+    def test_cancel_is_idempotent(self, idle_client: openai.OpenAI) -> None:
         response = create(idle_client)
         for _ in range(2):
             cancelled = idle_client.responses.cancel(response.id)
@@ -167,7 +169,7 @@ class TestEnds:
             ("failed", {"completed_at": 1.0, "error_code": "context_too_long", "error_message": "Too long."}, "failed"),
         ],
     )
-    def test_status(
+    def test_status_is_mapped_from_the_job(
         self, idle: Server, idle_client: openai.OpenAI, status: str, values: dict[str, Any], shown: str
     ) -> None:
         from testing.jobs import put
@@ -180,7 +182,7 @@ class TestEnds:
         assert (found.incomplete_details is not None) == (shown == "incomplete")
         assert found.output_text == values.get("output", "")
 
-    def test_one_that_takes_too_long_is_told_and_goes_on(self, idle: Server, idle_client: openai.OpenAI) -> None:
+    def test_timeout_is_a_504_and_the_job_continues(self, idle: Server, idle_client: openai.OpenAI) -> None:
         with pytest.raises(openai.InternalServerError) as caught:
             create(idle_client, background=False)
         assert (caught.value.status_code, caught.value.code) == (504, "still_running")
@@ -190,7 +192,7 @@ class TestEnds:
         idle.system.worker(scripted_latency=0)
         assert idle.system.wait_for_end(job_id).status == "completed"
 
-    def test_an_unknown_one_is_not_found(self, client: openai.OpenAI) -> None:
+    def test_unknown_response_is_not_found(self, client: openai.OpenAI) -> None:
         for unknown in ("resp_" + "0" * 32, "resp_1", "job_" + "0" * 32):
             with pytest.raises(openai.NotFoundError):
                 client.responses.retrieve(unknown)
@@ -199,7 +201,7 @@ class TestEnds:
 
 
 class TestStream:
-    def test_has_the_client_s_types_and_its_helper_reads_it(self, client: openai.OpenAI) -> None:
+    def test_stream_works_with_the_helper_of_the_client(self, client: openai.OpenAI) -> None:
         with client.responses.stream(
             model="scripted", input="Why?", background=True, extra_body={"tpo": SHORT}
         ) as stream:
@@ -220,14 +222,14 @@ class TestStream:
         assert [e.sequence_number for e in events] == list(range(len(events)))
         assert final.output_text == client.responses.retrieve(final.id).output_text != ""
 
-    def test_a_cut_stream_is_resumed_without_a_gap(self, client: openai.OpenAI) -> None:
+    def test_cut_stream_resumes_without_a_gap(self, client: openai.OpenAI) -> None:
         started = create(client, extra_body={"tpo": {**SHORT, "max_iterations": 2}})
         seen: list[ResponseStreamEvent] = []
         last = None
         while not seen or seen[-1].type != "response.completed":
             resume: Any = {} if last is None else {"starting_after": last}
             with client.responses.retrieve(started.id, stream=True, **resume) as stream:
-                for event, _ in zip(stream, range(3), strict=False):  # then the connection is dropped
+                for event, _ in zip(stream, range(3), strict=False):  # then the connection is closed
                     seen.append(event)
                     last = event.sequence_number
         assert [e.sequence_number for e in seen] == list(range(len(seen)))
@@ -237,14 +239,14 @@ class TestStream:
         assert isinstance(whole[-1], ResponseCompletedEvent)
         assert whole[-1].response.output_text
 
-    def test_progress_is_told(self, client: openai.OpenAI) -> None:
+    def test_stream_reports_progress(self, client: openai.OpenAI) -> None:
         started = create(client)
         with client.responses.retrieve(started.id, stream=True) as stream:
-            told = [e.response.model_extra["tpo"]["event"] for e in stream if e.type == "response.in_progress"]  # type: ignore[index]
-        assert {"type": "job.phase", "iteration": 0, "phase": "scoring"} in told
-        assert any(t["type"] == "job.iteration.completed" for t in told)
+            events = [e.response.model_extra["tpo"]["event"] for e in stream if e.type == "response.in_progress"]  # type: ignore[index]
+        assert {"type": "job.phase", "iteration": 0, "phase": "scoring"} in events
+        assert any(event["type"] == "job.iteration.completed" for event in events)
 
-    def test_after_the_last_there_is_nothing(self, client: openai.OpenAI) -> None:
+    def test_stream_after_the_last_event_is_empty(self, client: openai.OpenAI) -> None:
         done = create(client, background=False)
         with client.responses.retrieve(done.id, stream=True, starting_after=10_000) as stream:
             assert list(stream) == []
@@ -257,10 +259,10 @@ class TestStream:
             ("streams=1", "streams"),
         ],
     )
-    def test_a_wrong_query_is_refused(self, client: openai.OpenAI, server: Server, query: str, param: str) -> None:
+    def test_invalid_query_is_rejected(self, client: openai.OpenAI, server: Server, query: str, param: str) -> None:
         response = create(client)
-        answer = httpx2.get(
+        result = httpx2.get(
             f"{server.url}/v1/responses/{response.id}?{query}", headers={"authorization": f"Bearer {KEY}"}
         )
-        assert answer.status_code == 422
-        assert answer.json()["error"]["param"] == param
+        assert result.status_code == 422
+        assert result.json()["error"]["param"] == param

@@ -1,6 +1,6 @@
-"""The back ends against a real vLLM, which `make servers` installs and runs this with; no part of `make test`.
+"""Back ends against a real vLLM. `make servers` installs it and runs this file; `make test` does not.
 
-The demo's models are behind two of its servers, on loopback, in fp32 on the CPU, and in the local engine beside them.
+Two vLLM servers on loopback serve the demo models in fp32 on the CPU. Results are compared with the local engine.
 """
 
 import contextlib
@@ -37,11 +37,11 @@ RESPONSES = (
     "word " * 300,
 )
 FLOAT32 = 1e-5
-"""How far the same logit may lie from itself, computed in another order."""
+"""Tolerance for the same logit computed in another order."""
 
 
 class Vllm:
-    """One server with one model of the demo."""
+    """A vLLM server of one demo model."""
 
     def __init__(self, model: str, log: Path, *options: str) -> None:
         self.root = f"http://127.0.0.1:{(port := free_port())}"
@@ -49,7 +49,7 @@ class Vllm:
         command = [os.environ["VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *options]
         command += ["--model", str(ROOT / "demo" / "models" / model), "--served-model-name", model]
         command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-        # On a CPU, 0.32 dies of a seeded prompt that is read in pieces: 64 whole windows fit into a step.
+        # On a CPU, vLLM 0.32 crashes on a seeded prompt that is prefilled in chunks: 64 windows fit into a step.
         command += ["--max-num-batched-tokens", str(64 * 512)]
         quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         with log.open("w") as file:
@@ -68,14 +68,14 @@ class Vllm:
         return sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}{{"))
 
     def kill(self) -> None:
-        """End it and the processes of its engine."""
+        """Kill the server and the processes of its engine."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Vllm]]:
-    """The servers of the policy and of the reward model."""
+    """Servers of the policy and of the reward model."""
     logs = tmp_path_factory.mktemp("vllm")
     servers = (
         Vllm("policy", logs / "policy.log"),
@@ -83,7 +83,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Vllm]
     )
     try:
         for server in servers:
-            eventually(server.is_ready, why=f"vLLM on {server.root}")
+            eventually(server.is_ready, why=f"vLLM should be ready on {server.root}")
         yield servers
     finally:
         for server in servers:
@@ -107,14 +107,14 @@ def reward(request: pytest.FixtureRequest, vllm: tuple[Vllm, Vllm]) -> Iterator[
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[tuple[LoadedPolicy, LoadedRewardModel]]:
-    """The same models in the local engine."""
+    """Same models in the local engine."""
     policy, reward = load_policy("demo", Settings(threads=1)), load_reward_model("demo", Settings(threads=1))
     yield policy, reward
     policy.close()
     reward.close()
 
 
-def test_each_seed_has_its_text_however_it_is_asked_for(policy: LoadedPolicy) -> None:
+def test_seed_determines_the_text_in_any_batch(policy: LoadedPolicy) -> None:
     def sampled(*seeds: int) -> list[str]:
         request = ask(MESSAGES[0], seeds=seeds, temperature=1.0, top_p=1.0, max_tokens=80)
         return [t.text for t in policy.generate(request, proceed).texts]
@@ -122,26 +122,26 @@ def test_each_seed_has_its_text_however_it_is_asked_for(policy: LoadedPolicy) ->
     five = sampled(*SEEDS)
     assert len(set(five)) > 1
     assert sampled(*SEEDS) == five
-    # With n, vLLM counts upwards from the request's seed.
+    # With n, vLLM increments the request's seed for each sample.
     assert [text for seed in SEEDS for text in sampled(seed)] == five
 
 
 @pytest.mark.parametrize(
     "changes", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 1e-6}], ids=["greedy", "top_p"]
 )
-def test_greedy_text_is_the_local_engines(
+def test_greedy_text_equals_the_local_engine(
     policy: LoadedPolicy, local: tuple[LoadedPolicy, LoadedRewardModel], changes: dict[str, float]
 ) -> None:
     for message in MESSAGES:
         request = ask(message, seeds=SEEDS, max_tokens=80, **changes)
         here, there = local[0].generate(request, proceed), policy.generate(request, proceed)
-        # This tokenizer writes a blank before a first word, which decoding all at once leaves out.
+        # This tokenizer writes a space before a first word. Decoding the whole sequence at once omits it.
         assert [t.text.lstrip() for t in there.texts] == [t.text for t in here.texts]
         assert [(t.tokens, t.finish_reason) for t in there.texts] == [(t.tokens, t.finish_reason) for t in here.texts]
         assert there.input_tokens == here.input_tokens
 
 
-def test_a_stop_string_inside_of_tokens_and_a_limit(policy: LoadedPolicy) -> None:
+def test_stop_string_within_tokens_and_token_limit(policy: LoadedPolicy) -> None:
     (whole, *_) = policy.generate(ask(MESSAGES[0], temperature=0, max_tokens=80), proceed).texts
     stop = whole.text[12:16]
     stopped = policy.generate(ask(MESSAGES[0], temperature=0, max_tokens=80, stop=(stop,)), proceed).texts[0]
@@ -151,14 +151,14 @@ def test_a_stop_string_inside_of_tokens_and_a_limit(policy: LoadedPolicy) -> Non
     assert whole.text.startswith(limited.text)
 
 
-def test_what_does_not_fit_the_window(policy: LoadedPolicy) -> None:
+def test_limit_is_lowered_and_long_prompt_rejected(policy: LoadedPolicy) -> None:
     assert len(policy.generate(ask(MESSAGES[0], max_tokens=8192), proceed).texts) == 3
     with pytest.raises(ContextTooLongError, match="the policy holds 512 with its answer"):
         policy.generate(ask("word " * 800, max_tokens=8192), proceed)
 
 
 @pytest.mark.parametrize("samples", ["batched", "separate"])
-def test_a_cancelled_call_stops_the_server_from_writing(vllm: tuple[Vllm, Vllm], samples: str) -> None:
+def test_cancelled_call_stops_generation(vllm: tuple[Vllm, Vllm], samples: str) -> None:
     server = vllm[0]
     settings = Settings(openai_url=f"{server.root}/v1", openai_samples=samples, openai_extra_body={"ignore_eos": True})
     policy = load_policy("openai:policy", settings)
@@ -171,13 +171,13 @@ def test_a_cancelled_call_stops_the_server_from_writing(vllm: tuple[Vllm, Vllm],
     with pytest.raises(CallInterruptedError):
         policy.generate(ask(MESSAGES[0], seeds=tuple(range(64)), max_tokens=450), interrupt)
     policy.close()
-    eventually(lambda: server.metric("num_requests_running") == 0, why="an idle server")
+    eventually(lambda: server.metric("num_requests_running") == 0, why="the server should be idle")
     written = server.metric("generation_tokens_total") - before
     print(f"{samples}: {written:.0f} of {64 * 450} tokens")
     assert written < 64 * 450 / 2
 
 
-def test_scores_are_the_local_engines_raw_logits(
+def test_scores_equal_the_local_engines_raw_logits(
     reward: LoadedRewardModel, local: tuple[LoadedPolicy, LoadedRewardModel]
 ) -> None:
     request = rate(*RESPONSES)
@@ -187,15 +187,15 @@ def test_scores_are_the_local_engines_raw_logits(
     print(f"largest difference: {max(abs(a - b) for a, b in zip(there.values, here.values, strict=True)):.1e}")
 
 
-def test_without_being_told_vllm_applies_a_sigmoid(reward: LoadedRewardModel, vllm: tuple[Vllm, Vllm]) -> None:
+def test_vllm_applies_a_sigmoid_by_default(reward: LoadedRewardModel, vllm: tuple[Vllm, Vllm]) -> None:
     (raw,) = reward.score(rate(RESPONSES[1]), proceed).values
     turns = [*(m.model_dump() for m in rate().messages), {"role": "assistant", "content": RESPONSES[1]}]
     body = {"model": "reward", "messages": turns}
-    answer = httpx.post(f"{vllm[1].root}/classify", json=body, trust_env=False).json()
-    assert answer["data"][0]["probs"] == pytest.approx([1 / (1 + math.exp(-raw))], abs=FLOAT32)
+    reply = httpx.post(f"{vllm[1].root}/classify", json=body, trust_env=False).json()
+    assert reply["data"][0]["probs"] == pytest.approx([1 / (1 + math.exp(-raw))], abs=FLOAT32)
 
 
-def test_a_response_beyond_the_window_is_read_about_as_far(
+def test_long_response_is_truncated_like_the_local_engine(
     reward: LoadedRewardModel, local: tuple[LoadedPolicy, LoadedRewardModel]
 ) -> None:
     request = rate("We are sorry. " * 400)
@@ -209,7 +209,7 @@ def test_a_response_beyond_the_window_is_read_about_as_far(
 
 
 @pytest.mark.parametrize("samples", ["batched", "separate"])
-def test_a_whole_job(
+def test_job_completes_and_improves_rewards(
     sqlite_system: System, vllm: tuple[Vllm, Vllm], local: tuple[LoadedPolicy, LoadedRewardModel], samples: str
 ) -> None:
     system = sqlite_system

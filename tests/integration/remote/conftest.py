@@ -1,4 +1,4 @@
-"""One stand-in for model servers for all tests here; each begins with one that behaves."""
+"""One fake model server for all tests of this folder. Each test begins with its faults cleared."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Jobs whose policy and reward model are behind HTTP, from the API to the last candidate, with a server that dies."""
+"""Jobs whose policy and reward model are behind HTTP, from submission to the last candidate, and server failures."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -41,13 +41,13 @@ weight = 0.25
 
 @pytest.fixture
 def own_server() -> Iterator[ModelServer]:
-    """A server that the test may kill."""
+    """Server that the test may kill."""
     with model_server() as server:
         yield server
 
 
 def remote(system: System, server: ModelServer) -> Settings:
-    """Point the system's processes at a server; the settings of them in this process."""
+    """Point the system's processes at a server and return equal settings for this process."""
     system.environment |= {
         "TPO_POLICY": f"openai:{MODEL}",
         "TPO_OPENAI_URL": server.url,
@@ -63,7 +63,7 @@ def remote(system: System, server: ModelServer) -> Settings:
 
 
 def undisturbed(state: State, settings: Settings) -> State:
-    """What a run from the start in this process gives."""
+    """Run the job from its start in this process and return its final state."""
     fresh = state.model_copy(update={"candidates": (), "iterations": (), "calls": ()})
     with (
         closing(load_policy(settings.policy, settings)) as policy,
@@ -72,16 +72,14 @@ def undisturbed(state: State, settings: Settings) -> State:
         return timeless(run(fresh, policy, reward, lambda _state: None, lambda: None))
 
 
-def test_a_server_that_dies_in_the_middle_of_a_call_costs_nothing_but_time(
-    sqlite_system: System, own_server: ModelServer
-) -> None:
+def test_server_killed_during_a_call_changes_no_result(sqlite_system: System, own_server: ModelServer) -> None:
     system, server = sqlite_system, own_server
     settings = remote(system, server)
     worker = system.worker()
-    # One request for the samples, three for their scores, and the critique, which never comes.
+    # One request for the samples, three for their scores, and the critique, which hangs.
     server.control({}, {}, {}, {}, {"hangs": True})
     job_id = system.submit(sample_size=3, max_iterations=2)
-    eventually(lambda: len(server.seen()) == 5, why="the critique's request")
+    eventually(lambda: len(server.seen()) == 5, why="the critique should be requested")
     server.kill()
     worker.wait_for("the server of the model at")
     server.start()
@@ -92,19 +90,19 @@ def test_a_server_that_dies_in_the_middle_of_a_call_costs_nothing_but_time(
     assert len(state.candidates) == 9
 
 
-def test_a_cancelled_job_leaves_the_server(sqlite_system: System, own_server: ModelServer) -> None:
+def test_cancelled_job_closes_its_connection(sqlite_system: System, own_server: ModelServer) -> None:
     system, server = sqlite_system, own_server
     remote(system, server)
     system.worker()
     server.control({"hangs": True})
     job_id = system.submit()
-    eventually(server.seen, why="the request")
+    eventually(server.seen, why="the server should receive the request")
     system.store.jobs.cancel(job_id)
     assert system.wait_for_end(job_id).status == "cancelled"
-    assert eventually(server.left, why="the end of the connection") == 1
+    assert eventually(server.left, why="the connection should be closed") == 1
 
 
-def test_what_a_server_refuses_fails_its_own_job_and_no_other(sqlite_system: System, own_server: ModelServer) -> None:
+def test_rejected_prompt_fails_only_its_job(sqlite_system: System, own_server: ModelServer) -> None:
     system, server = sqlite_system, own_server
     remote(system, server)
     worker = system.worker()
@@ -117,11 +115,11 @@ def test_what_a_server_refuses_fails_its_own_job_and_no_other(sqlite_system: Sys
     assert worker.stop() == 0
 
 
-def test_a_server_that_cannot_be_used_is_told_at_the_start(sqlite_system: System, own_server: ModelServer) -> None:
+def test_unusable_server_is_reported_at_startup(sqlite_system: System, own_server: ModelServer) -> None:
     remote(sqlite_system, own_server)
     right, wrong = marker(), marker()
     own_server.control(key=right)
-    for settings, says in (
+    for settings, message in (
         ({"openai_api_key": wrong, "reward_api_key": right}, "refused the key (401): set TPO_OPENAI_API_KEY"),
         (
             {"openai_api_key": right, "reward_url": "http://127.0.0.1:1", "remote_start_seconds": 0.3},
@@ -130,13 +128,11 @@ def test_a_server_that_cannot_be_used_is_told_at_the_start(sqlite_system: System
     ):
         process = sqlite_system.start("-m", "worker", **settings)
         assert process.popen.wait(HANG_SECONDS) == 1
-        assert says in process.output
+        assert message in process.output
         assert not [key for key in (right, wrong) if key in process.output]
 
 
-def test_the_shipped_models_behind_http_from_submission_to_the_parts_of_each_reward(
-    sqlite_system: System, tmp_path: Path
-) -> None:
+def test_shipped_models_behind_http_score_each_part(sqlite_system: System, tmp_path: Path) -> None:
     with model_server("demo") as server:
         system, key = sqlite_system, marker()
         server.control(key=key)
@@ -174,8 +170,8 @@ def test_the_shipped_models_behind_http_from_submission_to_the_parts_of_each_rew
             assert list(parts) == ["quality", "short", "no_refund"]
             assert candidate["reward"] == pytest.approx(sum(p["value"] * p["weight"] for p in candidate["parts"]))
             assert parts["no_refund"]["value"] == float("refund" not in candidate["text"].lower())
-        first = max(c["reward"] for c in scored if c["iteration"] == 0)
-        assert job["best"]["reward"] > first
+        initial_best = max(c["reward"] for c in scored if c["iteration"] == 0)
+        assert job["best"]["reward"] > initial_best
         state = system.store.jobs.state(job_id)
         settings = Settings(
             policy=f"openai:{MODEL}",
@@ -186,10 +182,10 @@ def test_the_shipped_models_behind_http_from_submission_to_the_parts_of_each_rew
             reward_file=file,
             server_api_keys={"reward": key},
         )
-        # Scores in one batch and alone differ in their last bits; nothing else does.
-        for candidate, again in zip(state.candidates, undisturbed(state, settings).candidates, strict=True):
-            assert (candidate.id, candidate.text, candidate.unusable) == (again.id, again.text, again.unusable)
-            assert candidate.reward == pytest.approx(again.reward, abs=1e-4)
-        told = "".join(process.output for process in system.processes)
-        assert key not in told
-        assert candidates[0]["text"] not in told
+        # Only the last bits of scores depend on the batch.
+        for candidate, repeated in zip(state.candidates, undisturbed(state, settings).candidates, strict=True):
+            assert (candidate.id, candidate.text, candidate.unusable) == (repeated.id, repeated.text, repeated.unusable)
+            assert candidate.reward == pytest.approx(repeated.reward, abs=1e-4)
+        output = "".join(process.output for process in system.processes)
+        assert key not in output
+        assert candidates[0]["text"] not in output

@@ -1,4 +1,4 @@
-"""Reward models over HTTP: the raw score, whatever the server would rather give."""
+"""Reward models over HTTP: raw scores, also from servers that apply a sigmoid by default."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def quick(server: ModelServer) -> Iterator[RemoteRewardModel]:
 
 
 @pytest.mark.parametrize(("kind", "path"), [("vllm", "/classify"), ("vllm-pooling", "/pooling")])
-def test_vllm_is_asked_for_raw_scores_of_whole_conversations(server: ModelServer, kind: str, path: str) -> None:
+def test_vllm_scores_whole_conversations_without_sigmoid(server: ModelServer, kind: str, path: str) -> None:
     server.control(sigmoid=True)
     reward = load(server, kind)
     server.control(sigmoid=True)
@@ -58,13 +58,13 @@ def test_vllm_is_asked_for_raw_scores_of_whole_conversations(server: ModelServer
     assert all(s["body"]["use_activation"] is False for s in seen)
 
 
-def test_the_score_of_a_model_that_scores_each_token_stands_at_the_last(server: ModelServer) -> None:
+def test_token_classifier_score_is_that_of_the_last_token(server: ModelServer) -> None:
     reward = load(server, "vllm-pooling", reward_task="token_classify")
     assert 7 <= reward.score(rate("Draft 9: wet."), proceed).values[0] < 8
     reward.close()
 
 
-def test_sglang_gets_the_templates_own_tokens_with_one_bos(server: ModelServer, tokenizer: str) -> None:
+def test_sglang_gets_template_tokens_with_one_bos(server: ModelServer, tokenizer: str) -> None:
     reward = load(server, "sglang", reward_tokenizer=tokenizer)
     server.control()
     rewards = reward.score(rate(f"It is {TURN} the moon."), proceed)
@@ -74,14 +74,14 @@ def test_sglang_gets_the_templates_own_tokens_with_one_bos(server: ModelServer, 
     assert text.count(BOS) == 1
     assert text.startswith(f"{BOS}{TURN}user: How do tides work?{END}{TURN}assistant: ")
     turn = make_tokenizer().convert_tokens_to_ids(TURN)
-    assert ids.count(turn) == 2  # the template's, and none out of the response
+    assert ids.count(turn) == 2  # those of the template, none from the response
     assert rewards.values == (sum(ids) % 97 / 10 - 4,)
     assert rewards.input_tokens == len(ids)
     reward.close()
 
 
 @pytest.mark.parametrize("kind", ["vllm", "vllm-pooling"])
-def test_a_server_that_applies_a_sigmoid_all_the_same_is_refused(server: ModelServer, kind: str) -> None:
+def test_server_that_always_applies_a_sigmoid_is_rejected(server: ModelServer, kind: str) -> None:
     server.control(sigmoid="always")
     with pytest.raises(ModelRefusedError, match=r"sigmoid, .*use_activation.*TPO_REWARD_IN_UNIT_INTERVAL=true"):
         load(server, kind)
@@ -90,7 +90,7 @@ def test_a_server_that_applies_a_sigmoid_all_the_same_is_refused(server: ModelSe
     reward.close()
 
 
-def test_a_server_that_turns_to_a_sigmoid_later_ends_the_worker(server: ModelServer, quick: RemoteRewardModel) -> None:
+def test_later_sigmoid_makes_the_model_unhealthy(server: ModelServer, quick: RemoteRewardModel) -> None:
     responses = [f"Draft {i}: so." for i in range(32)]
     server.control(sigmoid="always")
     for _ in range(IN_UNIT_INTERVAL_IN_A_ROW // len(responses) - 1):
@@ -101,30 +101,32 @@ def test_a_server_that_turns_to_a_sigmoid_later_ends_the_worker(server: ModelSer
     assert not quick.healthy
 
 
-def test_a_model_with_several_labels_is_refused(server: ModelServer) -> None:
+def test_model_with_several_labels_is_rejected(server: ModelServer) -> None:
     server.control(labels=2)
     with pytest.raises(ModelRefusedError, match=r"gives 2 numbers for a response.*one label"):
         load(server)
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "message"),
     [
         ({"status": 422, "body": {"detail": "input: field required"}}, r"does not score over /classify \(422\): input"),
         ({"raw": '{"data": []}'}, "not with a classification"),
     ],
     ids=["an old vLLM", "something else"],
 )
-def test_what_does_not_score_is_refused_at_the_start(server: ModelServer, fault: dict[str, Any], says: str) -> None:
+def test_server_that_does_not_score_is_rejected_at_load(
+    server: ModelServer, fault: dict[str, Any], message: str
+) -> None:
     server.control(*[fault] * 3 * len(PROBES))
-    with pytest.raises(ModelRefusedError, match=says):
+    with pytest.raises(ModelRefusedError, match=message):
         load(server)
 
 
 @pytest.mark.parametrize(
     "fault", [{"status": 500}, {"half": True}, {"nothing": True}, {"raw": "{}"}], ids=lambda f: next(iter(f))
 )
-def test_what_may_pass_is_tried_again(server: ModelServer, quick: RemoteRewardModel, fault: dict[str, Any]) -> None:
+def test_temporary_fault_is_retried(server: ModelServer, quick: RemoteRewardModel, fault: dict[str, Any]) -> None:
     expected = quick.score(rate("a", "b", "c"), proceed).values
     server.control(fault, fault)
     assert quick.score(rate("a", "b", "c"), proceed).values == expected
@@ -132,7 +134,7 @@ def test_what_may_pass_is_tried_again(server: ModelServer, quick: RemoteRewardMo
 
 
 @pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "no numbers"])
-def test_a_response_beyond_the_window_is_scored_by_its_first_part_and_says_so(
+def test_long_response_is_truncated_and_reports_its_share(
     server: ModelServer, quick: RemoteRewardModel, numbers: bool
 ) -> None:
     server.control(window=30, says_no_numbers=not numbers)
@@ -147,17 +149,15 @@ def test_a_response_beyond_the_window_is_scored_by_its_first_part_and_says_so(
     assert all(("Draft 5: " + "word " * 60).startswith(text) or text == "Draft 4: short." for text in kept)
 
 
-def test_as_much_is_scored_as_fits_where_a_server_does_not_say_how_much_was_sent(
-    server: ModelServer, quick: RemoteRewardModel
-) -> None:
+def test_truncation_without_token_counts_fills_the_window(server: ModelServer, quick: RemoteRewardModel) -> None:
     server.control(window=30, lowers=True)
     ((_, share),) = quick.score(rate("Draft 5: " + "word " * 60), proceed).parts
-    # A window of 30 words holds 26 of its 62: halves alone stop at a quarter.
+    # A window of 30 words holds 26 of its 62 words. Only halving would stop at a quarter.
     assert share.value is not None
     assert 0.35 < share.value < 0.42
 
 
-def test_a_window_that_the_server_lists_is_kept_for_tokens(server: ModelServer, tokenizer: str) -> None:
+def test_listed_window_truncates_token_requests(server: ModelServer, tokenizer: str) -> None:
     server.control(lists_window=200)
     reward = load(server, "sglang", reward_tokenizer=tokenizer, reward_in_unit_interval=True)
     server.control()
@@ -168,19 +168,19 @@ def test_a_window_that_the_server_lists_is_kept_for_tokens(server: ModelServer, 
     reward.close()
 
 
-def test_a_conversation_that_leaves_no_room_is_an_error(server: ModelServer, quick: RemoteRewardModel) -> None:
+def test_conversation_without_space_for_a_response_fails(server: ModelServer, quick: RemoteRewardModel) -> None:
     server.control(window=2)
     with pytest.raises(ContextTooLongError, match=r"no room for a response .*\(2 tokens\)"):
         quick.score(rate("word " * 60), proceed)
 
 
-def test_no_address_and_no_tokenizer_are_said(server: ModelServer, tmp_path: Path) -> None:
+def test_missing_url_or_tokenizer_is_reported(server: ModelServer, tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match="TPO_REWARD_URL"):
         load_reward_model(f"vllm:{MODEL}", Settings())
     with pytest.raises(ModelRefusedError, match="TPO_REWARD_TOKENIZER"):
         load(server, "sglang", reward_tokenizer=str(tmp_path))
 
 
-def test_the_probes_are_different_enough() -> None:
+def test_probes_are_distinct_and_sufficient() -> None:
     assert len(set(PROBES)) == len(PROBES) >= 6
     assert remote.IN_UNIT_INTERVAL_IN_A_ROW >= 64

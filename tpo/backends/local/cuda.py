@@ -1,8 +1,8 @@
-"""The runner for a GPU: the kernels of `kernels`, and decode steps replayed as CUDA graphs.
+"""Runner for a GPU: attention by the Triton kernels in `kernels`, and decode steps replayed as CUDA graphs.
 
-A step of a large model is some hundred small kernels: launched one by one from Python they would take longer than they
-run. Each size of batch is recorded once, when it first comes; a batch is filled up to the next size with rows that look
-at nothing and write to the slot of nobody.
+A step of a large model consists of hundreds of small kernels. Launching them one by one from Python takes longer than
+running them. Each batch size is captured when it first occurs. A batch is padded to the next captured size with rows
+that attend to nothing and write to the dummy slot 0.
 """
 
 import logging
@@ -21,37 +21,41 @@ from tpo.backends.local.tables import Numbers, Tables, work
 
 _log = logging.getLogger(__name__)
 
-_PROGRAMS = 3
-"""Of the attention kernel, for each multiprocessor."""
-_recording = threading.Lock()
-"""A process records one graph at a time: a judge may be a second policy, with an engine and a thread of its own."""
+_PROGRAMS_PER_PROCESSOR = 3
+"""Programs of the attention kernel for each multiprocessor."""
+_capturing = threading.Lock()
+"""A process captures one graph at a time: a judge may be a second policy, with its own engine and thread."""
 
 
 class CudaRunner(Runner):
-    """Decode steps by Triton kernels; prompts as in `Runner`."""
+    """Runner whose decode steps use Triton kernels. Prefill is the same as in `Runner`."""
 
     attention = "triton"
 
     def __init__(self, model: Any, shapes: dict[int, tuple[int, int, int]], slots: int, rows: int, context: int):
         super().__init__(model, shapes, slots)
-        self._most = batch_size(rows)
+        self._max_batch = batch_size(rows)
         heads = model.config.get_text_config().num_attention_heads
         kv_heads = min(shape[0] for shape in shapes.values())
         size = max(shape[2] for shape in shapes.values())
-        self._rows_an_item = min(kernels.rows_an_item(heads // shape[0]) for shape in shapes.values())
+        self._rows_per_item = min(kernels.rows_per_item(heads // shape[0]) for shape in shapes.values())
         self._tables = Tables(rows, context + 1)
         self._max_items = 8 * rows + 4096
-        self._buffers = kernels.Buffers(self._most, rows + 1, context + 1, heads, size, self._max_items, self.device)
-        self._tokens = torch.zeros(self._most, dtype=torch.long, device=self.device)
-        self._numbers = torch.full((self._most,), self._tables.spare, dtype=torch.long, device=self.device)
+        self._buffers = kernels.Buffers(
+            self._max_batch, rows + 1, context + 1, heads, size, self._max_items, self.device
+        )
+        self._tokens = torch.zeros(self._max_batch, dtype=torch.long, device=self.device)
+        self._table_indices = torch.full(
+            (self._max_batch,), self._tables.null_table, dtype=torch.long, device=self.device
+        )
         on_gpu = self.device.type == "cuda"
         processors = torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 2
-        self._programs = _PROGRAMS * processors
+        self._programs = _PROGRAMS_PER_PROCESSOR * processors
         self._aim = max(1, 2 * self._programs // kv_heads)
         self._graphs: dict[int, Any] = {}
         self._logits: Tensor | None = None
-        """What every graph writes last: logits of its own for each of them would add up to gigabytes."""
-        self._record = on_gpu
+        """Output buffer shared by all graphs: separate logits for each graph would add up to gigabytes."""
+        self._uses_graphs = on_gpu
         self._planned: list[ActiveSequence] | None = None
 
     def _decode_logits(self, batch: Batch, rows: list[ActiveSequence]) -> Tensor:
@@ -60,94 +64,97 @@ class CudaRunner(Runner):
         size = batch_size(n)
         self._tokens[:n].copy_(batch.last)
         self._buffers.positions[:n].copy_(batch.positions)
-        if self._record and size not in self._graphs:
-            self._graph(size)
+        if self._uses_graphs and size not in self._graphs:
+            self._capture(size)
         if self._logits is not None and size in self._graphs:
             self._graphs[size].replay()
             return self._logits[:n]
-        return self._pass(size)[:n]
+        return self._forward_padded(size)[:n]
 
-    def forget(self) -> None:
-        """As in `Runner`; and what was to be written into the tables when memory ran out is written anew."""
-        super().forget()
+    def reset(self) -> None:
+        """Reset as in `Runner`, and rewrite all tables in the next step, since an update may have been lost."""
+        super().reset()
         self._tables.forget()
         self._planned = None
 
     def _prepare(self, rows: list[ActiveSequence]) -> None:
-        """Bring tables and items up to date where rows joined, left or grew."""
+        """Update the tables and work items if rows joined, left or grew."""
         writes = self._tables.update(rows)
         if writes is None and rows is self._planned:
             return
         self._planned = rows
         buffers = self._buffers
         if writes is not None and len(writes.at):
-            buffers.table.view(-1).index_copy_(0, self._whole(writes.at, np.int64), self._whole(writes.slots))
-        plan = work(rows, self._rows_an_item, self._aim, self._max_items)
-        buffers.items[: len(plan.items)].copy_(self._whole(plan.items))
+            buffers.table.view(-1).index_copy_(0, self._to_device(writes.at, np.int64), self._to_device(writes.slots))
+        plan = work(rows, self._rows_per_item, self._aim, self._max_items)
+        buffers.items[: len(plan.items)].copy_(self._to_device(plan.items))
         buffers.item_count.fill_(len(plan.items))
         n, size = len(rows), batch_size(len(rows))
-        buffers.parts[:n].copy_(self._whole(plan.parts))
+        buffers.parts[:n].copy_(self._to_device(plan.parts))
         buffers.parts[n:size].zero_()
         buffers.positions[n:size].zero_()
         self._tokens[n:size].zero_()
-        self._numbers[:n].copy_(torch.tensor([row.table for row in rows], device=self.device))
-        self._numbers[n:size].fill_(self._tables.spare)
+        self._table_indices[:n].copy_(torch.tensor([row.table for row in rows], device=self.device))
+        self._table_indices[n:size].fill_(self._tables.null_table)
 
-    def _whole(self, numbers: Numbers, dtype: Any = np.int32) -> Tensor:
+    def _to_device(self, numbers: Numbers, dtype: Any = np.int32) -> Tensor:
         return torch.from_numpy(numbers.astype(dtype)).to(self.device, non_blocking=False)
 
-    def _pass(self, size: int) -> Tensor:
+    def _forward_padded(self, size: int) -> Tensor:
+        """Run the model over a padded batch. Return logits [size, vocabulary]."""
         positions = self._buffers.positions[:size].long()
-        slots = self._buffers.table[self._numbers[:size], positions].long()
-        step = _KernelStep(self._store, slots, self._buffers, self._programs)
+        slots = self._buffers.table[self._table_indices[:size], positions].long()
+        step = _KernelStep(self._kv_cache, slots, self._buffers, self._programs)
         return self.forward(self._tokens[:size], positions, step)
 
-    def _graph(self, size: int) -> None:
-        """Record a step of this size; what cannot be recorded is launched kernel by kernel from now on."""
+    def _capture(self, size: int) -> None:
+        """Capture a step of this size. If that fails, all later steps launch their kernels one by one."""
         try:
-            with _recording:
-                self._graphs[size] = self._recorded(size)
+            with _capturing:
+                self._graphs[size] = self._captured(size)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            _log.warning("decode steps of this model cannot be recorded as CUDA graphs: %r", error)
-            self._record = False
+            _log.warning("decode steps of this model cannot be captured as CUDA graphs: %r", error)
+            self._uses_graphs = False
 
-    def _recorded(self, size: int) -> Any:
+    def _captured(self, size: int) -> Any:
+        """Return a CUDA graph of a step of this size."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                logits = self._pass(size)
+                logits = self._forward_padded(size)
         torch.cuda.current_stream().wait_stream(stream)
         if self._logits is None:
-            self._logits = logits.new_empty(self._most, logits.shape[1])
+            self._logits = logits.new_empty(self._max_batch, logits.shape[1])
         del logits
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        # The reward model's thread goes on meanwhile: its calls must not spoil the record.
+        # The reward model's thread keeps running: its calls must not invalidate the capture.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._logits[:size].copy_(self._pass(size))
+            self._logits[:size].copy_(self._forward_padded(size))
         return graph
 
 
 class _KernelStep:
-    """One token for each row, by the kernels."""
+    """Decode: one token for each row, using the Triton kernels."""
 
-    def __init__(self, store: KVCache, slots: Tensor, buffers: kernels.Buffers, programs: int) -> None:
-        self._store = store
+    def __init__(self, cache: KVCache, slots: Tensor, buffers: kernels.Buffers, programs: int) -> None:
+        self._cache = cache
         self._slots = slots
         self._buffers = buffers
         self._programs = programs
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, head: Head) -> Tensor:
-        self._store.write(layer, self._slots, k, v)
-        keys, values = self._store.keys[layer], self._store.values[layer]
+        """Let each row attend to all its tokens, or to the last `window` of them."""
+        self._cache.write(layer, self._slots, k, v)
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         return kernels.attend(q, keys, values, head, self._buffers, self._programs)
 
 
 def batch_size(rows: int) -> int:
-    """The next size that steps are recorded for."""
+    """Return the padded size of a batch: the next size for which steps are captured."""
     if rows <= 8:
         return 1 << max(0, rows - 1).bit_length()
     step = 16 if rows <= 64 else 32 if rows <= 256 else 64

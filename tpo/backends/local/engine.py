@@ -1,4 +1,4 @@
-"""The step loop: one thread that asks the scheduler what to do and lets the runner do it. Tokens in, tokens out."""
+"""Step loop of the engine: one thread asks the scheduler for a plan and lets the runner execute it."""
 
 import logging
 import threading
@@ -22,65 +22,68 @@ T = TypeVar("T")
 
 
 class StepEngine:
-    """Requests of many threads, whose samples join and leave between two tokens."""
+    """Continuous batching engine: samples of many threads join and leave the batch between two tokens."""
 
     def __init__(self, runner: Runner, limits: Limits, stop_tokens: frozenset[int]) -> None:
         self.capacity = limits.tokens
-        """Tokens that one sequence may have at most, with its answer."""
+        """Maximum tokens of one sequence, prompt and completion together."""
         self.attention = runner.attention
         self.seconds = {"schedule": 0.0, "prefill": 0.0, "decode": 0.0}
-        """Where the loop's time went so far."""
+        """Seconds that the loop has spent in each phase."""
         self.steps = 0
-        """Steps that wrote tokens."""
+        """Number of decode steps."""
         self._runner = runner
         self._scheduler = Scheduler(limits, stop_tokens)
         self._changed = threading.Condition()
         self._arrived: list[Ticket] = []
-        self._count = 0
+        self._last_number = 0
         self._ended: str | None = None
-        self._pulse = Watchdog()
+        self._watchdog = Watchdog()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        """False when the loop has ended, or is stuck."""
-        return self._ended is None and not self._pulse.stuck
+        """False when the loop has ended or is stuck."""
+        return self._ended is None and not self._watchdog.stuck
 
     @property
     def rows(self) -> int:
-        """Samples that are being written now."""
+        """Number of samples that are decoding now."""
         return len(self._scheduler.rows)
 
     @property
     def held(self) -> int:
-        """Tokens whose keys and values are in memory or have room there, what is kept for later calls included."""
+        """Number of cache slots in use or reserved, including the prefix cache."""
         arena = self._scheduler.arena
         return arena.size - arena.free
 
     def submit(self, request: TokenRequest) -> "Future[Answer]":
-        """Queue a request and return the answer to come.
+        """Queue a request and return the future of its answer.
 
-        Raises BackendUnavailableError when the loop has ended, ContextTooLongError, PromptRefusedError.
+        Raises PromptRefusedError if the prompt is empty or has unknown tokens, ContextTooLongError if the request does
+        not fit the cache, BackendUnavailableError if the loop has ended.
         """
         if not request.prompt or not 0 <= min(request.prompt) <= max(request.prompt) < self._runner.vocabulary:
-            raise PromptRefusedError("A prompt needs tokens that the policy knows, and at least one.")
+            raise PromptRefusedError(
+                "A prompt must have at least one token, and only tokens of the policy's vocabulary."
+            )
         if len(request.prompt) + request.max_tokens > self.capacity + 1:
             raise ContextTooLongError(
-                f"A prompt of {len(request.prompt)} tokens and an answer of {request.max_tokens} are more than the "
-                f"engine's memory holds, which is {self.capacity}. Raise TPO_CACHE_GIB, or lower max_tokens."
+                f"A prompt of {len(request.prompt)} tokens and an answer of {request.max_tokens} do not fit the "
+                f"engine's memory, which holds {self.capacity} tokens. Raise TPO_CACHE_GIB, or lower max_tokens."
             )
         with self._changed:
             if self._ended:
                 raise BackendUnavailableError(self._ended)
-            self._count += 1
-            ticket = Ticket(request, self._count, Timings(time.monotonic()), list(range(len(request.seeds))))
+            self._last_number += 1
+            ticket = Ticket(request, self._last_number, Timings(time.monotonic()), list(range(len(request.seeds))))
             self._arrived.append(ticket)
             self._changed.notify()
         return ticket.future
 
     def close(self) -> None:
-        """End the loop after the step that runs."""
+        """Stop the loop after the current step."""
         self._end("The engine was closed.")
         self._thread.join()
 
@@ -91,13 +94,14 @@ class StepEngine:
                     self._step()
         except BaseException as error:
             _log.critical("the engine's loop has died", exc_info=error)
-            self._end(f"The engine's loop has died and this process must be started anew: {error!r}")
+            self._end(f"The engine's loop has died and this process must be restarted: {error!r}")
         finally:
             for ticket in self._scheduler.clear():
                 fail(ticket.future, BackendUnavailableError(self._ended))
-            self._runner.forget()
+            self._runner.reset()
 
     def _end(self, why: str) -> None:
+        """Mark the engine as ended and fail the requests that the loop has not taken yet."""
         with self._changed:
             self._ended = self._ended or why
             for ticket in self._arrived:
@@ -106,8 +110,8 @@ class StepEngine:
             self._changed.notify()
 
     def _wait(self) -> bool:
-        """Sleep until there is work; False when the loop has to end."""
-        self._pulse.rest()
+        """Wait for work. Return False when the loop must end."""
+        self._watchdog.rest()
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._arrived or self._scheduler.busy)
             for ticket in self._arrived:
@@ -116,34 +120,35 @@ class StepEngine:
             return self._ended is None
 
     def _step(self) -> None:
-        self._pulse.beat()
+        """Run one step: plan, prefill, decode. If memory runs out, preempt samples."""
+        self._watchdog.beat()
         scheduler = self._scheduler
         plan = self._timed("schedule", scheduler.plan)
         try:
             if plan.chunks:
-                self._timed("prefill", lambda: self._read(plan.chunks))
+                self._timed("prefill", lambda: self._prefill(plan.chunks))
             if plan.rows:
                 tokens = self._timed("decode", lambda: self._runner.decode(plan.rows))
                 for row, token in zip(plan.rows, tokens, strict=True):
                     if token < 0:
-                        fail(row.ticket.future, BadReplyError(_NO_NUMBERS))
+                        fail(row.ticket.future, BadReplyError(_NON_FINITE))
                 self.steps += 1
                 self._timed("schedule", lambda: scheduler.advance(plan.rows, tokens))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            self._make_room(error)
+            self._recover_from_out_of_memory(error)
 
-    def _read(self, chunks: Sequence[PrefillChunk]) -> None:
-        """Read parts of prompts. Where that breaks, one by one: whoever breaks alone fails alone."""
+    def _prefill(self, chunks: Sequence[PrefillChunk]) -> None:
+        """Prefill chunks together. If that fails, prefill them one by one, so that only the faulty request fails."""
         try:
             logits = self._runner.prefill(chunks)
         except Exception as error:
-            if is_out_of_memory(error) or _is_of_the_device(error):
+            if is_out_of_memory(error) or _is_device_failure(error):
                 raise
             if len(chunks) > 1:
                 for chunk in chunks:
-                    self._read([chunk])
+                    self._prefill([chunk])
             else:
                 fail(chunks[0].reading.ticket.future, BackendUnavailableError(f"The policy failed: {error!r}"))
             return
@@ -152,30 +157,31 @@ class StepEngine:
             reading = chunk.reading
             first = self._runner.first_tokens(row, reading.ticket.request, reading.samples)
             if min(first) < 0:
-                fail(reading.ticket.future, BadReplyError(_NO_NUMBERS))
+                fail(reading.ticket.future, BadReplyError(_NON_FINITE))
             self._scheduler.join(reading, first)
 
-    def _make_room(self, error: Exception) -> None:
-        """The device has no memory left: the youngest quarter begins again later; what is alone has failed."""
-        _log.warning("out of memory in a step: the youngest samples are put back")
-        self._runner.forget()
-        working = len(self._scheduler.rows) + len(self._scheduler.readings)
-        if not all(self._scheduler.preempt_youngest() for _ in range(max(1, working // 4))):
+    def _recover_from_out_of_memory(self, error: Exception) -> None:
+        """Preempt the youngest quarter of the active work. Fail a request that ran out of memory by itself."""
+        _log.warning("out of memory in a step: preempting the youngest samples")
+        self._runner.reset()
+        active = len(self._scheduler.rows) + len(self._scheduler.readings)
+        if not all(self._scheduler.preempt_youngest() for _ in range(max(1, active // 4))):
             for ticket in (*(r.ticket for r in self._scheduler.rows), *(r.ticket for r in self._scheduler.readings)):
                 fail(ticket.future, out_of_memory(error))
 
-    def _timed(self, what: str, work: Callable[[], T]) -> T:
+    def _timed(self, phase: str, work: Callable[[], T]) -> T:
+        """Call `work` and add its duration to the seconds of a phase."""
         started = time.perf_counter()
         result = work()
-        self.seconds[what] += time.perf_counter() - started
+        self.seconds[phase] += time.perf_counter() - started
         return result
 
 
-_NO_NUMBERS = "The policy's logits are not numbers: its weights overflow in this dtype. Use float32."
+_NON_FINITE = "The policy's logits are not finite numbers: its weights overflow in this dtype. Set TPO_DTYPE=float32."
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no memory left; torch has one class for this and does not always use it."""
+    """Return whether a device or the machine ran out of memory; torch does not always raise its own class for this."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
@@ -183,13 +189,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: Exception) -> TPOError:
-    """What a job is told when even a request alone did not fit."""
+    """Build the error for a request that does not fit the memory even by itself."""
     return BackendUnavailableError(
-        "The policy ran out of memory with one sample alone. Lower TPO_CACHE_GIB, TPO_PREFILL_TOKENS or the request's "
+        "The policy ran out of memory with only one sample. Lower TPO_CACHE_GIB, TPO_PREFILL_TOKENS or the request's "
         f"max_tokens. {error}"
     )
 
 
-def _is_of_the_device(error: Exception) -> bool:
-    """Whether the accelerator itself has failed: such an error stays, and every further request would meet it."""
+def _is_device_failure(error: Exception) -> bool:
+    """Return whether the accelerator itself has failed. Such an error persists and affects every later request."""
     return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)

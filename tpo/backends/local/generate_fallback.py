@@ -1,6 +1,6 @@
-"""For models that the engine cannot serve: transformers' own `generate`, one request at a time.
+"""Fallback for models that the engine cannot serve: transformers' own `generate`, one request at a time.
 
-Slow beside the engine, and used only where it is asked for (TPO_ENGINE_FALLBACK). Seeds mean the same as there.
+It is slower than the engine and must be enabled with TPO_ENGINE_FALLBACK. Seeds have the same meaning as in the engine.
 """
 
 import logging
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class GenerateEngine:
-    """An engine for any causal language model of transformers."""
+    """Engine for any causal language model of transformers."""
 
     def __init__(self, model: Any, stop_tokens: frozenset[int], context: int) -> None:
         self.capacity = context
@@ -41,7 +41,10 @@ class GenerateEngine:
         return self._ended is None and self._thread.is_alive()
 
     def submit(self, request: TokenRequest) -> "Future[Answer]":
-        """An answer to come. Raises BackendUnavailableError when the engine was closed."""
+        """Queue a request and return the future of its answer.
+
+        Raises BackendUnavailableError if the engine has ended.
+        """
         if self._ended:
             raise BackendUnavailableError(self._ended)
         ticket = Ticket(request, 0, Timings(time.monotonic()))
@@ -49,7 +52,7 @@ class GenerateEngine:
         return ticket.future
 
     def close(self) -> None:
-        """End after the token that is being written."""
+        """Stop the engine after the current token."""
         self._ended = "The engine was closed."
         self._waiting.put(None)
         self._thread.join()
@@ -59,13 +62,13 @@ class GenerateEngine:
 
     def _run(self) -> None:
         while ticket := self._waiting.get():
-            if ticket.gone:
+            if ticket.is_done:
                 continue
             try:
                 answer = self._answer(ticket)
             except Exception as error:
                 if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
-                    self._ended = f"The device has failed and this process must be started anew: {error!r}"
+                    self._ended = f"The device has failed and this process must be restarted: {error!r}"
                     _log.critical("the policy's device has failed", exc_info=error)
                 fail(ticket.future, BackendUnavailableError(f"The policy failed: {error!r}"))
                 continue
@@ -91,7 +94,9 @@ class GenerateEngine:
                 eos_token_id=sorted(self._stop) or None,
                 pad_token_id=min(self._stop, default=0),
                 logits_processor=LogitsProcessorList([_GumbelSampler(sampler, length)]),
-                stopping_criteria=StoppingCriteriaList([_StopTokens(lambda: ticket.gone or self._ended is not None)]),
+                stopping_criteria=StoppingCriteriaList(
+                    [_StopTokens(lambda: ticket.is_done or self._ended is not None)]
+                ),
             )
         ticket.timings.finished = time.monotonic()
         return Answer(tuple(self._completion(row[length:].tolist()) for row in out), ticket.timings)
@@ -102,7 +107,7 @@ class GenerateEngine:
 
 
 class _GumbelSampler(LogitsProcessor):
-    """Leaves only the token that the engine's own sampler draws."""
+    """Logits processor that leaves only the token chosen by the engine's sampler."""
 
     def __init__(self, sampler: Sampler, prompt: int) -> None:
         self._sampler = sampler
@@ -115,10 +120,10 @@ class _GumbelSampler(LogitsProcessor):
 
 
 class _StopTokens(StoppingCriteria):
-    """Ends the whole batch between two tokens."""
+    """Stopping criterion that ends the whole batch between two tokens when `is_over` returns True."""
 
-    def __init__(self, over: Any) -> None:
-        self._over = over
+    def __init__(self, is_over: Any) -> None:
+        self._is_over = is_over
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return torch.full((len(input_ids),), bool(self._over()), device=input_ids.device)
+        return torch.full((len(input_ids),), bool(self._is_over()), device=input_ids.device)

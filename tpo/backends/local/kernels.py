@@ -1,7 +1,7 @@
-"""Decode attention over the arena in Triton: each item's tokens are read once for all the rows that share them.
+"""Decode attention over the KV cache in Triton. Each item's tokens are read once for all rows that share them.
 
-Two kernels: `_attend` gives a partial output and its log-sum-exp for each item, `_merge` puts a row's parts together
-(flash decoding: Dao et al. 2023; cascade: Juravsky et al. 2024, arXiv 2402.05099).
+There are two kernels: `_attend` computes a partial output and its log-sum-exp for each item, and `_merge` combines the
+parts of a row (flash decoding: Dao et al. 2023; cascade attention: Juravsky et al. 2024, arXiv 2402.05099).
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpo.backends.local.attention import Head
-from tpo.backends.local.tables import PARTS
+from tpo.backends.local.tables import MAX_PARTS
 
 _TOKENS = 64
 
@@ -99,26 +99,29 @@ def _merge(
 
 
 class Buffers:
-    """What the kernels read and write beside keys and values; at fixed addresses, so that CUDA graphs may use them."""
+    """Input and output buffers of the kernels, except keys and values. Their addresses are fixed for CUDA graphs."""
 
     def __init__(self, rows: int, tables: int, width: int, heads: int, size: int, items: int, device: torch.device):
-        def whole(*shape: int) -> Tensor:
+        def integers(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
 
-        self.table = whole(tables, width)
-        self.items, self.item_count = whole(items, 6), whole(1)
-        self.positions, self.parts = whole(rows), whole(rows)
-        self.out = torch.zeros(rows * PARTS * heads * size, dtype=torch.float32, device=device)
-        self.lse = torch.zeros(rows * PARTS * heads, dtype=torch.float32, device=device)
+        self.table = integers(tables, width)
+        self.items, self.item_count = integers(items, 6), integers(1)
+        self.positions, self.parts = integers(rows), integers(rows)
+        self.out = torch.zeros(rows * MAX_PARTS * heads * size, dtype=torch.float32, device=device)
+        self.lse = torch.zeros(rows * MAX_PARTS * heads, dtype=torch.float32, device=device)
 
 
-def rows_an_item(group: int) -> int:
-    """How many rows one item may serve, for so many query heads a kv head."""
+def rows_per_item(group: int) -> int:
+    """Return how many rows one item can serve, given the number of query heads per kv head."""
     return _queries(group) // group
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, head: Head, buffers: Buffers, programs: int) -> Tensor:
-    """Queries [heads, rows, size] over keys and values [kv heads, slots, size]: the output [rows, heads, size]."""
+    """Compute decode attention with the work items in the buffers.
+
+    Queries: [heads, rows, size]. Keys and values: [kv heads, slots, size]. Output: [rows, heads, size].
+    """
     q = q.transpose(0, 1).contiguous()
     rows, heads, size = q.shape
     kv_heads, slots, value_size = values.shape
@@ -129,12 +132,13 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, head: Head, buffers: Buffers
         q, keys, values, buffers.table, buffers.items, buffers.item_count, buffers.positions, buffers.out, buffers.lse,
         head.scale, head.cap or 1.0, kv_heads, slots, buffers.table.shape[1],
         WINDOW=head.window or 0, CAPPED=head.cap is not None, GROUP=group, M=_queries(group), N=_TOKENS,
-        K=size, KP=triton.next_power_of_2(size), V=value_size, VP=wide, MOST=PARTS,
+        K=size, KP=triton.next_power_of_2(size), V=value_size, VP=wide, MOST=MAX_PARTS,
         num_warps=4, num_stages=3 if q.element_size() == 2 and size <= 128 else 2,
     )  # fmt: skip
-    _merge[(rows, heads)](buffers.out, buffers.lse, buffers.parts, result, V=value_size, VP=wide, MOST=PARTS)
+    _merge[(rows, heads)](buffers.out, buffers.lse, buffers.parts, result, V=value_size, VP=wide, MOST=MAX_PARTS)
     return result
 
 
 def _queries(group: int) -> int:
+    """Return the number of queries of one item, rows times query heads per kv head, padded to a power of 2."""
     return int(max(16, min(64, triton.next_power_of_2(group * 8)), triton.next_power_of_2(group)))

@@ -1,7 +1,7 @@
-"""Who holds which part of the memory for keys and values. Counts tokens; the tensors are the runner's.
+"""Allocator for the slots of the KV cache. It only does the bookkeeping; the tensors belong to the runner.
 
-The arena is one long row of token slots. A segment is a run of neighbouring slots with a count of its holders; a chain
-of segments is what a sequence has in the cache, so that sequences share what they have in common and nothing is copied.
+The cache is one long row of token slots. A segment is a run of consecutive slots with a reference count. A sequence
+occupies a chain of segments. Sequences share the segments of a common prefix, so that nothing is copied.
 """
 
 from bisect import insort
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Segment:
-    """Slots `start` to `start + capacity`, of which the first `used` hold tokens."""
+    """Slots `start` to `start + capacity`, of which the first `used` hold tokens; `holders` is the reference count."""
 
     start: int
     capacity: int
@@ -21,7 +21,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Piece:
-    """The first `length` tokens of a segment, as one sequence sees it."""
+    """The first `length` tokens of a segment, as part of one sequence."""
 
     segment: Segment
     length: int
@@ -31,12 +31,12 @@ Chain = tuple[Piece, ...]
 
 
 def chain_length(chain: Iterable[Piece]) -> int:
-    """Tokens that a chain holds."""
+    """Return the number of tokens in a chain."""
     return sum(piece.length for piece in chain)
 
 
 def cut(chain: Sequence[Piece], length: int) -> Chain:
-    """The first `length` tokens of a chain."""
+    """Return the first `length` tokens of a chain."""
     pieces = []
     for piece in chain:
         if length <= 0:
@@ -47,16 +47,19 @@ def cut(chain: Sequence[Piece], length: int) -> Chain:
 
 
 class KVCacheAllocator:
-    """Slots 1 to `size`; slot 0 is nobody's and may be written by anyone."""
+    """Allocates slots 1 to `size`. Slot 0 is a dummy: padding rows may write to it, and it is never allocated."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.free = size
         self._gaps: list[tuple[int, int]] = [(1, size)]
-        """Free runs (start, length), by start."""
+        """Free runs as (start, length), sorted by start."""
 
     def take(self, count: int) -> list[Segment]:
-        """New segments of `count` slots together: one where there is such a gap; none when fewer slots are free."""
+        """Allocate `count` slots: one segment if a gap is large enough, otherwise several.
+
+        Return an empty list if fewer slots are free.
+        """
         if count > self.free or count <= 0:
             return []
         for i, (start, length) in enumerate(self._gaps):
@@ -70,8 +73,8 @@ class KVCacheAllocator:
         return segments
 
     def take_equal(self, count: int, each: int) -> list[Segment]:
-        """`count` segments of `each` slots that stand side by side; none when there is no such gap."""
-        whole = next(
+        """Allocate `count` adjacent segments of `each` slots. Return an empty list if no gap is large enough."""
+        run = next(
             (
                 self._carve(i, start, length, count * each)
                 for i, (start, length) in enumerate(self._gaps)
@@ -79,28 +82,29 @@ class KVCacheAllocator:
             ),
             None,
         )
-        return [Segment(whole.start + i * each, each) for i in range(count)] if whole else []
+        return [Segment(run.start + i * each, each) for i in range(count)] if run else []
 
     def hold(self, chain: Iterable[Piece]) -> None:
-        """One holder more for each segment."""
+        """Increment the reference count of each segment."""
         for piece in chain:
             piece.segment.holders += 1
 
     def release(self, segments: Iterable[Segment]) -> None:
-        """One holder fewer; what nobody holds is free again."""
+        """Decrement the reference count of each segment, and free the segments that reach 0."""
         for segment in segments:
             segment.holders -= 1
             if not segment.holders:
-                self._put(segment.start, segment.capacity)
+                self._add_gap(segment.start, segment.capacity)
                 segment.capacity = segment.used = 0
 
     def trim(self, segment: Segment) -> None:
-        """Free the slots that its tokens do not need."""
+        """Free the unused slots of a segment."""
         if segment.capacity > segment.used:
-            self._put(segment.start + segment.used, segment.capacity - segment.used)
+            self._add_gap(segment.start + segment.used, segment.capacity - segment.used)
             segment.capacity = segment.used
 
     def _carve(self, i: int, start: int, length: int, count: int) -> Segment:
+        """Take the first `count` slots of gap `i`."""
         if length > count:
             self._gaps[i] = (start + count, length - count)
         else:
@@ -108,7 +112,8 @@ class KVCacheAllocator:
         self.free -= count
         return Segment(start, count)
 
-    def _put(self, start: int, count: int) -> None:
+    def _add_gap(self, start: int, count: int) -> None:
+        """Return a run of slots to the free list, merged with adjacent gaps."""
         if not count:
             return
         self.free += count

@@ -1,4 +1,4 @@
-"""Weights and tokenizer from a folder or the Hub into memory, or a refusal that says what to do."""
+"""Load weights and tokenizer from a folder or the Hub, or refuse with a message that says what to do."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,33 +28,33 @@ _UNREADABLE = (
     ImportError,
     SafetensorError,
 )
-"""What transformers and tokenizers raise at files that are missing, or hold something else."""
+"""Errors that transformers and tokenizers raise for files that are missing or have wrong content."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model in memory with what is needed to speak to it."""
+    """A loaded model with its tokenizer and limits."""
 
     name: str
     network: Any
     chat: Chat
     context: int
-    """Tokens that it reads and writes at most, in one sequence."""
+    """Maximum number of tokens in one sequence, prompt and completion together."""
     stop_tokens: frozenset[int]
 
     @property
     def vocabulary(self) -> int:
-        """Token ids are below this."""
+        """Size of the vocabulary: all token ids are below it."""
         return int(self.network.get_input_embeddings().weight.shape[0])
 
 
 def load_policy_model(spec: str, settings: Settings) -> Model:
-    """A causal language model with a chat template. Raises ModelRefusedError."""
+    """Load a causal language model with a chat template. Raises ModelRefusedError if it cannot serve as a policy."""
     _prepare(settings)
     device = _device(settings)
     config = _config(spec, "policy")
     if _classifies(config):
-        # With tied embeddings nothing of a policy is missing in its file: it would load, and write nonsense.
+        # With tied embeddings a classifier's file has every weight of a policy: it would load and generate nonsense.
         raise ModelRefusedError(
             f"{spec} is not a policy: its config names {', '.join(config.architectures)}. Name a causal language "
             "model, and this one as the reward model."
@@ -63,14 +63,14 @@ def load_policy_model(spec: str, settings: Settings) -> Model:
     odd = set(getattr(text_config, "layer_types", None) or ()) - _LAYER_KINDS
     if odd:
         raise ModelRefusedError(
-            f"The policy {spec} has layers of kind {', '.join(sorted(odd))}, which this back end does not keep between "
-            "tokens. Serve it with vLLM or SGLang, or take a model with plain or sliding-window attention."
+            f"The policy {spec} has layers of kind {', '.join(sorted(odd))}, whose state this back end does not keep "
+            "between tokens. Serve it with vLLM or SGLang, or use a model with plain or sliding-window attention."
         )
     dtype = _policy_dtype(settings, device)
     network, missing = _weights(AutoModelForCausalLM, spec, "policy", config, dtype, device)
     if missing:
         raise ModelRefusedError(
-            f"{spec} is not a whole policy: its file has no {', '.join(sorted(missing)[:3])}, which would be random "
+            f"{spec} is not a complete policy: its file has no {', '.join(sorted(missing)[:3])}, which would be random "
             "numbers. Download it again, or name a causal language model."
         )
     tokenizer = _tokenizer(spec, "policy")
@@ -86,7 +86,10 @@ def load_policy_model(spec: str, settings: Settings) -> Model:
 
 
 def load_reward_network(spec: str, settings: Settings) -> Model:
-    """A sequence classifier with one label and a chat template. Raises ModelRefusedError."""
+    """Load a sequence classifier with one label and a chat template.
+
+    Raises ModelRefusedError if it cannot serve as a reward model.
+    """
     _prepare(settings)
     device = _device(settings)
     config = _config(spec, "reward model")
@@ -94,19 +97,18 @@ def load_reward_network(spec: str, settings: Settings) -> Model:
     if not _classifies(config):
         raise ModelRefusedError(
             f"{spec} is not a reward model: its config names {', '.join(config.architectures or ['no architecture'])}. "
-            "A reward model here is a …ForSequenceClassification with one label, such as Skywork-Reward-V2."
+            "A reward model must be a …ForSequenceClassification with one label, such as Skywork-Reward-V2."
         )
     if labels != 1:
         raise ModelRefusedError(
-            f"The reward model {spec} has {labels} labels. One is needed: it is read as the score, without a sigmoid."
+            f"The reward model {spec} has {labels} labels. It must have exactly one, whose raw value is the score."
         )
     dtype = getattr(torch, settings.reward_dtype)
     network, missing = _weights(AutoModelForSequenceClassification, spec, "reward model", config, dtype, device)
     if missing:
         raise ModelRefusedError(
-            f"{spec} is not a whole reward model: its file has no {', '.join(sorted(missing)[:3])}, which would be "
-            "random numbers. A language model given as a reward model looks like this, and so does a head that needs "
-            "its own code."
+            f"{spec} is not a complete reward model: its file has no {', '.join(sorted(missing)[:3])}, which would be "
+            "random numbers. The model may be a plain language model, or its head may need code from its repository."
         )
     tokenizer = _tokenizer(spec, "reward model")
     model = Model(
@@ -123,19 +125,19 @@ def load_reward_network(spec: str, settings: Settings) -> Model:
 def _prepare(settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    # What these would print is either in the way (progress bars) or refused below (missing weights).
+    # Their output is either noise (progress bars) or refused below (missing weights).
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def _device(settings: Settings) -> torch.device:
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if settings.device == "auto":
-        return torch.device(next(name for name, there in have.items() if there))
-    if not have[settings.device]:
+        return torch.device(next(name for name, found in available.items() if found))
+    if not available[settings.device]:
         raise ModelRefusedError(
-            f"TPO_DEVICE={settings.device}, and torch {torch.__version__} sees no such device here. Set "
-            "TPO_DEVICE=auto, or install torch in the build that fits the hardware."
+            f"TPO_DEVICE={settings.device}, but torch {torch.__version__} finds no such device. Set "
+            "TPO_DEVICE=auto, or install the torch build for this hardware."
         )
     return torch.device(settings.device)
 
@@ -162,8 +164,8 @@ def _classifies(config: Any) -> bool:
 def _weights(
     auto: Any, spec: str, role: Role, config: Any, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Any]:
-    """The network, and the names of the weights that its file lacks."""
-    # torch's fused attention cannot cap its logits (Gemma 2), and some architectures (gpt-oss) never use it.
+    """Load the network; also return the names of the weights that its file lacks."""
+    # torch's fused attention cannot cap logits (Gemma 2), and some architectures (gpt-oss) do not support it.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     try:
         fused = not capped and auto._model_mapping[type(config)]._supports_sdpa
@@ -178,7 +180,7 @@ def _weights(
         )
         return network.to(device).eval().requires_grad_(False), info["missing_keys"]
     except torch.OutOfMemoryError as error:
-        raise ModelRefusedError(f"The {role} {spec} does not fit the memory of {device}: {error}") from error
+        raise ModelRefusedError(f"The {role} {spec} does not fit into the memory of {device}: {error}") from error
     except _UNREADABLE as error:
         raise _refusal(spec, role, error) from error
 
@@ -191,39 +193,40 @@ def _tokenizer(spec: str, role: Role) -> Any:
 
 
 def _refusal(spec: str, role: Role, error: Exception) -> ModelRefusedError:
+    """Build the error for a model that cannot be loaded, with advice for its likely cause."""
     text = str(error)
     if "custom code" in text or "trust_remote_code" in text:
         return ModelRefusedError(
-            f"The {role} {spec} needs code from its own repository, which is never run here. Take a model of an "
-            "architecture that transformers has, or serve it elsewhere."
+            f"The {role} {spec} needs code from its own repository, which is never run here. Use a model of an "
+            "architecture that transformers includes, or serve it with another server."
         )
     if isinstance(error, OSError) and not Path(spec).expanduser().is_dir():
         return ModelRefusedError(
-            f"The {role} {spec} cannot be had from the Hugging Face Hub. Is the name right, is there a network "
-            f"(HF_HUB_OFFLINE is honoured), does it need HF_TOKEN, does it have safetensors? {text}"
+            f"The {role} {spec} cannot be loaded from the Hugging Face Hub. Check the name, the network "
+            f"(HF_HUB_OFFLINE is honoured), whether it needs HF_TOKEN, and whether it has safetensors. {text}"
         )
     return ModelRefusedError(f"The {role} {spec} cannot be loaded: {text}")
 
 
 def _context(config: Any, tokenizer: Any) -> int:
-    """The longest sequence. A tokenizer that knows none says a number beyond all use."""
+    """Return the maximum sequence length. A tokenizer without a limit reports a huge number."""
     positions = getattr(config, "max_position_embeddings", None)
     return int(positions or tokenizer.model_max_length)
 
 
 def _stop_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a turn: generation configs may name several, and some name none."""
+    """Return all tokens that end a turn. A generation config may name several or none."""
     ids = network.generation_config.eos_token_id
     listed = ids if isinstance(ids, list) else [ids]
     return frozenset(i for i in (*listed, tokenizer.eos_token_id) if i is not None)
 
 
 def _try_out(model: Model, role: Role) -> None:
-    """One forward pass, so that what cannot run is refused before any job is taken, and the first job finds it warm."""
+    """Run one forward pass, which also warms the model up. Raises ModelRefusedError if the model cannot run."""
     tokens = model.chat.encode([Message(role="user", content="Hello.")], for_reply=True)
     usable = [t for t in tokens if t < model.vocabulary]
     try:
         with torch.inference_mode():
             model.network(input_ids=torch.tensor([usable], device=model.network.device))
     except Exception as error:
-        raise ModelRefusedError(f"The {role} {model.name} was loaded and cannot run: {error!r}") from error
+        raise ModelRefusedError(f"The {role} {model.name} was loaded but cannot run: {error!r}") from error

@@ -1,4 +1,4 @@
-"""The policy on this machine: messages to tokens, the engine, tokens to text."""
+"""Policy on this machine: encodes messages, runs the engine and decodes its tokens."""
 
 import logging
 import time
@@ -17,13 +17,13 @@ from tpo.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-_BEFORE = 8
-"""Tokens looked at before a stop string could begin: what is decoded from the middle of a text may lose its first space
-or letter."""
+_CONTEXT_TOKENS = 8
+"""Extra tokens decoded before a possible stop string, because decoding from the middle of a text may lose its first
+character."""
 
 
 class LocalPolicy:
-    """A causal language model behind one engine; many jobs' threads call it at once."""
+    """A causal language model behind one engine. Thread-safe."""
 
     def __init__(self, model: Model, engine: Engine) -> None:
         self._model = model
@@ -32,7 +32,7 @@ class LocalPolicy:
 
     @classmethod
     def load(cls, spec: str, settings: Settings) -> Self:
-        """Load the weights, start the engine and try it out. Raises ModelRefusedError."""
+        """Load the weights, start the engine and verify it. Raises ModelRefusedError if that fails."""
         model = load_policy_model(spec, settings)
         return cls(model, _engine(model, settings))
 
@@ -44,9 +44,9 @@ class LocalPolicy:
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
         """Sample responses.
 
-        Raises ContextTooLongError, PromptRefusedError, BadReplyError, BackendUnavailableError, CallInterruptedError.
+        In float32 the same seed gives the same text, whatever else is in the batch; in lower precision, nearly always.
 
-        In float32 the same seed gives the same text, alone and in company; in less, nearly always.
+        Raises ContextTooLongError, PromptRefusedError, BadReplyError, BackendUnavailableError, CallInterruptedError.
         """
         started = time.perf_counter()
         interrupt()
@@ -59,7 +59,7 @@ class LocalPolicy:
                 temperature=request.temperature,
                 top_p=request.top_p,
                 max_tokens=min(request.max_tokens, self._context - len(prompt)),
-                ended=self._ends_at(request.stop, opened=opened) if request.stop else None,
+                ended=self._stop_check(request.stop, opened=opened) if request.stop else None,
                 under_way=request.kind != "sample" or request.iteration > 0,
             )
         )
@@ -83,18 +83,22 @@ class LocalPolicy:
             raise ContextTooLongError(
                 f"The prompt of the {request.kind} call has {len(prompt)} tokens; the policy holds {context} with its "
                 f"answer, so at most {context - 1} fit. Shorten the conversation, or lower max_tokens so that the "
-                "responses which the critic reads are shorter."
+                "responses in the critique prompt are shorter."
             )
         if max(prompt) >= self._model.vocabulary:
             raise PromptRefusedError(
-                f"The tokenizer gave token {max(prompt)}, and the policy knows only {self._model.vocabulary}."
+                f"The tokenizer produced token {max(prompt)}, but the policy knows only {self._model.vocabulary} "
+                "tokens. Use the tokenizer that belongs to the model."
             )
         return prompt
 
-    def _ends_at(self, stop: tuple[str, ...], *, opened: bool) -> Callable[[Sequence[int]], bool]:
-        """Whether an answer holds one of these strings. A token has a byte at least, so that a few are looked at."""
+    def _stop_check(self, stop: tuple[str, ...], *, opened: bool) -> Callable[[Sequence[int]], bool]:
+        """Build a function that returns whether a completion's answer contains a stop string.
+
+        A token has at least one byte, so only the last tokens need to be decoded.
+        """
         chat = self._model.chat
-        longest = max(len(s.encode()) for s in stop) + _BEFORE
+        longest = max(len(s.encode()) for s in stop) + _CONTEXT_TOKENS
 
         def ended(tokens: Sequence[int]) -> bool:
             if not any(s in chat.decode(tokens[-longest:]) for s in stop):
@@ -113,11 +117,12 @@ class LocalPolicy:
 
 
 def _engine(model: Model, settings: Settings) -> Engine:
+    """Build the engine, or the fallback if the settings allow it."""
     options = EngineOptions(settings.batch_rows, settings.cache_gib, settings.prefill_tokens)
     try:
         return build_engine(model.network, model.stop_tokens, model.context, options, f"The policy {model.name}")
     except ModelRefusedError as error:
         if not settings.engine_fallback:
             raise
-        _log.warning("%s Requests are answered one at a time, by generate.", error)
+        _log.warning("%s Falling back to `generate`, one request at a time.", error)
         return GenerateEngine(model.network, model.stop_tokens, model.context)

@@ -1,7 +1,7 @@
-"""What finished requests leave in the cache, so that the next call of the same conversation need not read it again.
+"""Prefix cache: keys and values of earlier requests, so that a later call of the same conversation skips their prefill.
 
-Kept by content, not by name: a prompt is matched against every kept sequence, and takes the longest common beginning.
-When memory is needed, what was used longest ago goes first.
+Entries are found by content: a prompt is matched against every cached sequence and reuses the longest common prefix.
+When memory is needed, the least recently used entry is evicted first.
 """
 
 from collections import OrderedDict
@@ -15,28 +15,31 @@ Tokens = tuple[int, ...]
 
 
 class PrefixCache:
-    """Kept sequences; each holds its segments in the arena."""
+    """Cached sequences; each holds a reference to its segments."""
 
-    def __init__(self, arena: KVCacheAllocator) -> None:
-        self._arena = arena
+    def __init__(self, allocator: KVCacheAllocator) -> None:
+        self._allocator = allocator
         self._kept: OrderedDict[Tokens, Chain] = OrderedDict()
         self._by_block: dict[int, Tokens] = {}
 
     def keep(self, tokens: Tokens, chain: Chain) -> None:
-        """Hold a sequence of so many tokens as its chain has."""
+        """Cache a sequence. It has as many tokens as its chain."""
         if tokens in self._kept:
             self._kept.move_to_end(tokens)
             return
-        self._arena.hold(chain)
+        self._allocator.hold(chain)
         self._kept[tokens] = chain
-        for mark in _marks(tokens):
-            self._by_block[mark] = tokens
+        for block_hash in _block_hashes(tokens):
+            self._by_block[block_hash] = tokens
 
     def longest(self, prompt: Sequence[int]) -> Chain:
-        """The chain of the longest kept beginning of the prompt, without its last token: one is always read anew."""
+        """Return the chain of the longest cached prefix of a prompt.
+
+        The last token of the prompt is never taken from the cache, because its logits are needed.
+        """
         limit = len(prompt) - 1
-        marks = reversed(_marks(prompt[:limit]))
-        found = next((tokens for tokens in map(self._by_block.get, marks) if tokens is not None), None)
+        hashes = reversed(_block_hashes(prompt[:limit]))
+        found = next((tokens for tokens in map(self._by_block.get, hashes) if tokens is not None), None)
         if found is None:
             return ()
         self._kept.move_to_end(found)
@@ -44,26 +47,26 @@ class PrefixCache:
         return cut(self._kept[found], min(common, limit))
 
     def forget_one(self) -> bool:
-        """Let go of what was used longest ago; False when nothing is kept."""
+        """Evict the least recently used sequence. Return False if the cache is empty."""
         if not self._kept:
             return False
         tokens, chain = self._kept.popitem(last=False)
-        self._arena.release(piece.segment for piece in chain)
-        for mark in _marks(tokens):
-            if self._by_block.get(mark) is tokens:
-                del self._by_block[mark]
+        self._allocator.release(piece.segment for piece in chain)
+        for block_hash in _block_hashes(tokens):
+            if self._by_block.get(block_hash) is tokens:
+                del self._by_block[block_hash]
         return True
 
     def forget(self) -> None:
-        """Let go of everything."""
+        """Evict all sequences."""
         while self.forget_one():
             pass
 
 
-def _marks(tokens: Sequence[int]) -> list[int]:
-    """A number for each beginning of whole blocks."""
-    marks, mark = [], 0
+def _block_hashes(tokens: Sequence[int]) -> list[int]:
+    """Return a chained hash for each prefix that consists of whole blocks."""
+    hashes, block_hash = [], 0
     for end in range(_BLOCK, len(tokens) + 1, _BLOCK):
-        mark = hash((mark, tuple(tokens[end - _BLOCK : end])))
-        marks.append(mark)
-    return marks
+        block_hash = hash((block_hash, tuple(tokens[end - _BLOCK : end])))
+        hashes.append(block_hash)
+    return hashes

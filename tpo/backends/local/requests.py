@@ -1,4 +1,4 @@
-"""What goes into an engine and comes out of it: tokens, seeds, times. No torch, no model."""
+"""Input and output of an engine: tokens, seeds and times. Independent of torch and of the model."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """One prompt, and a completion to be sampled for each seed. Prompt and `max_tokens` fit the context together."""
+    """One prompt, with one completion to sample for each seed. Prompt plus `max_tokens` must fit the context."""
 
     prompt: tuple[int, ...]
     seeds: tuple[int, ...]
@@ -19,14 +19,14 @@ class TokenRequest:
     top_p: float
     max_tokens: int
     under_way: bool = False
-    """Whether the job has had an answer before: where memory is short, such requests go first."""
+    """Whether the job has already received a completion. Such requests take priority when memory is short."""
     ended: Callable[[Sequence[int]], bool] | None = None
-    """Looks at a completion after each token: whether it is whole before its end token."""
+    """Called with the completion after each token; returns whether it is complete before its end token."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Generated tokens, the end token counted."""
+    """Generated tokens, including the end token."""
 
     tokens: tuple[int, ...]
     finish_reason: "FinishReason"
@@ -34,22 +34,22 @@ class Completion:
 
 @dataclass
 class Timings:
-    """One request's way through the engine, in seconds of the monotonic clock, and its share of the work."""
+    """Timestamps of one request in the engine, in seconds of the monotonic clock, and counts of its work."""
 
     submitted: float
     started: float | None = None
-    """When it first left the queue."""
+    """When the request first left the queue."""
     first_token: float | None = None
     finished: float | None = None
     reused_tokens: int = 0
-    """Prompt tokens whose keys and values an earlier request had left."""
+    """Prompt tokens whose keys and values were already in the prefix cache."""
     preempted: int = 0
-    """Samples that had to begin again because memory ran out."""
+    """Samples that were preempted and restarted because memory ran out."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Completions in the order of the seeds."""
+    """The completions of a request, in the order of its seeds."""
 
     completions: tuple[Completion, ...]
     timings: Timings
@@ -57,29 +57,29 @@ class Answer:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way."""
+    """A submitted request and its state in the engine."""
 
     request: TokenRequest
     number: int
-    """Counts up with arrival: the largest is the youngest."""
+    """Order of arrival: the youngest request has the largest number."""
     timings: Timings
-    todo: list[int] = field(default_factory=list)
-    """Samples that nobody writes yet."""
+    remaining: list[int] = field(default_factory=list)
+    """Indices of the samples that are not started yet."""
     done: dict[int, Completion] = field(default_factory=dict)
     future: "Future[Answer]" = field(default_factory=Future)
 
     @property
-    def gone(self) -> bool:
-        """Whether nobody waits for it any more."""
+    def is_done(self) -> bool:
+        """Whether the request is answered, failed or cancelled."""
         return self.future.done()
 
 
 class Engine(Protocol):
-    """What turns tokens into tokens for many threads at once."""
+    """Generates completions for prompts. Thread-safe."""
 
     @property
     def capacity(self) -> int:
-        """Tokens that one sequence may have, prompt and answer together."""
+        """Maximum tokens of one sequence, prompt and completion together."""
         ...
 
     @property
@@ -88,9 +88,9 @@ class Engine(Protocol):
         ...
 
     def submit(self, request: TokenRequest) -> "Future[Answer]":
-        """An answer to come; cancelling the future drops the request between two tokens."""
+        """Queue a request. Cancelling the returned future drops the request between two tokens."""
         ...
 
     def close(self) -> None:
-        """Stop; requests that wait raise BackendUnavailableError."""
+        """Stop the engine. Pending requests raise BackendUnavailableError."""
         ...

@@ -1,7 +1,7 @@
-"""The reward model on this machine: messages and responses to tokens, the engine that scores them.
+"""Reward model on this machine: encodes conversations and scores them with the reward engine.
 
-A response that is longer than the model's window is scored by its beginning: as many of its tokens as fit, and the
-tokens that close its turn. Its parts then say how much was read, as those of a remote reward model do.
+A response that does not fit the model's window is scored by its beginning: as many of its tokens as fit, followed by
+the tokens that close its turn. `parts` then reports the share that was read, as for a remote reward model.
 """
 
 import time
@@ -26,25 +26,25 @@ class LocalRewardModel:
 
     @classmethod
     def load(cls, spec: str, settings: Settings) -> Self:
-        """Load the weights and start the thread. Raises ModelRefusedError."""
+        """Load the weights and start the engine's thread. Raises ModelRefusedError if the model cannot be loaded."""
         return cls(load_reward_network(spec, settings))
 
     @property
     def healthy(self) -> bool:
-        """False when the engine's thread has ended, or is stuck."""
+        """False when the engine's thread has ended or is stuck."""
         return self._engine.healthy
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
         """Score responses.
 
-        Raises ContextTooLongError, PromptRefusedError, BackendUnavailableError, and what `interrupt` raises.
+        A conversation is too long only if it does not fit the window without any response.
 
-        Only a conversation that leaves no room for any response is too long.
+        Raises ContextTooLongError, PromptRefusedError, BackendUnavailableError, and what `interrupt` raises.
         """
         started = time.perf_counter()
         interrupt()
         whole = [self._conversation(request, response) for response in request.responses]
-        conversations = [self._fitted(request, tokens) for tokens in whole]
+        conversations = [self._fit(request, tokens) for tokens in whole]
         scores = result_of(self._engine.submit(conversations), interrupt)
         return Rewards(
             values=scores,
@@ -54,13 +54,13 @@ class LocalRewardModel:
         )
 
     def close(self) -> None:
-        """Stop the thread after the batch that runs."""
+        """Stop the engine's thread after the current batch."""
         self._engine.close()
 
     def _parts(
         self, request: Score, scores: Sequence[float], whole: Sequence[Sequence[int]]
     ) -> tuple[tuple[RewardPart, ...], ...]:
-        """How much of each response was read; empty where all of all was."""
+        """Return the share of each response that was read; empty if all were read completely."""
         window = self._model.context
         if all(len(tokens) <= window for tokens in whole):
             return ()
@@ -76,25 +76,29 @@ class LocalRewardModel:
         tokens = self._model.chat.encode(turns, for_reply=False)
         if max(tokens) >= self._model.vocabulary:
             raise PromptRefusedError(
-                f"The tokenizer gave token {max(tokens)}, and the reward model knows only {self._model.vocabulary}."
+                f"The tokenizer produced token {max(tokens)}, but the reward model knows only {self._model.vocabulary} "
+                "tokens. Use the tokenizer that belongs to the model."
             )
         return tokens
 
-    def _fitted(self, request: Score, tokens: list[int]) -> list[int]:
-        """As much of the response as the window holds, and the end of its turn."""
+    def _fit(self, request: Score, tokens: list[int]) -> list[int]:
+        """Cut the response to the window, and keep the tokens that end its turn.
+
+        Raises ContextTooLongError if the conversation leaves no space for a response.
+        """
         window = self._model.context
         if len(tokens) <= window:
             return tokens
         bare = self._conversation(request, "")
-        closing = _common(tokens[::-1], bare[::-1])
+        closing = _common_prefix_length(tokens[::-1], bare[::-1])
         if len(bare) >= window:
             raise ContextTooLongError(
                 f"A conversation without any response has {len(bare)} tokens; the reward model reads at most {window}. "
-                "Shorten the conversation, or take a reward model that reads more."
+                "Shorten the conversation, or use a reward model with a larger window."
             )
         return tokens[: window - closing] + tokens[len(tokens) - closing :]
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from their beginning."""
+def _common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,6 +1,6 @@
-"""Executes what the scheduler has decided: forward passes of one model over the arena. Decides nothing.
+"""Runner: executes the scheduler's plan as forward passes of one model over the KV cache. It makes no decisions.
 
-Everything is packed into one row of tokens, [1, tokens]; which token belongs to whom is known to the attention alone.
+All tokens of a pass are packed into one row, [1, tokens]. Only the attention maps tokens to sequences.
 """
 
 import logging
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class Batch:
-    """The rows' tensors, valid until a row joins or leaves."""
+    """Tensors of the running rows, valid until a row joins or leaves."""
 
     def __init__(self, rows: Sequence[ActiveSequence], device: torch.device) -> None:
         requests = [row.ticket.request for row in rows]
@@ -35,14 +35,14 @@ class Batch:
         )
 
     def advance(self, tokens: Tensor) -> None:
-        """Every row has one token more."""
+        """Record the token that each row has decoded."""
         self.last = tokens
         self.steps += 1
         self.positions += 1
 
 
 class Runner:
-    """One model, its keys and values, and its forward passes. Needs torch alone."""
+    """One model, its KV cache and its forward passes. Needs only torch."""
 
     attention = "torch"
 
@@ -51,40 +51,40 @@ class Runner:
         self.dtype: torch.dtype = model.dtype
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._model = model
-        self._store = KVCache(shapes, slots, model.dtype, self.device)
+        self._kv_cache = KVCache(shapes, slots, model.dtype, self.device)
         self._rows: list[ActiveSequence] = []
         self._batch: Batch | None = None
 
     def prefill(self, chunks: Sequence[PrefillChunk]) -> Tensor:
-        """Read parts of prompts. Logits [prompts that end here, vocabulary]."""
+        """Prefill chunks. Return logits [prompts that end here, vocabulary]."""
         tokens = [token for chunk in chunks for token in chunk.reading.prompt[chunk.begin : chunk.end]]
-        ends, at = [], 0
+        ends, total = [], 0
         for chunk in chunks:
-            at += chunk.end - chunk.begin
+            total += chunk.end - chunk.begin
             if chunk.last:
-                ends.append(at - 1)
-        step = PrefillStep(self._store, chunks, self.device)
-        logits = self.forward(torch.tensor(tokens, device=self.device), step.positions, step, ends or [at - 1])
+                ends.append(total - 1)
+        step = PrefillStep(self._kv_cache, chunks, self.device)
+        logits = self.forward(torch.tensor(tokens, device=self.device), step.positions, step, ends or [total - 1])
         return logits if ends else logits[:0]
 
     def first_tokens(self, logits: Tensor, request: TokenRequest, samples: Sequence[int]) -> list[int]:
-        """Each sample's first token, from the prompt's last logits [vocabulary]; -1 where they are no numbers."""
+        """Sample each sample's first token from the prompt's last logits [vocabulary]; -1 if they are not finite."""
         n = len(samples)
         sample = Sampler(
             [request.seeds[i] for i in samples], [request.temperature] * n, [request.top_p] * n, self.device
         )
         steps = torch.zeros(n, dtype=torch.long, device=self.device)
         rows = logits.expand(n, -1)
-        return _checked(rows, sample(rows, steps)).tolist()
+        return _mark_non_finite(rows, sample(rows, steps)).tolist()
 
     def decode(self, rows: list[ActiveSequence]) -> list[int]:
-        """One token for each row; -1 where the logits are no numbers."""
+        """Decode one token for each row; -1 if its logits are not finite."""
         if self._batch is None or rows is not self._rows:
             self._rows, self._batch = rows, Batch(rows, self.device)
         batch = self._batch
         try:
             logits = self._decode_logits(batch, rows)
-            tokens = _checked(logits, batch.sample(logits, batch.steps))
+            tokens = _mark_non_finite(logits, batch.sample(logits, batch.steps))
         except BaseException:
             self._batch = None
             raise
@@ -92,26 +92,26 @@ class Runner:
         return tokens.tolist()
 
     def logits_of(self, rows: list[ActiveSequence]) -> Tensor:
-        """The logits [rows, vocabulary] of a step, without a token drawn."""
+        """Return the logits [rows, vocabulary] of a decode step, without sampling."""
         self._batch = None
         return self._decode_logits(Batch(rows, self.device), rows)
 
-    def forget(self) -> None:
-        """The next step has other rows; memory that was only cached goes back to the device."""
+    def reset(self) -> None:
+        """Drop the state of the last batch, and return torch's cached memory to the device."""
         self._rows, self._batch = [], None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def forward(self, tokens: Tensor, positions: Tensor, step: Step, keep: Any = None) -> Tensor:
-        """Logits [kept tokens, vocabulary]."""
+        """Run the model over packed tokens. Return logits [kept tokens, vocabulary]."""
         return run_model(self._model, tokens, positions, step, keep)
 
     def _decode_logits(self, batch: Batch, rows: list[ActiveSequence]) -> Tensor:
-        return self.forward(batch.last, batch.positions, DecodeStep(self._store, rows, self.device))
+        return self.forward(batch.last, batch.positions, DecodeStep(self._kv_cache, rows, self.device))
 
 
 def run_model(model: Any, tokens: Tensor, positions: Tensor, step: Step, keep: Any = None) -> Tensor:
-    """One forward pass over packed tokens; `keep` lists those whose logits are wanted, all by default."""
+    """Run one forward pass over packed tokens. `keep`: indices of the tokens whose logits are returned; default all."""
     kept = 0 if keep is None else torch.as_tensor(keep, device=tokens.device)
     with using(step):
         out = model(
@@ -121,7 +121,7 @@ def run_model(model: Any, tokens: Tensor, positions: Tensor, step: Step, keep: A
 
 
 class _Recorder:
-    """Stands in for attention to learn what each layer keeps."""
+    """Replacement for attention that records the shapes of each layer's keys and values."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int, int]] = {}
@@ -134,9 +134,9 @@ class _Recorder:
 
 
 def install_attention(model: Any, name: str) -> dict[int, tuple[int, int, int]]:
-    """Put the arena's attention into a model. Gives (kv heads, key size, value size) of each layer.
+    """Install the engine's attention in a model. Return (kv heads, key size, value size) of each layer.
 
-    Raises ModelRefusedError where the model does not let its attention be replaced, or wants more of it than there is.
+    Raises ModelRefusedError if the model's attention cannot be replaced, or needs features that the engine lacks.
     """
     recorder = _Recorder()
     tokens = torch.arange(2, device=model.device)
@@ -145,41 +145,44 @@ def install_attention(model: Any, name: str) -> dict[int, tuple[int, int, int]]:
         with torch.inference_mode():
             run_model(model, tokens, tokens, recorder)
     except Exception as error:
-        raise ModelRefusedError(f"{name} cannot be served by the engine: {error or repr(error)}. {INSTEAD}") from error
+        raise ModelRefusedError(
+            f"{name} cannot be served by the engine: {error or repr(error)}. {ALTERNATIVES}"
+        ) from error
     layers = model.config.get_text_config().num_hidden_layers
     if recorder.calls != layers or len(recorder.shapes) != layers:
         raise ModelRefusedError(
-            f"{name} cannot be served by the engine: of its {layers} layers, {recorder.calls} let their attention be "
-            f"replaced. {INSTEAD}"
+            f"{name} cannot be served by the engine: its attention could be replaced {recorder.calls} times, but it "
+            f"has {layers} layers. {ALTERNATIVES}"
         )
     return recorder.shapes
 
 
-INSTEAD = (
-    "Take a model with plain causal attention (Llama, Qwen, Mistral, Gemma), serve this one elsewhere, or set "
+ALTERNATIVES = (
+    "Use a model with plain causal attention (Llama, Qwen, Mistral, Gemma), serve this one elsewhere, or set "
     "TPO_ENGINE_FALLBACK=true to run it one request at a time."
 )
 
 
-def plain_logits(model: Any, tokens: Tensor) -> Tensor:
-    """The logits of every token by the model as it is."""
+def reference_logits(model: Any, tokens: Tensor) -> Tensor:
+    """Return the logits of every token, computed by the unmodified model."""
     with torch.inference_mode():
         return model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
 
 
-def compare(name: str, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
-    """Raises ModelRefusedError where the engine's logits are not the model's."""
+def check_logits(name: str, expected: Tensor, found: Tensor, dtype: torch.dtype) -> None:
+    """Compare the engine's logits with the model's own. Raises ModelRefusedError if they differ."""
     spread = expected.std().clamp(min=1e-6)
     distance = float((expected - found).abs().mean() / spread)
     if not distance < (0.01 if dtype == torch.float32 else 0.2):
         raise ModelRefusedError(
             f"{name} cannot be served by the engine: its logits differ from the model's own by {distance:.2g} of their "
-            f"spread. {INSTEAD}"
+            f"spread. {ALTERNATIVES}"
         )
     _log.debug("the engine's logits differ from the model's own by %.2g of their spread", distance)
 
 
-def _checked(logits: Tensor, tokens: Tensor) -> Tensor:
-    # A NaN anywhere in a row wins its argmax.
+def _mark_non_finite(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Replace tokens whose logits are not finite by -1."""
+    # A NaN anywhere in a row wins the argmax.
     chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return torch.where(chosen.isfinite(), tokens, -1)

@@ -1,8 +1,8 @@
-"""Decides what the next step reads and writes. Knows tokens, memory and arrival; never touches the model.
+"""Scheduler: decides what the next step prefills and decodes. It knows tokens, memory and arrival, not the model.
 
-Requests are admitted in their order, those of jobs under way first, while there is a row and memory for them. Where
-memory runs out, the youngest sample is put back among those that wait and begins again later: its seed gives the same
-tokens. The first of all always finds room, so that everything ends.
+Requests are admitted in order of arrival, those of resumed jobs first, while a row and memory are free. When memory
+runs out, the youngest sample is preempted: it returns to the queue and restarts later, and its seed gives the same
+tokens. The first request in the queue can always be admitted, so every request finishes.
 """
 
 from bisect import insort
@@ -20,42 +20,44 @@ if TYPE_CHECKING:
     from tpo.core.state import FinishReason
 
 FIRST_SLOTS = 128
-"""What a sample gets to begin with; each further segment doubles what it has."""
+"""Slots that a sample gets at first. Each further segment doubles its slots."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step may hold."""
+    """Limits of one step."""
 
     rows: int
-    """Samples written at once."""
+    """Maximum number of sequences decoded at once."""
     tokens: int
-    """Slots for keys and values."""
+    """Slots in the KV cache."""
     chunk: int
-    """Prompt tokens read in one step."""
+    """Maximum number of prompt tokens prefilled in one step."""
     patience: int = 0
-    """Steps that a prompt may wait for others, so that they are read together."""
+    """Steps that a prompt may wait for others, so that they are prefilled together."""
 
 
 @dataclass(eq=False)
 class PrefillRequest:
-    """A prompt that is being read, for some samples of its request."""
+    """A prompt in prefill, for some samples of its request."""
 
     ticket: Ticket
     samples: list[int]
     chain: Chain
     position: int
-    """Tokens that are in the cache."""
+    """Number of prompt tokens that are in the cache."""
     waited: int = 0
+    """Steps since its last chunk."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
+        """The tokens of the prompt."""
         return self.ticket.request.prompt
 
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """The part of a prompt that a step reads."""
+    """The part of a prompt that one step prefills: tokens `begin` to `end`."""
 
     reading: PrefillRequest
     begin: int
@@ -63,44 +65,45 @@ class PrefillChunk:
 
     @property
     def last(self) -> bool:
-        """Whether the prompt ends here, so that its logits are wanted."""
+        """Whether the prompt ends with this chunk; if so, its logits are needed."""
         return self.end == len(self.reading.prompt)
 
 
 @dataclass(eq=False)
 class ActiveSequence:
-    """One sample being written. What it wrote last is not in the cache yet."""
+    """One sample being decoded. Its latest token is not in the cache yet."""
 
     ticket: Ticket
     sample: int
     prefix: Chain
-    """The prompt, shared with the other samples of its request."""
+    """The chain of the prompt, shared with the other samples of the request."""
     tokens: list[int]
     own: list[Segment] = field(default_factory=list)
+    """Segments for the generated tokens."""
     table: int = -1
-    """The runner's number for it."""
+    """Index of its slot table in the runner; -1 for none."""
 
     @property
     def position(self) -> int:
-        """Where the next token stands."""
+        """Position of the latest token in the sequence."""
         return len(self.ticket.request.prompt) + len(self.tokens) - 1
 
     @property
     def slot(self) -> int:
-        """Where the next token is written."""
+        """Slot that the latest token is written to."""
         return self.own[-1].start + self.own[-1].used - 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: the prompts that are read, and the rows that write a token each."""
+    """One step: the prompt chunks to prefill, and the sequences that decode one token each."""
 
     chunks: tuple[PrefillChunk, ...]
     rows: list[ActiveSequence]
 
 
 class Scheduler:
-    """One engine's queue, rows and memory. One thread calls it."""
+    """Queue, running sequences and memory of one engine. Not thread-safe."""
 
     def __init__(self, limits: Limits, stop_tokens: frozenset[int]) -> None:
         self.limits = limits
@@ -114,29 +117,29 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do."""
+        """Whether the next step has work to do."""
         return bool(self.waiting or self.readings or self.rows)
 
     def add(self, ticket: Ticket) -> None:
-        """A request arrives, or comes back."""
+        """Add a request to the queue, unless it is there already."""
         if ticket not in self.waiting:
-            insort(self.waiting, ticket, key=_rank)
+            insort(self.waiting, ticket, key=_priority)
 
     def plan(self) -> Plan:
-        """The next step. Rows that it names have their slots."""
-        self._drop_the_gone()
+        """Plan the next step, and reserve a slot for each of its sequences."""
+        self._drop_done()
         self._reserve()
         self._admit()
         return Plan(self._chunks(), self.rows)
 
     def read(self, chunks: Iterable[PrefillChunk]) -> None:
-        """These parts of prompts are in the cache now."""
+        """Record that these chunks are in the cache."""
         for chunk in chunks:
             chunk.reading.position = chunk.end
             chunk.reading.waited = 0
 
     def join(self, reading: PrefillRequest, first: list[int]) -> None:
-        """A prompt has been read; each of its samples has its first token."""
+        """Start the samples of a prompt whose prefill is complete; `first` holds their first tokens."""
         self.readings.remove(reading)
         ticket = reading.ticket
         ticket.timings.first_token = ticket.timings.first_token or monotonic()
@@ -152,36 +155,37 @@ class Scheduler:
         self._finish(rows)
 
     def advance(self, rows: list[ActiveSequence], tokens: list[int]) -> None:
-        """Each row has written a token."""
+        """Append the token that each sequence has decoded."""
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
         self._finish(rows)
 
     def preempt_youngest(self) -> bool:
-        """Make room by what arrived last; False when there is at most one sample or prompt in the step."""
+        """Preempt the sample or prompt that arrived last. Return False if at most one is active."""
         if len(self.rows) + len(self.readings) < 2:
             return False
         self._preempt(self._youngest())
         return True
 
     def clear(self) -> list[Ticket]:
-        """Drop everything; gives the requests that are not answered."""
+        """Drop everything and return the unanswered requests."""
         tickets = [*self.waiting, *(r.ticket for r in self.readings), *(row.ticket for row in self.rows)]
         self.waiting, self.readings, self.rows = [], [], []
-        return [t for t in dict.fromkeys(tickets) if not t.gone]
+        return [t for t in dict.fromkeys(tickets) if not t.is_done]
 
     def _youngest(self) -> "ActiveSequence | PrefillRequest":
         working: list[ActiveSequence | PrefillRequest] = [*self.rows, *self.readings]
         return max(working, key=_seniority)
 
-    def _drop_the_gone(self) -> None:
-        if any(t.gone for t in self.waiting):
-            self.waiting = [t for t in self.waiting if not t.gone]
-        for reading in [r for r in self.readings if r.ticket.gone]:
+    def _drop_done(self) -> None:
+        """Drop requests that were answered, failed or cancelled."""
+        if any(t.is_done for t in self.waiting):
+            self.waiting = [t for t in self.waiting if not t.is_done]
+        for reading in [r for r in self.readings if r.ticket.is_done]:
             self.readings.remove(reading)
             self.arena.release(piece.segment for piece in reading.chain)
             self._short_of_memory = False
-        self._remove([row for row in self.rows if row.ticket.gone])
+        self._remove([row for row in self.rows if row.ticket.is_done])
 
     def _remove(self, leaving: list[ActiveSequence]) -> None:
         if not leaving:
@@ -189,16 +193,17 @@ class Scheduler:
         for row in leaving:
             self.arena.release(row.own)
             self.arena.release(piece.segment for piece in row.prefix)
-        gone = set(map(id, leaving))
-        self.rows = [row for row in self.rows if id(row) not in gone]
+        removed = set(map(id, leaving))
+        self.rows = [row for row in self.rows if id(row) not in removed]
         self._short_of_memory = False
 
     def _finish(self, rows: Iterable[ActiveSequence]) -> None:
-        """Hand in what is whole; the last sample of a request answers it. The next plan drops what has failed."""
-        leaving = [row for row in rows if not row.ticket.gone and self._hand_in(row)]
+        """Remove complete sequences. The last sample of a request answers it; the next plan drops failed requests."""
+        leaving = [row for row in rows if not row.ticket.is_done and self._complete(row)]
         self._remove(leaving)
 
-    def _hand_in(self, row: ActiveSequence) -> bool:
+    def _complete(self, row: ActiveSequence) -> bool:
+        """Record the completion if the sequence is complete. Return whether it is."""
         request, done = row.ticket.request, row.ticket.done
         reason: FinishReason
         if row.tokens[-1] in self._stop or (request.ended and request.ended(row.tokens)):
@@ -209,14 +214,14 @@ class Scheduler:
             return False
         done[row.sample] = Completion(tuple(row.tokens), reason)
         if len(request.seeds) == 1:
-            self._keep(row)
+            self._cache(row)
         if len(done) == len(request.seeds):
             row.ticket.timings.finished = monotonic()
             succeed(row.ticket.future, Answer(tuple(done[i] for i in range(len(done))), row.ticket.timings))
         return True
 
-    def _keep(self, row: ActiveSequence) -> None:
-        """A single answer is often the beginning of the next call's prompt."""
+    def _cache(self, row: ActiveSequence) -> None:
+        """Cache a finished sequence: a single completion is often a prefix of the next call's prompt."""
         if not row.own or not row.own[-1].used:
             return
         self.arena.trim(row.own[-1])
@@ -224,44 +229,46 @@ class Scheduler:
         self.prefixes.keep((*row.ticket.request.prompt, *row.tokens)[: chain_length(chain)], chain)
 
     def _preempt(self, victim: ActiveSequence | PrefillRequest) -> None:
+        """Free the memory of a sample or prompt and return it to the queue."""
         ticket = victim.ticket
         ticket.timings.preempted += 1
         if isinstance(victim, ActiveSequence):
-            ticket.todo.append(victim.sample)
+            ticket.remaining.append(victim.sample)
             self._remove([victim])
         else:
-            ticket.todo += victim.samples
+            ticket.remaining += victim.samples
             self.readings.remove(victim)
             self.arena.release(piece.segment for piece in victim.chain)
-        ticket.todo.sort()
+        ticket.remaining.sort()
         self.add(ticket)
-        # Whoever came back waits until somebody has left: or the same two would push each other out for ever.
+        # A preempted request waits until another has left. Otherwise two requests could preempt each other forever.
         self._short_of_memory = True
 
-    def _make_room(self, count: int) -> bool:
+    def _free_slots(self, count: int) -> bool:
+        """Evict cached prefixes until `count` slots are free. Return False if that is not possible."""
         while self.arena.free < count:
             if not self.prefixes.forget_one():
                 return False
         return True
 
     def _reserve(self) -> None:
-        """Each row gets the slot of its next token, the oldest first."""
+        """Reserve a slot for the next token of each sequence, the oldest first."""
         full = [row for row in self.rows if sum(s.capacity for s in row.own) < len(row.tokens)]
-        for row in self._grow_together(full):
+        for row in self._grow_groups(full):
             while row in self.rows and not self._grow(row):
                 self._preempt(self._youngest())
         for row in self.rows:
             row.own[-1].used = len(row.tokens) - sum(s.capacity for s in row.own[:-1])
 
-    def _grow_together(self, rows: list[ActiveSequence]) -> list[ActiveSequence]:
-        """Samples of one request that go in step get neighbouring segments; gives the rows that got none, in order."""
+    def _grow_groups(self, rows: list[ActiveSequence]) -> list[ActiveSequence]:
+        """Give adjacent segments to samples of one request with equal length. Return the rows that got none."""
         groups: dict[tuple[int, int], list[ActiveSequence]] = {}
         for row in rows:
             groups.setdefault((id(row.ticket), len(row.tokens)), []).append(row)
         rest = []
         for group in groups.values():
             each = _next_size(group[0])
-            self._make_room(len(group) * each)
+            self._free_slots(len(group) * each)
             segments = self.arena.take_equal(len(group), each)
             for row, segment in zip(group, segments, strict=False):
                 row.own.append(segment)
@@ -269,28 +276,30 @@ class Scheduler:
         return sorted(rest, key=_seniority)
 
     def _grow(self, row: ActiveSequence) -> bool:
+        """Give a sequence another segment. Return False if no slot can be freed."""
         size = min(_next_size(row), max(self.arena.free, 1))
-        if not self._make_room(size):
+        if not self._free_slots(size):
             return False
-        # A few slots in the gap that there is are better than a chain of tiny ones.
+        # Take only the first, largest segment: a few slots in one gap are better than a chain of tiny segments.
         segments = self.arena.take(size)
         self.arena.release(segments[1:])
         row.own += segments[:1]
         return bool(segments)
 
     def _admit(self) -> None:
-        being_read = {reading.prompt for reading in self.readings}
+        """Start the prefill of waiting requests, in order, until one does not fit."""
+        in_prefill = {reading.prompt for reading in self.readings}
         for ticket in list(self.waiting):
             if self._short_of_memory and (self.rows or self.readings):
                 return
-            if ticket.request.prompt in being_read:
-                continue  # its keys and values will be there in a moment
+            if ticket.request.prompt in in_prefill:
+                continue  # The prefix cache will soon contain this prompt.
             if not self._start(ticket):
                 return
-            being_read.add(ticket.request.prompt)
+            in_prefill.add(ticket.request.prompt)
 
     def _start(self, ticket: Ticket) -> bool:
-        """Begin to read a prompt for as many of its samples as there is room for."""
+        """Start the prefill of a prompt for as many of its samples as fit. Return False if none fits."""
         request = ticket.request
         rows = self.limits.rows - len(self.rows) - sum(len(r.samples) for r in self.readings)
         if rows <= 0:
@@ -299,19 +308,19 @@ class Scheduler:
         self.arena.hold(known)
         missing = len(request.prompt) - chain_length(known)
         each = min(request.max_tokens, FIRST_SLOTS)
-        count = min(rows, len(ticket.todo))
-        while not self._make_room(missing + count * each) and count > 1:
+        count = min(rows, len(ticket.remaining))
+        while not self._free_slots(missing + count * each) and count > 1:
             count //= 2
-        alone = not self.rows and not self.readings
-        if not (self._make_room(missing + count * each) or (alone and self._make_room(missing + 1))):
+        idle = not self.rows and not self.readings
+        if not (self._free_slots(missing + count * each) or (idle and self._free_slots(missing + 1))):
             self.arena.release(piece.segment for piece in known)
             return False
         new = self.arena.take(missing)
         for segment in new:
             segment.used = segment.capacity
         chain = (*known, *(Piece(segment, segment.used) for segment in new))
-        samples, ticket.todo = ticket.todo[:count], ticket.todo[count:]
-        if not ticket.todo:
+        samples, ticket.remaining = ticket.remaining[:count], ticket.remaining[count:]
+        if not ticket.remaining:
             self.waiting.remove(ticket)
         ticket.timings.started = ticket.timings.started or monotonic()
         ticket.timings.reused_tokens = chain_length(known)
@@ -319,32 +328,39 @@ class Scheduler:
         return True
 
     def _chunks(self) -> tuple[PrefillChunk, ...]:
-        """Parts of prompts under the limit of a step; where patience is allowed, nothing until it is worth it."""
+        """Return the prompt chunks of the next step, within its limit.
+
+        With patience, return nothing until a full chunk has accumulated, no sequence is running or a prompt has waited
+        too long.
+        """
         left = sum(len(r.prompt) - r.position for r in self.readings)
         for reading in self.readings:
             reading.waited += 1
         eager = not self.rows or left >= self.limits.chunk
         if not eager and all(r.waited <= self.limits.patience for r in self.readings):
             return ()
-        chunks, room = [], self.limits.chunk
+        chunks, remaining = [], self.limits.chunk
         for reading in self.readings:
-            if not room:
+            if not remaining:
                 break
-            end = min(len(reading.prompt), reading.position + room)
-            room -= end - reading.position
+            end = min(len(reading.prompt), reading.position + remaining)
+            remaining -= end - reading.position
             chunks.append(PrefillChunk(reading, reading.position, end))
         return tuple(chunks)
 
 
-def _rank(ticket: Ticket) -> tuple[bool, int]:
+def _priority(ticket: Ticket) -> tuple[bool, int]:
+    """Sort key of the queue: resumed jobs first, then by arrival."""
     return not ticket.request.under_way, ticket.number
 
 
 def _seniority(item: ActiveSequence | PrefillRequest) -> tuple[bool, int, int]:
+    """Sort key of active work, from oldest to youngest."""
     sample = item.sample if isinstance(item, ActiveSequence) else item.samples[-1]
-    return (*_rank(item.ticket), sample)
+    return (*_priority(item.ticket), sample)
 
 
 def _next_size(row: ActiveSequence) -> int:
+    """Return the slots of the sequence's next segment: as many as it has, at least FIRST_SLOTS, up to max_tokens."""
     have = sum(segment.capacity for segment in row.own)
     return max(1, min(row.ticket.request.max_tokens - have, max(have, FIRST_SLOTS)))

@@ -1,6 +1,7 @@
-"""Which slots each row's tokens stand in, and how a step's attention is cut into equal work. Numbers alone, no torch.
+"""Slot tables of the running rows, and the split of a step's attention into work items. Uses numpy, not torch.
 
-The kernel takes items: a run of tokens of one row's table, for that row alone, or for the neighbours too that share it.
+A work item is a run of tokens in one row's table. It is computed for that row only, or also for adjacent rows that
+share the same prefix.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import numpy as np
 from tpo.backends.local.kv_allocator import chain_length
 from tpo.backends.local.scheduler import ActiveSequence
 
-PARTS = 16
-"""Partial outputs that a row may have; they are merged afterwards."""
+MAX_PARTS = 16
+"""Maximum number of partial outputs per row; they are merged afterwards."""
 _SHORTEST, _LONGEST = 128, 1024
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -21,7 +22,7 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Writes:
-    """Entries of the table that change: flat indices and their slots."""
+    """Changed entries of the tables: flat indices and their new slots."""
 
     at: Numbers
     slots: Numbers
@@ -29,26 +30,32 @@ class Writes:
 
 @dataclass(frozen=True)
 class Work:
-    """A step's items, [items, 6]: first row, rows, table, begin, end, part; and each row's number of parts."""
+    """Work items of a step.
+
+    `items`: [items, 6] with first row, rows, table, begin, end, part. `parts`: the number of parts of each row.
+    """
 
     items: Numbers
     parts: Numbers
 
 
 class Tables:
-    """Table numbers of the running rows; `width` entries each."""
+    """Assigns table indices to the running rows; each table has `width` entries."""
 
     def __init__(self, rows: int, width: int) -> None:
         self.width = width
-        self.spare = rows
-        """The table of nobody: all its entries are slot 0."""
+        self.null_table = rows
+        """Index of a table whose entries are all slot 0, used by padding rows."""
         self._free = list(range(rows))
         self._known: dict[int, tuple[ActiveSequence, int]] = {}
 
     def update(self, rows: Sequence[ActiveSequence]) -> Writes | None:
-        """Give new rows a table, take those of rows that left; what is to be written, None if nothing changed."""
-        here = {id(row) for row in rows}
-        left = [number for number, (row, _) in self._known.items() if id(row) not in here]
+        """Assign tables to new rows and free those of rows that left.
+
+        Return the table entries to write, or None if nothing changed.
+        """
+        current = {id(row) for row in rows}
+        left = [number for number, (row, _) in self._known.items() if id(row) not in current]
         for number in left:
             del self._known[number]
         self._free += left
@@ -69,7 +76,7 @@ class Tables:
         return Writes(np.empty(0, np.int64), np.empty(0, np.int64)) if left else None
 
     def forget(self) -> None:
-        """Every row is new again, and all of its slots are to be written."""
+        """Free all tables; the next update writes every row again."""
         for row, _ in self._known.values():
             row.table = -1
         self._free += self._known
@@ -77,15 +84,16 @@ class Tables:
 
 
 def work(rows: Sequence[ActiveSequence], rows_an_item: int, aim: int, most: int) -> Work:
-    """Items for rows in this order: about `aim` of them where there is enough to do, never more than `most`.
+    """Split the attention of rows, in this order, into work items.
 
-    They reach to the end of what the rows have reserved; the kernel stops where the tokens do.
+    There are about `aim` items if there is enough work, and never more than `most`. The items cover all reserved slots
+    of a row; the kernel stops at the last token.
     """
     groups = _groups(rows)
     total = sum(chain_length(rows[a].prefix) for a, _ in groups) + sum(sum(s.capacity for s in r.own) for r in rows)
     longest = max(map(_capacity, rows))
     size = _SHORTEST
-    while size < min(_LONGEST, total / aim) or size * (PARTS - 2) < longest:
+    while size < min(_LONGEST, total / aim) or size * (MAX_PARTS - 2) < longest:
         size *= 2
     while True:
         items, parts = _cut(rows, groups, rows_an_item, size)
@@ -97,6 +105,7 @@ def work(rows: Sequence[ActiveSequence], rows_an_item: int, aim: int, most: int)
 def _cut(
     rows: Sequence[ActiveSequence], groups: Sequence[tuple[int, int]], rows_an_item: int, size: int
 ) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Cut the rows into items of at most `size` tokens. Return the items and each row's number of parts."""
     items: list[tuple[int, ...]] = []
     parts = []
     for first, last in groups:
@@ -114,16 +123,18 @@ def _cut(
 
 
 def _groups(rows: Sequence[ActiveSequence]) -> list[tuple[int, int]]:
-    """Neighbours with one prompt, as (first, last)."""
+    """Return runs of adjacent rows with the same prompt, as (first, last)."""
     edges = [i for i in range(1, len(rows)) if rows[i].prefix is not rows[i - 1].prefix]
     return list(zip([0, *edges], [*edges, len(rows)], strict=True))
 
 
 def _capacity(row: ActiveSequence) -> int:
+    """Return the number of slots of a row, prompt included."""
     return chain_length(row.prefix) + sum(segment.capacity for segment in row.own)
 
 
 def _slots(row: ActiveSequence, first_segment: int, *, with_prefix: bool) -> Numbers:
+    """Return the slots of a row, in order, from one of its own segments on."""
     runs = [(p.segment.start, p.length) for p in row.prefix] if with_prefix else []
     runs += [(s.start, s.capacity) for s in row.own[first_segment:]]
     return np.concatenate([np.arange(start, start + length) for start, length in runs])

@@ -1,26 +1,26 @@
-"""Whether a model's loop goes on: a driver or an accelerator that hangs raises nothing."""
+"""Watchdog for a hung forward pass: a driver or an accelerator that hangs raises no error."""
 
 import time
 
 STUCK_SECONDS = 600.0
-"""One pass through a model that takes longer will never end."""
+"""A forward pass that takes longer is considered hung."""
 
 
 class Watchdog:
-    """Tells a loop that works from one that is stuck: told when a pass begins, and when there is nothing to do."""
+    """Detects a stuck loop. The loop calls `beat` when a pass begins and `rest` when it is idle."""
 
     _since: float | None = None
 
     def beat(self) -> None:
-        """A pass begins."""
+        """Record that a pass begins."""
         self._since = time.monotonic()
 
     def rest(self) -> None:
-        """Nothing is to be done."""
+        """Record that the loop is idle."""
         self._since = None
 
     @property
     def stuck(self) -> bool:
-        """Whether one pass has taken far too long."""
+        """Whether the current pass has taken longer than STUCK_SECONDS."""
         since = self._since
         return since is not None and time.monotonic() - since > STUCK_SECONDS

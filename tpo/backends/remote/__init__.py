@@ -1,1 +1,1 @@
-"""Models behind HTTP: any OpenAI-compatible server as policy, vLLM and SGLang as reward models."""
+"""Models behind HTTP: any OpenAI-compatible server as policy; vLLM and SGLang as reward models."""

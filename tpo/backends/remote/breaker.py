@@ -1,63 +1,65 @@
-"""A circuit breaker for one server: while it is down, one request at a time asks whether it is back."""
+"""A circuit breaker for one server. While the server is down, one request at a time probes it."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 FAILURES = 8
-"""So many failures in a row, over all jobs, and the circuit is open."""
+"""Consecutive failures, over all jobs, after which the circuit opens."""
 
 
 class ServerDownError(Exception):
-    """The server could not be reached, or failed: another try may help, and tells whether it is back."""
+    """The server could not be reached, or failed. A retry may help, and serves as a probe."""
 
 
 class Breaker:
-    """Closed, all go through. Open, one at a time does, after a pause that grows; the others wait for what it finds.
+    """Circuit breaker with two states.
 
-    It belongs to one event loop. A request whose time runs out leaves the line like any other that is cancelled.
+    Closed: every request passes. Open: after a pause that doubles each time, one request passes as a probe, while the
+    others wait for its result. An instance belongs to one event loop. A request whose time runs out stops waiting, like
+    any other cancelled request.
     """
 
     def __init__(self, first_pause: float, longest_pause: float) -> None:
-        self._first = first_pause
-        self._longest = longest_pause
+        self._first_pause = first_pause
+        self._longest_pause = longest_pause
         self._pause = first_pause
         self._failures = 0
-        self._ask_at = 0.0
-        self._asking = False
+        self._probe_at = 0.0
+        self._probing = False
         self._changed = asyncio.Event()
 
     @property
     def is_open(self) -> bool:
-        """Whether requests have to wait for one that succeeds."""
+        """Whether requests must wait until a probe succeeds."""
         return self._failures >= FAILURES
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Wait until a request may go. Only a `ServerDownError` raised in the body counts against the server."""
-        asks = await self._wait()
+        """Wait until a request may be sent. Only a `ServerDownError` raised in the body counts as a failure."""
+        is_probe = await self._wait()
         try:
             yield
         except ServerDownError:
-            self._failed(asks)
+            self._record_failure(is_probe)
             raise
-        except Exception:  # a refusal is an answer, too; one that was cancelled says nothing
-            self._closed()
+        except Exception:  # A refusal also proves that the server is up. Cancellation (a BaseException) proves nothing.
+            self._record_success()
             raise
         else:
-            self._closed()
+            self._record_success()
         finally:
-            if asks:
-                self._asking = False
+            if is_probe:
+                self._probing = False
                 self._notify()
 
     async def _wait(self) -> bool:
-        """Whether this request is the one that asks for all."""
+        """Wait until a request may be sent. Return whether this request is the probe."""
         loop = asyncio.get_running_loop()
         while self.is_open:
-            left = self._ask_at - loop.time()
-            if left <= 0 and not self._asking:
-                self._asking = True
+            left = self._probe_at - loop.time()
+            if left <= 0 and not self._probing:
+                self._probing = True
                 return True
             changed = self._changed
             try:
@@ -67,18 +69,18 @@ class Breaker:
                 continue
         return False
 
-    def _closed(self) -> None:
+    def _record_success(self) -> None:
         if self.is_open:
             self._notify()
         self._failures = 0
-        self._pause = self._first
+        self._pause = self._first_pause
 
-    def _failed(self, asked: bool) -> None:
+    def _record_failure(self, was_probe: bool) -> None:
         was_open = self.is_open
         self._failures += 1
-        if self.is_open and (asked or not was_open):
-            self._ask_at = asyncio.get_running_loop().time() + self._pause
-            self._pause = min(2 * self._pause, self._longest)
+        if self.is_open and (was_probe or not was_open):
+            self._probe_at = asyncio.get_running_loop().time() + self._pause
+            self._pause = min(2 * self._pause, self._longest_pause)
 
     def _notify(self) -> None:
         self._changed.set()

@@ -1,6 +1,6 @@
-"""What a server says when a request does not fit its model, in the words of vLLM, SGLang, llama.cpp and OpenAI.
+"""Recognise refusals for a request that is too long or has an unsupported `n`.
 
-And what it says where it takes no such n.
+The patterns cover the error messages of vLLM, SGLang, llama.cpp and OpenAI.
 """
 
 import re
@@ -18,21 +18,21 @@ _WINDOW = re.compile(
     r"|supports at most) ?(\d+)",
     re.IGNORECASE,
 )
-_SENT = re.compile(
+_SENT_TOKENS = re.compile(
     r"(\d+) in the messages|(?:has|contains) (\d+) input tokens|(\d+) tokens from the input|resulted in (\d+) tokens"
     r"|n_prompt_tokens\D{0,5}(\d+)|(?:prompt|input) \((?:length )?(\d+)",
     re.IGNORECASE,
 )
-_ALONE = re.compile(r"without any output tokens|characters \(more than", re.IGNORECASE)
-_OTHER_N = re.compile(r"\bn['\"`]?\s*:?\s+(?:value |number )?must be\b", re.IGNORECASE)
+_PROMPT_TOO_LONG = re.compile(r"without any output tokens|characters \(more than", re.IGNORECASE)
+_UNSUPPORTED_N = re.compile(r"\bn['\"`]?\s*:?\s+(?:value |number )?must be\b", re.IGNORECASE)
 _TOO_LONG_CODES = ("context_length_exceeded", "exceed_context_size_error")
 _REFUSALS = frozenset({400, 413, 422})
 
 
 class TooLong(NamedTuple):
-    """The model's window and the length of what was sent, in tokens, as far as the server said exactly.
+    """The model's window and the length of the request, in tokens; None where the server gave no exact number.
 
-    `alone`: it said that the prompt does not fit by itself, whatever is left for an answer.
+    `alone`: the server said that the prompt by itself does not fit, even without any output tokens.
     """
 
     window: int | None
@@ -41,21 +41,21 @@ class TooLong(NamedTuple):
 
 
 def too_long(refused: Refused) -> TooLong | None:
-    """What does not fit; None where it was refused for another reason."""
+    """Return the lengths in a refusal for length; None if the request was refused for another reason."""
     if refused.status not in _REFUSALS:
         return None
-    if not any(code in refused.code for code in _TOO_LONG_CODES) and not _TOO_LONG.search(refused.said):
+    if not any(code in refused.code for code in _TOO_LONG_CODES) and not _TOO_LONG.search(refused.message):
         return None
-    window = _WINDOW.search(refused.said)
-    # vLLM's "at least" is no count: it stops to read where max_tokens would not fit any more.
-    sent = _SENT.search(refused.said)
+    window = _WINDOW.search(refused.message)
+    # vLLM's "at least" is not a count: vLLM stops reading where max_tokens would no longer fit.
+    sent = _SENT_TOKENS.search(refused.message)
     return TooLong(
         int(window.group(1)) if window else None,
         next((int(number) for number in sent.groups() if number), None) if sent else None,
-        bool(_ALONE.search(refused.said)),
+        bool(_PROMPT_TOO_LONG.search(refused.message)),
     )
 
 
 def refuses_n(refused: Refused) -> bool:
-    """Whether it is the n that does not fit: llama.cpp takes no more than it has slots, others take 1 alone."""
-    return refused.status in _REFUSALS and bool(_OTHER_N.search(refused.said))
+    """Return whether `n` was refused: llama.cpp accepts at most its number of slots, other servers only 1."""
+    return refused.status in _REFUSALS and bool(_UNSUPPORTED_N.search(refused.message))

@@ -1,4 +1,4 @@
-"""Any server that speaks OpenAI's chat completions as policy: vLLM, SGLang, llama.cpp, a hosted one."""
+"""Policy behind any server with OpenAI's chat completions API: vLLM, SGLang, llama.cpp or a hosted one."""
 
 import logging
 import re
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from tpo.backends.remote.connection import connect, limits_of, secret
+from tpo.backends.remote.connection import connect, limits_from_settings, secret
 from tpo.backends.remote.context import refuses_n, too_long
-from tpo.backends.remote.reply import Reply, estimated, read_completion
-from tpo.backends.remote.server import Refused, Server, all_of
+from tpo.backends.remote.reply import Reply, estimate_tokens, read_completion
+from tpo.backends.remote.server import Refused, Server, gather_all
 from tpo.core.errors import (
     BackendUnavailableError,
     BadReplyError,
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SEED_BITS = 2**31 - 1
-"""llama.cpp's seeds have 32 bits, and vLLM counts upwards from a request's seed."""
+"""Mask for seeds: llama.cpp's seeds have 32 bits, and vLLM counts upwards from a request's seed."""
 
-_ASKED_AGAIN = 3
-_SHOWN = 300
+_MAX_EMPTY_REPLIES = 3
+_MAX_SHOWN = 300
 _WRONG_KEY = (401, 403)
-_NOT_NOW = {404: "knows no such model or address", 429: "says that its quota is used up"}
+_UNAVAILABLE = {404: "knows no such model or address", 429: "says that its quota is used up"}
 
 
 class OpenAIPolicy:
@@ -41,19 +41,19 @@ class OpenAIPolicy:
     def __init__(self, model: str, server: Server, settings: Settings) -> None:
         self._model = model
         self._server = server
-        self._apart = settings.openai_samples == "separate"
+        self._separate = settings.openai_samples == "separate"
         self._warned = False
-        self._limit_name = settings.openai_max_tokens_field
-        self._extra = settings.openai_extra_body
+        self._max_tokens_field = settings.openai_max_tokens_field
+        self._extra_body = settings.openai_extra_body
 
     @classmethod
     def load(cls, model: str, settings: Settings) -> Self:
-        """Wait until the server answers, and see that it has the model. Raises ModelRefusedError."""
+        """Wait until the server answers, and check that it has the model. Raises ModelRefusedError otherwise."""
         if settings.openai_url is None:
             raise ModelRefusedError(
-                f"The policy openai:{model} needs TPO_OPENAI_URL, the address of its server: http://host:8000/v1"
+                f"The policy openai:{model} needs the address of its server. Set TPO_OPENAI_URL, such as http://host:8000/v1."
             )
-        server = Server(settings.openai_url, secret(settings.openai_api_key), limits_of(settings))
+        server = Server(settings.openai_url, secret(settings.openai_api_key), limits_from_settings(settings))
         try:
             connect(server, model, settings.remote_start_seconds, setting="TPO_OPENAI_API_KEY")
         except BaseException:
@@ -64,22 +64,22 @@ class OpenAIPolicy:
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
         """Sample responses.
 
-        Raises ContextTooLongError, PromptRefusedError, BadReplyError, BackendUnavailableError, CallInterruptedError.
+        An interrupt closes the connection, so that the server stops generating.
 
-        An interrupt closes the connection, so that the server stops writing.
+        Raises ContextTooLongError, PromptRefusedError, BadReplyError, BackendUnavailableError, CallInterruptedError.
         """
         started = time.perf_counter()
         interrupt()
         if any(_LONE_SURROGATE.search(m.content) for m in request.messages):
-            raise PromptRefusedError("A message holds half a surrogate pair, which is no Unicode text.")
+            raise PromptRefusedError("A message contains half a surrogate pair, which is not valid Unicode text.")
         replies = self._server.call(self._sample(request), interrupt)
-        texts = tuple(_before(request.stop, text) for reply in replies for text in reply.texts)
+        texts = tuple(_cut_text(request.stop, text) for reply in replies for text in reply.texts)
         if request.temperature == 0:
             texts *= request.n
-        read = [r.input_tokens for r in replies if r.input_tokens is not None]
+        input_tokens = [r.input_tokens for r in replies if r.input_tokens is not None]
         return Generation(
             texts=texts,
-            input_tokens=max(read, default=estimated(sum(len(m.content) for m in request.messages))),
+            input_tokens=max(input_tokens, default=estimate_tokens(sum(len(m.content) for m in request.messages))),
             seconds=time.perf_counter() - started,
             reasoning_tokens=sum(r.reasoning_tokens for r in replies),
         )
@@ -89,33 +89,31 @@ class OpenAIPolicy:
         self._server.close()
 
     async def _sample(self, request: Generate) -> list[Reply]:
-        """As many texts as seeds, in their order; a single one where the seed does not matter."""
+        """Return one text for each seed, in their order; a single text if the temperature is 0."""
         if request.temperature == 0:
-            return [await self._one(request, request.seeds[0])]
-        got: list[Reply] = []
-        if not self._apart and request.n > 1:
-            reply = await self._ask(request, request.seeds[0], request.n)
-            got.append(reply)
+            return [await self._request_one(request, request.seeds[0])]
+        replies: list[Reply] = []
+        if not self._separate and request.n > 1:
+            reply = await self._request(request, request.seeds[0], request.n)
+            replies.append(reply)
             if len(reply.texts) < request.n and not self._warned:
                 self._warned = True
-                _log.warning(
-                    "the policy's server gives fewer choices than n; TPO_OPENAI_SAMPLES=separate is faster with it"
-                )
-        missing = request.seeds[sum(len(reply.texts) for reply in got) :]
-        return got + await all_of(lambda seed: self._one(request, seed), missing)
+                _log.warning("the policy's server returns fewer choices than n; TPO_OPENAI_SAMPLES=separate is faster")
+        missing = request.seeds[sum(len(reply.texts) for reply in replies) :]
+        return replies + await gather_all(lambda seed: self._request_one(request, seed), missing)
 
-    async def _one(self, request: Generate, seed: int) -> Reply:
-        """One text; asked for again where the server answers without any."""
-        for _ in range(_ASKED_AGAIN):
-            reply = await self._ask(request, seed, 1)
+    async def _request_one(self, request: Generate, seed: int) -> Reply:
+        """Request one text; retry if the server answers without any."""
+        for _ in range(_MAX_EMPTY_REPLIES):
+            reply = await self._request(request, seed, 1)
             if reply.texts:
                 return reply
-        raise BadReplyError(f"The policy's server answered {_ASKED_AGAIN} times without any response.")
+        raise BadReplyError(f"The policy's server answered {_MAX_EMPTY_REPLIES} times without any response.")
 
-    async def _ask(self, request: Generate, seed: int, n: int) -> Reply:
-        """At most n texts of one request, none where the server takes no such n.
+    async def _request(self, request: Generate, seed: int, n: int) -> Reply:
+        """Request n texts at once and return at most n; return none if the server does not support this n.
 
-        With fewer tokens to write where the context has no room for all.
+        If the context window is too small, retry with a lower limit of output tokens.
         """
         body = self._body(request, seed, n)
         while True:
@@ -125,52 +123,56 @@ class OpenAIPolicy:
             except Refused as refused:
                 if n > 1 and refuses_n(refused):
                     return Reply((), None, 0)
-                body[self._limit_name] = self._room(request, refused, body[self._limit_name])
+                body[self._max_tokens_field] = self._lower_limit(request, refused, body[self._max_tokens_field])
 
-    def _room(self, request: Generate, refused: Refused, limit: int) -> int:
-        """A lower limit that may fit. Raises what the refusal means where none does."""
+    def _lower_limit(self, request: Generate, refused: Refused, limit: int) -> int:
+        """Return a lower limit of output tokens that may fit.
+
+        Raises the error that the refusal stands for if no lower limit can help.
+        """
         if refused.status in _WRONG_KEY:
             raise BackendUnavailableError(
-                f"The policy's server refused the key ({refused.status}): set TPO_OPENAI_API_KEY."
+                f"The policy's server refused the key ({refused.status}). Set TPO_OPENAI_API_KEY."
             ) from refused
-        if refused.status < 400 or refused.status in _NOT_NOW:
-            why = _NOT_NOW.get(refused.status, "sends elsewhere: TPO_OPENAI_URL has to name that address itself")
+        if refused.status < 400 or refused.status in _UNAVAILABLE:
+            why = _UNAVAILABLE.get(refused.status, "redirects elsewhere: TPO_OPENAI_URL must be the final address")
             raise BackendUnavailableError(f"The policy's server {why} ({refused.status}).") from refused
         length = too_long(refused)
         if length is None:
             raise PromptRefusedError(
-                f"The policy's server refused the {request.kind} call ({refused.status}): {refused.said[:_SHOWN]}"
+                f"The policy's server refused the {request.kind} call ({refused.status}): "
+                f"{refused.message[:_MAX_SHOWN]}"
             ) from refused
         if length.window is not None:
-            # Where the prompt's length is not said, the whole window: vLLM lowers what is within that by itself.
-            room = length.window - (length.sent or 0)
-            if 0 < room < limit:
-                return room
-            limit = min(limit, room)
+            # If the prompt's length is unknown, try the whole window: vLLM itself lowers a limit within the window.
+            remaining = length.window - (length.sent or 0)
+            if 0 < remaining < limit:
+                return remaining
+            limit = min(limit, remaining)
         if limit > 1 and not length.alone:
             return limit // 2
         has = "more tokens than fit" if length.sent is None else f"{length.sent} tokens"
         holds = "its window" if length.window is None else f"{length.window} with its answer"
         raise ContextTooLongError(
             f"The prompt of the {request.kind} call has {has}; the policy holds {holds}. Shorten the conversation, or "
-            "lower max_tokens so that the responses which the critic reads are shorter."
+            "lower max_tokens so that the responses in the critique prompt are shorter."
         ) from refused
 
     def _body(self, request: Generate, seed: int, n: int) -> dict[str, Any]:
         return {
-            **self._extra,
+            **self._extra_body,
             "model": self._model,
             "messages": [m.model_dump() for m in request.messages],
             "temperature": request.temperature,
             "top_p": request.top_p,
             "seed": seed & _SEED_BITS,
-            self._limit_name: request.max_tokens,
+            self._max_tokens_field: request.max_tokens,
             **({"n": n} if n > 1 else {}),
             **({"stop": list(request.stop)} if request.stop else {}),
         }
 
 
-def _before(stop: Sequence[str], text: Text) -> Text:
-    """The text up to a stop string: the server of transformers leaves it at the end."""
+def _cut_text(stop: Sequence[str], text: Text) -> Text:
+    """Cut the text before a stop string: the server of transformers leaves the stop string at the end."""
     kept = cut_at(text.text, stop)
     return text if kept == text.text else Text(text=kept, finish_reason="stop", tokens=text.tokens)

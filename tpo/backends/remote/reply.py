@@ -1,4 +1,4 @@
-"""A chat completion read: its answers apart from their reasoning, how each ended, and tokens."""
+"""Parse chat completions: texts separated from their reasoning, finish reasons and token counts."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from tpo.backends.remote.server import Malformed
 from tpo.core.ports import Text
 from tpo.core.state import FinishReason
 
-_CHARACTERS_A_TOKEN = 4
-"""For servers that count nothing."""
+_CHARACTERS_PER_TOKEN = 4
+"""Estimate for servers that report no token counts."""
 
-_BROKEN_OFF = frozenset({"abort", "error"})
-"""What SGLang and proxies say of an answer that was stopped on their side: it is none."""
+_ABORTED = frozenset({"abort", "error"})
+"""Finish reasons of SGLang and proxies for a text that was aborted on their side. Such a choice is ignored."""
 
-_CUT = frozenset({"length", "content_filter", "max_tokens"})
+_CUT_OFF = frozenset({"length", "content_filter", "max_tokens"})
 
 
 class _Message(BaseModel):
@@ -49,26 +49,26 @@ class _Completion(BaseModel):
 
 @dataclass(frozen=True)
 class Reply:
-    """The answers of one request."""
+    """The texts of one request, with token counts."""
 
     texts: tuple[Text, ...]
     input_tokens: int | None
     reasoning_tokens: int
 
 
-def read_completion(answer: Any) -> Reply:
-    """The answers in a chat completion's JSON. Raises Malformed."""
+def read_completion(reply: Any) -> Reply:
+    """Parse the JSON of a chat completion. Raises Malformed if it is not one."""
     try:
-        completion = _Completion.model_validate(answer)
+        completion = _Completion.model_validate(reply)
     except ValidationError as error:
         where = ".".join(map(str, error.errors(include_input=False)[0]["loc"]))
         raise Malformed(f"not with a chat completion ({where or 'no object'} is missing or wrong)") from None
-    choices = [c for c in completion.choices if c.finish_reason not in _BROKEN_OFF]
-    parts = [_parts(choice.message) for choice in choices]
+    choices = [c for c in completion.choices if c.finish_reason not in _ABORTED]
+    parts = [_split_message(choice.message) for choice in choices]
     usage = completion.usage
     characters = [len(part) for pair in parts for part in pair]
     counted = usage.completion_tokens if usage and len(choices) == len(completion.choices) else 0
-    tokens = _shared(counted, characters, _reasoned(usage) if counted else None)
+    tokens = _distribute(counted, characters, _reasoning_tokens(usage) if counted else None)
     texts = [
         Text(text=text, finish_reason=_finish_reason(choice.finish_reason), tokens=tokens[2 * i])
         for i, (choice, (text, _)) in enumerate(zip(choices, parts, strict=True))
@@ -76,55 +76,59 @@ def read_completion(answer: Any) -> Reply:
     return Reply(tuple(texts), usage.prompt_tokens if usage else None, sum(tokens[1::2]))
 
 
-def estimated(characters: int) -> int:
-    """Tokens of a text of that length, where nobody counted them."""
-    return math.ceil(characters / _CHARACTERS_A_TOKEN)
+def estimate_tokens(characters: int) -> int:
+    """Estimate the tokens in a text of that many characters."""
+    return math.ceil(characters / _CHARACTERS_PER_TOKEN)
 
 
-def _parts(message: _Message) -> tuple[str, str]:
+def _split_message(message: _Message) -> tuple[str, str]:
+    """Return the answer and the reasoning in a message."""
     content = message.content or ""
     if not isinstance(content, str):
         content = "".join(str(part.get("text", "")) for part in content)
-    apart = message.reasoning_content or message.reasoning
-    if apart:
-        return content.lstrip(), apart
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning:
+        return content.lstrip(), reasoning
     return split_reasoning(content)
 
 
-def _finish_reason(said: str | None) -> FinishReason:
-    """A filter cuts an answer off as a limit does: what is left of it is never taken for whole."""
-    return "length" if said in _CUT else "stop"
+def _finish_reason(reported: str | None) -> FinishReason:
+    """Map a finish reason. A content filter cuts a text off like a limit does: the text never counts as complete."""
+    return "length" if reported in _CUT_OFF else "stop"
 
 
-def _reasoned(usage: _Usage | None) -> int | None:
+def _reasoning_tokens(usage: _Usage | None) -> int | None:
     details = usage.completion_tokens_details if usage else None
     return details.reasoning_tokens if details else None
 
 
-def _shared(counted: int, characters: Sequence[int], reasoned: int | None) -> list[int]:
-    """Tokens of answers (even places) and their reasoning (odd ones).
+def _distribute(counted: int, characters: Sequence[int], reasoning_tokens: int | None) -> list[int]:
+    """Return the tokens of answers (even indices) and of their reasoning (odd indices).
 
-    A server counts all answers of a request together; each has its share by length, so that the sum is exact.
+    A server reports one count for all texts of a request. Each text gets a share proportional to its length in
+    characters, and the shares add up exactly.
     """
     if not counted:
-        return [estimated(n) for n in characters]
+        return [estimate_tokens(n) for n in characters]
     answers, reasoning = list(characters[::2]), list(characters[1::2])
-    if reasoned is None:
-        return _by_share(counted, characters)
-    reasoned = min(reasoned, counted)
-    pairs = zip(_by_share(counted - reasoned, answers), _by_share(reasoned, reasoning), strict=True)
+    if reasoning_tokens is None:
+        return _proportional(counted, characters)
+    reasoning_tokens = min(reasoning_tokens, counted)
+    pairs = zip(
+        _proportional(counted - reasoning_tokens, answers), _proportional(reasoning_tokens, reasoning), strict=True
+    )
     return [tokens for pair in pairs for tokens in pair]
 
 
-def _by_share(total: int, weights: Sequence[int]) -> list[int]:
-    """Whole numbers that add up to `total`."""
-    everything = sum(weights)
-    if not everything:
+def _proportional(total: int, weights: Sequence[int]) -> list[int]:
+    """Split `total` into whole numbers proportional to the weights, with the exact sum."""
+    total_weight = sum(weights)
+    if not total_weight:
         return [total if i == 0 else 0 for i in range(len(weights))]
-    shares, given, passed = [], 0, 0
+    shares, assigned, weight_so_far = [], 0, 0
     for weight in weights:
-        passed += weight
-        share = round(total * passed / everything) - given
+        weight_so_far += weight
+        share = round(total * weight_so_far / total_weight) - assigned
         shares.append(share)
-        given += share
+        assigned += share
     return shares

@@ -1,4 +1,4 @@
-"""Rewards that are made of parts: reward models, judges, lengths, patterns, schemas and plug-ins, by a TOML file."""
+"""Combined rewards from a TOML file: reward models, judges, lengths, patterns, schemas and plug-ins."""
 
 from tpo.backends.rewards.combined import CombinedReward, load_combined
 

@@ -1,4 +1,4 @@
-"""The sum of parts, each times its weight; each response keeps what its reward is the sum of."""
+"""Combined reward: the weighted sum of its parts, reported together with each part's value."""
 
 import math
 import time
@@ -29,14 +29,14 @@ LoadReward = Callable[[str, Settings], RewardModel]
 LoadPolicy = Callable[[str, Settings], Policy]
 
 
-class Verified:
-    """A reward model out of a function of the text."""
+class VerifierReward:
+    """A reward model that applies a verifier to each response."""
 
     def __init__(self, verifier: verifiers.Verifier) -> None:
         self._verifier = verifier
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
-        """One value for each response."""
+        """Return one value for each response."""
         values = []
         for response in request.responses:
             interrupt()
@@ -44,8 +44,8 @@ class Verified:
         return Rewards(values=tuple(values), input_tokens=0, seconds=0.0)
 
 
-class Rescaled:
-    """A reward model's scores, moved and scaled, so that several have one measure."""
+class RescaledReward:
+    """A reward model whose scores are shifted and scaled, so that several models share one scale."""
 
     def __init__(self, model: RewardModel, offset: float, scale: float) -> None:
         self._model = model
@@ -53,14 +53,14 @@ class Rescaled:
         self._scale = scale
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
-        """(score - offset) / scale for each response."""
+        """Return (score - offset) / scale for each response."""
         rewards = self._model.score(request, interrupt)
         values = tuple((value - self._offset) / self._scale for value in rewards.values)
         return rewards.model_copy(update={"values": values})
 
 
 class CombinedReward:
-    """The weighted sum of its parts. A part that is not finite makes the sum not finite: that response never wins."""
+    """The weighted sum of its parts. If a part is not finite, neither is the sum, and the response never wins."""
 
     def __init__(self, parts: Sequence[tuple[str, float, RewardModel]], owned: Sequence[object] = ()) -> None:
         self._parts = tuple(parts)
@@ -69,56 +69,59 @@ class CombinedReward:
     @property
     def healthy(self) -> bool:
         """False when a part would fail every further request."""
-        return all(getattr(one, "healthy", True) for one in self._owned)
+        return all(getattr(owned, "healthy", True) for owned in self._owned)
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
-        """Score responses by each part in turn. Raises BadReplyError and what the parts raise."""
+        """Score responses with each part in order.
+
+        Raises BadReplyError if a part returns the wrong number of scores, and whatever a part raises.
+        """
         started = time.perf_counter()
         columns: list[list[tuple[RewardPart, ...]]] = []
-        read_tokens = 0
+        input_tokens = 0
         for name, weight, model in self._parts:
             interrupt()
             rewards = model.score(request, interrupt)
             if len(rewards.values) != len(request.responses):
                 raise BadReplyError(
                     f"The reward part {name} was given {len(request.responses)} responses and gave "
-                    f"{len(rewards.values)} scores."
+                    f"{len(rewards.values)} scores. It must give one score for each response."
                 )
-            read_tokens += rewards.input_tokens
-            notes = rewards.parts or ((),) * len(rewards.values)
+            input_tokens += rewards.input_tokens
+            details = rewards.parts or ((),) * len(rewards.values)
             columns.append(
                 [
-                    (RewardPart(name=name, value=float(value), weight=weight), *_notes(name, noted))
-                    for value, noted in zip(rewards.values, notes, strict=True)
+                    (RewardPart(name=name, value=float(value), weight=weight), *_unweighted(name, detail))
+                    for value, detail in zip(rewards.values, details, strict=True)
                 ]
             )
         responses = [tuple(part for cell in row for part in cell) for row in zip(*columns, strict=True)]
         return Rewards(
             values=tuple(_sum(parts) for parts in responses),
-            input_tokens=read_tokens,
+            input_tokens=input_tokens,
             seconds=time.perf_counter() - started,
             parts=tuple(responses),
         )
 
     def close(self) -> None:
-        """Close what was loaded for this."""
-        for one in self._owned:
-            if callable(close := getattr(one, "close", None)):
+        """Close the models and plug-ins that were loaded for this reward."""
+        for owned in self._owned:
+            if callable(close := getattr(owned, "close", None)):
                 close()
 
 
 def load_combined(
     file: Path, settings: Settings, load_reward: LoadReward, load_policy: LoadPolicy, policy: Policy | None
 ) -> CombinedReward:
-    """The reward that a file describes, with all models in it loaded. Raises ModelRefusedError."""
+    """Load the reward that a file describes, with all its models. Raises ModelRefusedError if that is not possible."""
     parts: list[tuple[str, float, RewardModel]] = []
     owned: list[object] = []
     described = read(file).part
-    for part in described:  # before anything is loaded
+    for part in described:  # A missing key is reported before any model is loaded.
         _key(part, settings)
     try:
         for part in described:
-            model, loaded = _made(part, settings, load_reward, load_policy, policy)
+            model, loaded = _create_part(part, settings, load_reward, load_policy, policy)
             parts.append((part.name, part.weight, model))
             owned += loaded
     except BaseException:
@@ -127,22 +130,22 @@ def load_combined(
     return CombinedReward(parts, owned)
 
 
-def _made(
+def _create_part(
     part: Part, settings: Settings, load_reward: LoadReward, load_policy: LoadPolicy, policy: Policy | None
 ) -> tuple[RewardModel, list[object]]:
-    """A part's reward model, and what has to be closed with it."""
+    """Create a part's reward model; also return the objects to close with it."""
     match part:
         case LengthPart():
-            return Verified(verifiers.length(part)), []
+            return VerifierReward(verifiers.length(part)), []
         case RegexPart():
-            return Verified(verifiers.pattern(part)), []
+            return VerifierReward(verifiers.pattern(part)), []
         case JsonPart():
-            return Verified(verifiers.json_schema(part)), []
+            return VerifierReward(verifiers.json_schema(part)), []
         case PluginPart():
             plugin = plugins.load(part.plugin, part.options)
             return plugin, [plugin]
         case ModelPart():
-            here = settings.model_copy(
+            part_settings = settings.model_copy(
                 update={
                     "reward_url": part.url,
                     "reward_api_key": _key(part, settings),
@@ -151,14 +154,17 @@ def _made(
                     "reward_in_unit_interval": part.bounded,
                 }
             )
-            model = load_reward(part.model, here)
-            return (model if (part.offset, part.scale) == (0, 1) else Rescaled(model, part.offset, part.scale)), [model]
+            model = load_reward(part.model, part_settings)
+            rescales = (part.offset, part.scale) != (0, 1)
+            return (RescaledReward(model, part.offset, part.scale) if rescales else model), [model]
         case JudgePart(policy="policy"):
             if policy is None:
-                raise ModelRefusedError(f'The judge {part.name} wants policy = "{OWN_POLICY}", and there is none here.')
+                raise ModelRefusedError(
+                    f'The judge {part.name} needs policy = "{OWN_POLICY}", but this process has no policy.'
+                )
             return Judge(part, policy), []
         case JudgePart():
-            here = settings.model_copy(
+            part_settings = settings.model_copy(
                 update={
                     "openai_url": part.url,
                     "openai_api_key": _key(part, settings),
@@ -167,27 +173,28 @@ def _made(
                     "openai_extra_body": part.extra_body,
                 }
             )
-            judge = load_policy(part.policy, here)
+            judge = load_policy(part.policy, part_settings)
             return Judge(part, judge), [judge]
 
 
 def _key(part: Part, settings: Settings) -> SecretStr | None:
+    """Look up the API key that a part names. Raises ModelRefusedError if the settings do not contain it."""
     name = part.key if isinstance(part, ModelPart | JudgePart) else None
     if name is None:
         return None
     if name not in settings.server_api_keys:
         raise ModelRefusedError(
-            f"The reward part {part.name} wants the key {name}, which TPO_SERVER_API_KEYS does not hold."
+            f"The reward part {part.name} needs the key {name}, which TPO_SERVER_API_KEYS does not contain."
         )
     return settings.server_api_keys[name]
 
 
-def _notes(name: str, parts: Sequence[RewardPart]) -> list[RewardPart]:
-    """What a part says of itself that is no part of the sum, under its name."""
+def _unweighted(name: str, parts: Sequence[RewardPart]) -> list[RewardPart]:
+    """Return the details of a part that have weight 0, prefixed with the part's name."""
     return [part.model_copy(update={"name": f"{name}.{part.name}"}) for part in parts if part.weight == 0]
 
 
 def _sum(parts: Sequence[RewardPart]) -> float:
-    """A weight of 0 is for looking on: such a part changes nothing, not even by being no number."""
+    """Sum the weighted values. A part with weight 0 is informational: it has no effect, even if it is NaN."""
     values = [part.value * part.weight for part in parts if part.weight != 0 and part.value is not None]
     return math.fsum(values) if all(map(math.isfinite, values)) else math.nan

@@ -1,4 +1,4 @@
-"""What stands in a reward file, and what is wrong with one."""
+"""Schema of a reward file, and its validation."""
 
 import tomllib
 from pathlib import Path
@@ -13,36 +13,36 @@ from tpo.settings import REMOTE_REWARDS, check_extra_body, check_server_url
 from tpo.validation_messages import invalid
 
 OWN_POLICY = "policy"
-"""The judge that is the worker's own policy."""
+"""Value of `policy` that makes the worker's own policy the judge."""
 
 
-def _pattern(text: str) -> str:
+def _check_pattern(text: str) -> str:
     try:
         regex.compile(text)
     except regex.error as error:
-        raise ValueError(f"is no regular expression: {error}") from None
+        raise ValueError(f"is not a regular expression: {error}") from None
     return text
 
 
-def _url(address: str | None) -> str | None:
+def _check_server_url(address: str | None) -> str | None:
     if address is not None:
         check_server_url("url", address)
     return address
 
 
-def _schema(schema: dict[str, Any]) -> dict[str, Any]:
+def _check_schema(schema: dict[str, Any]) -> dict[str, Any]:
     try:
         jsonschema_rs.validator_for(schema)
     except (ValueError, jsonschema_rs.ReferencingError) as error:
-        raise ValueError(f"is no JSON schema: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"is not a JSON schema: {str(error).splitlines()[0]}") from None
     return schema
 
 
-Url = Annotated[str | None, AfterValidator(_url)]
+Url = Annotated[str | None, AfterValidator(_check_server_url)]
 
 
 class _Part(BaseModel):
-    """What every part has. The reward is the sum of all values, each times its weight."""
+    """Fields common to all parts. The reward is the sum of all values, each multiplied by its weight."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,12 +51,12 @@ class _Part(BaseModel):
 
 
 class ModelPart(_Part):
-    """A reward model's raw score, (score - offset) / scale."""
+    """A reward model's raw score, rescaled to (score - offset) / scale."""
 
     kind: Literal["model"]
-    model: str = Field(min_length=1, description="what TPO_REWARD_MODEL may be")
+    model: str = Field(min_length=1, description="Name of a reward model, as in TPO_REWARD_MODEL.")
     url: Url = None
-    key: str | None = Field(None, description="a name in TPO_SERVER_API_KEYS")
+    key: str | None = Field(None, description="Name of a key in TPO_SERVER_API_KEYS.")
     task: Literal["classify", "token_classify"] = "classify"
     tokenizer: str | None = None
     bounded: bool = False
@@ -64,9 +64,9 @@ class ModelPart(_Part):
     scale: float = Field(1.0, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _has_an_address(self) -> "ModelPart":
+    def _check_url(self) -> "ModelPart":
         if self.model.startswith(REMOTE_REWARDS) != (self.url is not None):
-            raise ValueError("url belongs to the models vllm:…, vllm-pooling:… and sglang:…, and they need it")
+            raise ValueError("url belongs to the models vllm:…, vllm-pooling:… and sglang:…, which require it")
         return self
 
 
@@ -74,9 +74,11 @@ class JudgePart(_Part):
     """A language model's judgement of each response."""
 
     kind: Literal["judge"]
-    policy: str = Field(OWN_POLICY, min_length=1, description="what TPO_POLICY may be, or policy: the worker's own")
+    policy: str = Field(
+        OWN_POLICY, min_length=1, description="Name of a policy, as in TPO_POLICY, or `policy` for the worker's own."
+    )
     url: Url = None
-    key: str | None = Field(None, description="a name in TPO_SERVER_API_KEYS")
+    key: str | None = Field(None, description="Name of a key in TPO_SERVER_API_KEYS.")
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     extra_body: Annotated[dict[str, Any], AfterValidator(check_extra_body)] = {}
     mode: Literal["rubric", "pairwise"] = "rubric"
@@ -85,23 +87,23 @@ class JudgePart(_Part):
     )
     lowest: int = 1
     highest: int = 10
-    samples: int = Field(1, ge=1, le=16, description="judgements of each response; the value is their mean")
+    samples: int = Field(1, ge=1, le=16, description="Judgements of each response; the value is their mean.")
     temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
     max_tokens: int = Field(1024, ge=1, le=131072)
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> "JudgePart":
+    def _check_consistency(self) -> "JudgePart":
         if self.lowest >= self.highest:
             raise ValueError("lowest must be below highest")
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError("samples above 1 need a temperature above 0: without it they are all the same")
+            raise ValueError("samples above 1 need a temperature above 0; at temperature 0 all samples are equal")
         if self.policy.startswith("openai:") != (self.url is not None):
-            raise ValueError("url belongs to a policy openai:…, and that one needs it")
+            raise ValueError("url belongs to a policy openai:…, which requires it")
         return self
 
 
 class LengthPart(_Part):
-    """0 within the bounds, and below 0 outside: minus the share by which a bound is missed."""
+    """Length check: 0 within the bounds; outside, minus the fraction by which the bound is missed."""
 
     kind: Literal["length"]
     unit: Literal["words", "characters"] = "words"
@@ -109,30 +111,30 @@ class LengthPart(_Part):
     most: int = Field(ge=1)
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> "LengthPart":
+    def _check_consistency(self) -> "LengthPart":
         if self.least > self.most:
             raise ValueError("least must not be above most")
         return self
 
 
 class RegexPart(_Part):
-    """1 where the pattern is found anywhere in the response (or, with `absent`, nowhere), else 0."""
+    """Pattern check: 1 if the pattern is found anywhere in the response (with `absent`: nowhere), else 0."""
 
     kind: Literal["regex"]
-    pattern: Annotated[str, AfterValidator(_pattern)]
+    pattern: Annotated[str, AfterValidator(_check_pattern)]
     absent: bool = False
 
 
 class JsonPart(_Part):
-    """1 where the response is JSON, whole or in one fenced block, that fits the schema, else 0."""
+    """JSON check: 1 if the response, or its one fenced block, is JSON that matches the schema, else 0."""
 
     kind: Literal["json"]
-    # No `schema`: pydantic's models have a method of that name.
-    json_schema: Annotated[dict[str, Any], AfterValidator(_schema)] = Field({}, alias="schema")
+    # Not named `schema`: pydantic models have a method of that name.
+    json_schema: Annotated[dict[str, Any], AfterValidator(_check_schema)] = Field({}, alias="schema")
 
 
 class PluginPart(_Part):
-    """What an installed package offers under the entry point group `tpo.rewards`."""
+    """A reward that an installed package provides under the entry point group `tpo.rewards`."""
 
     kind: Literal["plugin"]
     plugin: str = Field(min_length=1)
@@ -143,29 +145,29 @@ Part = Annotated[ModelPart | JudgePart | LengthPart | RegexPart | JsonPart | Plu
 
 
 class RewardFile(BaseModel):
-    """A whole file."""
+    """A complete reward file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     part: list[Part] = Field(min_length=1, max_length=32)
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "RewardFile":
+    def _check_unique_names(self) -> "RewardFile":
         names = [part.name for part in self.part]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"parts need names of their own: {', '.join(twice)}")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"part names must be unique; used more than once: {', '.join(duplicates)}")
         return self
 
 
 def read(file: Path) -> RewardFile:
-    """What a reward file says. Raises ModelRefusedError, which names the field."""
+    """Read and validate a reward file. Raises ModelRefusedError, which names the invalid field."""
     try:
-        said = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelRefusedError(f"TPO_REWARD_FILE: {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, or not TOML
-        raise ModelRefusedError(f"TPO_REWARD_FILE: {file} is no TOML: {error}") from error
+    except ValueError as error:  # Not UTF-8, or not TOML.
+        raise ModelRefusedError(f"TPO_REWARD_FILE: {file} is not valid TOML: {error}") from error
     try:
-        return RewardFile.model_validate(said)
+        return RewardFile.model_validate(values)
     except ValidationError as error:
         raise ModelRefusedError(f"TPO_REWARD_FILE: {file}: {invalid(error)}") from error

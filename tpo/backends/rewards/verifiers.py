@@ -1,4 +1,4 @@
-"""Parts that look at the text alone: length, pattern, JSON schema. Each gives one number for one response."""
+"""Verifiers that read only the text: length, pattern, JSON schema. Each returns one number for one response."""
 
 import json
 import logging
@@ -17,13 +17,17 @@ _log = logging.getLogger(__name__)
 Verifier = Callable[[str], float]
 
 LONGEST_SEARCH_SECONDS = 5.0
-"""How long a pattern may look through one response; some backtrack for ever."""
+"""Time limit for one search in one response; some patterns backtrack practically without end."""
 
 _FENCED = re.compile(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 
 def length(part: LengthPart) -> Verifier:
-    """0 within the bounds; minus the share by which a bound is missed: twice as long as allowed is -1."""
+    """Create a length verifier.
+
+    Its value is 0 within the bounds, otherwise minus the fraction by which the bound is missed: a response twice as
+    long as allowed scores -1.
+    """
 
     def value(response: str) -> float:
         size = len(response.split()) if part.unit == "words" else len(response)
@@ -35,15 +39,15 @@ def length(part: LengthPart) -> Verifier:
 
 
 def pattern(part: RegexPart) -> Verifier:
-    """1 where the response is as the pattern wants it, else 0; NaN where the search takes too long."""
+    """Create a pattern verifier: 1 if the response satisfies the pattern, else 0; NaN if the search takes too long."""
     compiled = regex.compile(part.pattern)
 
     def value(response: str) -> float:
         try:
-            # Other threads run meanwhile: they renew the leases.
+            # Release the GIL: other threads must renew the leases meanwhile.
             found = compiled.search(response, timeout=LONGEST_SEARCH_SECONDS, concurrent=True)
         except TimeoutError:
-            _log.warning("the pattern of the part %s looked at a response for too long and was stopped", part.name)
+            _log.warning("the search for the pattern of reward part %s took too long and was stopped", part.name)
             return math.nan
         return float((found is None) == part.absent)
 
@@ -51,7 +55,7 @@ def pattern(part: RegexPart) -> Verifier:
 
 
 def json_schema(part: JsonPart) -> Verifier:
-    """1 where the response is JSON that fits, else 0."""
+    """Create a JSON verifier: 1 if the response is JSON that matches the schema, else 0."""
     validator = jsonschema_rs.validator_for(part.json_schema)
 
     def value(response: str) -> float:

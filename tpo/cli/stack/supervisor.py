@@ -115,7 +115,7 @@ class Supervisor:
 
     @property
     def forced(self) -> bool:
-        """Whether a second stop signal ended the drain, so that children were killed."""
+        """True if a second stop signal ended the drain, so that children were killed."""
         return self._stop_signals > 1
 
     def start(self, service: Service) -> None:

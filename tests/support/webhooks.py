@@ -1,0 +1,74 @@
+"""Create webhooks and send their deliveries from this process, without a broker."""
+
+from typing import Any
+
+from fastapi.testclient import TestClient
+
+from testing.jobs import claim, create
+from testing.waiting import eventually
+from tpo.broker import JobNotifier
+from tpo.jobs.outcomes import Outcome
+from tpo.settings import Settings
+from tpo.store import Store
+from worker.tasks.webhooks import WebhookSender
+
+
+class DirectNotifier(JobNotifier):
+    """Delivers directly, without a broker."""
+
+    sender: WebhookSender
+
+    def notify_delivery(self, delivery_id: str) -> None:
+        """Deliver in this process."""
+        self.sender.deliver(delivery_id)
+
+
+def make_sender(store: Store, **settings: Any) -> WebhookSender:
+    """Create a sender with short delays that may call private addresses."""
+    values = {"webhook_allow_private": True, "webhook_retry_seconds": 0.02, "webhook_timeout_seconds": 5, **settings}
+    notifier = DirectNotifier("redis://127.0.0.1:1/0")
+    notifier.sender = WebhookSender(Settings(**values), store, notifier)
+    return notifier.sender
+
+
+def create_webhook(client: TestClient, url: str, **options: Any) -> dict[str, Any]:
+    """Create a webhook over HTTP and return it."""
+    response = client.post("/v1/webhooks", json={"url": url, **options})
+    assert response.status_code == 201, response.text
+    webhook: dict[str, Any] = response.json()
+    return webhook
+
+
+def finish(store: Store, status: Any = "completed") -> str:
+    """Create a job, end it with this status, and return its id."""
+    job_id = create(store)
+    store.leases.finish(claim(store, job_id)[0], Outcome(status))
+    return job_id
+
+
+def deliveries(client: TestClient, webhook: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the deliveries of a webhook."""
+    data: list[dict[str, Any]] = client.get(f"/v1/webhooks/{webhook['id']}/deliveries").json()["data"]
+    return data
+
+
+def settled_deliveries(client: TestClient, webhook: dict[str, Any], sender: WebhookSender) -> list[dict[str, Any]]:
+    """Wait until no delivery is pending, and return them."""
+
+    def settled() -> list[dict[str, Any]] | None:
+        sender.notify_due()
+        found = deliveries(client, webhook)
+        return found if all(d["status"] in ("delivered", "failed") for d in found) else None
+
+    return eventually(settled, why="all deliveries should be settled")
+
+
+def failed_delivery(client: TestClient, webhook: dict[str, Any], sender: WebhookSender, error: str) -> dict[str, Any]:
+    """Wait until the only delivery has failed with this error, and return it."""
+
+    def failed() -> dict[str, Any] | None:
+        sender.notify_due()
+        (found,) = deliveries(client, webhook)
+        return found if found["last_error"] == error else None
+
+    return eventually(failed, why=f"the delivery should fail with {error}")
