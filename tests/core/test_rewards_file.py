@@ -155,7 +155,7 @@ def test_documented_plugin_loads_once_installed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_documented_reward_files_are_valid(tmp_path: Path) -> None:
-    from tpo.backends.rewards.config import read
+    from tpo.backends.rewards.config import read_reward_file
 
     files = [block for block in documented("toml") if "[[part]]" in block]
     assert len(files) >= 3
@@ -163,5 +163,5 @@ def test_documented_reward_files_are_valid(tmp_path: Path) -> None:
     for text in files:
         file = tmp_path / "reward.toml"
         file.write_text(textwrap.dedent(text))
-        kinds |= {part.kind for part in read(file).part}
+        kinds |= {part.kind for part in read_reward_file(file).part}
     assert kinds == {"model", "judge", "length", "regex", "json", "plugin"}
