@@ -21,7 +21,6 @@ app = typer.Typer(
     cls=Commands,
     help="Test-Time Preference Optimization: a model improves its own answers, guided by a reward model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
