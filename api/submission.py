@@ -14,7 +14,7 @@ from tpo.core.errors import BrokerUnavailableError
 from tpo.core.state import State
 from tpo.jobs.requests import Submitted
 from tpo.jobs.submission import Submit, resolve_models, to_state
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.tenants.tenants import Limits
@@ -34,7 +34,7 @@ class Submitter:
         self._request = request
         self._headers = response.headers
 
-    def submit(self, body: Submit) -> Job:
+    def submit(self, body: Submit) -> JobView:
         """Commit a job and notify the workers. Once this returns, the job survives any crash.
 
         Raises IdempotencyConflictError, ExternalIdTakenError, QuotaExceededError.
@@ -55,7 +55,7 @@ class Submitter:
         )
         return self.made(made)
 
-    def create_from(self, source: Job, state: State, said: Mapping[str, Any]) -> Job:
+    def create_from(self, source: JobView, state: State, said: Mapping[str, Any]) -> JobView:
         """A new job that starts from what `source` has recorded; `said` is what the request holds."""
         made = self._store.jobs.create_from(
             source.id,
@@ -65,12 +65,12 @@ class Submitter:
             model=source.model,
             reward_model=source.reward_model,
             max_attempts=self._settings.max_attempts,
-            metadata=source.job_metadata,
+            metadata=source.metadata,
             priority=source.priority,
         )
         return self.made(made)
 
-    def notify(self, job: Job) -> None:
+    def notify(self, job: JobView) -> None:
         """Ring for a job; where that cannot be done now, the sweeper does it."""
         try:
             self._notifier.notify_job(job.id, job.model)
@@ -83,7 +83,7 @@ class Submitter:
         """How much a tenant without limits of its own may ask for."""
         return Limits(self._settings.max_jobs_in_flight, self._settings.max_jobs_per_minute)
 
-    def made(self, made: Submitted) -> Job:
+    def made(self, made: Submitted) -> JobView:
         """Ring for a new job, and tell with the answer's headers what became of the request."""
         if made.new:
             self.notify(made.job)

@@ -19,7 +19,7 @@ from api.routes.responses import still_running, submit
 from api.streaming.long_polling import until_ended
 from api.submission import SubmitterDep
 from tpo.core.status import TERMINAL
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.openai import views
 from tpo.openai.requests import ChatRequest
 
@@ -61,7 +61,7 @@ async def create_chat_completion(
     return StreamingResponse(_chunks(completion, usage), media_type="text/event-stream")
 
 
-def _without_answer(request: Request, job: Job) -> HTTPResponse:
+def _without_answer(request: Request, job: JobView) -> HTTPResponse:
     """A job that ended without an answer, as an error. The client is told not to repeat it: that makes another job."""
     detail = f"The job {job.id} ended as {job.status} without an answer"
     return problem(

@@ -8,7 +8,7 @@ from api.openapi.errors import CONFLICT, INVALID, INVALID_OR_SAID, NOT_FOUND, TO
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
 from api.submission import SubmitterDep
 from tpo.jobs.lifecycle import extended, retried
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 
 router = APIRouter(
     prefix="/v1/jobs", tags=["jobs"], dependencies=[NoQuery], responses={**NOT_FOUND, **INVALID, **UNAVAILABLE}
@@ -89,7 +89,7 @@ def delete_job(job_id: JobId, store: StoreDep) -> schemas.Deleted:
     return schemas.Deleted(id=job_id)
 
 
-def _accepted(job: Job, response: Response, settings: SettingsDep) -> schemas.Job:
+def _accepted(job: JobView, response: Response, settings: SettingsDep) -> schemas.Job:
     response.status_code = 202
     response.headers["location"] = f"/v1/jobs/{job.id}"
     return views.job(job, settings)

@@ -33,7 +33,8 @@ from api.streaming.sse import EventStream
 from api.submission import Submitter, SubmitterDep
 from tpo.core.errors import InvalidInputError, JobNotFoundError, StoreUnavailableError
 from tpo.core.status import TERMINAL
-from tpo.jobs.tables import EventRow, Job
+from tpo.jobs.tables import EventRow
+from tpo.jobs.view import JobView
 from tpo.openai import items, views
 from tpo.openai.requests import JobRequest, ResponseRequest
 from tpo.openai.stream import ResponseEvents
@@ -147,7 +148,7 @@ def delete_response(response_id: str, job_id: ResponseJobId, store: StoreDep) ->
     return views.ResponseDeleted(id=response_id)
 
 
-def submit(body: JobRequest, submitter: Submitter) -> Job:
+def submit(body: JobRequest, submitter: Submitter) -> JobView:
     """The job that a request in OpenAI's shape asks for. Raises InvalidInputError by the names of that request."""
     wanted = body.submission()
     try:
@@ -156,7 +157,7 @@ def submit(body: JobRequest, submitter: Submitter) -> Job:
         raise body.with_request_names(error) from None
 
 
-def still_running(request: Request, job: Job, seconds: float) -> JSONResponse:
+def still_running(request: Request, job: JobView, seconds: float) -> JSONResponse:
     """The answer to those who wait longer than the server does. A client that repeats it would make a second job."""
     detail = (
         f"The job {job.id} still runs after {seconds:g} s and goes on: poll /v1/responses/{views.response_id(job.id)}, "
@@ -174,7 +175,7 @@ def still_running(request: Request, job: Job, seconds: float) -> JSONResponse:
 class ResponseStream(EventStream):
     """The events of a response, each with its number, from the first or after a number that a client has seen."""
 
-    def __init__(self, broadcaster: EventBroadcaster, store: Store, job: Job, after: int | None) -> None:
+    def __init__(self, broadcaster: EventBroadcaster, store: Store, job: JobView, after: int | None) -> None:
         super().__init__(broadcaster, store, job, 0)
         self._told = ResponseEvents()
         self._shown = job

@@ -7,23 +7,25 @@ from starlette.concurrency import run_in_threadpool
 from api.streaming.broadcaster import EventBroadcaster
 from tpo.core.errors import StoreUnavailableError
 from tpo.core.status import TERMINAL
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.store import Store
 
 _ENDS = frozenset(f"job.{status}" for status in TERMINAL)
 
 
-async def until_ended(broadcaster: EventBroadcaster, store: Store, job: Job, seconds: float) -> Job:
+async def until_ended(broadcaster: EventBroadcaster, store: Store, job: JobView, seconds: float) -> JobView:
     """The job when it has ended, or as it stands when the time is up."""
     return await _wait(broadcaster, store, job, seconds, any_event=False)
 
 
-async def until_changed(broadcaster: EventBroadcaster, store: Store, job: Job, seconds: float) -> Job:
+async def until_changed(broadcaster: EventBroadcaster, store: Store, job: JobView, seconds: float) -> JobView:
     """The job after its next event, or as it stands when the time is up."""
     return await _wait(broadcaster, store, job, seconds, any_event=True)
 
 
-async def _wait(broadcaster: EventBroadcaster, store: Store, job: Job, seconds: float, *, any_event: bool) -> Job:
+async def _wait(
+    broadcaster: EventBroadcaster, store: Store, job: JobView, seconds: float, *, any_event: bool
+) -> JobView:
     if job.status in TERMINAL:
         return job
     end = time.monotonic() + seconds

@@ -14,7 +14,8 @@ from api import views
 from api.streaming.broadcaster import EventBroadcaster, Subscription
 from tpo.core.errors import StoreUnavailableError
 from tpo.core.status import TERMINAL
-from tpo.jobs.tables import EventRow, Job
+from tpo.jobs.tables import EventRow
+from tpo.jobs.view import JobView
 from tpo.store import Store
 
 logger = logging.getLogger("api")
@@ -38,7 +39,7 @@ class EventStream(HTTPResponse):
     Another resource that is a view of a job overrides how an event, and an early end, are written.
     """
 
-    def __init__(self, broadcaster: EventBroadcaster, store: Store, job: Job, after: int) -> None:
+    def __init__(self, broadcaster: EventBroadcaster, store: Store, job: JobView, after: int) -> None:
         super().__init__(status_code=200)
         self._broadcaster = broadcaster
         self._store = store

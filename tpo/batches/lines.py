@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 from tpo.batches.tables import BatchLine
 from tpo.core.errors import InvalidInputError
 from tpo.jobs.submission import Submit
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -59,7 +59,7 @@ class LineFormat(Protocol):
         """Read one line of the input."""
         ...
 
-    def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
+    def render(self, endpoint: str, line: BatchLine, job: JobView | None) -> bytes:
         """Write one line of the output or of the errors, with its end."""
         ...
 

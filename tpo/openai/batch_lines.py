@@ -11,7 +11,7 @@ from tpo.batches.lines import RawLine, RefusedLine
 from tpo.batches.tables import BatchLine
 from tpo.core.errors import InvalidInputError
 from tpo.jobs.submission import Submit
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.openai import views
 from tpo.openai.requests import ChatRequest, JobRequest, ResponseRequest
 from tpo.wire import StoredText, Wire
@@ -63,7 +63,7 @@ class OpenAILines:
         except InvalidInputError as error:
             return RefusedLine(_custom_id(fields), error)
 
-    def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
+    def render(self, endpoint: str, line: BatchLine, job: JobView | None) -> bytes:
         """Write one line of the output or of the errors, with its end."""
         response: dict[str, Any] | None = None
         error: dict[str, Any] | None = None
@@ -95,7 +95,7 @@ def _request(fields: dict[str, Any], endpoint: str) -> RequestLine:
     return RequestLine(parsed.custom_id, body)
 
 
-def _failure(line: BatchLine, job: Job | None) -> tuple[str, str]:
+def _failure(line: BatchLine, job: JobView | None) -> tuple[str, str]:
     """Return code and message of a line that has no answer."""
     if line.error_code is not None:
         return line.error_code, line.error_message or ""
