@@ -3,24 +3,9 @@
 import json
 from typing import Any
 
-_PARAMETERS: dict[str, Any] = {
-    "mode": "tpo",
-    "sample_size": 5,
-    "max_iterations": 2,
-    "temperature": 0.7,
-    "top_p": 0.95,
-    "max_tokens": 2048,
-    "stop": [],
-    "critique_temperature": 0.7,
-    "critique_top_p": 0.99,
-    "critique_max_tokens": 8192,
-    "seed": 7,
-    "max_output_tokens": None,
-    "max_total_tokens": None,
-    "max_seconds": None,
-    "early_stop": {"patience": 1, "min_gain": 0.1},
-    "stop_on_decline": False,
-}
+from tpo.core.state import EarlyStop, Params
+
+_PARAMETERS = Params(seed=7, early_stop=EarlyStop(patience=1, min_gain=0.1)).model_dump(mode="json")
 _JOB: dict[str, Any] = {
     "id": "job_0199c0ffee00aa55aa55aa55aa55aa55",
     "object": "job",

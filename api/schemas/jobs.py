@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas.paging import Page
-from tpo.core.state import MAX_ITERATIONS, CallKind, EarlyStop, Message, Mode, RewardPart, StopReason, Unusable
+from tpo.core.state import MAX_ITERATIONS, CallKind, Message, Params, RewardPart, StopReason, Unusable
 from tpo.core.status import Status
 from tpo.jobs.tables import IncompleteReason
 from tpo.wire import Identified, Wire
@@ -13,25 +13,11 @@ from tpo.wire import Identified, Wire
 JOB_ID = r"^job_[0-9a-f]{32}$"
 
 
-class JobParameters(Wire):
-    """How a job is optimized, with every default filled in."""
+class JobParameters(Params):
+    """Parameters of a job, with every default filled in."""
 
-    mode: Mode
-    sample_size: int
-    max_iterations: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    stop: tuple[str, ...]
-    critique_temperature: float
-    critique_top_p: float
-    critique_max_tokens: int
-    seed: int
-    max_output_tokens: int | None
-    max_total_tokens: int | None
-    max_seconds: float | None
-    early_stop: EarlyStop | None
-    stop_on_decline: bool
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+
     reward_model: str
     prompt_set: str
     prompt_set_version: int

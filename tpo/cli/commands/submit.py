@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tpo.client import Job
 
 
-@options.optimization
+@options.Optimization
 def submit(
     parameters: dict[str, Any],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, one job each; - reads stdin.")] = None,
