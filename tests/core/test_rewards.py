@@ -7,7 +7,7 @@ import pytest
 
 from testing.fakes import proceed
 from tests.support.rewards import FixedReward, load_reward_file, score_request
-from tpo.backends import load_reward_model
+from tpo.backends import load_reward
 from tpo.backends.rewards import verifiers
 from tpo.backends.rewards.combined import CombinedReward
 from tpo.core.errors import (
@@ -81,7 +81,7 @@ weight = 0.0
 
 def test_combined_reward_is_weighted_sum_of_parts(tmp_path: Path) -> None:
     responses = ("Draft 4: one two", "short")
-    raw = load_reward_model("scripted", Settings()).score(score_request(*responses), proceed).values
+    raw = load_reward(Settings(reward_model="scripted")).score(score_request(*responses), proceed).values
     rewards = load_reward_file(tmp_path, SEVERAL).score(score_request(*responses), proceed)
     for value, parts, model, length in zip(rewards.values, rewards.parts, raw, (-1.0, 0.0), strict=True):
         assert [(p.name, p.weight) for p in parts] == [("quality", 3.0), ("short", 0.5), ("observed", 0.0)]

@@ -30,6 +30,7 @@ from tests.support.tiny_models import make_tokenizer
 from tpo.backends import load_policy
 from tpo.backends.local.factory import EngineOptions, build_engine
 from tpo.backends.local.requests import TokenRequest
+from tpo.backends.spec import ModelSpec
 from tpo.core.errors import ModelRefusedError
 from tpo.core.ports import Generate
 from tpo.core.state import Message
@@ -127,8 +128,8 @@ def test_fallback_respects_seeds(tmp_path: Path) -> None:
     bloom(len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelRefusedError, match="cannot be served by the engine"):
-        load_policy(str(tmp_path), Settings())
-    policy = load_policy(str(tmp_path), Settings(engine_fallback=True))
+        load_policy(ModelSpec(str(tmp_path)), Settings())
+    policy = load_policy(ModelSpec(str(tmp_path)), Settings(engine_fallback=True))
 
     def ask(*seeds: int) -> list[str]:
         request = Generate(

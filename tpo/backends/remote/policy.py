@@ -11,6 +11,7 @@ from tpo.backends.remote.connection import connect, limits_from_settings, secret
 from tpo.backends.remote.context import refuses_n, too_long
 from tpo.backends.remote.reply import Reply, estimate_tokens, read_completion
 from tpo.backends.remote.server import Refused, Server, gather_all
+from tpo.backends.spec import ModelSpec
 from tpo.core.errors import (
     BackendUnavailableError,
     BadReplyError,
@@ -19,7 +20,7 @@ from tpo.core.errors import (
     PromptRefusedError,
 )
 from tpo.core.ports import Generate, Generation, Interrupt, Text, cut_at
-from tpo.settings import Settings
+from tpo.settings import OPENAI, Settings
 
 _log = logging.getLogger(__name__)
 
@@ -38,28 +39,28 @@ class OpenAIPolicy:
 
     healthy = True
 
-    def __init__(self, model: str, server: Server, settings: Settings) -> None:
-        self._model = model
+    def __init__(self, spec: ModelSpec, server: Server) -> None:
+        self._model = spec.name.removeprefix(OPENAI)
         self._server = server
-        self._separate = settings.openai_samples == "separate"
+        self._separate = spec.samples == "separate"
         self._warned = False
-        self._max_tokens_field = settings.openai_max_tokens_field
-        self._extra_body = settings.openai_extra_body
+        self._max_tokens_field = spec.max_tokens_field
+        self._extra_body = spec.extra_body
 
     @classmethod
-    def load(cls, model: str, settings: Settings) -> Self:
+    def load(cls, spec: ModelSpec, settings: Settings) -> Self:
         """Wait until the server answers, and check that it has the model. Raises ModelRefusedError otherwise."""
-        if settings.openai_url is None:
+        if spec.url is None:
             raise ModelRefusedError(
-                f"The policy openai:{model} needs the address of its server. Set TPO_OPENAI_URL, such as http://host:8000/v1."
+                f"The policy {spec.name} needs the address of its server. Set TPO_OPENAI_URL, such as http://host:8000/v1."
             )
-        server = Server(settings.openai_url, secret(settings.openai_api_key), limits_from_settings(settings))
+        server = Server(spec.url, secret(spec.api_key), limits_from_settings(settings))
         try:
-            connect(server, model, settings.remote_start_seconds, setting="TPO_OPENAI_API_KEY")
+            connect(server, spec.name.removeprefix(OPENAI), settings.remote_start_seconds, setting="TPO_OPENAI_API_KEY")
         except BaseException:
             server.close()
             raise
-        return cls(model, server, settings)
+        return cls(spec, server)
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
         """Sample responses.
