@@ -123,16 +123,14 @@ def test_reference_to_a_file_is_refused_and_not_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "other.json"
-    os.mkfifo(file)  # whoever reads it waits here for ever
+    os.mkfifo(file)  # reading it blocks until somebody writes to it
     with pytest.raises(ValueError, match=r"^is not a JSON schema: .*nothing is fetched from a server or read from"):
         compile_schema({"$ref": reference.replace("{}", str(file)).replace("{name}", f"{tmp_path.name}/other.json")})
     with pytest.raises(OSError, match=os.strerror(errno.ENXIO)):  # nobody has it open for reading
         os.open(file, os.O_WRONLY | os.O_NONBLOCK)
 
 
-def test_reward_file_names_the_part_whose_schema_refers_elsewhere(
-    tmp_path: Path, server: tuple[str, list[str]]
-) -> None:
+def test_reward_file_names_part_whose_schema_refers_elsewhere(tmp_path: Path, server: tuple[str, list[str]]) -> None:
     url, connections = server
     part = "[[part]]\nname = 'form'\nkind = 'json'\nschema = {{ {} }}"
     for schema in (f"'$ref' = '{url}/a'", "'$ref' = 'file:///etc/passwd'", "properties = {a = {'$ref' = 'b.json'}}"):
