@@ -73,7 +73,8 @@ class KeyQueries(Queries):
             return None
         if found.expired:
             raise KeyExpiredError()
-        return found.tenant
+        tenant: str = found.tenant
+        return tenant
 
     def any_exists(self) -> bool:
         """Return whether a key was ever created: revoking the last one does not open the server."""

@@ -44,7 +44,9 @@ def post(
         # One connection for one request: a kept one would skip the checks of the next delivery.
         with (
             httpcore.ConnectionPool(ssl_context=tls, network_backend=CheckedBackend(allowed, deadline)) as pool,
-            pool.stream("POST", address, headers={"host": target.authority, **headers}, content=body) as response,
+            pool.stream(
+                "POST", address, headers=[("host", target.authority), *headers.items()], content=body
+            ) as response,
         ):
             return response.status
     except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, ValueError) as error:
