@@ -11,11 +11,12 @@ import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Authenticator
 from api.errors import error_response, log_unexpected, problem
-from tpo.core.errors import StoreUnavailableError
+from tpo.core.errors import KeyExpiredError, StoreUnavailableError
 from tpo.settings import Settings
 
 access_log = logging.getLogger("api.access")
@@ -79,16 +80,14 @@ class RequestMiddleware:
         if scope["path"].startswith(PROTECTED):
             try:
                 tenant = await self._doorkeeper.tenant(scope["app"].state.store, headers.get("authorization", ""))
+            except KeyExpiredError as error:
+                await _unauthorized(scope, str(error))(scope, receive, send)
+                return
             except StoreUnavailableError as error:
                 await error_response(scope, error)(scope, receive, send)
                 return
             if tenant is None:
-                refusal = problem(
-                    scope,
-                    401,
-                    detail="Send your API key with the header Authorization: Bearer KEY.",
-                    headers={"www-authenticate": "Bearer", **_CLOSE},
-                )
+                refusal = _unauthorized(scope, "Send your API key with the header Authorization: Bearer KEY.")
                 await refusal(scope, receive, send)
                 return
             scope["state"]["tenant"] = tenant
@@ -113,6 +112,11 @@ class RequestMiddleware:
             for of_the_route in scope.keys() - kept:
                 del scope[of_the_route]
             await stream(scope, receive_within_limit, send)
+
+
+def _unauthorized(scope: Scope, detail: str) -> JSONResponse:
+    """Build the response to a request without a valid key."""
+    return problem(scope, 401, detail=detail, headers={"www-authenticate": "Bearer", **_CLOSE})
 
 
 def _request_id(headers: Headers) -> str:

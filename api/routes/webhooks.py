@@ -21,7 +21,7 @@ from api.schemas.webhooks import (
 )
 from tpo.core.errors import WebhookNotFoundError
 from tpo.webhooks import tables
-from tpo.webhooks.addresses import check_url
+from tpo.webhooks.addresses import AllowedTargets, check_url
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses={**INVALID, **UNAVAILABLE})
 
@@ -36,7 +36,7 @@ WebhookId = Annotated[str, Depends(_webhook_id)]
 @router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS})
 def create_webhook(body: WebhookRequest, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
     """Create a webhook. Only this response shows its `secret`."""
-    check_url(body.url, allow_private=settings.webhook_allow_private)
+    check_url(body.url, AllowedTargets.from_settings(settings))
     made = store.webhooks.create(body.url, without_duplicates(body.events))
     return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
 
@@ -59,7 +59,7 @@ def update_webhook(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, 
     """Update a webhook. Its secret does not change."""
     changes = body.model_dump(exclude_none=True)
     if body.url is not None:
-        check_url(body.url, allow_private=settings.webhook_allow_private)
+        check_url(body.url, AllowedTargets.from_settings(settings))
     if body.events is not None:
         changes["events"] = without_duplicates(body.events)
     return _view(store.webhooks.update(webhook_id, changes))
