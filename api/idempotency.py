@@ -18,7 +18,7 @@ _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
 
 def idempotency_request(request: Request, settings: Settings, body: Any) -> IdempotencyRequest:
-    """Return the idempotency identity of a request: its Idempotency-Key, and a hash of its path and body.
+    """Return the identity of a request: its Idempotency-Key, and a hash of its path and body.
 
     Raises InvalidInputError.
     """

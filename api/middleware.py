@@ -1,6 +1,6 @@
-"""What every request passes before any route: its id, the key, the size of its body, one line in the log.
+"""Outermost ASGI middleware: request id, authentication, body limit, access log.
 
-Plain ASGI, because a body must be refused while it streams in, and an answer must come whatever fails behind.
+It is plain ASGI so that it can refuse a body while it is received, and respond whatever fails in the application.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ access_log = logging.getLogger("api.access")
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PROTECTED = ("/v1/", "/metrics")
-"""Addresses that ask for a key, by how they begin."""
+"""Prefixes of the paths that require a key."""
 _UPLOADS = "/v1/files"
 _FORM_BYTES = 64 * 1024
-"""What a form holds beside the file."""
+"""Maximum size of an upload form without its file."""
 _CLOSE = {"connection": "close"}
-"""A refused body may go on for ever: nobody reads it to its end to use the connection again."""
+"""The connection is closed after a refused body, because the rest of the body is not read."""
 
 
 class RequestMiddleware:
-    """The outermost layer of the application."""
+    """Outermost middleware of the application."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -60,12 +60,12 @@ class RequestMiddleware:
         try:
             await self._answer(scope, headers, receive, send_with_id)
         except asyncio.CancelledError:
-            # The time that SIGTERM leaves to requests is over. This is the task's end, so the cancel goes no further.
+            # The grace period after SIGTERM is over. The task ends here, so the cancellation is not raised again.
             detail = "The server stops. Look whether this took effect before you send it again."
             if not status:
                 await problem(scope, 503, detail=detail, code="server_stopping")(scope, receive, send_with_id)
         except Exception as error:
-            # Not raised again: the server would log what the error says, and that may quote a user's text.
+            # Not raised again: uvicorn would log the message, which may quote users' texts.
             log_unexpected(error, request_id)
             if not status:
                 await problem(scope, 500)(scope, receive, send_with_id)

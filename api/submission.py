@@ -1,4 +1,4 @@
-"""A job on its way in, whichever address it came to."""
+"""Create jobs for the routes of jobs, responses and chat completions."""
 
 import logging
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ logger = logging.getLogger("api")
 
 
 class Submitter:
-    """Takes submissions of one request."""
+    """Creates the job of one request."""
 
     def __init__(
         self, store: Store, notifier: JobNotifier, settings: Settings, request: Request, response: Response
@@ -71,7 +71,7 @@ class Submitter:
         return self.made(made)
 
     def notify(self, job: Job) -> None:
-        """Ring for a job; where that cannot be done now, the sweeper does it."""
+        """Notify a worker of a job. If the broker cannot be reached, the sweeper does it later."""
         try:
             self._notifier.notify_job(job.id, job.model)
         except BrokerUnavailableError as error:
@@ -80,11 +80,11 @@ class Submitter:
 
     @property
     def limits(self) -> Limits:
-        """How much a tenant without limits of its own may ask for."""
+        """Default limits, for tenants without limits of their own."""
         return Limits(self._settings.max_jobs_in_flight, self._settings.max_jobs_per_minute)
 
     def made(self, made: Submitted) -> Job:
-        """Ring for a new job, and tell with the answer's headers what became of the request."""
+        """Notify a worker of a new job, and set the response's headers for quota and duplicates."""
         if made.new:
             self.notify(made.job)
         else:
@@ -97,7 +97,7 @@ class Submitter:
 
 
 async def _submitter(request: Request, response: Response) -> Submitter:
-    # Not of other dependencies: each one that FastAPI looks through costs as much as a look into the database's cache.
+    # Uses no other dependencies: each one that FastAPI resolves costs about as much as a cached query.
     held = request.app.state
     return Submitter(held.store.for_tenant(request.state.tenant), held.notifier, held.settings, request, response)
 

@@ -1,4 +1,4 @@
-"""Rows and states as the wire shows them."""
+"""Convert rows and states to the schemas of responses."""
 
 from api import schemas
 from tpo.core.loop import Position, locate
@@ -10,7 +10,7 @@ from tpo.settings import Settings
 
 
 def job(row: tables.Job, settings: Settings) -> schemas.Job:
-    """One job."""
+    """Return the view of a job."""
     params = Params.model_validate(row.params)
     return schemas.Job(
         id=row.id,
@@ -61,7 +61,7 @@ _LATER_PHASES = ("critique", "gradient", "update", "scoring")
 
 
 def _estimated_finish(row: tables.Job, params: Params) -> int | None:
-    """When a running job ends, if its next calls take as long as those so far."""
+    """Estimate the end of a running job from the duration of its calls so far."""
     if row.status != "in_progress" or row.progressed_at is None or row.phase is None:
         return None
     total = len(_PHASES) + len(_LATER_PHASES) * params.iterations
@@ -70,7 +70,7 @@ def _estimated_finish(row: tables.Job, params: Params) -> int | None:
     else:
         done = len(_PHASES) + len(_LATER_PHASES) * (row.iteration - 1) + _LATER_PHASES.index(row.phase)
     if row.source_id is not None or not done:
-        return None  # the calls of another job were not counted here
+        return None  # the calls of its source job are not in its usage
     return int(row.progressed_at + row.model_seconds / done * (total - done))
 
 
@@ -81,19 +81,19 @@ def _expires_at(row: tables.Job, settings: Settings) -> int | None:
 
 
 def event(row: tables.EventRow) -> schemas.Event:
-    """One event."""
+    """Return the view of an event."""
     return schemas.Event(
         type=row.type, sequence_number=row.number, job_id=row.job_id, created_at=int(row.created_at), **row.data
     )
 
 
 def candidates(state: State) -> schemas.CandidateList:
-    """All candidates."""
+    """Return the view of all candidates."""
     return schemas.CandidateList(data=[schemas.Candidate(id=c.id, **c.model_dump()) for c in state.candidates])
 
 
 def iterations(row: tables.Job, state: State) -> schemas.IterationList:
-    """All iterations that have begun, the first sampling as number 0."""
+    """Return the view of all iterations that have started. Number 0 is the initial sampling."""
     where = locate(state)
     last = max([len(state.iterations), *(c.iteration for c in state.candidates)])
     begun = range(last + 1) if state.calls or state.candidates else range(0)

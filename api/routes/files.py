@@ -1,4 +1,4 @@
-"""Files, as OpenAI's clients know them: uploaded and read in pieces, and never held whole."""
+"""Routes of files, compatible with OpenAI's API. Files are stored and read in parts, never as a whole."""
 
 import hashlib
 from typing import Annotated, Any, Literal, NamedTuple
@@ -37,14 +37,18 @@ _FORM: dict[str, Any] = {
                     "required": ["file", "purpose"],
                     "additionalProperties": False,
                     "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "JSON Lines, a request a line"},
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "JSON Lines: one request per line",
+                        },
                         "purpose": {"type": "string", "enum": ["batch"]},
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
                         "expires_after[seconds]": {
                             "type": "integer",
                             "minimum": 3600,
                             "maximum": 2_592_000,
-                            "description": "when the file is deleted; default: as long as the server keeps files",
+                            "description": "lifetime of the file; default: the retention time of the server",
                         },
                     },
                 },
@@ -57,14 +61,14 @@ _FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 
 class FilePage(Page[files.File]):
-    """A page of files; the next one starts `after` its `last_id`."""
+    """A page of files. Request the next page with `after` set to `last_id`."""
 
 
 class FileQuery(PageOptions):
-    """Which files a list holds."""
+    """Filter, order and page of a list of files."""
 
     limit: int = Field(1000, ge=1, le=10_000)
-    order: Literal["asc", "desc"] = Field("desc", description="by age; desc: the newest first")
+    order: Literal["asc", "desc"] = Field("desc", description="order by creation time; desc: newest first")
     purpose: Purpose | None = None
 
 
@@ -91,7 +95,7 @@ async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, 
     except HTTPException as error:
         if error.status_code != 400:
             raise
-        raise InvalidInputError("The body is not a form of one file and its purpose.") from None
+        raise InvalidInputError("The body must be a form with one file and its purpose.") from None
     async with _closing(form):
         wanted = _uploaded(form)
         named = await run_in_threadpool(_named, request, settings, wanted)
@@ -103,14 +107,14 @@ async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, 
 
 @router.get("")
 def list_files(query: Annotated[FileQuery, Query()], store: StoreDep, settings: SettingsDep) -> FilePage:
-    """List files by age."""
+    """List files by creation time."""
     rows = store.files.page(limit=query.limit + 1, after=query.after, order=query.order, purpose=query.purpose)
     return FilePage.of(rows, query.limit, lambda row: files.file(row, settings.retention_days))
 
 
 @router.get("/{file_id}", dependencies=[NoQuery], responses=FILE_NOT_FOUND)
 def get_file(file_id: FileId, store: StoreDep, settings: SettingsDep) -> files.File:
-    """Get a file's description."""
+    """Get the metadata of a file."""
     return files.file(store.files.get(file_id), settings.retention_days)
 
 
@@ -119,7 +123,10 @@ def get_file(file_id: FileId, store: StoreDep, settings: SettingsDep) -> files.F
     dependencies=[NoQuery],
     response_class=StreamingResponse,
     responses={
-        200: {"content": {"application/octet-stream": {"example": FILE_CONTENT}}, "description": "The bytes"},
+        200: {
+            "content": {"application/octet-stream": {"example": FILE_CONTENT}},
+            "description": "The content of the file",
+        },
         **FILE_NOT_FOUND,
     },
 )
@@ -138,7 +145,7 @@ def delete_file(file_id: FileId, store: StoreDep) -> files.FileDeleted:
 
 
 class _closing:  # noqa: N801 - it is used as a context
-    """A form whose temporary files are closed at the end."""
+    """Context of a form, which closes its temporary files."""
 
     def __init__(self, form: FormData) -> None:
         self._form = form
@@ -151,7 +158,7 @@ class _closing:  # noqa: N801 - it is used as a context
 
 
 class _Upload(NamedTuple):
-    """What a form asks to be kept."""
+    """Validated fields of an upload form."""
 
     source: UploadFile
     name: str
@@ -159,7 +166,7 @@ class _Upload(NamedTuple):
 
 
 def _uploaded(form: FormData) -> _Upload:
-    """The one file of a form that says its purpose. Raises InvalidInputError."""
+    """Validate an upload form. Raises InvalidInputError."""
     for name in form:
         if name not in _FIELDS:
             raise InvalidInputError(f"{name}: is not a known field.", name)
@@ -167,7 +174,7 @@ def _uploaded(form: FormData) -> _Upload:
     if not isinstance(source, UploadFile):
         raise InvalidInputError("file: is required.", "file")
     if form.get("purpose") != "batch":
-        raise InvalidInputError("purpose: must be batch; files are for nothing else.", "purpose")
+        raise InvalidInputError("purpose: must be batch, the only supported purpose.", "purpose")
     name = (source.filename or "file").replace("\x00", "")[:255].encode("utf-8", "replace").decode()
     return _Upload(source, name, _keep_seconds(form))
 
@@ -183,7 +190,7 @@ def _keep_seconds(form: FormData) -> int | None:
 
 
 def _named(request: Request, settings: Settings, wanted: _Upload) -> IdempotencyRequest | None:
-    """What names an upload that has a key: its content is read once more for that."""
+    """Return the idempotency identity of an upload with a key. It hashes the content."""
     if "idempotency-key" not in request.headers:
         return None
     digest = hashlib.file_digest(wanted.source.file, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -192,7 +199,7 @@ def _named(request: Request, settings: Settings, wanted: _Upload) -> Idempotency
 
 
 def _keep(store: Store, wanted: _Upload, named: IdempotencyRequest | None) -> tuple[File, bool]:
-    """Copy an upload into the database, a part at a time. Gives the file, and whether it is a new one."""
+    """Copy an upload into the database part by part. Return the file, and True if it is new."""
     if named and (known := store.files.find_existing(named)):
         return known, False
     file_id = store.files.begin(wanted.name, "batch", wanted.keep_seconds)

@@ -56,7 +56,7 @@ def get_webhook(webhook_id: WebhookId, store: StoreDep) -> Webhook:
 
 @router.patch("/{webhook_id}", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
 def update_webhook(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, settings: SettingsDep) -> Webhook:
-    """Update a webhook. Its secret does not change."""
+    """Update a webhook. Its secret is not changed."""
     changes = body.model_dump(exclude_none=True)
     if body.url is not None:
         check_url(body.url, allow_private=settings.webhook_allow_private)
@@ -67,7 +67,7 @@ def update_webhook(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, 
 
 @router.post("/{webhook_id}/rotate-secret", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
 def rotate_webhook_secret(webhook_id: WebhookId, store: StoreDep, body: Rotate | None = None) -> WebhookWithSecret:
-    """Rotate the secret of a webhook. The old one also signs for a day, or for the requested time."""
+    """Rotate the secret of a webhook. The old secret stays valid for a day, or for the requested time."""
     made = store.webhooks.rotate_secret(webhook_id, (body or Rotate()).keep_old_seconds)
     return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
 
@@ -79,13 +79,13 @@ def rotate_webhook_secret(webhook_id: WebhookId, store: StoreDep, body: Rotate |
     responses={**WEBHOOK_NOT_FOUND, **SWITCHED_OFF},
 )
 def test_webhook(webhook_id: WebhookId, store: StoreDep) -> Delivery:
-    """Send a webhook an event `webhook.test`."""
+    """Send a test event (`webhook.test`) to a webhook."""
     return _delivery(store.webhooks.ping(webhook_id))
 
 
 @router.get("/{webhook_id}/deliveries", responses=WEBHOOK_NOT_FOUND)
 def list_webhook_deliveries(webhook_id: WebhookId, query: PageQuery, store: StoreDep) -> DeliveryPage:
-    """List the deliveries of a webhook, the newest first. Ended ones are kept for a week."""
+    """List the deliveries of a webhook, the newest first. Finished deliveries are kept for a week."""
     rows = store.webhooks.deliveries_page(webhook_id, limit=query.limit + 1, after=query.after)
     return DeliveryPage.of(rows, query.limit, _delivery)
 

@@ -20,25 +20,25 @@ from tpo.store import Store
 logger = logging.getLogger("api")
 
 LOOK_SECONDS = 0.1
-"""How often the reader looks: half of it is what an event waits on the average."""
+"""Polling interval. An event waits for half of it on average."""
 
 _LONGEST_PAUSE = 2.0
 _LAST_LOOK_SECONDS = 1.0
-"""What a look that runs at the end gets to end in."""
+"""Time for a running query to finish at shutdown."""
 _BUFFER = 256
 
 EndReason = Literal["slow_listener", "job_deleted", "server_stopping", "gone"]
 
 
 class Subscription:
-    """Who waits for the events of one job, from a number on."""
+    """Buffer of one subscriber to the events of one job."""
 
     def __init__(self, job_id: str, seen: int) -> None:
         self.job_id = job_id
         self.seen = seen
-        """What stands in the database up to this number is not told again here."""
+        """Number of the last event put into the buffer; earlier events must be read from the database."""
         self.end: EndReason | None = None
-        # A thousand of these wait at once: asyncio's own queue takes four times the memory.
+        # A process has thousands of these; an asyncio.Queue takes four times the memory.
         self._buffer: list[EventRow] = []
         self._news: asyncio.Future[None] | None = None
 
@@ -72,7 +72,7 @@ class Subscription:
 
 
 class EventBroadcaster:
-    """Tells the listeners of one process what happens. For its event loop alone."""
+    """Sends new events to all subscriptions of one process. Not thread-safe: use it only in the event loop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -84,7 +84,7 @@ class EventBroadcaster:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["EventBroadcaster"]:
-        """Read while the block runs."""
+        """Poll the database while the context is open."""
         reader = asyncio.create_task(self._read())
         try:
             yield self
@@ -130,11 +130,11 @@ class EventBroadcaster:
             try:
                 await self._look()
                 if self._away:
-                    logger.info("the event streams go on: the database is back")
+                    logger.info("event streams continue: the database is available")
                 pause, self._away = LOOK_SECONDS, False
             except StoreUnavailableError as error:
                 if not self._away:
-                    logger.warning("the event streams wait: %s", error)
+                    logger.warning("event streams wait for the database: %s", error)
                 pause, self._away = min(2 * pause, _LONGEST_PAUSE), True
             except Exception as error:
                 log_unexpected(error, "of the event streams")
@@ -146,7 +146,7 @@ class EventBroadcaster:
         try:
             news = await asyncio.shield(looking)
         except asyncio.CancelledError:
-            # Its thread goes on, and would give its connection back to a pool that is closed by then, and kept open.
+            # The query's thread continues; it must return its connection before the pool is closed, or the connection leaks.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_LOOK_SECONDS):
                     await asyncio.gather(looking, return_exceptions=True)

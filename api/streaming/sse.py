@@ -42,7 +42,7 @@ class EventStream(HTTPResponse):
         super().__init__(status_code=200)
         self._broadcaster = broadcaster
         self._store = store
-        # Not the row itself: a thousand of these wait at once, and a row holds texts.
+        # Not the row itself: thousands of streams wait at once, and a row contains texts.
         self._job_id, self._last_event, self._ended = job.id, job.last_event, job.status in TERMINAL
         self._after = after
 
@@ -70,7 +70,7 @@ class EventStream(HTTPResponse):
     async def _frames(self, subscription: Subscription) -> AsyncIterator[bytes]:
         after, live_from = self._after, subscription.seen
         while after < live_from:
-            if subscription.end is not None:  # what stands in its buffer follows numbers that were not sent
+            if subscription.end is not None:  # its buffer continues after numbers that were not sent
                 yield self.closing(subscription.end)
                 return
             try:
@@ -103,12 +103,12 @@ class EventStream(HTTPResponse):
                 return
 
     async def frame(self, row: EventRow) -> bytes:
-        """One event as it is sent."""
+        """Return one event in the format of Server-Sent Events."""
         data = json.dumps(views.event(row).model_dump(mode="json"), separators=(",", ":"), ensure_ascii=False)
         return f"id: {row.number}\nevent: {row.type}\ndata: {data}\n\n".encode()
 
     def closing(self, reason: str) -> bytes:
-        """Why the stream ends before its job. It has no id: the last number that was seen is the one to resume from."""
+        """Return the frame that ends a stream early. It has no id, so clients resume after the last event received."""
         data: dict[str, Any] = {"type": "stream.closed", "reason": reason}
         return f"event: stream.closed\ndata: {json.dumps(data)}\n\n".encode()
 
