@@ -82,7 +82,7 @@ async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings)
 
 def _listen(configuration: Settings) -> socket.socket:
     host, port = configuration.host, configuration.port
-    # The protocol is explicit because asyncio sets TCP_NODELAY only then; without it, Nagle's algorithm delays responses.
+    # The protocol is explicit because asyncio sets TCP_NODELAY only then; without it, responses are delayed.
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

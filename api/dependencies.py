@@ -51,7 +51,7 @@ async def _settings(request: Request) -> Settings:
 async def _job_id(job_id: str) -> str:
     # An invalid id never reaches the database: PostgreSQL raises an error for some characters.
     if not re.fullmatch(JOB_ID, job_id):
-        raise JobNotFoundError("There is no job with this id.")
+        raise JobNotFoundError()
     return job_id
 
 

@@ -33,12 +33,22 @@ CODES = {
     500: "internal_error",
 }
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
-_DETAILS = {
+DETAILS = {
     400: "The body is not JSON in UTF-8, or it is nested too deeply.",
+    401: "Send your API key with the header Authorization: Bearer KEY.",
     404: "There is no such path. /docs lists the paths of this API.",
     405: "This path does not support the method. The Allow header lists the supported methods.",
     500: "Internal server error. The server's log has the details under the x-request-id of this response.",
 }
+"""Default messages, by status."""
+BODY_TOO_LARGE = "The body is larger than {} bytes."
+JSON_REQUIRED = "Send JSON, with the header Content-Type: application/json."
+FORM_REQUIRED = "Send a form, with the header Content-Type: multipart/form-data."
+SERVER_STOPPING = "The server is stopping. Check whether the request took effect before you retry it."
+JOB_STILL_RUNNING = (
+    "The job {job_id} is still running after {seconds:g} s and continues. Poll /v1/responses/{response_id}, or send "
+    "background: true."
+)
 
 
 def problem(
@@ -53,15 +63,15 @@ def problem(
 ) -> JSONResponse:
     """Return the HTTP response for an error."""
     body = problem_body(_clean(scope["path"]), status, detail, code, param, checks)
-    answer = dict(headers or {})
+    response_headers = dict(headers or {})
     if status == 503:
-        answer["retry-after"] = str(RETRY_AFTER_SECONDS)
+        response_headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     if status == 409:
-        answer["x-should-retry"] = "false"  # OpenAI's client retries a 409 twice, which never helps here
+        response_headers["x-should-retry"] = "false"  # OpenAI's client retries a 409 twice, which never helps here
     return JSONResponse(
         body.model_dump(exclude={"checks"} if checks is None else None),
         status,
-        answer,
+        response_headers,
         media_type="application/problem+json",
     )
 
@@ -76,7 +86,7 @@ def problem_body(
 ) -> schemas.Problem:
     """Return the body of an error's response."""
     title = HTTPStatus(status).phrase
-    message = _clean(detail or _DETAILS.get(status, title))
+    message = _clean(detail or DETAILS.get(status, title))
     code = code or CODES.get(status, title.lower().replace(" ", "_"))
     kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
     return schemas.Problem(
@@ -103,16 +113,20 @@ def error_response(scope: Scope, error: TPOError) -> JSONResponse:
     if error.status == 500:
         log_unexpected(error, request_id)
         return problem(scope, 500)
-    detail, headers = str(error), None
+    headers = None
     if error.status == 503:
         logger.warning("request %s: %s", request_id, error)
-        detail = f"{error} Nothing was changed."
     if isinstance(error, QuotaExceededError):
         headers = {
             "retry-after": str(max(1, math.ceil(error.retry_after))),
             **rate_limit_headers(error.limit, error.remaining, error.reset),
         }
-    return problem(scope, error.status, detail=detail, code=error.code, param=error.param, headers=headers)
+    return problem(scope, error.status, detail=detail_of(error), code=error.code, param=error.param, headers=headers)
+
+
+def detail_of(error: TPOError) -> str:
+    """Return the message of one of the library's errors for the client."""
+    return f"{error} Nothing was changed." if error.status == 503 else str(error)
 
 
 def rate_limit_headers(limit: int, remaining: int, reset: float) -> dict[str, str]:
@@ -136,7 +150,7 @@ async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
         detail = f"The body is not valid JSON: {first['ctx']['error']} (character {first['loc'][-1]})."
         return problem(request.scope, 400, detail=detail)
     if first["loc"] == ("body",) and isinstance(first["input"], bytes):
-        return problem(request.scope, 415, detail="Send JSON, with the header Content-Type: application/json.")
+        return problem(request.scope, 415, detail=JSON_REQUIRED)
     if first["loc"] == ("body",) and first["type"] == "string_unicode":
         return problem(request.scope, 422, detail="A field's name is not valid Unicode.", code="invalid_input")
     if first["loc"] == ("body",):
@@ -153,7 +167,7 @@ async def _library_error(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         return problem(request.scope, 500)
-    detail = None if error.status_code in _DETAILS else error.detail
+    detail = None if error.status_code in DETAILS else error.detail
     headers = {"allow": _methods(request)} if error.status_code == 405 else error.headers
     return problem(request.scope, error.status_code, detail=detail, headers=headers)
 

@@ -14,13 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Authenticator
-from api.errors import error_response, log_unexpected, problem
+from api.errors import BODY_TOO_LARGE, SERVER_STOPPING, error_response, log_unexpected, problem
 from tpo.core.errors import StoreUnavailableError
 from tpo.settings import Settings
 
 access_log = logging.getLogger("api.access")
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PROTECTED = ("/v1/", "/metrics")
 """Prefixes of the paths that require a key."""
 _UPLOADS = "/v1/files"
@@ -35,7 +35,7 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._doorkeeper = Authenticator(settings)
+        self._authenticator = Authenticator(settings)
         self._max_body_bytes = settings.max_body_bytes
         self._max_upload_bytes = settings.max_file_bytes + _FORM_BYTES
 
@@ -61,9 +61,8 @@ class RequestMiddleware:
             await self._answer(scope, headers, receive, send_with_id)
         except asyncio.CancelledError:
             # The grace period after SIGTERM is over. The task ends here, so the cancellation is not raised again.
-            detail = "The server stops. Look whether this took effect before you send it again."
             if not status:
-                await problem(scope, 503, detail=detail, code="server_stopping")(scope, receive, send_with_id)
+                await problem(scope, 503, detail=SERVER_STOPPING, code="server_stopping")(scope, receive, send_with_id)
         except Exception as error:
             # Not raised again: uvicorn would log the message, which may quote users' texts.
             log_unexpected(error, request_id)
@@ -78,22 +77,17 @@ class RequestMiddleware:
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(PROTECTED):
             try:
-                tenant = await self._doorkeeper.tenant(scope["app"].state.store, headers.get("authorization", ""))
+                tenant = await self._authenticator.tenant(scope["app"].state.store, headers.get("authorization", ""))
             except StoreUnavailableError as error:
                 await error_response(scope, error)(scope, receive, send)
                 return
             if tenant is None:
-                refusal = problem(
-                    scope,
-                    401,
-                    detail="Send your API key with the header Authorization: Bearer KEY.",
-                    headers={"www-authenticate": "Bearer", **_CLOSE},
-                )
+                refusal = problem(scope, 401, headers={"www-authenticate": "Bearer", **_CLOSE})
                 await refusal(scope, receive, send)
                 return
             scope["state"]["tenant"] = tenant
         most = self._max_upload_bytes if scope["path"] == _UPLOADS else self._max_body_bytes
-        too_large = f"The body is larger than {most} bytes."
+        too_large = BODY_TOO_LARGE.format(most)
         if (length := headers.get("content-length", "")).isdecimal() and int(length) > most:
             await problem(scope, 413, detail=too_large, headers=_CLOSE)(scope, receive, send)
             return
@@ -110,11 +104,11 @@ class RequestMiddleware:
         kept = {*scope, "route"}
         await self._app(scope, receive_within_limit, send)
         if stream := scope["state"].pop("streams_after_route", None):
-            for of_the_route in scope.keys() - kept:
-                del scope[of_the_route]
+            for key in scope.keys() - kept:
+                del scope[key]
             await stream(scope, receive_within_limit, send)
 
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    return given if _VALID_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

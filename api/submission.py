@@ -53,14 +53,14 @@ class Submitter:
             deadline_seconds=body.deadline_seconds,
             external_id=body.external_id,
         )
-        return self.made(made)
+        return self._accepted(made)
 
-    def create_from(self, source: Job, state: State, said: Mapping[str, Any]) -> Job:
-        """A new job that starts from what `source` has recorded; `said` is what the request holds."""
+    def create_from(self, source: Job, state: State, body: Mapping[str, Any]) -> Job:
+        """Create a job that starts from the record of `source`. `body` is the body of the request."""
         made = self._store.jobs.create_from(
             source.id,
             state,
-            idempotency=idempotency_request(self._request, self._settings, said),
+            idempotency=idempotency_request(self._request, self._settings, body),
             limits=self.limits,
             model=source.model,
             reward_model=source.reward_model,
@@ -68,10 +68,10 @@ class Submitter:
             metadata=source.job_metadata,
             priority=source.priority,
         )
-        return self.made(made)
+        return self._accepted(made)
 
     def notify(self, job: Job) -> None:
-        """Notify a worker of a job. If the broker cannot be reached, the sweeper does it later."""
+        """Notify a worker of a job. If the broker cannot be reached, the rescuer does it later."""
         try:
             self._notifier.notify_job(job.id, job.model)
         except BrokerUnavailableError as error:
@@ -83,7 +83,7 @@ class Submitter:
         """Default limits, for tenants without limits of their own."""
         return Limits(self._settings.max_jobs_in_flight, self._settings.max_jobs_per_minute)
 
-    def made(self, made: Submitted) -> Job:
+    def _accepted(self, made: Submitted) -> Job:
         """Notify a worker of a new job, and set the response's headers for quota and duplicates."""
         if made.new:
             self.notify(made.job)
@@ -98,8 +98,8 @@ class Submitter:
 
 async def _submitter(request: Request, response: Response) -> Submitter:
     # Uses no other dependencies: each one that FastAPI resolves costs about as much as a cached query.
-    held = request.app.state
-    return Submitter(held.store.for_tenant(request.state.tenant), held.notifier, held.settings, request, response)
+    shared = request.app.state
+    return Submitter(shared.store.for_tenant(request.state.tenant), shared.notifier, shared.settings, request, response)
 
 
 SubmitterDep = Annotated[Submitter, Depends(_submitter)]

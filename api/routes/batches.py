@@ -11,7 +11,7 @@ from api.openapi.errors import (
     BATCH_NOT_FOUND,
     FILE_NOT_FOUND,
     INVALID,
-    INVALID_OR_SAID,
+    INVALID_OR_REUSED,
     NOT_ENDED,
     UNAVAILABLE,
     UNREADABLE,
@@ -32,7 +32,7 @@ class BatchPage(Page[batches.Batch]):
 
 
 def _batch_id(batch_id: str) -> str:
-    return printable_id(batch_id, BatchNotFoundError("There is no batch with this id."))
+    return printable_id(batch_id, BatchNotFoundError())
 
 
 BatchId = Annotated[str, Depends(_batch_id)]
@@ -41,7 +41,7 @@ BatchId = Annotated[str, Depends(_batch_id)]
 @router.post(
     "",
     dependencies=[NoQuery],
-    responses={**INVALID_OR_SAID, **UNREADABLE, **FILE_NOT_FOUND},
+    responses={**INVALID_OR_REUSED, **UNREADABLE, **FILE_NOT_FOUND},
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
 def create_batch(
@@ -64,7 +64,7 @@ def create_batch(
         idempotency=idempotency_request(request, settings, body.model_dump(mode="json", exclude_unset=True)),
     )
     if made.new:
-        _ring(notifier, made.batch.id, request)
+        _notify(notifier, made.batch.id, request)
     else:
         response.headers.update(REPLAYED)
     return batches.batch(made.batch)
@@ -96,7 +96,7 @@ def delete_batch(batch_id: BatchId, store: StoreDep) -> batches.BatchDeleted:
     return batches.BatchDeleted(id=batch_id)
 
 
-def _ring(notifier: JobNotifier, batch_id: str, request: Request) -> None:
+def _notify(notifier: JobNotifier, batch_id: str, request: Request) -> None:
     try:
         notifier.notify_batch(batch_id)
     except BrokerUnavailableError:

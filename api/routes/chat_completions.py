@@ -63,12 +63,12 @@ async def create_chat_completion(
 
 def _without_answer(request: Request, job: Job) -> HTTPResponse:
     """Return the error of a job that ended without output. Its client must not retry: that would create another job."""
-    detail = f"The job {job.id} ended as {job.status} without an answer"
+    code, detail = views.failure(job)
     return problem(
         request.scope,
         422 if job.error_code in views.OPENAI_ERROR_CODES else 500,
-        detail=f"{detail}: {job.error_message}" if job.error_message else f"{detail}.",
-        code=job.error_code or f"job_{job.status}",
+        detail=detail,
+        code=code,
         headers={"location": f"/v1/jobs/{job.id}", "x-should-retry": "false"},
     )
 

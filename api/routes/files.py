@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
+from api.errors import FORM_REQUIRED
 from api.idempotency import REPLAYED, idempotency_request
-from api.openapi.errors import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_SAID, UNAVAILABLE, UPLOAD
+from api.openapi.errors import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_REUSED, UNAVAILABLE, UPLOAD
 from api.openapi.examples import FILE_CONTENT
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
 from api.schemas.paging import Page, PageOptions
@@ -73,7 +74,7 @@ class FileQuery(PageOptions):
 
 
 def _file_id(file_id: str) -> str:
-    return printable_id(file_id, UploadNotFoundError("There is no file with this id."))
+    return printable_id(file_id, UploadNotFoundError())
 
 
 FileId = Annotated[str, Depends(_file_id)]
@@ -83,13 +84,13 @@ FileId = Annotated[str, Depends(_file_id)]
     "",
     dependencies=[NoQuery],
     response_model=files.File,
-    responses={**INVALID_OR_SAID, **UPLOAD},
+    responses={**INVALID_OR_REUSED, **UPLOAD},
     openapi_extra={**_FORM, **described(IDEMPOTENCY_KEY)},
 )
 async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, response: Response) -> files.File:
     """Upload a file of requests for a batch."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise HTTPException(415, "Send a form, with the header Content-Type: multipart/form-data.")
+        raise HTTPException(415, FORM_REQUIRED)
     try:
         form = await request.form(max_files=1, max_fields=10)
     except HTTPException as error:
@@ -97,9 +98,9 @@ async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, 
             raise
         raise InvalidInputError("The body must be a form with one file and its purpose.") from None
     async with _closing(form):
-        wanted = _uploaded(form)
-        named = await run_in_threadpool(_named, request, settings, wanted)
-        row, new = await run_in_threadpool(_keep, store, wanted, named)
+        upload = _validated(form)
+        idempotency = await run_in_threadpool(_identity, request, settings, upload)
+        row, new = await run_in_threadpool(_stored, store, upload, idempotency)
     if not new:
         response.headers.update(REPLAYED)
     return files.file(row, settings.retention_days)
@@ -165,7 +166,7 @@ class _Upload(NamedTuple):
     keep_seconds: int | None
 
 
-def _uploaded(form: FormData) -> _Upload:
+def _validated(form: FormData) -> _Upload:
     """Validate an upload form. Raises InvalidInputError."""
     for name in form:
         if name not in _FIELDS:
@@ -180,33 +181,33 @@ def _uploaded(form: FormData) -> _Upload:
 
 
 def _keep_seconds(form: FormData) -> int | None:
-    said = {name[14:-1]: value for name, value in form.items() if name.startswith("expires_after[")}
-    if not said:
+    given = {name[14:-1]: value for name, value in form.items() if name.startswith("expires_after[")}
+    if not given:
         return None
     try:
-        return files.ExpiresAfter.model_validate_strings(said).seconds
+        return files.ExpiresAfter.model_validate_strings(given).seconds
     except ValidationError as error:
         raise validation_messages.invalid(error, lambda field: f"expires_after[{field}]") from None
 
 
-def _named(request: Request, settings: Settings, wanted: _Upload) -> IdempotencyRequest | None:
+def _identity(request: Request, settings: Settings, upload: _Upload) -> IdempotencyRequest | None:
     """Return the idempotency identity of an upload with a key. It hashes the content."""
     if "idempotency-key" not in request.headers:
         return None
-    digest = hashlib.file_digest(wanted.source.file, "sha256").hexdigest()  # type: ignore[arg-type]
-    wanted.source.file.seek(0)
-    return idempotency_request(request, settings, [wanted.name, wanted.keep_seconds, digest])
+    digest = hashlib.file_digest(upload.source.file, "sha256").hexdigest()  # type: ignore[arg-type]
+    upload.source.file.seek(0)
+    return idempotency_request(request, settings, [upload.name, upload.keep_seconds, digest])
 
 
-def _keep(store: Store, wanted: _Upload, named: IdempotencyRequest | None) -> tuple[File, bool]:
+def _stored(store: Store, upload: _Upload, idempotency: IdempotencyRequest | None) -> tuple[File, bool]:
     """Copy an upload into the database part by part. Return the file, and True if it is new."""
-    if named and (known := store.files.find_existing(named)):
+    if idempotency and (known := store.files.find_existing(idempotency)):
         return known, False
-    file_id = store.files.begin(wanted.name, "batch", wanted.keep_seconds)
+    file_id = store.files.begin(upload.name, "batch", upload.keep_seconds)
     try:
-        while data := wanted.source.file.read(PART_BYTES):
+        while data := upload.source.file.read(PART_BYTES):
             store.files.append_part(file_id, data)
-        made = store.files.complete(file_id, named)
+        made = store.files.complete(file_id, idempotency)
         return made, made.id == file_id
     except BaseException:
         store.files.discard(file_id)

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 
 from api import schemas, views
 from api.dependencies import JobId, NoQuery, SettingsDep, StoreDep
-from api.openapi.errors import CONFLICT, INVALID, INVALID_OR_SAID, NOT_FOUND, TOO_MANY, UNAVAILABLE, UNREADABLE
+from api.openapi.errors import CONFLICT, INVALID, INVALID_OR_REUSED, NOT_FOUND, TOO_MANY, UNAVAILABLE, UNREADABLE
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
 from api.submission import SubmitterDep
 from tpo.jobs.lifecycle import extended, retried
@@ -23,7 +23,7 @@ def cancel_job(job_id: JobId, store: StoreDep, settings: SettingsDep) -> schemas
 
 @router.post("/{job_id}/pause", responses=CONFLICT)
 def pause_job(job_id: JobId, store: StoreDep, settings: SettingsDep) -> schemas.Job:
-    """Pause a job. A waiting job is paused at once, a running one after its current model call (`pause_requested_at`)."""
+    """Pause a job: at once if it waits, after its current model call if it runs (`pause_requested_at`)."""
     return views.job(store.jobs.pause(job_id), settings)
 
 
@@ -40,7 +40,7 @@ def resume_job(job_id: JobId, store: StoreDep, submitter: SubmitterDep, settings
     "/{job_id}/retry",
     responses={
         202: {"model": schemas.Job, "description": "A new job continues from the record of the old one"},
-        **INVALID_OR_SAID,
+        **INVALID_OR_REUSED,
         **CONFLICT,
         **TOO_MANY,
     },
@@ -65,7 +65,7 @@ def retry_job(
 @router.post(
     "/{job_id}/extend",
     status_code=202,
-    responses={**INVALID_OR_SAID, **UNREADABLE, **CONFLICT, **TOO_MANY},
+    responses={**INVALID_OR_REUSED, **UNREADABLE, **CONFLICT, **TOO_MANY},
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
 def extend_job(

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from api.dependencies import BroadcasterDep, NoQuery, SettingsDep, StoreDep
-from api.errors import problem
+from api.errors import JOB_STILL_RUNNING, problem
 from api.openapi.errors import (
     CONFLICT,
     INVALID,
@@ -22,7 +22,7 @@ from api.openapi.errors import (
     TOO_MANY,
     UNAVAILABLE,
     UNREADABLE,
-    Answers,
+    Responses,
 )
 from api.openapi.examples import RESPONSE_STREAM
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
@@ -42,7 +42,7 @@ from tpo.store import Store
 router = APIRouter(prefix="/v1/responses", tags=["OpenAI"], responses={**INVALID, **UNAVAILABLE})
 
 
-_STREAMED: Answers = {
+_STREAMED: Responses = {
     200: {
         "description": "The response; with `stream`, its events as Server-Sent Events",
         "content": {"text/event-stream": {"example": RESPONSE_STREAM}},
@@ -125,8 +125,8 @@ def get_response(
 @router.get("/{response_id}/input_items", responses=NOT_FOUND)
 def list_input_items(job_id: ResponseJobId, store: StoreDep, query: Annotated[ItemQuery, Query()]) -> ItemPage:
     """List the input messages of a response, without its instructions."""
-    said = items.input_items(store.jobs.get(job_id))
-    ordered = said if query.order == "asc" else said[::-1]
+    messages = items.input_items(store.jobs.get(job_id))
+    ordered = messages if query.order == "asc" else messages[::-1]
     ids = [item.id for item in ordered]
     if query.after is not None and query.after not in ids:
         raise InvalidInputError("after: must be the id of a message of this response.", "after")
@@ -158,14 +158,10 @@ def submit(body: JobRequest, submitter: Submitter) -> Job:
 
 def still_running(request: Request, job: Job, seconds: float) -> JSONResponse:
     """Return 504 for a job that outlasts the wait. The client must not retry: that would create another job."""
-    detail = (
-        f"The job {job.id} still runs after {seconds:g} s and goes on: poll /v1/responses/{views.response_id(job.id)}, "
-        "or ask with background: true."
-    )
     return problem(
         request.scope,
         504,
-        detail=detail,
+        detail=JOB_STILL_RUNNING.format(job_id=job.id, response_id=views.response_id(job.id), seconds=seconds),
         code="still_running",
         headers={"location": f"/v1/jobs/{job.id}", "x-should-retry": "false"},
     )
@@ -176,7 +172,7 @@ class ResponseStream(EventStream):
 
     def __init__(self, broadcaster: EventBroadcaster, store: Store, job: Job, after: int | None) -> None:
         super().__init__(broadcaster, store, job, 0)
-        self._told = ResponseEvents()
+        self._events = ResponseEvents()
         self._shown = job
         self._from = -1 if after is None else after
 
@@ -188,9 +184,9 @@ class ResponseStream(EventStream):
             except (JobNotFoundError, StoreUnavailableError):
                 return self.closing("the response cannot be read")
         frames = [
-            f"event: {told['type']}\ndata: {json.dumps(told, separators=(',', ':'))}\n\n"
-            for told in self._told.of(self._shown, [row])
-            if told["sequence_number"] > self._from
+            f"event: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n"
+            for event in self._events.of(self._shown, [row])
+            if event["sequence_number"] > self._from
         ]
         return "".join(frames).encode()
 

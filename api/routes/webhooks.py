@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 
 from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
-from api.openapi.errors import INVALID, SWITCHED_OFF, TOO_MANY_WEBHOOKS, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
+from api.openapi.errors import DISABLED, INVALID, TOO_MANY_WEBHOOKS_EXIST, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
 from api.schemas.paging import PageQuery
 from api.schemas.webhooks import (
     Delivery,
@@ -27,13 +27,13 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses={**INVALI
 
 
 def _webhook_id(webhook_id: str) -> str:
-    return printable_id(webhook_id, WebhookNotFoundError("There is no webhook with this id."))
+    return printable_id(webhook_id, WebhookNotFoundError())
 
 
 WebhookId = Annotated[str, Depends(_webhook_id)]
 
 
-@router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS})
+@router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS_EXIST})
 def create_webhook(body: WebhookRequest, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
     """Create a webhook. Only this response shows its `secret`."""
     check_url(body.url, allow_private=settings.webhook_allow_private)
@@ -76,7 +76,7 @@ def rotate_webhook_secret(webhook_id: WebhookId, store: StoreDep, body: Rotate |
     "/{webhook_id}/test",
     status_code=202,
     dependencies=[NoQuery],
-    responses={**WEBHOOK_NOT_FOUND, **SWITCHED_OFF},
+    responses={**WEBHOOK_NOT_FOUND, **DISABLED},
 )
 def test_webhook(webhook_id: WebhookId, store: StoreDep) -> Delivery:
     """Send a test event (`webhook.test`) to a webhook."""

@@ -31,8 +31,7 @@ class WaitQuery(BaseModel):
         0,
         ge=0,
         le=MAX_WAIT_SECONDS,
-        description="maximum wait in seconds: the response is sent when the job has ended or, with If-None-Match, when it "
-        "has changed",
+        description="maximum wait in seconds for the job to end or, with If-None-Match, to change",
     )
 
 

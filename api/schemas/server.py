@@ -12,14 +12,14 @@ class Model(Wire):
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="since when it is served")
+    created: int = Field(description="start time of the first live worker that serves it")
     owned_by: Literal["tpo"] = "tpo"
     reward_models: list[str] = Field(description="reward models that workers serve together with it")
     workers: int
 
 
 class ModelList(Wire):
-    """What the workers serve now."""
+    """All policies that live workers serve."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -30,13 +30,13 @@ class RewardModel(Wire):
 
     id: str
     object: Literal["reward_model"] = "reward_model"
-    created: int = Field(description="since when it is served")
+    created: int = Field(description="start time of the first live worker that serves it")
     models: list[str] = Field(description="policies that workers serve together with it")
     workers: int
 
 
 class RewardModelList(Wire):
-    """What the workers serve now."""
+    """All reward models that live workers serve."""
 
     object: Literal["list"] = "list"
     data: list[RewardModel]

@@ -294,7 +294,7 @@ class TestMetadataFilter:
     def test_rejects_more_pairs_than_a_job_can_have(self, client: TestClient) -> None:
         pairs = {f"metadata[key-{number}]": "value" for number in range(17)}
         problem = assert_problem(client.get("/v1/jobs", params=pairs), 422, "invalid_input", "metadata[key-16]")
-        assert "16 pairs at most" in problem["detail"]
+        assert "at most 16 pairs" in problem["detail"]
         del pairs["metadata[key-16]"]
         assert client.get("/v1/jobs", params=pairs).json()["data"] == []
 

@@ -19,6 +19,8 @@ PART_BYTES = 256 * 1024
 
 _ABANDONED_SECONDS = 24 * 3600
 
+FILE_IN_USE = "The file {} is read by a batch that has not ended."
+
 
 class FileQueries(Queries):
     """The part of the store that holds files."""
@@ -103,7 +105,7 @@ class FileQueries(Queries):
         with writing(self._engine) as session:
             own_file(session, self.tenant, file_id)
             if session.scalars(_read_now().where(Batch.input_file_id == file_id).limit(1)).one_or_none() is not None:
-                raise ConflictError(f"The file {file_id} is read by a batch that has not ended.")
+                raise ConflictError(FILE_IN_USE.format(file_id))
             session.execute(delete(File).where(File.id == file_id))
 
     def purge(self, retention_seconds: float | None, limit: int = 10) -> int:

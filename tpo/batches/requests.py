@@ -12,6 +12,8 @@ from tpo.core.errors import BatchNotFoundError, InvalidInputError, WrongStateErr
 from tpo.db import Queries, new_id, now, reading, writing
 from tpo.tenants.idempotency import IdempotencyRequest, create_idempotently, find_existing, record_key
 
+BATCH_NOT_ENDED = "The batch {} has not ended. Cancel it first."
+
 
 class NewBatch(NamedTuple):
     """A requested batch, and whether it is new."""
@@ -90,7 +92,7 @@ class BatchQueries(Queries):
         with writing(self._engine) as session:
             batch = self._own_batch(session, batch_id)
             if batch.status not in ENDED:
-                raise WrongStateError(f"The batch {batch_id} has not ended: cancel it first.")
+                raise WrongStateError(BATCH_NOT_ENDED.format(batch_id))
             _forget(session, [batch])
 
     def purge(self, retention_seconds: float, limit: int = 5) -> int:

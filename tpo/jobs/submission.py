@@ -120,6 +120,9 @@ class Submit(Wire):
     )
 
 
+UNKNOWN_POLICY = "No worker serves the policy {!r}. Available: {}."
+
+
 class Served(NamedTuple):
     """A policy and a reward model that one worker serves."""
 
@@ -142,9 +145,9 @@ def resolve_models(body: Submit, settings: Settings, workers: Callable[[], Itera
     available = sorted(s.reward_model for s in known if s.model == wanted.model)
     if not available:
         models = ", ".join(sorted({s.model for s in known}))
-        raise UnknownModelError(f"No worker serves the policy {wanted.model!r}; there are: {models}.", "model")
+        raise UnknownModelError(UNKNOWN_POLICY.format(wanted.model, models), "model")
     raise UnknownModelError(
-        f"No worker serves the reward model {wanted.reward_model!r} with the policy {wanted.model!r}; there are: "
+        f"No worker serves the reward model {wanted.reward_model!r} with the policy {wanted.model!r}. Available: "
         f"{', '.join(available)}.",
         "parameters.reward_model",
     )

@@ -172,6 +172,16 @@ class ChatCompletion(Wire):
     tpo: JobDetails
 
 
+WITHOUT_OUTPUT = "The job {job_id} ended as {status} without an answer."
+
+
+def failure(job: Job) -> tuple[str, str]:
+    """Return code and message of a job that ended without an answer."""
+    if job.error_code is not None:
+        return job.error_code, f"The job {job.id} failed: {job.error_message}"
+    return f"job_{job.status}", WITHOUT_OUTPUT.format(job_id=job.id, status=job.status)
+
+
 def response_id(job_id: str) -> str:
     """Return the id of a job's response."""
     return job_id.replace("job_", "resp_", 1)
