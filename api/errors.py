@@ -174,9 +174,9 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 def _methods(request: Request) -> str:
     """Return the methods that a path supports. Starlette reports only those of the first matching route."""
-    asked = ({**request.scope, "method": method} for method in HTTPMethod)
+    variants = ({**request.scope, "method": method} for method in HTTPMethod)
     routes = request.app.routes
-    return ", ".join(scope["method"] for scope in asked if any(r.matches(scope)[0] is Match.FULL for r in routes))
+    return ", ".join(scope["method"] for scope in variants if any(r.matches(scope)[0] is Match.FULL for r in routes))
 
 
 def _clean(text: str) -> str:

@@ -94,21 +94,21 @@ def candidates(state: State) -> schemas.CandidateList:
 
 def iterations(row: tables.Job, state: State) -> schemas.IterationList:
     """Return the view of all iterations that have started. Number 0 is the initial sampling."""
-    where = locate(state)
+    position = locate(state)
     last = max([len(state.iterations), *(c.iteration for c in state.candidates)])
     begun = range(last + 1) if state.calls or state.candidates else range(0)
-    return schemas.IterationList(data=[_iteration(state, n, where, row.status in TERMINAL) for n in begun])
+    return schemas.IterationList(data=[_iteration(state, n, position, row.status in TERMINAL) for n in begun])
 
 
-def _iteration(state: State, number: int, where: Position, ended: bool) -> schemas.Iteration:
+def _iteration(state: State, number: int, position: Position, ended: bool) -> schemas.Iteration:
     record = state.iterations[number - 1] if number else None
-    complete = number < where.complete
+    complete = number < position.complete
     rewards = [c.reward for c in state.pool if c.iteration <= number and c.reward is not None]
     calls = tuple(c for c in state.calls if c.iteration == number)
     return schemas.Iteration(
         number=number,
         complete=complete,
-        phase=None if complete or ended else where.phase,
+        phase=None if complete or ended else position.phase,
         chosen=_shown(state, record.chosen) if record else None,
         rejected=_shown(state, record.rejected) if record and record.rejected else None,
         critique=record.critique.text if record and record.critique else None,
@@ -118,19 +118,19 @@ def _iteration(state: State, number: int, where: Position, ended: bool) -> schem
         ],
         mean_reward=state.mean_reward(number),
         best_reward=max(rewards, default=None),
-        reason=_why_no_candidate(state, number) if complete else None,
+        reason=_no_candidate_reason(state, number) if complete else None,
         declined=number in state.declines,
         usage=_usage(state.model_copy(update={"calls": calls}).usage),
         calls=[schemas.Call(**c.model_dump(exclude={"number", "iteration"})) for c in calls],
     )
 
 
-def _why_no_candidate(state: State, number: int) -> schemas.NoCandidate | None:
+def _no_candidate_reason(state: State, number: int) -> schemas.NoCandidate | None:
     record = state.iterations[number - 1] if number else None
     if record and not (record.critique and record.critique.text):
-        return "blank_textual_loss"
+        return "blank_critique"
     if record and not (record.gradient and record.gradient.text):
-        return "blank_textual_gradient"
+        return "blank_gradient"
     return "no_usable_sample" if all(c.unusable for c in state.of_iteration(number)) else None
 
 
@@ -140,8 +140,8 @@ def _shown(state: State, candidate_id: str) -> schemas.CandidateText:
 
 
 def _input(messages: list[Message]) -> str | list[Message]:
-    alone = len(messages) == 1 and messages[0].role == "user"
-    return messages[0].content if alone else messages
+    single = len(messages) == 1 and messages[0].role == "user"
+    return messages[0].content if single else messages
 
 
 def _best(row: tables.Job) -> schemas.Best | None:

@@ -182,7 +182,7 @@ class Call(Wire):
     seconds: float
 
 
-NoCandidate = Literal["blank_textual_loss", "blank_textual_gradient", "no_usable_sample"]
+NoCandidate = Literal["blank_critique", "blank_gradient", "no_usable_sample"]
 
 
 class Iteration(Wire):

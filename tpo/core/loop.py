@@ -144,9 +144,8 @@ def _with_samples(state: State, request: Generate, generation: Generation) -> St
 
 def _with_rewards(state: State, request: Score, rewards: Rewards) -> State:
     """Add the call and its rewards. A reward that is not finite makes its candidate unusable, so it is never best."""
-    expected, returned = len(request.responses), len(rewards.values)
-    if returned != expected:
-        raise BadReplyError(f"The reward model returned {returned} scores for {expected} responses.")
+    rewards.check_count("The reward model", len(request.responses))
+    returned = len(rewards.values)
     parts = rewards.parts or ((),) * returned
     if len(parts) != returned:
         raise BadReplyError(f"The reward model returned {returned} scores, but parts for {len(parts)}.")
@@ -191,5 +190,5 @@ def _failure_message(state: State, exhausted: Budget | None) -> str:
     if "cut_off" in reasons:
         message += f" Raise max_tokens (now {state.params.max_tokens}) if the model's context allows, or ask for less."
     if exhausted:
-        message += f" The budget {exhausted} left no second try."
+        message += f" The budget {exhausted} did not allow a second round."
     return message
