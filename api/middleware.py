@@ -58,7 +58,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._answer(scope, headers, receive, send_with_id)
+            await self._respond(scope, headers, receive, send_with_id)
         except asyncio.CancelledError:
             # The grace period after SIGTERM is over. The task ends here, so the cancellation is not raised again.
             if not status:
@@ -74,7 +74,7 @@ class RequestMiddleware:
             scope["app"].state.metrics.observe_request(scope, status, took)
             access_log.info("%s %s %d %.0fms %s", scope["method"], path, status, took * 1000, request_id)
 
-    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(PROTECTED):
             try:
                 tenant = await self._authenticator.tenant(scope["app"].state.store, headers.get("authorization", ""))
@@ -101,10 +101,10 @@ class RequestMiddleware:
                 raise HTTPException(413, too_large, headers=_CLOSE)
             return message
 
-        kept = {*scope, "route"}
+        before = {*scope, "route"}
         await self._app(scope, receive_within_limit, send)
         if stream := scope["state"].pop("streams_after_route", None):
-            for key in scope.keys() - kept:
+            for key in scope.keys() - before:
                 del scope[key]
             await stream(scope, receive_within_limit, send)
 

@@ -225,10 +225,10 @@ class TestPolling:
 
     def _respond_while(self, client: TestClient, act: Callable[[], object], ask: Callable[[], Any]) -> Any:
         """Call `ask`, call `act` while the server waits for a change, and return the response."""
-        feed = client.app.state.broadcaster  # type: ignore[attr-defined]
+        broadcaster = client.app.state.broadcaster  # type: ignore[attr-defined]
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask)
-            eventually(lambda: feed.subscriptions == 1, why="the server should wait for a change")
+            eventually(lambda: broadcaster.subscriptions == 1, why="the server should wait for a change")
             act()
             return asked.result()
 

@@ -127,15 +127,15 @@ def test_stream_sends_keepalive_comments(sqlite_system: System, monkeypatch: pyt
     with api_client(database_url=url, broker_url=sqlite_system.broker.url) as client, ThreadPoolExecutor(1) as pool:
         job_id = client.post("/v1/jobs", json={"input": "x"}).json()["id"]
         streamed = pool.submit(client.get, f"/v1/jobs/{job_id}/events?stream=true")
-        feed = client.app.state.broadcaster  # type: ignore[attr-defined]
-        eventually(lambda: feed.subscriptions == 1, why="the stream should be subscribed")
+        broadcaster = client.app.state.broadcaster  # type: ignore[attr-defined]
+        eventually(lambda: broadcaster.subscriptions == 1, why="the stream should be subscribed")
         time.sleep(0.2)
         client.post(f"/v1/jobs/{job_id}/cancel")
         text = streamed.result().text
         assert text.startswith("id: 1\nevent: job.queued\n")
         assert "\n\n: still here\n\n" in text
         assert text.rstrip().splitlines()[-2] == "event: job.cancelled"
-        eventually(lambda: feed.subscriptions == 0, why="the stream should be unsubscribed")
+        eventually(lambda: broadcaster.subscriptions == 0, why="the stream should be unsubscribed")
 
 
 def test_server_shutdown_closes_streams(system: System, api: Api) -> None:

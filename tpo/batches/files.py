@@ -33,7 +33,7 @@ class FileQueries(Queries):
     def begin(self, filename: str, purpose: Purpose, keep_seconds: float | None = None) -> str:
         """Begin a file, which is hidden until it is complete, and return its id."""
         with writing(self._engine) as session:
-            _forget_abandoned(session)
+            _delete_abandoned(session)
             return insert_file(session, self.tenant, filename, purpose, keep_seconds)
 
     def append_part(self, file_id: str, data: bytes) -> None:
@@ -171,7 +171,7 @@ def _made_before(session: Session, tenant: str, idempotency: IdempotencyRequest 
     return session.get_one(File, known.file_id) if known else None
 
 
-def _forget_abandoned(session: Session) -> None:
+def _delete_abandoned(session: Session) -> None:
     """Delete uploads whose process died before they were complete."""
     old = (File.complete.is_(False), File.purpose == "batch", File.created_at < now() - _ABANDONED_SECONDS)
     session.execute(delete(File).where(*old))

@@ -135,7 +135,7 @@ class ResponseDeleted(Wire):
     deleted: Literal[True] = True
 
 
-class AnswerMessage(Wire):
+class AssistantMessage(Wire):
     """The message of a chat completion."""
 
     role: Literal["assistant"] = "assistant"
@@ -147,7 +147,7 @@ class Choice(Wire):
     """The only choice of a chat completion."""
 
     index: Literal[0] = 0
-    message: AnswerMessage
+    message: AssistantMessage
     finish_reason: Literal["stop"] = "stop"
     logprobs: None = None
 
@@ -231,7 +231,7 @@ def chat_completion(job: Job) -> ChatCompletion:
         id=job.id.replace("job_", "chatcmpl-", 1),
         created=int(job.created_at),
         model=job.model,
-        choices=[Choice(message=AnswerMessage(content=job.output or ""))],
+        choices=[Choice(message=AssistantMessage(content=job.output or ""))],
         usage=ChatUsage(
             prompt_tokens=job.input_tokens,
             completion_tokens=job.output_tokens,

@@ -30,7 +30,7 @@ _SEED_BITS = 2**31 - 1
 _MAX_EMPTY_REPLIES = 3
 _MAX_SHOWN = 300
 _WRONG_KEY = (401, 403)
-_UNAVAILABLE = {404: "knows no such model or address", 429: "says that its quota is used up"}
+_UNAVAILABLE = {404: "has no such model or path", 429: "says that its quota is used up"}
 
 
 class OpenAIPolicy:
@@ -149,7 +149,7 @@ class OpenAIPolicy:
             if 0 < remaining < limit:
                 return remaining
             limit = min(limit, remaining)
-        if limit > 1 and not length.alone:
+        if limit > 1 and not length.prompt_only:
             return limit // 2
         has = "more tokens than fit" if length.sent is None else f"{length.sent} tokens"
         holds = "its window" if length.window is None else f"{length.window} with its answer"
