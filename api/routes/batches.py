@@ -52,7 +52,7 @@ def create_batch(
     request: Request,
     response: Response,
 ) -> batches.Batch:
-    """Create a batch from an uploaded file. An invalid line fails without the others."""
+    """Create a batch from an uploaded file. An invalid line does not affect the others."""
     keep = body.output_expires_after
     made = store.batches.create(
         endpoint=body.endpoint,

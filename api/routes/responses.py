@@ -65,7 +65,7 @@ class ItemQuery(PageOptions):
     order: Literal["asc", "desc"] = Field("desc", description="desc: last message first")
 
 
-class ItemPage(Page[items.InputItem]):
+class ItemPage(Page[items.InputMessageItem]):
     """A page of messages. Request the next page with `after` set to `last_id`."""
 
 

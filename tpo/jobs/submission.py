@@ -103,7 +103,7 @@ class Submit(Wire):
     model: str | None = Field(
         None, min_length=1, max_length=512, description="the policy; default: the server's setting"
     )
-    input: Input = Field(description="what the policy is asked: a string, or messages of which the last is the user's")
+    input: Input = Field(description="the prompt: a string, or messages of which the last is the user's")
     parameters: SubmitParameters = Field(default_factory=SubmitParameters)
     priority: int = Field(
         0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="the higher goes first; a long wait outweighs it in time"
