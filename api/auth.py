@@ -1,4 +1,4 @@
-"""Who asks: whose key a request brings. What the database says of it is remembered for seconds."""
+"""Authentication: find the tenant of a request by its API key. Results are cached for a few seconds."""
 
 import hmac
 import time
@@ -11,13 +11,13 @@ from tpo.settings import Settings
 from tpo.store import Store
 
 _REMEMBER_SECONDS = 5.0
-"""How long a key that was revoked or has expired may still open a process, and a first key not yet close it."""
+"""Maximum delay until a process rejects a revoked or expired key, or requires keys after the first was created."""
 
 _REMEMBER_KEYS = 10_000
 
 
 class Authenticator:
-    """Knows the keys of one process's clients. For its event loop alone."""
+    """Finds the tenant of a key, with a cache. Not thread-safe: use it only in the event loop."""
 
     def __init__(self, settings: Settings) -> None:
         self._own = settings.api_key.get_secret_value().encode() if settings.api_key else None
@@ -46,7 +46,7 @@ class Authenticator:
         return found
 
     async def _open(self, store: Store) -> bool:
-        """Whether nobody ever made a key."""
+        """Return True if no key was ever created."""
         if time.monotonic() < self._open_until:
             return True
         if await run_in_threadpool(store.keys.any_exists):

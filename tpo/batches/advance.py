@@ -77,7 +77,7 @@ class BatchAdvancer:
         self._lines = lines
 
     def due(self, silent_seconds: float) -> Sequence[str]:
-        """Return batches that nobody has advanced for so long."""
+        """Return running batches that were not advanced in the last `silent_seconds`."""
         silent = and_(Batch.status.in_(_WORKING), Batch.advanced_at <= now() - silent_seconds)
         with reading(self._engine) as session:
             return session.scalars(select(Batch.id).where(silent).order_by(Batch.advanced_at).limit(100)).all()

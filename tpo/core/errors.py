@@ -210,7 +210,7 @@ class UploadNotFoundError(NotFoundError):
 
 
 class ModelNotFoundError(NotFoundError):
-    """No live worker serves this policy."""
+    """No live worker serves this policy. GET /v1/models lists the policies that are served."""
 
     code = "model_not_found"
 

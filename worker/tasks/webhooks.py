@@ -69,7 +69,7 @@ class WebhookSender:
         if error is None:
             self._store.deliveries.record_success(delivery)
         elif error == f"http_{_GONE}":
-            log.info("%s answered 410 Gone: switched off", delivery.webhook_id)
+            log.info("%s responded with 410 Gone: disabled", delivery.webhook_id)
             self._store.deliveries.record_gone(delivery)
         else:
             delay = self._retry_delay(delivery)
