@@ -12,6 +12,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 FOLDERS = (
     *("tpo/core", "tpo/db", "tpo/jobs", "tpo/tenants", "tpo/batches", "worker", "testing", "bench", "migrations"),
     *("tests/core", "tests/contract", "tests/support"),
+    "tpo/backends/local",
 )
 """Folders of code that are written in plain terms so far. The others follow; none leaves."""
 

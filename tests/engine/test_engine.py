@@ -53,7 +53,7 @@ def test_200_of_200_seeds_are_the_same_alone_and_batched(llama: Any) -> None:
     ]
     engine = start(llama, rows=64, tokens=20_000)
     alone = [results(engine, request)[0] for request in requests]
-    engine._scheduler.prefixes.forget()
+    engine._scheduler.prefix_cache.clear()
     batched = results(engine, *requests)
     engine.close()
     assert sum(a == b for a, b in zip(alone, batched, strict=True)) == 200
@@ -156,8 +156,8 @@ def test_small_cache_gives_the_same_tokens(model: Any, tokens: int) -> None:
     large.close()
     small.close()
     assert found == expected
-    small._scheduler.prefixes.forget()
-    assert small._scheduler.arena.free == tokens
+    small._scheduler.prefix_cache.clear()
+    assert small._scheduler.allocator.free == tokens
 
 
 def test_prompt_is_prefilled_once_and_in_chunks(engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,19 +217,19 @@ def test_next_call_prefills_only_new_tokens(engine: StepEngine, llama: Any) -> N
     fresh.close()
 
 
-def test_running_jobs_have_priority_for_rows(llama: Any) -> None:
+def test_continuation_is_admitted_before_new_requests(llama: Any) -> None:
     engine = start(llama, rows=1)
     order: list[int] = []
     endless = engine.submit(greedy(PROMPTS[0], 1, 4000))
     while not engine.running_sequences:
         time.sleep(0.001)
     new = engine.submit(greedy(PROMPTS[1]))
-    is_continuation = engine.submit(TokenRequest(PROMPTS[2], (1,), 0.0, 1.0, 30, is_continuation=True))
-    for number, future in enumerate((new, is_continuation)):
+    continuation = engine.submit(TokenRequest(PROMPTS[2], (1,), 0.0, 1.0, 30, is_continuation=True))
+    for number, future in enumerate((new, continuation)):
         future.add_done_callback(partial(record, order, number))
     endless.cancel()
     new.result(60)
-    is_continuation.result(60)
+    continuation.result(60)
     engine.close()
     assert order == [1, 0]
 

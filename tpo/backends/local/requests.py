@@ -71,7 +71,7 @@ class EngineRequest:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the request has its output, has failed or was cancelled."""
+        """True when the request has its output, has failed or was cancelled."""
         return self.future.done()
 
 

@@ -66,7 +66,7 @@ class PrefillChunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the prompt ends with this chunk; if so, its logits are needed."""
+        """True when the prompt ends with this chunk; then, its logits are needed."""
         return self.end == len(self.prefill.prompt)
 
 
@@ -118,7 +118,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether the next step has work to do."""
+        """True when the next step has work to do."""
         return bool(self.waiting or self.prefilling or self.running)
 
     def add(self, request: EngineRequest) -> None:

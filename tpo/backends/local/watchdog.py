@@ -21,6 +21,6 @@ class Watchdog:
 
     @property
     def expired(self) -> bool:
-        """Whether the current pass has taken longer than TIMEOUT_SECONDS."""
+        """True when the current pass has taken longer than TIMEOUT_SECONDS."""
         armed_at = self._armed_at
         return armed_at is not None and time.monotonic() - armed_at > TIMEOUT_SECONDS
