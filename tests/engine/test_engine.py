@@ -250,7 +250,7 @@ def test_request_is_cancelled_during_prefill(engine: StepEngine, monkeypatch: py
         long.cancel()
         proceed.set()
     assert len(results(engine, greedy(PROMPTS[0]))) == 1
-    assert not engine._scheduler.readings
+    assert not engine._scheduler.prefilling
     assert 3000 not in [len(tokens) for tokens in engine._scheduler.prefix_cache._entries]
 
 
