@@ -130,7 +130,7 @@ def test_reference_to_a_file_is_refused_and_not_read(
         os.open(file, os.O_WRONLY | os.O_NONBLOCK)
 
 
-def test_reward_file_names_part_whose_schema_refers_elsewhere(tmp_path: Path, server: tuple[str, list[str]]) -> None:
+def test_reward_file_names_part_with_foreign_schema_reference(tmp_path: Path, server: tuple[str, list[str]]) -> None:
     url, connections = server
     part = "[[part]]\nname = 'form'\nkind = 'json'\nschema = {{ {} }}"
     for schema in (f"'$ref' = '{url}/a'", "'$ref' = 'file:///etc/passwd'", "properties = {a = {'$ref' = 'b.json'}}"):

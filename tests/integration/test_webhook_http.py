@@ -31,7 +31,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     lookups: list[str] = []
 
     def set_addresses(name: str, *addresses: str) -> list[str]:
-        def look_up(host: Any, port: Any, *words: Any, **more: Any) -> Any:
+        def resolve(host: Any, port: Any, *words: Any, **more: Any) -> Any:
             if host != name:
                 return real(host, port, *words, **more)  # a literal address
             lookups.append(host)
@@ -40,7 +40,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
                 for address in addresses
             ]
 
-        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
         return lookups
 
     return set_addresses
