@@ -87,7 +87,7 @@ def _print_error(message: str, exit_code: int, param: str | None) -> None:
 
 
 def escaped(text: str) -> str:
-    """Replace the characters that control a terminal by their escapes, as `\\x1b`."""
+    """Replace the characters that control a terminal by their escapes (a backslash and hexadecimal digits)."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
