@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from api.app import create_app
 from api.streaming.broadcaster import EventBroadcaster
 from tpo.core.errors import TPOError
-from tpo.settings import Settings, explained, settings
+from tpo.settings import Settings, format_errors, settings
 
 logger = logging.getLogger("api")
 
@@ -28,16 +28,16 @@ _GRACE_SECONDS = 5
 class _Server(uvicorn.Server):
     """Ends in a bounded time, also while streams are open or a thread waits for a database that hangs."""
 
-    def __init__(self, config: uvicorn.Config, feed: EventBroadcaster) -> None:
+    def __init__(self, config: uvicorn.Config, broadcaster: EventBroadcaster) -> None:
         super().__init__(config)
-        self._feed = feed
+        self._broadcaster = broadcaster
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         last_resort = threading.Timer(_GRACE_SECONDS + 3, os._exit, [1])
         last_resort.daemon = True
         last_resort.start()
-        self._loop.call_soon_threadsafe(self._feed.stop)
+        self._loop.call_soon_threadsafe(self._broadcaster.stop)
         super().handle_exit(sig, frame)
 
 
@@ -50,7 +50,7 @@ def main() -> int:
         listener = _listen(configuration)
         asyncio.run(_serve(create_app(configuration), listener, configuration))
     except ValidationError as error:
-        return _refuse(explained(error))
+        return _refuse(format_errors(error))
     except (TPOError, OSError) as error:
         return _refuse(str(error))
     return 0
@@ -62,7 +62,7 @@ async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings)
         host = f"[{configuration.host}]" if ":" in configuration.host else configuration.host
         logger.info("Listening on http://%s:%d, documentation at /docs", host, configuration.port)
         if not (configuration.api_key or configuration.require_key):
-            logger.info("No TPO_API_KEY: this machine alone is listened to, without a key until `tpo keys` makes one")
+            logger.info("No TPO_API_KEY: listening on this machine only, without a key until `tpo keys` creates one")
         server = _Server(
             uvicorn.Config(
                 app,
@@ -73,7 +73,7 @@ async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings)
                 server_header=False,
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             ),
-            app.state.feed,
+            app.state.broadcaster,
         )
         # uvicorn listens for signals while it serves, and raises the one that ended it again when it is done.
         _on_signals(signal.SIG_IGN)

@@ -70,10 +70,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         logger.warning("requests are answered with 503 until that has passed: %s", error)
     app.state.store = Store(engine)
     app.state.notifier = notifier
-    feed = EventBroadcaster(app.state.store)
-    app.state.feed = feed
+    broadcaster = EventBroadcaster(app.state.store)
+    app.state.broadcaster = broadcaster
     try:
-        async with feed.running():
+        async with broadcaster.running():
             yield
     finally:
         notifier.close()

@@ -33,9 +33,9 @@ async def _store(request: Request) -> Store:
     return store.for_tenant(request.state.tenant)
 
 
-async def _feed(request: Request) -> EventBroadcaster:
-    feed: EventBroadcaster = request.app.state.feed
-    return feed
+async def _broadcaster(request: Request) -> EventBroadcaster:
+    broadcaster: EventBroadcaster = request.app.state.broadcaster
+    return broadcaster
 
 
 async def _notifier(request: Request) -> JobNotifier:
@@ -76,7 +76,7 @@ StoreDep = Annotated[Store, Depends(_store)]
 ServerStoreDep = Annotated[Store, Depends(_server_store)]
 """The store for routes that need no key."""
 
-BroadcasterDep = Annotated[EventBroadcaster, Depends(_feed)]
+BroadcasterDep = Annotated[EventBroadcaster, Depends(_broadcaster)]
 NotifierDep = Annotated[JobNotifier, Depends(_notifier)]
 SettingsDep = Annotated[Settings, Depends(_settings)]
 JobId = Annotated[str, Depends(_job_id)]

@@ -52,7 +52,7 @@ def problem(
     checks: schemas.Checks | None = None,
 ) -> JSONResponse:
     """The answer that tells of an error."""
-    body = told(_clean(scope["path"]), status, detail, code, param, checks)
+    body = problem_body(_clean(scope["path"]), status, detail, code, param, checks)
     answer = dict(headers or {})
     if status == 503:
         answer["retry-after"] = str(RETRY_AFTER_SECONDS)
@@ -66,7 +66,7 @@ def problem(
     )
 
 
-def told(
+def problem_body(
     instance: str,
     status: int,
     detail: str | None = None,
@@ -142,8 +142,8 @@ async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     if first["loc"] == ("body",):
         return problem(request.scope, 422, detail="The body must be a JSON object.", code="invalid_input")
     fields = [{**e, "loc": tuple(e["loc"][1:])} for e in errors]  # without "body", "query" or the like
-    told = validation_messages.of_errors(cast(list[ErrorDetails], fields))
-    return problem(request.scope, 422, detail=str(told), code=told.code, param=told.param)
+    refusal = validation_messages.from_errors(cast(list[ErrorDetails], fields))
+    return problem(request.scope, 422, detail=str(refusal), code=refusal.code, param=refusal.param)
 
 
 async def _library_error(request: Request, error: Exception) -> JSONResponse:

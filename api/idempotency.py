@@ -1,4 +1,4 @@
-"""What names a request, so that said twice it is done once."""
+"""Idempotency of requests: a request that is sent again is answered, not executed again."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from tpo.settings import Settings
 from tpo.tenants.idempotency import IdempotencyRequest
 
 REPLAYED = {"idempotent-replayed": "true"}
-"""The header of an answer to a request that was said before."""
+"""The header of an answer to a request that was received before."""
 
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
 
-def once(request: Request, settings: Settings, said: Any) -> IdempotencyRequest:
+def idempotency_request(request: Request, settings: Settings, body: Any) -> IdempotencyRequest:
     """Return the idempotency identity of a request: its Idempotency-Key, and a hash of its path and body.
 
     Raises InvalidInputError.
@@ -25,6 +25,6 @@ def once(request: Request, settings: Settings, said: Any) -> IdempotencyRequest:
     key = request.headers.get("idempotency-key")
     if key is not None and not _KEY.fullmatch(key):
         raise InvalidInputError("Idempotency-Key: must be 1 to 255 printable ASCII characters.", "Idempotency-Key")
-    whole = json.dumps([request.url.path, said], sort_keys=True, allow_nan=False)
+    whole = json.dumps([request.url.path, body], sort_keys=True, allow_nan=False)
     fingerprint = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()
     return IdempotencyRequest(fingerprint, key, settings.idempotency_hours * 3600)

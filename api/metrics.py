@@ -21,23 +21,23 @@ class Metrics:
             registry=self._registry,
         )
 
-    def answered(self, scope: Scope, status: int, seconds: float) -> None:
+    def observe_request(self, scope: Scope, status: int, seconds: float) -> None:
         """One request has ended."""
         method = scope["method"] if scope["method"] in HTTPMethod.__members__ else "other"
         route = getattr(scope.get("route"), "path", "none")
         self._requests.labels(method, route, str(status)).observe(seconds)
 
-    def page(self, queues: Sequence[QueueInfo] | None, listeners: int) -> bytes:
+    def render(self, queues: Sequence[QueueInfo] | None, listeners: int) -> bytes:
         """Everything in Prometheus' text format; without `queues` the database is away."""
         now = CollectorRegistry()
         Gauge("tpo_event_listeners", "Streams that are open in this process", registry=now).set(listeners)
         Gauge("tpo_database_up", "Whether the database answers", registry=now).set(queues is not None)
-        told = {
+        gauges = {
             "waiting": Gauge("tpo_jobs_waiting", "Jobs that wait for a worker", ["model"], registry=now),
             "running": Gauge("tpo_jobs_running", "Jobs that run", ["model"], registry=now),
             "workers": Gauge("tpo_workers", "Workers that live", ["model"], registry=now),
         }
         for queue in queues or ():
-            for name, gauge in told.items():
+            for name, gauge in gauges.items():
                 gauge.labels(queue.model).set(getattr(queue, name))
         return generate_latest(self._registry) + generate_latest(now)

@@ -72,7 +72,7 @@ class RequestMiddleware:
         finally:
             path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
             took = time.monotonic() - started
-            scope["app"].state.metrics.answered(scope, status, took)
+            scope["app"].state.metrics.observe_request(scope, status, took)
             access_log.info("%s %s %d %.0fms %s", scope["method"], path, status, took * 1000, request_id)
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
@@ -109,7 +109,7 @@ class RequestMiddleware:
 
         kept = {*scope, "route"}
         await self._app(scope, receive_within_limit, send)
-        if stream := scope["state"].pop("outlives_its_route", None):
+        if stream := scope["state"].pop("streams_after_route", None):
             for of_the_route in scope.keys() - kept:
                 del scope[of_the_route]
             await stream(scope, receive_within_limit, send)

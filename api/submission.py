@@ -8,12 +8,12 @@ from fastapi import Depends, Request, Response
 
 from api.dependencies import live_pairs
 from api.errors import rate_limit_headers
-from api.idempotency import REPLAYED, once
+from api.idempotency import REPLAYED, idempotency_request
 from tpo.broker import JobNotifier
 from tpo.core.errors import BrokerUnavailableError
 from tpo.core.state import State
 from tpo.jobs.requests import Submitted
-from tpo.jobs.submission import Submit, served, to_state
+from tpo.jobs.submission import Submit, resolve_models, to_state
 from tpo.jobs.tables import Job
 from tpo.settings import Settings
 from tpo.store import Store
@@ -35,15 +35,15 @@ class Submitter:
         self._headers = response.headers
 
     def submit(self, body: Submit) -> Job:
-        """Commit a job and ring for it. IdempotencyRequest this returns, the job survives any crash.
+        """Commit a job and notify the workers. Once this returns, the job survives any crash.
 
         Raises IdempotencyConflictError, ExternalIdTakenError, QuotaExceededError.
         """
         settings = self._settings
-        model, reward_model = served(body, settings, lambda: live_pairs(self._store, settings))
+        model, reward_model = resolve_models(body, settings, lambda: live_pairs(self._store, settings))
         made = self._store.jobs.submit(
             to_state(body, model, settings),
-            once=once(self._request, settings, body.model_dump(mode="json", exclude_unset=True)),
+            idempotency=idempotency_request(self._request, settings, body.model_dump(mode="json", exclude_unset=True)),
             limits=self.limits,
             model=model,
             reward_model=reward_model,
@@ -55,12 +55,12 @@ class Submitter:
         )
         return self.made(made)
 
-    def go_on_from(self, source: Job, state: State, said: Mapping[str, Any]) -> Job:
+    def create_from(self, source: Job, state: State, said: Mapping[str, Any]) -> Job:
         """A new job that starts from what `source` has recorded; `said` is what the request holds."""
         made = self._store.jobs.create_from(
             source.id,
             state,
-            once=once(self._request, self._settings, said),
+            idempotency=idempotency_request(self._request, self._settings, said),
             limits=self.limits,
             model=source.model,
             reward_model=source.reward_model,
@@ -76,7 +76,7 @@ class Submitter:
             self._notifier.notify_job(job.id, job.model)
         except BrokerUnavailableError as error:
             request_id = self._request.state.request_id
-            logger.warning("request %s: the sweeper will ring for %s: %s", request_id, job.id, error)
+            logger.warning("request %s: the rescuer will notify the workers of %s: %s", request_id, job.id, error)
 
     @property
     def limits(self) -> Limits:
@@ -89,8 +89,10 @@ class Submitter:
             self.notify(made.job)
         else:
             self._headers.update(REPLAYED)
-        if made.room:
-            self._headers.update(rate_limit_headers(made.room.limit, made.room.remaining, made.room.reset))
+        if made.rate_limit:
+            self._headers.update(
+                rate_limit_headers(made.rate_limit.limit, made.rate_limit.remaining, made.rate_limit.reset)
+            )
         return made.job
 
 

@@ -121,7 +121,7 @@ def rates(system: System, port: int, seconds: float, rounds: int) -> dict[str, A
     url = f"http://127.0.0.1:{port}"
     job_id = httpx.post(f"{url}/v1/jobs", content=BODY, headers={"content-type": "application/json"}).json()["id"]
     for _ in range(20):
-        system.submit(ring=False)
+        system.submit(notify=False)
     bare = request("bare", "GET", "/bare")
     measured = [
         request("bare, no thread", "GET", "/bare-async"),
@@ -152,7 +152,7 @@ def _rate(load: Pool, port: int, request: Request, seconds: float) -> float:
 def listeners(system: System, port: int, pid: int, count: int) -> dict[str, Any]:
     """Measure the delay and the memory of many event streams on one process."""
     process = psutil.Process(pid)
-    jobs = [system.submit(ring=False) for _ in range(JOBS_OF_LISTENERS)]
+    jobs = [system.submit(notify=False) for _ in range(JOBS_OF_LISTENERS)]
 
     async def listen(job_id: str, ready: asyncio.Semaphore) -> float:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

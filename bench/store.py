@@ -21,7 +21,7 @@ from sqlalchemy import Engine, text
 
 from testing.fakes import FakeReward, make_step
 from testing.jobs import claim_one
-from testing.seeding import CANDIDATES, SERVES, Filled, fill, new_job, policy
+from testing.seeding import CANDIDATES, SERVES, SeededDatabase, new_job, policy, seed_database
 from testing.services import new_database, postgres_server
 from tpo.core.loop import pending
 from tpo.core.state import State
@@ -50,7 +50,7 @@ class Subject:
     """A seeded database, the jobs held in it, and the measured seconds of each operation."""
 
     engine: Engine
-    filled: Filled
+    seeded: SeededDatabase
     bytes: int
     held: list[str] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -70,9 +70,11 @@ class Subject:
     def submit(self) -> str:
         """Submit a job with an idempotency key, as a client does, and return its id."""
         idempotency = IdempotencyRequest(fingerprint="hash", key=secrets.token_hex(16), keep_seconds=KEY_SECONDS)
-        metadata = {"run": self.filled.run}
+        metadata = {"run": self.seeded.run}
         state = new_job()
-        return self.store.jobs.submit(state, once=idempotency, max_attempts=3, metadata=metadata, **SERVES).job.id
+        return self.store.jobs.submit(
+            state, idempotency=idempotency, max_attempts=3, metadata=metadata, **SERVES
+        ).job.id
 
     def claim(self, job_id: str, seconds: float = 3600) -> tuple[Lease, State]:
         """Claim a job for a worker."""
@@ -112,7 +114,7 @@ def limited_submit(subject: Subject) -> None:
 
 def reads(subject: Subject) -> None:
     """Time the reads of clients, event streams and workers."""
-    store, middle, run = subject.store, subject.filled.middle, {"run": subject.filled.run}
+    store, middle, run = subject.store, subject.seeded.middle, {"run": subject.seeded.run}
     pages: dict[str, Callable[[], object]] = {
         "get": lambda: store.jobs.get(middle),
         "state (candidates, iterations)": lambda: store.jobs.state(middle),
@@ -150,9 +152,9 @@ def sweep(subject: Subject) -> None:
     """Time a sweep with the same number of lost leases in both databases, and one with none."""
     lost = [subject.claim(subject.submit(), seconds=-1)[0].job_id for _ in range(LOST)]
     with subject.timed(f"sweep: {LOST} lost"):
-        subject.store.maintenance.sweep(renotify_seconds=KEY_SECONDS, forget_worker_seconds=60)
+        subject.store.maintenance.sweep(renotify_seconds=KEY_SECONDS, worker_retention_seconds=60)
     with subject.timed("sweep: nothing to do"):
-        subject.store.maintenance.sweep(renotify_seconds=KEY_SECONDS, forget_worker_seconds=60)
+        subject.store.maintenance.sweep(renotify_seconds=KEY_SECONDS, worker_retention_seconds=60)
     for job_id in lost:
         if subject.store.jobs.cancel(job_id).attempt != 1:
             raise SystemExit(f"{job_id} was not rescued by the sweep")
@@ -189,7 +191,7 @@ def measure(small: Subject, large: Subject, rounds: int) -> None:
 def table(small: Subject, large: Subject) -> str:
     """Format the medians and their ratios as Markdown."""
     lines = [
-        f"| operation | {small.filled.jobs:,} jobs | {large.filled.jobs:,} jobs | ratio |",
+        f"| operation | {small.seeded.jobs:,} jobs | {large.seeded.jobs:,} jobs | ratio |",
         "|---|---:|---:|---:|",
     ]
     slower = []
@@ -200,7 +202,7 @@ def table(small: Subject, large: Subject) -> str:
         lines.append(f"| {name} | {1000 * a:.2f} ms | {1000 * b:.2f} ms | {b / a:.2f} |")
         if b / a > MAX_RATIO:
             slower.append(name)
-    size = large.bytes / large.filled.jobs
+    size = large.bytes / large.seeded.jobs
     lines += [
         "",
         f"On disk: {large.bytes / 1e9:.2f} GB, {size / 1000:.1f} kB per job with {CANDIDATES} candidates.",
@@ -228,10 +230,10 @@ def subject(url: str, jobs: int) -> Iterator[Subject]:
     schema.upgrade(url)
     engine = connect(url)
     began = time.monotonic()
-    filled = fill(engine, jobs)
+    seeded = seed_database(engine, jobs)
     size = _size(engine)
     print(f"{jobs:,} jobs: {size / 1e9:.2f} GB in {time.monotonic() - began:.0f} s", flush=True)
-    yield Subject(engine, filled, size)
+    yield Subject(engine, seeded, size)
     engine.dispose()
 
 

@@ -35,7 +35,7 @@ def tagged(text: str, prompts: PromptSet | None = None) -> str:
     return f"{opening}{text}{closing}"
 
 
-def plain(request: Generate, sample: int) -> Text:
+def text_per_seed(request: Generate, sample: int) -> Text:
     """Return a different text for each seed, in tags for an update."""
     text = f"{request.kind} {request.iteration}-{sample} of seed {request.seeds[sample - request.first_sample]}"
     return sample_text(tagged(text) if request.kind == "update" else text)
@@ -49,13 +49,13 @@ def by_length_and_letters(text: str) -> float:
 class FakePolicy:
     """Computes each sample with a function of the request and the sample's number; `asked` holds all requests."""
 
-    def __init__(self, answer: Answer = plain) -> None:
+    def __init__(self, answer: Answer = text_per_seed) -> None:
         self._answer = answer
-        self.asked: list[Generate] = []
+        self.requests: list[Generate] = []
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
         """Return one sample for each seed, with one input token per word and a fixed time."""
-        self.asked.append(request)
+        self.requests.append(request)
         samples = range(request.first_sample, request.first_sample + request.n)
         input_tokens = sum(len(m.content.split()) for m in request.messages)
         texts = tuple(self._answer(request, s) for s in samples)
@@ -68,11 +68,11 @@ class FakeReward:
     def __init__(self, value: Value = by_length_and_letters, parts: Parts | None = None) -> None:
         self._value = value
         self._parts = parts
-        self.asked: list[Score] = []
+        self.requests: list[Score] = []
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
         """Return one value for each response, with a fixed token count and time."""
-        self.asked.append(request)
+        self.requests.append(request)
         parts = tuple(map(self._parts, request.responses)) if self._parts else ()
         return Rewards(values=tuple(map(self._value, request.responses)), input_tokens=7, seconds=0.125, parts=parts)
 

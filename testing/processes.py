@@ -146,12 +146,12 @@ class System:
         self,
         query: str = "Why is the sky blue?",
         *,
-        ring: bool = True,
+        notify: bool = True,
         max_attempts: int = 3,
         priority: int = 0,
         **params: object,
     ) -> str:
-        """Commit a job and, with `ring`, notify workers of it, as the API does. Returns its id."""
+        """Commit a job and, with `notify`, notify workers of it, as the API does. Returns its id."""
         state = State(
             input=(Message(role="user", content=query),),
             params=Params.model_validate({"sample_size": 3, "max_iterations": 1, **params}),
@@ -160,7 +160,7 @@ class System:
         model, reward_model = self.environment["TPO_POLICY"], self.environment["TPO_REWARD_MODEL"]
         options = JobOptions(model=model, reward_model=reward_model, max_attempts=max_attempts, priority=priority)
         job = self.store.jobs.submit(state, **options).job
-        if ring:
+        if notify:
             self.notify_job(job.id)
         return job.id
 

@@ -55,7 +55,7 @@ _STATUS = "CASE WHEN n.i % 100 = 1 THEN 'failed' WHEN n.i % 1000 = 2 THEN 'expir
 
 
 @dataclass(frozen=True)
-class Filled:
+class SeededDatabase:
     """Facts about a seeded database."""
 
     jobs: int
@@ -65,7 +65,7 @@ class Filled:
     """Value of the metadata `run` of the jobs around it."""
 
 
-def fill(engine: Engine, jobs: int) -> Filled:
+def seed_database(engine: Engine, jobs: int) -> SeededDatabase:
     """Fill an empty database with jobs of the default tenant: 1 of 20 is queued, the others are terminal."""
     store = Store(engine)
     templates = {"ended": _create_terminal(store), "waits": _create(store).job_id}
@@ -85,7 +85,7 @@ def fill(engine: Engine, jobs: int) -> Filled:
         store.jobs.cancel(job_id)
         store.jobs.delete(job_id)
     _checkpoint_and_vacuum(engine)
-    return Filled(jobs, str(middle), str(number // RUN))
+    return SeededDatabase(jobs, str(middle), str(number // RUN))
 
 
 def new_job() -> State:

@@ -423,7 +423,7 @@ def _holds_certificates(file: Path) -> bool:
     return True
 
 
-def explained(error: ValidationError) -> str:
+def format_errors(error: ValidationError) -> str:
     """Format the errors of the environment: each variable by name, without its value, which may be a secret."""
     return "; ".join(_explained(e) for e in error.errors(include_url=False, include_input=False))
 

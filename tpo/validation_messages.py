@@ -15,10 +15,10 @@ _SHAPES = ("text", "messages")
 
 def invalid(error: ValidationError, renamed: Callable[[str], str] = str) -> InvalidInputError:
     """Convert a validation error; `renamed` maps a field to the name that the request's author used."""
-    return of_errors(error.errors(include_url=False), renamed)
+    return from_errors(error.errors(include_url=False), renamed)
 
 
-def of_errors(errors: Sequence[ErrorDetails], renamed: Callable[[str], str] = str) -> InvalidInputError:
+def from_errors(errors: Sequence[ErrorDetails], renamed: Callable[[str], str] = str) -> InvalidInputError:
     """Convert pydantic's errors, whose locations start with the field."""
     messages = [f"{renamed(name(e['loc'])) or 'the value'}: {_message(e)}" for e in errors[:_SHOWN_ERRORS]]
     more = len(errors) - len(messages)

@@ -32,4 +32,4 @@ def _not_blank(text: str) -> str:
 
 
 StoredText = Annotated[str, AfterValidator(_storable)]
-SaidText = Annotated[StoredText, AfterValidator(_not_blank)]
+NonBlankText = Annotated[StoredText, AfterValidator(_not_blank)]

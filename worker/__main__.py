@@ -11,7 +11,7 @@ from tpo.core.errors import LeaseLostError, StoreUnavailableError
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.celery.app import controller, make_app
-from worker.celery.consumer_watch import Consumer, watch_consumer
+from worker.celery.consumer_watch import ConsumerWatch, watch_consumer
 from worker.drain import Drain
 from worker.job_runner import JobRunner
 from worker.leases import Leases
@@ -44,7 +44,7 @@ def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: Loaded
     leases = Leases(store, drain, name, settings)
     runner = JobRunner(settings, store, notifier, policy, reward, leases, drain, name)
     app = make_app(settings, queue_name(settings.policy))
-    consumer = Consumer(settings.concurrency, lambda: notifier.pending_count(settings.policy))
+    consumer = ConsumerWatch(settings.concurrency, lambda: notifier.pending_count(settings.policy))
     app.task(name=RUN_JOB, typing=False)(consumer.track(runner.run_job))
 
     def ready() -> None:

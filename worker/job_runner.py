@@ -30,7 +30,7 @@ from tpo.settings import Settings
 from tpo.store import Store
 from worker.drain import Drain
 from worker.guard import guarded
-from worker.leases import Held, Leases
+from worker.leases import HeldJob, Leases
 from worker.logs import log
 
 _LONGEST_PAUSE = 2.0
@@ -38,7 +38,7 @@ _LONGEST_PAUSE = 2.0
 Answer = TypeVar("Answer")
 
 
-def rules_of(settings: Settings) -> Rules:
+def scheduling_rules(settings: Settings) -> Rules:
     """Return the scheduling rules for claims."""
     return Rules(settings.priority_seconds, settings.max_jobs_running)
 
@@ -101,7 +101,9 @@ class JobRunner:
         """Notify workers of the next job, if there is one. The rescuer repeats a failed notification."""
         settings = self._settings
         with guarded("no worker notified of the next job"):
-            if job_id := self.store.queues.next_waiting(settings.policy, settings.reward_model, rules_of(settings)):
+            if job_id := self.store.queues.next_waiting(
+                settings.policy, settings.reward_model, scheduling_rules(settings)
+            ):
                 self._notify(job_id)
 
     def hand_back(self, lease: Lease) -> Status:
@@ -132,7 +134,7 @@ class JobRunner:
                 settings.lease_seconds,
                 model=settings.policy,
                 reward_model=settings.reward_model,
-                rules=rules_of(settings),
+                rules=scheduling_rules(settings),
             )
         return None
 
@@ -187,7 +189,7 @@ def _describe_transient(error: BackendUnavailableError | BrokerUnavailableError 
 class _Work:
     """One run of a job: its last stored state, and the checkpoint that stores the next one."""
 
-    def __init__(self, runner: JobRunner, held: Held, state: State) -> None:
+    def __init__(self, runner: JobRunner, held: HeldJob, state: State) -> None:
         self.held = held
         self.state = state
         self.advanced = False

@@ -20,7 +20,7 @@ _CHECK_SECONDS = 1.0
 """Interval between two checks for a cancellation or a deadline. A check is a read, cheaper than a renewal."""
 
 
-class Held:
+class HeldJob:
     """A job that this process runs, with the state of its lease."""
 
     def __init__(self, lease: Lease, drain: Drain) -> None:
@@ -85,7 +85,7 @@ class Leases:
         self._worker = worker
         self._settings = settings
         self._lease_seconds = settings.lease_seconds
-        self._held: set[Held] = set()
+        self._held: set[HeldJob] = set()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._stopping = threading.Event()
@@ -112,9 +112,9 @@ class Leases:
             self._thread.join(timeout=2)
 
     @contextmanager
-    def holding(self, lease: Lease) -> Iterator[Held]:
+    def holding(self, lease: Lease) -> Iterator[HeldJob]:
         """Keep a lease renewed while the block runs."""
-        held = Held(lease, self._drain)
+        held = HeldJob(lease, self._drain)
         with self._lock:
             self._held.add(held)
         try:

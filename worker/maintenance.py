@@ -20,7 +20,7 @@ from tpo.openai.batch_lines import OpenAILines
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.celery.app import controller, make_app
-from worker.celery.consumer_watch import Consumer, watch_consumer
+from worker.celery.consumer_watch import ConsumerWatch, watch_consumer
 from worker.celery.scheduler import beat
 from worker.drain import Drain
 from worker.logs import log
@@ -51,7 +51,7 @@ def main(settings: Settings, store: Store) -> int:
         DELIVER_WEBHOOK: sender.deliver,
         PURGE: Cleaner(settings, store).purge,
     }
-    consumer = Consumer(1, notifier.pending_maintenance_count)
+    consumer = ConsumerWatch(1, notifier.pending_maintenance_count)
     for task, run in tasks.items():
         app.task(name=task, typing=False)(consumer.track(run))
     drain = Drain()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from tpo.core.errors import DatabaseRefusedError, ModelRefusedError, SchemaOutOfDateError, StoreUnavailableError
 from tpo.db import connect
 from tpo.db.schema import check
-from tpo.settings import Settings, explained
+from tpo.settings import Settings, format_errors
 from tpo.store import Store
 from worker import logs
 from worker.drain import exit_on_signals
@@ -31,7 +31,7 @@ def start(serve: Callable[[Settings, Store], int]) -> int:
         settings = Settings()
         return serve(settings, _store(settings))
     except ValidationError as error:
-        print(explained(error), file=sys.stderr)
+        print(format_errors(error), file=sys.stderr)
         return 2
     except (DatabaseRefusedError, ModelRefusedError, SchemaOutOfDateError) as error:
         print(error, file=sys.stderr)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from api import schemas
-from api.errors import told
+from api.errors import problem_body
 from tpo.webhooks.endpoints import MAX_WEBHOOKS
 
 Answers = dict[int | str, dict[str, Any]]
@@ -14,7 +14,7 @@ def _answers(status: int, description: str, **examples: str | tuple[str, str]) -
     shown = {}
     for code, said in examples.items():
         message, param = (said, None) if isinstance(said, str) else said
-        shown[code] = {"value": told("/v1/…", status, message, code, param).model_dump(exclude={"checks"})}
+        shown[code] = {"value": problem_body("/v1/…", status, message, code, param).model_dump(exclude={"checks"})}
     content = {"application/json": {"examples": shown}}
     return {status: {"model": schemas.Problem, "description": description, "content": content}}
 

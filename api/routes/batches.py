@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 
 from api.dependencies import NoQuery, NotifierDep, SettingsDep, StoreDep, printable_id
-from api.idempotency import REPLAYED, once
+from api.idempotency import REPLAYED, idempotency_request
 from api.openapi.errors import (
     BATCH_NOT_FOUND,
     FILE_NOT_FOUND,
@@ -61,7 +61,7 @@ def create_batch(
         seconds=body.window_seconds,
         metadata=body.metadata or {},
         output_seconds=None if keep is None else keep.seconds,
-        once=once(request, settings, body.model_dump(mode="json", exclude_unset=True)),
+        idempotency=idempotency_request(request, settings, body.model_dump(mode="json", exclude_unset=True)),
     )
     if made.new:
         _ring(notifier, made.batch.id, request)

@@ -44,12 +44,12 @@ async def create_chat_completion(
     body: ChatRequest,
     submitter: SubmitterDep,
     store: StoreDep,
-    feed: BroadcasterDep,
+    broadcaster: BroadcasterDep,
     settings: SettingsDep,
 ) -> views.ChatCompletion | HTTPResponse:
     """Create a chat completion: wait for its job to end. With `stream`, the answer arrives as one chunk."""
     job = await run_in_threadpool(submit, body, submitter)
-    job = await until_ended(feed, store, job, settings.wait_seconds)
+    job = await until_ended(broadcaster, store, job, settings.wait_seconds)
     if job.status not in TERMINAL:
         return still_running(request, job, settings.wait_seconds)
     if job.output is None:
@@ -66,7 +66,7 @@ def _without_answer(request: Request, job: Job) -> HTTPResponse:
     detail = f"The job {job.id} ended as {job.status} without an answer"
     return problem(
         request.scope,
-        422 if job.error_code in views.THEIR_CODES else 500,
+        422 if job.error_code in views.OPENAI_ERROR_CODES else 500,
         detail=f"{detail}: {job.error_message}" if job.error_message else f"{detail}.",
         code=job.error_code or f"job_{job.status}",
         headers={"location": f"/v1/jobs/{job.id}", "x-should-retry": "false"},

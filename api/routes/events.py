@@ -37,7 +37,7 @@ async def list_events(
     request: Request,
     job_id: JobId,
     store: StoreDep,
-    feed: BroadcasterDep,
+    broadcaster: BroadcasterDep,
     query: Annotated[queries.EventQuery, Query()],
 ) -> schemas.EventList | HTTPResponse:
     """List or stream the events of a job, numbered without a gap. A stream ends with the job's last event.
@@ -47,7 +47,7 @@ async def list_events(
     job = await run_in_threadpool(store.jobs.get, job_id)
     after = _last_seen(request, query)
     if query.stream if query.stream is not None else _accepts_stream(request):
-        return EventStream(feed, store, job, after)
+        return EventStream(broadcaster, store, job, after)
     rows = await run_in_threadpool(store.jobs.events, job_id, after=after, limit=query.limit + 1)
     shown = [views.event(row) for row in rows[: query.limit]]
     return schemas.EventList(data=shown, has_more=len(rows) > query.limit)

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
-from api.idempotency import REPLAYED, once
+from api.idempotency import REPLAYED, idempotency_request
 from api.openapi.errors import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_SAID, UNAVAILABLE, UPLOAD
 from api.openapi.examples import FILE_CONTENT
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
@@ -188,7 +188,7 @@ def _named(request: Request, settings: Settings, wanted: _Upload) -> Idempotency
         return None
     digest = hashlib.file_digest(wanted.source.file, "sha256").hexdigest()  # type: ignore[arg-type]
     wanted.source.file.seek(0)
-    return once(request, settings, [wanted.name, wanted.keep_seconds, digest])
+    return idempotency_request(request, settings, [wanted.name, wanted.keep_seconds, digest])
 
 
 def _keep(store: Store, wanted: _Upload, named: IdempotencyRequest | None) -> tuple[File, bool]:

@@ -61,7 +61,7 @@ def get_readiness(
     },
 )
 def get_metrics(
-    request: Request, tenant: TenantDep, store: ServerStoreDep, feed: BroadcasterDep, settings: SettingsDep
+    request: Request, tenant: TenantDep, store: ServerStoreDep, broadcaster: BroadcasterDep, settings: SettingsDep
 ) -> HTTPResponse:
     """Get the requests of this process and the queue of each policy, for Prometheus.
 
@@ -73,8 +73,8 @@ def get_metrics(
         queues = store.queues.page(settings.worker_timeout_seconds)
     except StoreUnavailableError:
         queues = None
-    counted: Metrics = request.app.state.metrics
-    return HTTPResponse(counted.page(queues, feed.listeners), media_type=CONTENT_TYPE_LATEST)
+    metrics: Metrics = request.app.state.metrics
+    return HTTPResponse(metrics.render(queues, broadcaster.subscriptions), media_type=CONTENT_TYPE_LATEST)
 
 
 def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Check, schemas.Check]:

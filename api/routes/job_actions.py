@@ -58,7 +58,7 @@ def retry_job(
         job = store.jobs.retry_now(job_id)
         submitter.notify(job)
         return views.job(job, settings)
-    new = submitter.go_on_from(job, retried(job, store.jobs.state(job_id)), {})
+    new = submitter.create_from(job, retried(job, store.jobs.state(job_id)), {})
     return _accepted(new, response, settings)
 
 
@@ -79,7 +79,7 @@ def extend_job(
     """Extend an ended job by more iterations: a NEW job that starts from its pool, with its own usage."""
     job = store.jobs.get(job_id)
     state = extended(job, store.jobs.state(job_id), body.iterations, settings.max_iterations)
-    return _accepted(submitter.go_on_from(job, state, body.model_dump()), response, settings)
+    return _accepted(submitter.create_from(job, state, body.model_dump()), response, settings)
 
 
 @router.delete("/{job_id}", responses=CONFLICT)

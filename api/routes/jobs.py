@@ -42,7 +42,7 @@ async def create_job(
     body: Submit,
     submitter: SubmitterDep,
     store: StoreDep,
-    feed: BroadcasterDep,
+    broadcaster: BroadcasterDep,
     settings: SettingsDep,
     response: Response,
 ) -> schemas.Job:
@@ -55,7 +55,7 @@ async def create_job(
     if preferred := _PREFERRED_WAIT.search(request.headers.get("prefer", "")):
         seconds = min(int(preferred.group(1)), queries.MAX_WAIT_SECONDS)
         response.headers["preference-applied"] = f"wait={seconds}"
-        row = await until_ended(feed, store, row, seconds)
+        row = await until_ended(broadcaster, store, row, seconds)
         if row.status in TERMINAL:
             response.status_code = 200
     response.headers["location"] = f"/v1/jobs/{row.id}"
@@ -82,7 +82,7 @@ async def get_job(
     request: Request,
     job_id: JobId,
     store: StoreDep,
-    feed: BroadcasterDep,
+    broadcaster: BroadcasterDep,
     settings: SettingsDep,
     query: Annotated[queries.WaitQuery, Query()],
 ) -> Response:
@@ -95,7 +95,7 @@ async def get_job(
     body, tag = _shown(views.job(row, settings))
     if query.wait and (not known or tag in known):
         wait = until_changed if known else until_ended
-        row = await wait(feed, store, row, query.wait)
+        row = await wait(broadcaster, store, row, query.wait)
         body, tag = _shown(views.job(row, settings))
     headers = {"etag": tag, "cache-control": "private, no-cache"}
     if tag in known or "*" in known:

@@ -95,15 +95,15 @@ async def create_response(
     body: ResponseRequest,
     submitter: SubmitterDep,
     store: StoreDep,
-    feed: BroadcasterDep,
+    broadcaster: BroadcasterDep,
     settings: SettingsDep,
 ) -> views.Response | HTTPResponse:
     """Create a response: at once with `background`, otherwise when its job has ended."""
     job = await run_in_threadpool(submit, body, submitter)
     if body.stream:
-        return ResponseStream(feed, store, job, None)
+        return ResponseStream(broadcaster, store, job, None)
     if not body.background:
-        job = await until_ended(feed, store, job, settings.wait_seconds)
+        job = await until_ended(broadcaster, store, job, settings.wait_seconds)
         if job.status not in TERMINAL:
             return still_running(request, job, settings.wait_seconds)
     return views.response(job)
@@ -111,12 +111,12 @@ async def create_response(
 
 @router.get("/{response_id}", response_model=views.Response, responses={**_STREAMED, **NOT_FOUND})
 def get_response(
-    job_id: ResponseJobId, store: StoreDep, feed: BroadcasterDep, query: Annotated[ResponseQuery, Query()]
+    job_id: ResponseJobId, store: StoreDep, broadcaster: BroadcasterDep, query: Annotated[ResponseQuery, Query()]
 ) -> views.Response | HTTPResponse:
     """Get a response, or with `stream` its events, from the first or after `starting_after`."""
     job = store.jobs.get(job_id)
     if query.stream:
-        return ResponseStream(feed, store, job, query.starting_after)
+        return ResponseStream(broadcaster, store, job, query.starting_after)
     if query.starting_after is not None:
         raise InvalidInputError("starting_after: is for streams; send stream=true with it.", "starting_after")
     return views.response(job)
@@ -153,7 +153,7 @@ def submit(body: JobRequest, submitter: Submitter) -> Job:
     try:
         return submitter.submit(wanted)
     except InvalidInputError as error:
-        raise body.as_sent(error) from None
+        raise body.with_request_names(error) from None
 
 
 def still_running(request: Request, job: Job, seconds: float) -> JSONResponse:
@@ -174,8 +174,8 @@ def still_running(request: Request, job: Job, seconds: float) -> JSONResponse:
 class ResponseStream(EventStream):
     """The events of a response, each with its number, from the first or after a number that a client has seen."""
 
-    def __init__(self, feed: EventBroadcaster, store: Store, job: Job, after: int | None) -> None:
-        super().__init__(feed, store, job, 0)
+    def __init__(self, broadcaster: EventBroadcaster, store: Store, job: Job, after: int | None) -> None:
+        super().__init__(broadcaster, store, job, 0)
         self._told = ResponseEvents()
         self._shown = job
         self._from = -1 if after is None else after

@@ -1,7 +1,7 @@
-"""The event streams' one reader: however many listen, one task of this process asks the database what is new.
+"""Broadcast events: one task per process polls the database, however many subscriptions are open.
 
-A listener has a bounded buffer. One that does not keep up is dropped, and told why if it ever reads again; it resumes
-by the number that it has seen last. Nothing here outlives a listener.
+A subscription has a bounded buffer. A client that does not keep up is dropped with a reason; it resumes after the
+last event number that it has seen. No state outlives a subscription.
 """
 
 import asyncio
@@ -43,15 +43,15 @@ class Subscription:
         self._news: asyncio.Future[None] | None = None
 
     async def next(self, timeout: float) -> EventRow | None:
-        """The next event, or None at the listener's end. Raises TimeoutError when nothing happened for so long."""
+        """The next event, or None at the subscription's end. Raises TimeoutError when nothing happened for so long."""
         if not self._buffer and self.end is None:
             self._news = asyncio.get_running_loop().create_future()
             async with asyncio.timeout(timeout):
                 await self._news
         return self._buffer.pop(0) if self._buffer else None
 
-    def tell(self, event: EventRow) -> None:
-        """Put an event into the buffer; a listener whose buffer is full is at its end."""
+    def put(self, event: EventRow) -> None:
+        """Put an event into the buffer; a subscription whose buffer is full is at its end."""
         if self.end is None and event.number > self.seen:
             self.seen = event.number
             if len(self._buffer) >= _BUFFER:
@@ -61,7 +61,7 @@ class Subscription:
                 self._wake()
 
     def drop(self, reason: EndReason) -> None:
-        """Let the listener end once it has read what is in its buffer."""
+        """Let the subscription end once it has read what is in its buffer."""
         if self.end is None:
             self.end = reason
             self._wake()
@@ -77,7 +77,7 @@ class EventBroadcaster:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._seen: dict[str, int] = {}
-        self._listeners: dict[str, set[Subscription]] = {}
+        self._subscriptions: dict[str, set[Subscription]] = {}
         self._anybody = asyncio.Event()
         self._stopping = False
         self._away = False
@@ -95,36 +95,36 @@ class EventBroadcaster:
                 await reader
 
     def stop(self) -> None:
-        """End every listener, so that the server can end; they resume elsewhere."""
+        """End every subscription, so that the server can end; they resume elsewhere."""
         self._stopping = True
-        for listener in [each for listeners in self._listeners.values() for each in listeners]:
-            listener.drop("server_stopping")
+        for subscription in [each for listeners in self._subscriptions.values() for each in listeners]:
+            subscription.drop("server_stopping")
 
     @asynccontextmanager
-    async def listening(self, job_id: str, last_event: int) -> AsyncIterator[Subscription]:
-        """Listen to a job of which so many events are known. What follows `listener.seen` at the start is told."""
+    async def subscribe(self, job_id: str, last_event: int) -> AsyncIterator[Subscription]:
+        """Subscribe to a job's events after `last_event`; the subscription starts at `subscription.seen`."""
         seen = self._seen.setdefault(job_id, last_event)
-        listener = Subscription(job_id, seen)
-        self._listeners.setdefault(job_id, set()).add(listener)
+        subscription = Subscription(job_id, seen)
+        self._subscriptions.setdefault(job_id, set()).add(subscription)
         self._anybody.set()
         if self._stopping:
-            listener.drop("server_stopping")
+            subscription.drop("server_stopping")
         try:
-            yield listener
+            yield subscription
         finally:
-            self._listeners[job_id].discard(listener)
-            if not self._listeners[job_id]:
-                del self._listeners[job_id], self._seen[job_id]
+            self._subscriptions[job_id].discard(subscription)
+            if not self._subscriptions[job_id]:
+                del self._subscriptions[job_id], self._seen[job_id]
 
     @property
-    def listeners(self) -> int:
-        """How many listen."""
-        return sum(len(each) for each in self._listeners.values())
+    def subscriptions(self) -> int:
+        """Return the number of open subscriptions."""
+        return sum(len(each) for each in self._subscriptions.values())
 
     async def _read(self) -> None:
         pause = LOOK_SECONDS
         while True:
-            if not self._listeners:
+            if not self._subscriptions:
                 self._anybody.clear()
                 await self._anybody.wait()
             try:
@@ -152,11 +152,11 @@ class EventBroadcaster:
                     await asyncio.gather(looking, return_exceptions=True)
             raise
         for event in news.events:
-            # Between two looks a job may have lost its last listener and found a new one, who has seen more.
+            # Between two looks a job may have lost its last subscription and found a new one, who has seen more.
             if event.number > self._seen.get(event.job_id, event.number):
                 self._seen[event.job_id] = event.number
-                for listener in self._listeners[event.job_id]:
-                    listener.tell(event)
-        for job_id in news.gone:
-            for listener in self._listeners.get(job_id, ()):
-                listener.drop("job_deleted")
+                for subscription in self._subscriptions[event.job_id]:
+                    subscription.put(event)
+        for job_id in news.deleted_jobs:
+            for subscription in self._subscriptions.get(job_id, ()):
+                subscription.drop("job_deleted")

@@ -13,28 +13,28 @@ from tpo.store import Store
 _ENDS = frozenset(f"job.{status}" for status in TERMINAL)
 
 
-async def until_ended(feed: EventBroadcaster, store: Store, job: Job, seconds: float) -> Job:
+async def until_ended(broadcaster: EventBroadcaster, store: Store, job: Job, seconds: float) -> Job:
     """The job when it has ended, or as it stands when the time is up."""
-    return await _wait(feed, store, job, seconds, any_event=False)
+    return await _wait(broadcaster, store, job, seconds, any_event=False)
 
 
-async def until_changed(feed: EventBroadcaster, store: Store, job: Job, seconds: float) -> Job:
+async def until_changed(broadcaster: EventBroadcaster, store: Store, job: Job, seconds: float) -> Job:
     """The job after its next event, or as it stands when the time is up."""
-    return await _wait(feed, store, job, seconds, any_event=True)
+    return await _wait(broadcaster, store, job, seconds, any_event=True)
 
 
-async def _wait(feed: EventBroadcaster, store: Store, job: Job, seconds: float, *, any_event: bool) -> Job:
+async def _wait(broadcaster: EventBroadcaster, store: Store, job: Job, seconds: float, *, any_event: bool) -> Job:
     if job.status in TERMINAL:
         return job
     end = time.monotonic() + seconds
-    async with feed.listening(job.id, job.last_event) as listener:
+    async with broadcaster.subscribe(job.id, job.last_event) as subscription:
         try:
-            if listener.seen > job.last_event:  # the reader was ahead of what was read of the job
+            if subscription.seen > job.last_event:  # the reader was ahead of what was read of the job
                 job = await run_in_threadpool(store.jobs.get, job.id)
                 if any_event or job.status in TERMINAL:
                     return job
             while (left := end - time.monotonic()) > 0:
-                event = await listener.next(left)
+                event = await subscription.next(left)
                 if event is None or any_event or event.type in _ENDS:
                     break
         except TimeoutError:

@@ -21,7 +21,7 @@ logger = logging.getLogger("api")
 
 COMMENT_SECONDS = 15.0
 SEND_SECONDS = 60.0
-"""A listener that has taken nothing for so long is gone, or as good as gone."""
+"""A client that has read nothing for so many seconds is disconnected."""
 
 _PAGE = 200
 _LAST = frozenset(f"job.{status}" for status in TERMINAL)
@@ -33,45 +33,45 @@ _HEADERS = [
 
 
 class EventStream(HTTPResponse):
-    """The events of one job as Server-Sent Events, until its last one, its listener's end, or the server's.
+    """The events of one job as Server-Sent Events, until its last one, its subscription's end, or the server's.
 
     Another resource that is a view of a job overrides how an event, and an early end, are written.
     """
 
-    def __init__(self, feed: EventBroadcaster, store: Store, job: Job, after: int) -> None:
+    def __init__(self, broadcaster: EventBroadcaster, store: Store, job: Job, after: int) -> None:
         super().__init__(status_code=200)
-        self._feed = feed
+        self._broadcaster = broadcaster
         self._store = store
         # Not the row itself: a thousand of these wait at once, and a row holds texts.
         self._job_id, self._last_event, self._ended = job.id, job.last_event, job.status in TERMINAL
         self._after = after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Leave the telling to the outermost layer: what stands around a route weighs more than a listener does."""
-        scope["state"]["outlives_its_route"] = self.tell
+        """Leave sending to the outermost layer: the frames around a route hold more memory than a subscription does."""
+        scope["state"]["streams_after_route"] = self.send_events
 
-    async def tell(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send frames while somebody takes them."""
+    async def send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send frames until the stream ends or the client disconnects."""
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        async with self._feed.listening(self._job_id, self._last_event) as listener:
+        async with self._broadcaster.subscribe(self._job_id, self._last_event) as subscription:
             gone = asyncio.create_task(_until_gone(receive))
-            gone.add_done_callback(lambda _: listener.drop("gone"))
+            gone.add_done_callback(lambda _: subscription.drop("gone"))
             try:
-                async for frame in self._frames(listener):
+                async for frame in self._frames(subscription):
                     async with asyncio.timeout(SEND_SECONDS):
                         await send({"type": "http.response.body", "body": frame, "more_body": True})
             except TimeoutError:
-                logger.warning("request %s: the listener takes nothing and is dropped", scope["state"]["request_id"])
+                logger.warning("request %s: the client reads nothing and is disconnected", scope["state"]["request_id"])
                 return
             finally:
                 gone.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _frames(self, listener: Subscription) -> AsyncIterator[bytes]:
-        after, live_from = self._after, listener.seen
+    async def _frames(self, subscription: Subscription) -> AsyncIterator[bytes]:
+        after, live_from = self._after, subscription.seen
         while after < live_from:
-            if listener.end is not None:  # what stands in its buffer follows numbers that were not sent
-                yield self.closing(listener.end)
+            if subscription.end is not None:  # what stands in its buffer follows numbers that were not sent
+                yield self.closing(subscription.end)
                 return
             try:
                 rows = await run_in_threadpool(self._store.jobs.events, self._job_id, after=after, limit=_PAGE)
@@ -90,12 +90,12 @@ class EventStream(HTTPResponse):
             return
         while True:
             try:
-                event = await listener.next(COMMENT_SECONDS)
+                event = await subscription.next(COMMENT_SECONDS)
             except TimeoutError:
                 yield b": still here\n\n"
                 continue
             if event is None:
-                yield self.closing(listener.end or "server_stopping")
+                yield self.closing(subscription.end or "server_stopping")
                 return
             if event.number > after or event.type in _LAST:
                 yield await self.frame(event)

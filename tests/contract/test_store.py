@@ -175,7 +175,7 @@ def test_checkpoint_is_idempotent(engine: Engine, store: Store) -> None:
 def test_lost_lease_cannot_write(engine: Engine, store: Store) -> None:
     job_id = create(store)
     lost, before = claim(store, job_id, seconds=-1)
-    store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
+    store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)
     # Claimed by the same worker, so that only the fence distinguishes the two claims.
     held, state = claim(store, job_id, "worker-1")
     store.leases.checkpoint(held, make_step(state))
@@ -253,7 +253,7 @@ def test_finish_stores_outcome(engine: Engine, store: Store, outcome: Outcome) -
             write()
     assert claim_one(store, job.id, "worker-1", 30, **SERVES) is None
     assert store.jobs.cancel(job.id).status == outcome.status
-    assert store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60) == []
+    assert store.maintenance.sweep(renotify_seconds=-1, worker_retention_seconds=60) == []
     assert rows(engine) == ended
 
 
@@ -296,9 +296,9 @@ def test_release_with_delay_counts_attempt_and_waits(engine: Engine, store: Stor
     assert (job.status, job.attempt) == ("queued", 1)
     assert job.next_attempt_at is not None
     assert claim_one(store, job.id, "worker-2", 30, **SERVES) is None
-    assert store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60) == []
+    assert store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60) == []
     put(engine, job.id, next_attempt_at=job.created_at)
-    due = [store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60) for _ in range(2)]
+    due = [store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60) for _ in range(2)]
     assert [[wake_up.job_id for wake_up in wake_ups] for wake_ups in due] == [[job.id], []]
     assert claim(store, job.id, "worker-2")[0].attempt == 2
 

@@ -195,7 +195,7 @@ def test_concurrent_claims_are_unique_and_respect_limit(engine: Engine, store: S
 
 def test_concurrent_claims_share_slots_among_tenants(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        claims, "_PATIENCE_MILLISECONDS", 60_000
+        claims, "_LOCK_TIMEOUT_MILLISECONDS", 60_000
     )  # no claim is frozen here, however busy the machine is
     for tenant in "ab":
         create_for(store, tenant, 8)
@@ -226,9 +226,9 @@ def test_paused_queue_blocks_claims_and_flags_running_jobs(engine: Engine, store
     assert store.leases.renew("worker-1", [running], 30)[running][1].queue_paused
     assert store.leases.checkpoint(lease, make_step(state)).queue_paused
     assert store.leases.release(lease) == "queued"
-    assert [wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)] == [
-        other
-    ]
+    assert [
+        wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=-1, worker_retention_seconds=60)
+    ] == [other]
     assert store.leases.claim("worker-1", 30, model="other", reward_model="reward")
     assert store.queues.resume("policy") == [running]
     store.queues.resume("policy")
@@ -273,7 +273,7 @@ def test_claim_queries_use_queue_indexes(engine: Engine, store: Store) -> None:
             connection.execute(text("VACUUM ANALYZE jobs"))
     pair = Pair("policy", "reward")
     with writing(engine) as session:
-        queue = claims._line(session, pair, Rules())
+        queue = claims._snapshot_queue(session, pair, Rules())
         assert [(head.tenant, head.priority) for head in queue.heads] == [("b", 3), ("default", 0)]
         head = queue.next()
         assert head
@@ -314,7 +314,7 @@ def test_claim_names_another_waiting_job(store: Store) -> None:
 def test_frozen_claim_does_not_block_others(engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine.dialect.name == "sqlite":
         return  # SQLite has one writer, which blocks all others in any case
-    monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 50)
+    monkeypatch.setattr(claims, "_LOCK_TIMEOUT_MILLISECONDS", 50)
     jobs = create_sorted(3, store)
     claim_next(store)
     with writing(engine) as frozen:

@@ -50,7 +50,7 @@ def test_cancel_racing_finish_ends_job_once(store: Store) -> None:
 def test_cancel_racing_release_is_not_lost(store: Store) -> None:
     for round_number in range(20):
         lease, _ = claim(store, create(store), seconds=-1)
-        sweep = partial(store.maintenance.sweep, renotify_seconds=60, forget_worker_seconds=60)
+        sweep = partial(store.maintenance.sweep, renotify_seconds=60, worker_retention_seconds=60)
         run_together(
             partial(store.jobs.cancel, lease.job_id),
             partial(store.leases.release, lease) if round_number % 2 else sweep,
@@ -67,7 +67,9 @@ def test_concurrent_sweeps_and_renewals_are_consistent(store: Store) -> None:
 
     def sweep() -> list[str]:
         return [
-            b.job_id for _ in range(3) for b in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
+            b.job_id
+            for _ in range(3)
+            for b in store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)
         ]
 
     results = run_together(sweep, sweep, sweep, partial(store.leases.renew, "worker-1", jobs, 30))
@@ -107,7 +109,7 @@ def test_group_commit_batches_writes_and_isolates_failures(tmp_path: Path) -> No
         with writing(engine) as session:
             session.execute(select(now()))
             writes = [threads.submit(submit, name) for name in ("a", "b", "taken", "c", "d")]
-            eventually(lambda: len(engine.get_execution_options()["tpo_waiting"]) == 5, why="all wait")
+            eventually(lambda: len(engine.get_execution_options()["tpo_pending_writes"]) == 5, why="all wait")
         with pytest.raises(ExternalIdTakenError):
             writes[2].result()
         made = [future.result() for future in writes[:2] + writes[3:]]
@@ -127,7 +129,7 @@ def test_group_commit_failure_fails_every_write(sqlite: Engine) -> None:
         with writing(sqlite) as session:
             session.execute(select(now()))
             writes = [threads.submit(create, store) for _ in range(3)]
-            eventually(lambda: len(sqlite.get_execution_options()["tpo_waiting"]) == 3, why="all wait")
+            eventually(lambda: len(sqlite.get_execution_options()["tpo_pending_writes"]) == 3, why="all wait")
             session.commit()
             event.listen(sqlite, "commit", fail)
         for each in writes:
@@ -146,7 +148,7 @@ def test_sweep_skips_locked_rows(postgres: Engine) -> None:
         )  # a sweep that waits for the row fails
         session.execute(update(Job).where(Job.id == locked).values(input_tokens=1))
         notified = [
-            wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
+            wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)
         ]
     assert notified == [lost]
     assert store.jobs.get(locked).status == "in_progress"

@@ -77,7 +77,7 @@ def test_wrong_process_clock_changes_nothing(store: Store, monkeypatch: pytest.M
         set_clock(offset)
         lease, state = claim(store, create(store, deadline_seconds=300), seconds=30)
         ids.append(lease.job_id)
-        assert store.maintenance.sweep(renotify_seconds=15, forget_worker_seconds=60) == []
+        assert store.maintenance.sweep(renotify_seconds=15, worker_retention_seconds=60) == []
         flags = store.leases.checkpoint(lease, make_step(state))
         assert not flags.past_deadline
         job = store.jobs.get(lease.job_id)
@@ -98,7 +98,7 @@ def test_unreachable_database_raises_store_unavailable(kind: str, tmp_path: Path
         partial(store.jobs.get, "job_1"),
         partial(create, store),
         partial(store.leases.claim, "worker-1", 30, **SERVES),
-        partial(store.maintenance.sweep, renotify_seconds=1, forget_worker_seconds=1),
+        partial(store.maintenance.sweep, renotify_seconds=1, worker_retention_seconds=1),
     ):
         with pytest.raises(StoreUnavailableError):
             query()
@@ -160,11 +160,11 @@ def test_postgresql_connection_lost_in_transaction_rolls_back(postgres: Engine) 
 def test_postgresql_connection_lost_in_waiting_claim_raises(postgres: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(postgres)
     create(store)
-    monkeypatch.setattr(claims, "_PATIENCE_MILLISECONDS", 60_000)
+    monkeypatch.setattr(claims, "_LOCK_TIMEOUT_MILLISECONDS", 60_000)
     waits = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND wait_event = 'advisory'")
     with ThreadPoolExecutor(1) as thread:
         with writing(postgres) as session:
-            claims._wait_for_turn(session, claims.Pair("policy", "reward"))
+            claims._lock_queue(session, claims.Pair("policy", "reward"))
             claimed = thread.submit(store.leases.claim, "worker-1", 30, **SERVES)
             with single_query(postgres) as connection:
                 pid = eventually(lambda: connection.scalar(waits), why="the claim waits for the advisory lock")

@@ -7,7 +7,7 @@ from sqlalchemy import Engine
 
 from testing.fakes import new_state
 from testing.jobs import claim, create, execute, rows
-from testing.seeding import fill
+from testing.seeding import seed_database
 from tpo.core.errors import ExternalIdTakenError, IdempotencyConflictError, JobNotFoundError, QuotaExceededError
 from tpo.jobs.leases import Lease
 from tpo.jobs.outcomes import Outcome
@@ -26,7 +26,13 @@ def submit(
 ) -> Submitted:
     """Submit a job."""
     return store.jobs.submit(
-        STATE, once=once, limits=limits, max_attempts=3, external_id=external_id, model="policy", reward_model="reward"
+        STATE,
+        idempotency=once,
+        limits=limits,
+        max_attempts=3,
+        external_id=external_id,
+        model="policy",
+        reward_model="reward",
     )
 
 
@@ -101,7 +107,7 @@ def test_in_flight_limit_counts_per_tenant(engine: Engine, store: Store) -> None
 
 def test_rate_limit_counts_jobs_per_minute(engine: Engine, store: Store) -> None:
     limits = Limits(per_minute=3)
-    statuses = [submit(store, limits=limits).room for _ in range(3)]
+    statuses = [submit(store, limits=limits).rate_limit for _ in range(3)]
     assert [(status.limit, status.remaining) for status in statuses if status] == [(3, 2), (3, 1), (3, 0)]
     with pytest.raises(QuotaExceededError) as refused:
         submit(store, limits=limits)
@@ -166,7 +172,7 @@ def test_purge_removes_old_ended_jobs_only(engine: Engine, store: Store) -> None
 
 
 def test_cleaner_purges_until_nothing_is_left(engine: Engine, store: Store) -> None:
-    fill(engine, 300)
+    seed_database(engine, 300)
     Cleaner(Settings(retention_days=1e-9, idempotency_hours=1e-9), store).purge()
     assert {job.status for job in store.jobs.page(limit=300)} == {"queued"}
     left = rows(engine)

@@ -23,13 +23,13 @@ from tpo.store import Store
 
 def sweep(store: Store) -> list[str]:
     """Run one sweep and return the ids of the jobs to notify workers of."""
-    return [wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)]
+    return [wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)]
 
 
 def continue_from(store: Store, job_id: str, state: State) -> Job:
     """Create a job that continues from the state of another one."""
     made = store.jobs.create_from(
-        job_id, state, once=None, limits=None, max_attempts=3, model="policy", reward_model="reward"
+        job_id, state, idempotency=None, limits=None, max_attempts=3, model="policy", reward_model="reward"
     )
     return made.job
 
@@ -40,7 +40,7 @@ def test_queued_job_pauses_at_once_and_resumes(engine: Engine, store: Store) -> 
     paused = rows(engine)
     assert store.jobs.pause(job_id).status == "paused"
     assert claim_one(store, job_id, "worker-1", 30, **SERVES) is None
-    assert store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60) == []
+    assert store.maintenance.sweep(renotify_seconds=-1, worker_retention_seconds=60) == []
     assert rows(engine) == paused
     assert store.jobs.resume(job_id).status == "queued"
     assert store.jobs.resume(job_id).status == "queued"
@@ -285,6 +285,6 @@ def test_new_events_lists_events_and_deleted_jobs(store: Store) -> None:
     claim(store, first)
     found = store.events.new_events({first: 1, second: 1, "job_none": 0})
     assert [(e.job_id, e.number) for e in found.events] == [(first, 2), (first, 3)]
-    assert found.gone == {"job_none"}
+    assert found.deleted_jobs == {"job_none"}
     assert store.events.new_events({}).events == ()
     assert len(store.events.new_events({**{f"job_{i}": 0 for i in range(1000)}, second: 0}).events) == 1

@@ -18,7 +18,7 @@ from tpo.store import Store
 
 def sweep(store: Store, renotify_seconds: float = 60) -> list[str]:
     """Run one sweep and return the ids of the jobs to notify workers of."""
-    wake_ups = store.maintenance.sweep(renotify_seconds=renotify_seconds, forget_worker_seconds=60)
+    wake_ups = store.maintenance.sweep(renotify_seconds=renotify_seconds, worker_retention_seconds=60)
     assert all(wake_up.model == "policy" for wake_up in wake_ups)
     return [wake_up.job_id for wake_up in wake_ups]
 
@@ -151,16 +151,16 @@ def test_sweep_notifies_each_queue(engine: Engine, store: Store) -> None:
         put(engine, job_id, model="nobody serves it")
     for job_id in jobs[4:5]:
         put(engine, job_id, reward_model="another")
-    wake_ups = store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
+    wake_ups = store.maintenance.sweep(renotify_seconds=-1, worker_retention_seconds=60)
     notified = {(wake_up.job_id, wake_up.model) for wake_up in wake_ups}
     assert notified == {(jobs[0], "nobody serves it"), (jobs[4], "policy"), (jobs[5], "policy")}
 
 
 def test_sweep_removes_silent_workers(store: Store) -> None:
     store.workers.register("worker-1", concurrency=1, **SERVES)
-    store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
+    store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)
     assert len(store.workers.live(60)) == 1
-    store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=-1)
+    store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=-1)
     assert store.workers.live(60) == []
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, inspect
 
 from testing.fakes import FakeReward, make_step
 from testing.jobs import claim_one
-from testing.seeding import SERVES, Filled, fill, new_job, policy
+from testing.seeding import SERVES, SeededDatabase, new_job, policy, seed_database
 from testing.services import new_database
 from tests.support.plans import SMALL_TABLES, counted_steps, recorded, rows_read, scans
 from tests.support.worker_harness import RecordingNotifier
@@ -37,15 +37,15 @@ LISTED = 5
 A_FEW_ROWS = {"sqlite": 100, "postgresql": 20}
 """Steps (SQLite) or rows (PostgreSQL) by which pages may differ that contain a few jobs in one database and none in
 the other."""
-Operation = Callable[[Store, Filled], object]
+Operation = Callable[[Store, SeededDatabase], object]
 
 
-def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> str:
+def whole_job(store: Store, seeded: SeededDatabase, outcome: Outcome | None = None) -> str:
     """Take a job from its submission through a worker to its end, and return its id."""
     once = IdempotencyRequest("body", secrets.token_hex(8))
-    metadata = {"run": filled.run, "more": "x"}
+    metadata = {"run": seeded.run, "more": "x"}
     job = store.jobs.submit(
-        new_job(), once=once, limits=Limits(10_000, 10_000), metadata=metadata, max_attempts=3, **SERVES
+        new_job(), idempotency=once, limits=Limits(10_000, 10_000), metadata=metadata, max_attempts=3, **SERVES
     ).job
     claimed = claim_one(store, job.id, "worker-1", 3600, **SERVES)
     assert claimed
@@ -53,7 +53,7 @@ def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> s
     store.workers.register("worker-1", concurrency=1, **SERVES)
     store.leases.renew("worker-1", [job.id], 3600)
     store.leases.check("worker-1", [job.id])
-    store.events.new_events({job.id: 1, filled.middle: 2})
+    store.events.new_events({job.id: 1, seeded.middle: 2})
     while pending(state):
         made = make_step(state, policy(), FakeReward())
         store.leases.checkpoint(lease, made)
@@ -65,29 +65,29 @@ def whole_job(store: Store, filled: Filled, outcome: Outcome | None = None) -> s
     return job.id
 
 
-def client_changes(store: Store, filled: Filled) -> None:
+def client_changes(store: Store, seeded: SeededDatabase) -> None:
     """Apply every change that clients can make to a waiting job, and delete it after its end."""
-    job_id = whole_job(store, filled)
+    job_id = whole_job(store, seeded)
     for change in (store.jobs.pause, store.jobs.resume, store.jobs.retry_now, store.jobs.cancel, store.jobs.delete):
         change(job_id)
 
 
-def sweep_lost(store: Store, filled: Filled) -> None:
+def sweep_lost(store: Store, seeded: SeededDatabase) -> None:
     """Sweep with one expired job and one lost job."""
     job = store.jobs.submit(new_job(), max_attempts=3, deadline_seconds=-1, **SERVES).job
     lost = store.jobs.submit(new_job(), max_attempts=3, **SERVES).job.id
     assert claim_one(store, lost, "worker-2", -1, **SERVES)
-    wake_ups = store.maintenance.sweep(renotify_seconds=3600, forget_worker_seconds=60)
+    wake_ups = store.maintenance.sweep(renotify_seconds=3600, worker_retention_seconds=60)
     assert [wake_up.model for wake_up in wake_ups] == [SERVES["model"]]
     assert store.jobs.get(lost).status == "queued"
     assert store.jobs.get(job.id).status == "expired"
     store.jobs.cancel(lost)
 
 
-def webhooks(store: Store, filled: Filled) -> None:
+def webhooks(store: Store, seeded: SeededDatabase) -> None:
     """Use every operation on webhooks and deliveries."""
     hook = store.webhooks.create("https://example.com/", ["job.completed"]).row
-    whole_job(store, filled, Outcome("completed"))
+    whole_job(store, seeded, Outcome("completed"))
     store.webhooks.ping(hook.id)
     assert store.webhooks.deliveries_page(hook.id, limit=LISTED)
     first, second = store.deliveries.due(9)
@@ -114,14 +114,14 @@ class Lines:
     def submission(self) -> Submit:
         return Submit(model=SERVES["model"], input="Hello")
 
-    def as_sent(self, error: InvalidInputError) -> InvalidInputError:
+    def with_request_names(self, error: InvalidInputError) -> InvalidInputError:
         return error
 
     def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
         return b"{}\n"
 
 
-def batches(store: Store, filled: Filled) -> None:
+def batches(store: Store, seeded: SeededDatabase) -> None:
     """Take a batch from the upload of its input to its cancellation."""
     settings = Settings(policy=SERVES["model"], reward_model=SERVES["reward_model"])
     advancer = BatchAdvancer(store.engine, settings, RecordingNotifier(), Lines())
@@ -148,9 +148,9 @@ def batches(store: Store, filled: Filled) -> None:
 def page(**options: Any) -> Operation:
     """Return an operation that lists one page of jobs."""
 
-    def read(store: Store, filled: Filled) -> None:
-        after = filled.middle if options.get("from_the_middle") else None
-        metadata = {key: filled.run if value == "RUN" else value for key, value in options.get("metadata", {}).items()}
+    def read(store: Store, seeded: SeededDatabase) -> None:
+        after = seeded.middle if options.get("from_the_middle") else None
+        metadata = {key: seeded.run if value == "RUN" else value for key, value in options.get("metadata", {}).items()}
         known = {key: value for key, value in options.items() if key not in ("from_the_middle", "metadata")}
         store.jobs.page(limit=LISTED, after=after, metadata=metadata, **known)
 
@@ -159,9 +159,9 @@ def page(**options: Any) -> Operation:
 
 STATUSES: tuple[Status, ...] = get_args(Status)
 READS: dict[str, Operation] = {
-    "get": lambda store, filled: store.jobs.get(filled.middle),
-    "state": lambda store, filled: store.jobs.state(filled.middle),
-    "events": lambda store, filled: store.jobs.events(filled.middle, 3),
+    "get": lambda store, seeded: store.jobs.get(seeded.middle),
+    "state": lambda store, seeded: store.jobs.state(seeded.middle),
+    "events": lambda store, seeded: store.jobs.events(seeded.middle, 3),
     "newest": page(),
     "middle": page(from_the_middle=True),
     "middle, oldest first": page(from_the_middle=True, order="asc"),
@@ -174,21 +174,21 @@ READS: dict[str, Operation] = {
     "metadata": page(metadata={"run": "RUN"}, from_the_middle=True),
     "unused metadata": page(metadata={"run": "none"}),
     "two metadata pairs": page(metadata={"more": "x", "run": "RUN"}),
-    "quotas": lambda store, filled: store.jobs.free_slots(Limits(in_flight=LISTED)),
-    "workers": lambda store, filled: store.workers.live(60),
-    "key": lambda store, filled: store.keys.tenant_of("nobody"),
+    "quotas": lambda store, seeded: store.jobs.free_slots(Limits(in_flight=LISTED)),
+    "workers": lambda store, seeded: store.workers.live(60),
+    "key": lambda store, seeded: store.keys.tenant_of("nobody"),
 }
 WRITES: dict[str, Operation] = {
-    "whole job": lambda store, filled: whole_job(store, filled, Outcome("completed", output="Draft")),
+    "whole job": lambda store, seeded: whole_job(store, seeded, Outcome("completed", output="Draft")),
     "client changes": client_changes,
     "sweep": sweep_lost,
-    "purge": lambda store, filled: (store.maintenance.purge(1.0, batch=2), store.idempotency_keys.purge(1.0, batch=2)),
+    "purge": lambda store, seeded: (store.maintenance.purge(1.0, batch=2), store.idempotency_keys.purge(1.0, batch=2)),
     "webhooks": webhooks,
     "batches": batches,
 }
 
 
-Sizes = list[tuple[Engine, Filled]]
+Sizes = list[tuple[Engine, SeededDatabase]]
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def sqlite_sizes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sizes]:
     """Yield a small and a large SQLite database."""
     folder: Path = tmp_path_factory.mktemp("plans")
     urls = (f"sqlite:///{folder}/small.db", f"sqlite:///{folder}/large.db")
-    with _filled(urls[0], JOBS // SIZE_RATIO) as small, _filled(urls[1], JOBS) as large:
+    with _seeded(urls[0], JOBS // SIZE_RATIO) as small, _seeded(urls[1], JOBS) as large:
         yield [small, large]
 
 
@@ -206,8 +206,8 @@ def postgres_sizes(postgres_admin_url: str) -> Iterator[Sizes]:
     with (
         new_database(postgres_admin_url) as first,
         new_database(postgres_admin_url) as second,
-        _filled(first, JOBS // SIZE_RATIO) as small,
-        _filled(second, JOBS) as large,
+        _seeded(first, JOBS // SIZE_RATIO) as small,
+        _seeded(second, JOBS) as large,
     ):
         yield [small, large]
 
@@ -220,18 +220,18 @@ def sizes(request: pytest.FixtureRequest) -> Sizes:
 
 
 @contextlib.contextmanager
-def _filled(url: str, jobs: int) -> Iterator[tuple[Engine, Filled]]:
+def _seeded(url: str, jobs: int) -> Iterator[tuple[Engine, SeededDatabase]]:
     schema.upgrade(url)
     engine = connect(url)
-    yield engine, fill(engine, jobs)
+    yield engine, seed_database(engine, jobs)
     engine.dispose()
 
 
 @pytest.mark.parametrize("name", [*READS, *WRITES])
 def test_operations_scan_no_table(sizes: Sizes, name: str) -> None:
-    for engine, filled in sizes:
+    for engine, seeded in sizes:
         with recorded(engine) as statements:
-            (READS | WRITES)[name](Store(engine), filled)
+            (READS | WRITES)[name](Store(engine), seeded)
     assert statements
     assert {s.sql: found for s in statements if (found := scans(engine, s))} == {}
 
@@ -239,15 +239,15 @@ def test_operations_scan_no_table(sizes: Sizes, name: str) -> None:
 @pytest.mark.parametrize("name", READS)
 def test_read_cost_does_not_grow_with_table(sizes: Sizes, name: str) -> None:
     costs = []
-    for engine, filled in sizes:
-        READS[name](Store(engine), filled)
+    for engine, seeded in sizes:
+        READS[name](Store(engine), seeded)
         if engine.dialect.name == "sqlite":
             with counted_steps(engine) as steps:
-                READS[name](Store(engine), filled)
+                READS[name](Store(engine), seeded)
             costs.append(steps[0])
         else:
             with recorded(engine) as statements:
-                READS[name](Store(engine), filled)
+                READS[name](Store(engine), seeded)
             assert statements
             costs.append(sum(rows_read(engine, s) for s in statements))
     small, large = costs
@@ -257,9 +257,9 @@ def test_read_cost_does_not_grow_with_table(sizes: Sizes, name: str) -> None:
 @pytest.mark.parametrize("name", WRITES)
 def test_write_cost_does_not_grow_with_table(sqlite_sizes: Sizes, name: str) -> None:
     costs = []
-    for engine, filled in sqlite_sizes:
+    for engine, seeded in sqlite_sizes:
         with counted_steps(engine) as steps:
-            WRITES[name](Store(engine), filled)
+            WRITES[name](Store(engine), seeded)
         costs.append(steps[0])
     small, large = costs
     assert 0 < large <= 1.2 * small

@@ -70,7 +70,7 @@ def test_workers_serve_every_tenant(store: Store) -> None:
     for tenant in ("acme", "other"):
         assert claim(store, create(store.for_tenant(tenant)))
     create(store.for_tenant("acme"))
-    wake_ups = store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
+    wake_ups = store.maintenance.sweep(renotify_seconds=-1, worker_retention_seconds=60)
     assert len(wake_ups) == 1
 
 

@@ -53,7 +53,7 @@ def test_run_makes_recorded_choices(number: int, prompt_set: str) -> None:
 
     # When no sample of a step is usable, this implementation asks once more and the authors' code does not. The
     # repeated request makes no other choice, so it is left out.
-    requests = [r for r in policy.asked if r.first_sample == 0]
+    requests = [r for r in policy.requests if r.first_sample == 0]
     assert [(RECORDED_KIND.get(r.kind, r.kind), r.n) for r in requests] == [
         (c["kind"], c["n"]) for c in recorded["expect"]["calls"]
     ]
@@ -64,6 +64,6 @@ def test_run_makes_recorded_choices(number: int, prompt_set: str) -> None:
         assert (last.candidate(iteration.chosen).text, rejected) == (expected["chosen"], expected["rejected"])
         shown = critique.messages[-1].content
         assert all(text in shown for text in (expected["chosen"], expected["rejected"] or ""))
-    assert [list(request.responses) for request in reward.asked] == recorded["expect"]["scored"]
+    assert [list(request.responses) for request in reward.requests] == recorded["expect"]["scored"]
     assert last.best is not None
     assert (last.best.text, last.best.reward) == (recorded["expect"]["best"], recorded["expect"]["best_score"])

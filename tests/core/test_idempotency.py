@@ -4,14 +4,16 @@ from typing import Any
 
 from starlette.requests import Request
 
-from api.idempotency import once
+from api.idempotency import idempotency_request
 from tpo.settings import Settings
 
 
 def fingerprint(path: str, body: Any) -> str:
     """Return the fingerprint of a POST request."""
     scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "server": ("here", 80)}
-    return once(Request({**scope, "headers": [(b"idempotency-key", b"key")]}), Settings(), body).fingerprint
+    return idempotency_request(
+        Request({**scope, "headers": [(b"idempotency-key", b"key")]}), Settings(), body
+    ).fingerprint
 
 
 def test_fingerprint_ignores_field_order_but_not_path() -> None:

@@ -15,15 +15,15 @@ from tpo.core.errors import CallInterruptedError, StoreUnavailableError
 from tpo.core.ports import Generate, Interrupt
 from tpo.jobs.leases import Flags, Lease
 from worker.drain import Drain
-from worker.leases import Held, Leases
+from worker.leases import HeldJob, Leases
 
 CONTINUE = Flags(cancel_requested=False, past_deadline=False)
 PAUSE = Flags(cancel_requested=False, past_deadline=False, pause_requested=True)
 
 
-def held_for(seconds: float, drain: Drain | None = None) -> Held:
+def held_for(seconds: float, drain: Drain | None = None) -> HeldJob:
     """Return a held lease of this duration."""
-    return Held(Lease("job_1", "worker", 1, 1, 1, 3, seconds), drain or Drain())
+    return HeldJob(Lease("job_1", "worker", 1, 1, 1, 3, seconds), drain or Drain())
 
 
 def test_unrenewed_lease_is_treated_as_lost() -> None:
@@ -156,7 +156,7 @@ def test_wait_until_idle_returns_after_last_job(bench: Bench) -> None:
     assert not waiting.is_alive()
 
 
-def interrupted_within(held: Held, seconds: float) -> None:
+def interrupted_within(held: HeldJob, seconds: float) -> None:
     """Wait until the lease raises its interrupt, at most these seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testing.fakes import FakePolicy, FakeReward, new_state, plain, proceed, sample_text, step, tagged
+from testing.fakes import FakePolicy, FakeReward, new_state, proceed, sample_text, step, tagged, text_per_seed
 from tests.support.runs import call_kinds, finish, reward_by_first_word
 from tpo.core import loop
 from tpo.core.errors import NoUsableSampleError
@@ -53,7 +53,7 @@ def test_calls_use_their_sampling_settings() -> None:
         stop=("END",),
     )
     finish(new_state().model_copy(update={"params": params}), policy)
-    for request in policy.asked:
+    for request in policy.requests:
         used = (request.temperature, request.top_p, request.max_tokens)
         assert used == ((0.5, 0.6, 70) if request.kind in ("sample", "update") else (0.8, 0.9, 100))
         # An answer in tags ends with its closing tag, and a critique may quote the stop string.
@@ -70,7 +70,7 @@ def test_chosen_and_rejected_come_from_whole_pool() -> None:
     texts = {(0, 0): "middle", (0, 1): "low", (1, 0): "high", (1, 1): "lowest", (2, 0): "x", (2, 1): "y"}
     policy = FakePolicy(
         lambda r, s: (
-            plain(r, s)
+            text_per_seed(r, s)
             if r.kind in ("critique", "gradient")
             else sample_text(tagged(texts[r.iteration, s]) if r.kind == "update" else texts[r.iteration, s])
         )
@@ -94,7 +94,7 @@ def test_revision_sees_no_rejected_response() -> None:
     last = finish(new_state(sample_size=3, max_iterations=1, mode="revision"), policy)
     assert last.iterations[0].rejected is None
     assert last.worst is not None
-    for request in policy.asked[1:]:
+    for request in policy.requests[1:]:
         assert last.worst.text not in "".join(m.content for m in request.messages)
 
 
@@ -107,11 +107,11 @@ def test_sample_receives_conversation_unchanged() -> None:
     policy, reward = FakePolicy(), FakeReward()
     state = new_state(sample_size=2, max_iterations=1).model_copy(update={"input": messages})
     finish(state, policy, reward)
-    assert policy.asked[0].messages == messages
-    assert all(request.messages == messages for request in reward.asked)
+    assert policy.requests[0].messages == messages
+    assert all(request.messages == messages for request in reward.requests)
     shown = "[system]\nBe brief.\n\n[user]\nHello {x} $query\n\n[assistant]\nHi!\n\n[user]\nAnd now?"
     assert query_text(messages) == shown
-    assert shown in policy.asked[1].messages[0].content
+    assert shown in policy.requests[1].messages[0].content
     assert query_text(messages[1:2]) == "Hello {x} $query"
 
 
@@ -120,7 +120,7 @@ def test_template_signs_reach_critic_unchanged(name: str) -> None:
     awkward = "costs $5, $query, ${critique} {0} <SEP> %s"
     policy = FakePolicy(lambda r, s: sample_text(f"{awkward} {s}" if r.kind == "sample" else f"{r.kind} {awkward}"))
     finish(new_state(f"why {awkward}", load(name), sample_size=2, max_iterations=1), policy)
-    critique, gradient, update = policy.asked[1:4]
+    critique, gradient, update = policy.requests[1:4]
     assert f"why {awkward}" in critique.messages[-1].content
     assert all(f"{awkward} {s}" in critique.messages[-1].content for s in (0, 1))
     assert f"critique {awkward}" in "".join(m.content for m in gradient.messages)
@@ -129,9 +129,11 @@ def test_template_signs_reach_critic_unchanged(name: str) -> None:
 
 def test_long_candidate_is_cut_only_for_critic() -> None:
     long = "".join(f"word{i} " for i in range(4 * SHOWN_TOKENS)).strip()
-    policy = FakePolicy(lambda r, s: sample_text(long, tokens=4 * SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
+    policy = FakePolicy(
+        lambda r, s: sample_text(long, tokens=4 * SHOWN_TOKENS) if r.kind == "sample" else text_per_seed(r, s)
+    )
     last = finish(new_state(sample_size=1, max_iterations=1), policy)
-    prompt = policy.asked[1].messages[0].content
+    prompt = policy.requests[1].messages[0].content
     assert long[: len(long) // 4] + " […]" in prompt
     assert long[: len(long) // 4 + 1] not in prompt
     assert last.candidates[0].text == long
@@ -139,10 +141,12 @@ def test_long_candidate_is_cut_only_for_critic() -> None:
 
 def test_candidate_at_length_limit_is_shown_whole() -> None:
     text = "Just as long as it may be."
-    policy = FakePolicy(lambda r, s: sample_text(text, tokens=SHOWN_TOKENS) if r.kind == "sample" else plain(r, s))
+    policy = FakePolicy(
+        lambda r, s: sample_text(text, tokens=SHOWN_TOKENS) if r.kind == "sample" else text_per_seed(r, s)
+    )
     finish(new_state(sample_size=1, max_iterations=1), policy)
-    assert policy.asked[1].messages[0].content.count(text) == 1
-    assert "[…]" not in policy.asked[1].messages[0].content
+    assert policy.requests[1].messages[0].content.count(text) == 1
+    assert "[…]" not in policy.requests[1].messages[0].content
 
 
 def test_run_works_with_one_sample() -> None:
@@ -185,12 +189,12 @@ def test_derived_seed_depends_on_job_and_position_only() -> None:
 @given(st.integers(0, 2**63 - 1), st.integers(1, 8), st.integers(0, 4))
 @settings(max_examples=30)
 def test_seeds_are_unique_within_a_run(seed: int, n: int, depth: int) -> None:
-    policy = FakePolicy(lambda r, s: sample_text("") if s < r.n and r.kind == "update" else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text("") if s < r.n and r.kind == "update" else text_per_seed(r, s))
     finish(new_state(sample_size=n, max_iterations=depth, seed=seed), policy)
-    seeds = [s for r in policy.asked for s in r.seeds]
+    seeds = [s for r in policy.requests for s in r.seeds]
     assert len(seeds) == len(set(seeds)) == n + depth * (2 + 2 * n)
     assert all(0 <= s < 2**63 for s in seeds)
-    for request in policy.asked:
+    for request in policy.requests:
         samples = range(request.first_sample, request.first_sample + request.n)
         assert request.seeds == tuple(derived_seed(seed, request.iteration, request.kind, s) for s in samples)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from testing.fakes import FakePolicy, FakeReward, new_state, plain, proceed, sample_text, step, tagged
+from testing.fakes import FakePolicy, FakeReward, new_state, proceed, sample_text, step, tagged, text_per_seed
 from tests.support.runs import call_kinds, finish, policy_with_updates, reward_by_first_word
 from tpo.core.errors import BadReplyError, NoUsableSampleError
 from tpo.core.loop import Position, apply, locate, pending
@@ -16,11 +16,11 @@ from tpo.core.state import RewardPart, State
 
 
 def test_unusable_first_samples_are_requested_again() -> None:
-    policy = FakePolicy(lambda r, s: sample_text("") if r.kind == "sample" and s < 3 else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text("") if r.kind == "sample" and s < 3 else text_per_seed(r, s))
     last = finish(new_state(sample_size=3, max_iterations=0), policy)
     assert call_kinds(last) == [("sample", 0, 3), ("sample", 0, 3), ("score", 0, 3)]
     assert [c.unusable for c in last.candidates] == ["empty"] * 3 + [None] * 3
-    assert len({s for r in policy.asked for s in r.seeds}) == 6
+    assert len({s for r in policy.requests for s in r.seeds}) == 6
 
 
 def test_no_usable_first_sample_fails_with_reasons() -> None:
@@ -36,14 +36,16 @@ def test_no_usable_first_sample_fails_with_reasons() -> None:
 
 
 def test_unusable_update_is_retried_once_then_skipped() -> None:
-    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
+    policy = FakePolicy(
+        lambda r, s: sample_text("no tags") if r.kind == "update" and r.iteration == 1 else text_per_seed(r, s)
+    )
     last = finish(new_state(sample_size=2), policy)
     expected = [("critique", 1, 1), ("gradient", 1, 1), ("update", 1, 2), ("update", 1, 2), ("critique", 2, 1)]
     assert call_kinds(last)[2:7] == expected
     assert [c.unusable for c in last.of_iteration(1)] == ["no_answer_tags"] * 4
     assert last.mean_reward(1) is None
     assert len(list(last.of_iteration(2))) == 2
-    first, second = (r.seeds for r in policy.asked if r.kind == "update" and r.iteration == 1)
+    first, second = (r.seeds for r in policy.requests if r.kind == "update" and r.iteration == 1)
     assert not set(first) & set(second)
 
 
@@ -94,7 +96,7 @@ def test_cut_off_first_sample_is_unusable() -> None:
         ("whole 1", None),
         ("whole 2", None),
     ]
-    assert reward.asked[0].responses == ("whole 1", "whole 2")
+    assert reward.requests[0].responses == ("whole 1", "whole 2")
 
 
 def test_first_sample_keeps_its_tags() -> None:
@@ -149,7 +151,7 @@ def test_cut_off_note_is_requested_again(kind: str, cuts: int) -> None:
     def reply(request: Generate, sample: int) -> Text:
         if request.kind == kind and sample < cuts:
             return sample_text(f"cut {sample}", "length")
-        return plain(request, sample)
+        return text_per_seed(request, sample)
 
     last = finish(new_state(max_iterations=1), FakePolicy(reply))
     note = getattr(last.iterations[0], kind)
@@ -177,10 +179,10 @@ def test_reasoning_tokens_count_as_output_only() -> None:
 @pytest.mark.parametrize("kind", ["critique", "gradient"])
 def test_blank_note_is_retried_once_then_iteration_skipped(kind: str, blanks: int) -> None:
     policy = FakePolicy(
-        lambda r, s: sample_text(" \n") if r.kind == kind and r.iteration == 1 and s < blanks else plain(r, s)
+        lambda r, s: sample_text(" \n") if r.kind == kind and r.iteration == 1 and s < blanks else text_per_seed(r, s)
     )
     last = finish(new_state(sample_size=2), policy)
-    requests = [r for r in policy.asked if r.kind == kind and r.iteration == 1]
+    requests = [r for r in policy.requests if r.kind == kind and r.iteration == 1]
     assert [r.first_sample for r in requests] == [0, 1]
     assert requests[0].seeds != requests[1].seeds
     assert bool(list(last.of_iteration(1))) == (blanks == 1)

@@ -90,7 +90,7 @@ def test_prompt_slots_of_recorded_runs(number: int, prompt_set: str) -> None:
     )
     policy = FakePolicy(lambda request, sample: replies(recorded, request, sample))
     last = run(state, policy, FakeReward(recorded["rewards"].__getitem__), lambda _: None, proceed)
-    prompted = [request for request in policy.asked if request.kind != "sample"]
+    prompted = [request for request in policy.requests if request.kind != "sample"]
     assert bool(prompted) == bool(last.iterations)
     for request in prompted:
         texts = recorded_texts(recorded, request.iteration, last)

@@ -199,7 +199,7 @@ def test_open_breaker_admits_one_request_at_a_time() -> None:
             nonlocal inside, most, requests
             while True:
                 try:
-                    async with breaker.turn():
+                    async with breaker.permit():
                         inside, requests = inside + 1, requests + 1
                         most = max(most, inside if breaker.is_open else 0)
                         try:
@@ -216,7 +216,7 @@ def test_open_breaker_admits_one_request_at_a_time() -> None:
         async with asyncio.timeout(30):
             for _ in range(FAILURES):
                 with pytest.raises(ServerDownError):
-                    async with breaker.turn():
+                    async with breaker.permit():
                         raise ServerDownError
             assert breaker.is_open
             await asyncio.gather(*(send() for _ in range(20)))
@@ -230,7 +230,7 @@ def test_open_breaker_admits_one_request_at_a_time() -> None:
 
 async def one_fails(breaker: Breaker) -> None:
     """Fail one request through the breaker."""
-    async with breaker.turn():
+    async with breaker.permit():
         await asyncio.sleep(0)  # with several requests, all are sent before the first one fails
         raise ServerDownError
 
@@ -248,7 +248,7 @@ def test_breaker_pause_grows_per_probe_and_resets() -> None:
         assert (breaker.is_open, breaker._pause) == (True, 0.02)
         await all_fail(breaker, 1)
         assert (breaker.is_open, breaker._pause) == (True, 0.04)
-        async with breaker.turn():
+        async with breaker.permit():
             pass
         assert (breaker.is_open, breaker._pause) == (False, 0.01)
 
@@ -257,7 +257,7 @@ def test_breaker_pause_grows_per_probe_and_resets() -> None:
 
 async def pass_through(breaker: Breaker, begun: asyncio.Event, end: asyncio.Event, error: Exception | None) -> None:
     """Hold a request through the breaker until `end`, then raise the error if there is one."""
-    async with breaker.turn():
+    async with breaker.permit():
         begun.set()
         await end.wait()
         if error:
@@ -292,14 +292,14 @@ def test_breaker_closes_on_refusal_but_not_on_cancellation() -> None:
         breaker = Breaker(0.0, 0.0)
         for _ in range(FAILURES):
             with pytest.raises(ServerDownError):
-                async with breaker.turn():
+                async with breaker.permit():
                     raise ServerDownError
         with pytest.raises(asyncio.CancelledError):
-            async with breaker.turn():
+            async with breaker.permit():
                 raise asyncio.CancelledError
         assert breaker.is_open
         with pytest.raises(Refused):
-            async with breaker.turn():
+            async with breaker.permit():
                 raise Refused(400, "no", "")
         assert not breaker.is_open
 

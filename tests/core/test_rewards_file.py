@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
     ("text", "message"),
     [
         ("", "part: is required"),
-        ("part = [", "is no TOML"),
+        ("part = [", "is not valid TOML"),
         ("part = []", "part: .*at least 1"),
         ('[[part]]\nname = "a"\nkind = "lenght"\nmost = 1', r"part\[0\].*'lenght'.*'length'"),
         ('[[part]]\nname = "a"\nkind = "length"', r"part\[0\].length.most: is required"),
@@ -33,16 +33,16 @@ ROOT = Path(__file__).parents[2]
         ('[[part]]\nname = "a"\nkind = "length"\nmost = 1\nheavy = 2', r"heavy: is not a known field"),
         ('[[part]]\nname = "a"\nkind = "length"\nmost = 1\nweight = nan', r"weight: .*finite"),
         ('[[part]]\nname = "A b"\nkind = "length"\nmost = 1', r"part\[0\].length.name"),
-        ('[[part]]\nname = "a"\nkind = "length"\nmost = 1\n' * 2, "names of their own: a"),
-        ("[[part]]\nname = 'a'\nkind = 'regex'\npattern = '('", "pattern: is no regular expression"),
-        ("[[part]]\nname = 'a'\nkind = 'json'\nschema = {type = 'objct'}", "schema: is no JSON schema"),
+        ('[[part]]\nname = "a"\nkind = "length"\nmost = 1\n' * 2, "part names must be unique; used more than once: a"),
+        ("[[part]]\nname = 'a'\nkind = 'regex'\npattern = '('", "pattern: is not a regular expression"),
+        ("[[part]]\nname = 'a'\nkind = 'json'\nschema = {type = 'objct'}", "schema: is not a JSON schema"),
         ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = 'vllm:m'", "url belongs to"),
         ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = 'vllm:m'\nurl = 'host'", "url must start with http"),
         ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = 'vllm:m'\nurl = 'http://h'\nkey = 'k'", "TPO_SERVER_API_KEYS"),
         ("[[part]]\nname = 'a'\nkind = 'judge'\npolicy = 'openai:m'", "url belongs to"),
         ("[[part]]\nname = 'a'\nkind = 'judge'\nlowest = 3\nhighest = 3", "lowest must be below highest"),
         ("[[part]]\nname = 'a'\nkind = 'judge'\nsamples = 3", "need a temperature above 0"),
-        ("[[part]]\nname = 'a'\nkind = 'judge'", "there is none here"),
+        ("[[part]]\nname = 'a'\nkind = 'judge'", "but this process has no policy"),
         ("[[part]]\nname = 'a'\nkind = 'plugin'\nplugin = 'nope'", "No installed package offers the reward nope"),
         ("[[part]]\nname = 'a'\nkind = 'model'\nmodel = '/no/such/folder'", "There is no folder"),
     ],
@@ -115,7 +115,7 @@ def test_reward_part_uses_only_settings_of_its_file(tmp_path: Path) -> None:
     assert first.closed
     loaded.clear()
     file.write_text(REMOTE_PARTS + 'key = "nobody"\n')
-    with pytest.raises(ModelRefusedError, match="wants the key nobody"):
+    with pytest.raises(ModelRefusedError, match="needs the key nobody"):
         load_combined(file, own, load_reward, load_policy, None)
     assert not loaded
 
@@ -146,7 +146,7 @@ def test_documented_plugin_loads_once_installed(tmp_path: Path, monkeypatch: pyt
     reward = load_reward_file(tmp_path, part)
     rewards = reward.score(score_request("Thank you, please.", "No."), proceed)
     assert rewards.values[0] > rewards.values[1]
-    with pytest.raises(ModelRefusedError, match=r"plug-in kindness cannot be made: TypeError"):
+    with pytest.raises(ModelRefusedError, match=r"plug-in kindness cannot be created: TypeError"):
         load_reward_file(tmp_path, f'[[part]]\nname = "a"\nkind = "plugin"\nplugin = "{name}"\noptions = {{wrong = 1}}')
     monkeypatch.setattr(sys.modules["kindness"], "Kindness", dict)
     with pytest.raises(ModelRefusedError, match="has no method score"):
@@ -155,7 +155,7 @@ def test_documented_plugin_loads_once_installed(tmp_path: Path, monkeypatch: pyt
 
 
 def test_documented_reward_files_are_valid(tmp_path: Path) -> None:
-    from tpo.backends.rewards.config import read
+    from tpo.backends.rewards.config import read_reward_file
 
     files = [block for block in documented("toml") if "[[part]]" in block]
     assert len(files) >= 3
@@ -163,5 +163,5 @@ def test_documented_reward_files_are_valid(tmp_path: Path) -> None:
     for text in files:
         file = tmp_path / "reward.toml"
         file.write_text(textwrap.dedent(text))
-        kinds |= {part.kind for part in read(file).part}
+        kinds |= {part.kind for part in read_reward_file(file).part}
     assert kinds == {"model", "judge", "length", "regex", "json", "plugin"}

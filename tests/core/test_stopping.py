@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from testing.fakes import FakePolicy, FakeReward, new_state, plain, proceed, sample_text, step
+from testing.fakes import FakePolicy, FakeReward, new_state, proceed, sample_text, step, text_per_seed
 from tpo.core.errors import NoUsableSampleError
 from tpo.core.loop import Position, locate, pending
 from tpo.core.run import run
@@ -67,7 +67,7 @@ def test_budget_without_usable_sample_fails_with_reason() -> None:
     policy = FakePolicy(lambda _r, _s: sample_text("cut o", "length"))
     with pytest.raises(NoUsableSampleError, match="budget max_output_tokens left no second try"):
         finish(new_state(max_output_tokens=1), 1.0, policy=policy)
-    assert len(policy.asked) == 1
+    assert len(policy.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,16 @@ def test_early_stop_uses_best_and_decline_uses_mean() -> None:
 
 
 def test_iteration_without_candidate_is_neither_gain_nor_decline() -> None:
-    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" else plain(r, s))
+    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" else text_per_seed(r, s))
     last = finish(new_state(max_iterations=4, early_stop={"patience": 2}, stop_on_decline=True), 1.0, policy=policy)
     assert (len(last.iterations), locate(last).stopped) == (2, "early_stop")
     assert last.declines == {}
 
 
 def test_decline_compares_with_last_scored_iteration() -> None:
-    policy = FakePolicy(lambda r, s: sample_text("no tags") if r.kind == "update" and r.iteration == 1 else plain(r, s))
+    policy = FakePolicy(
+        lambda r, s: sample_text("no tags") if r.kind == "update" and r.iteration == 1 else text_per_seed(r, s)
+    )
     last = finish(new_state(sample_size=2, max_iterations=3), 5.0, 0.0, 4.0, 4.5, policy=policy)
     assert last.declines == {2: Decline(2, 4.0, 5.0)}
 

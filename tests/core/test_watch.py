@@ -4,12 +4,12 @@ import contextlib
 from collections.abc import Callable
 
 from tpo.core.errors import BrokerUnavailableError
-from worker.celery.consumer_watch import Consumer
+from worker.celery.consumer_watch import ConsumerWatch
 
 CHECKS = 6
 
 
-def checks(consumer: Consumer, times: int = CHECKS, between: Callable[[], object] = lambda: None) -> list[bool]:
+def checks(consumer: ConsumerWatch, times: int = CHECKS, between: Callable[[], object] = lambda: None) -> list[bool]:
     """Check the consumer repeatedly, and return whether it was silent each time."""
     found = []
     for _ in range(times):
@@ -19,21 +19,21 @@ def checks(consumer: Consumer, times: int = CHECKS, between: Callable[[], object
 
 
 def test_consumer_is_silent_when_messages_wait_and_none_arrives() -> None:
-    assert checks(Consumer(2, lambda: 1)) == [False] * (CHECKS - 1) + [True]
+    assert checks(ConsumerWatch(2, lambda: 1)) == [False] * (CHECKS - 1) + [True]
 
 
 def test_consumer_is_not_silent_when_queue_is_empty() -> None:
-    assert not any(checks(Consumer(2, lambda: 0), 3 * CHECKS))
+    assert not any(checks(ConsumerWatch(2, lambda: 0), 3 * CHECKS))
 
 
 def test_consumer_is_not_silent_while_messages_arrive() -> None:
-    consumer = Consumer(2, lambda: 1)
+    consumer = ConsumerWatch(2, lambda: 1)
     task = consumer.track(lambda _job_id: None)
     assert not any(checks(consumer, 3 * CHECKS, lambda: task("job")))
 
 
 def test_consumer_is_not_silent_while_all_threads_are_busy() -> None:
-    consumer = Consumer(1, lambda: 1)
+    consumer = ConsumerWatch(1, lambda: 1)
     seen: list[bool] = []
     consumer.track(lambda: seen.extend(checks(consumer, 3 * CHECKS)))()
     assert not any(seen)
@@ -49,11 +49,11 @@ def test_consumer_is_not_silent_when_broker_is_unavailable() -> None:
             raise BrokerUnavailableError()
         return count
 
-    assert not any(checks(Consumer(1, waiting), len(counts)))
+    assert not any(checks(ConsumerWatch(1, waiting), len(counts)))
 
 
 def test_failed_task_frees_its_thread() -> None:
-    consumer = Consumer(1, lambda: 1)
+    consumer = ConsumerWatch(1, lambda: 1)
 
     def fails() -> None:
         raise ValueError

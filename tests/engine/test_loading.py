@@ -216,7 +216,7 @@ def test_hub_name_without_network_is_rejected() -> None:
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANG_SECONDS, env=env
     )
-    assert "cannot be had from the Hugging Face Hub" in found.stdout
+    assert "cannot be loaded from the Hugging Face Hub" in found.stdout
     assert "HF_HUB_OFFLINE" in found.stdout
 
 

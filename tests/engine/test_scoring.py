@@ -90,5 +90,5 @@ def test_device_failure_fails_all_requests(busy: RewardEngine, network: Network)
         with pytest.raises(BackendUnavailableError, match="illegal memory access"):
             future.result(60)
     assert not busy.healthy
-    with pytest.raises(BackendUnavailableError, match="started anew"):
+    with pytest.raises(BackendUnavailableError, match="must be restarted"):
         busy.submit([[1]])

@@ -59,9 +59,9 @@ class TestRetry:
     def test_creates_a_new_job_from_a_failed_one(self, client: TestClient, store: Store) -> None:
         job = submit(client, parameters={"sample_size": 2, "max_iterations": 1}, metadata={"team": "a"})
         run_steps(store, job["id"], steps=2)
-        store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
+        store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)
         store.leases.renew("worker-1", [job["id"]], -1)
-        store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
+        store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)
         fail(store, job["id"])
         response = client.post(f"/v1/jobs/{job['id']}/retry", headers={"idempotency-key": "again"})
         assert response.status_code == 202
@@ -225,10 +225,10 @@ class TestPolling:
 
     def _respond_while(self, client: TestClient, act: Callable[[], object], ask: Callable[[], Any]) -> Any:
         """Call `ask`, call `act` while the server waits for a change, and return the response."""
-        feed = client.app.state.feed  # type: ignore[attr-defined]
+        feed = client.app.state.broadcaster  # type: ignore[attr-defined]
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask)
-            eventually(lambda: feed.listeners == 1, why="the server should wait for a change")
+            eventually(lambda: feed.subscriptions == 1, why="the server should wait for a change")
             act()
             return asked.result()
 

@@ -95,7 +95,7 @@ class TestBroker:
         job_id = response.json()["id"]
         assert api.client.get(response.headers["location"]).json()["status"] == "queued"
         assert_problem(api.client.get("/readyz"), 503, "not_ready")
-        wakeups = system.store.maintenance.sweep(renotify_seconds=0, forget_worker_seconds=60)
+        wakeups = system.store.maintenance.sweep(renotify_seconds=0, worker_retention_seconds=60)
         assert [wakeup.model for wakeup in wakeups] == [SCRIPTED]
         assert system.store.jobs.get(job_id).status == "queued"
         system.broker.start()
@@ -189,7 +189,7 @@ class TestProcess:
         assert "Traceback" not in process.output
 
     def test_start_without_a_key_warns_or_fails(self, sqlite_system: System, sqlite_api: Api) -> None:
-        sqlite_api.process.wait_for("No TPO_API_KEY: this machine alone")
+        sqlite_api.process.wait_for("No TPO_API_KEY: listening on this machine only")
         open_to_others = sqlite_system.start("-m", "api", port=free_port(), host="0.0.0.0")
         assert open_to_others.popen.wait(timeout=HANG_SECONDS) == 1
         assert "TPO_API_KEY" in open_to_others.output
@@ -251,7 +251,7 @@ class TestProcess:
         api.process.wait_for("in-the-log")
         assert secret not in api.process.output
         assert "\nforged" not in api.process.output
-        assert f"will ring for {job_id}" in api.process.output
+        assert f"will notify the workers of {job_id}" in api.process.output
 
     def test_endless_body_is_cut_off(self, sqlite_api: Api) -> None:
         sent = 0

@@ -36,7 +36,7 @@ def wakeups(system: System) -> int:
 
 
 def test_ten_jobs_wait_at_most_twice_as_long_among_10000(system: System) -> None:
-    template, small_template = (system.submit(ring=False, **SHORT) for _ in range(2))
+    template, small_template = (system.submit(notify=False, **SHORT) for _ in range(2))
     create_many(system.engine, template, 10_000, tenant="big")
     small = create_many(system.engine, small_template, 10, tenant="small", status="paused")
     system.notify_job(template)
@@ -101,7 +101,7 @@ def test_paused_queue_stops_within_one_step_and_resumes(system: System) -> None:
             assert len(system.store.jobs.state(job_id).calls) - before <= 2
         calls = len(system.calls())
         system.notify_job(job_ids[0])
-        system.store.maintenance.sweep(renotify_seconds=-1, forget_worker_seconds=60)
+        system.store.maintenance.sweep(renotify_seconds=-1, worker_retention_seconds=60)
         eventually(lambda: wakeups(system) == 0, why="a worker should take the wake-up")
         assert len(system.calls()) == calls, "a model call ran while the queue was paused"
         for job_id in system.store.queues.resume(SCRIPTED):

@@ -245,7 +245,7 @@ def test_idle_processes_survive_a_broker_restart(sqlite_system: System) -> None:
     for _ in range(2):
         system.broker.stop(kill=True)
         system.broker.start()
-        job_id = system.submit(ring=False)
+        job_id = system.submit(notify=False)
         system.wait_for_end(job_id)
         assert_exact(system, job_id)
     assert [process.stop() for process in processes] == [0, 0]

@@ -127,15 +127,15 @@ def test_stream_sends_keepalive_comments(sqlite_system: System, monkeypatch: pyt
     with api_client(database_url=url, broker_url=sqlite_system.broker.url) as client, ThreadPoolExecutor(1) as pool:
         job_id = client.post("/v1/jobs", json={"input": "x"}).json()["id"]
         streamed = pool.submit(client.get, f"/v1/jobs/{job_id}/events?stream=true")
-        feed = client.app.state.feed  # type: ignore[attr-defined]
-        eventually(lambda: feed.listeners == 1, why="the stream should be subscribed")
+        feed = client.app.state.broadcaster  # type: ignore[attr-defined]
+        eventually(lambda: feed.subscriptions == 1, why="the stream should be subscribed")
         time.sleep(0.2)
         client.post(f"/v1/jobs/{job_id}/cancel")
         text = streamed.result().text
         assert text.startswith("id: 1\nevent: job.queued\n")
         assert "\n\n: still here\n\n" in text
         assert text.rstrip().splitlines()[-2] == "event: job.cancelled"
-        eventually(lambda: feed.listeners == 0, why="the stream should be unsubscribed")
+        eventually(lambda: feed.subscriptions == 0, why="the stream should be unsubscribed")
 
 
 def test_server_shutdown_closes_streams(system: System, api: Api) -> None:
@@ -189,7 +189,7 @@ def test_subscriber_that_stops_reading_is_dropped(
     process = sqlite_system.start("-c", program, port=port)
     process.wait_for("Listening on")
     store = sqlite_system.store
-    job_id = sqlite_system.submit(ring=False)
+    job_id = sqlite_system.submit(notify=False)
     with socket.socket() as subscriber:
         subscriber.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         subscriber.connect(("127.0.0.1", port))
@@ -256,14 +256,14 @@ def _events_of_paused_subscriber(
         async with broadcaster.running():
             scope = {"type": "http", "state": {"request_id": "req_1"}}
             stream = EventStream(broadcaster, store, store.jobs.get(job_id), 0)
-            streaming = asyncio.create_task(stream.tell(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
+            streaming = asyncio.create_task(stream.send_events(scope, asyncio.Event().wait, send))  # type: ignore[arg-type]
             while reading.is_set():
                 await asyncio.sleep(0.001)
-            (subscription,) = broadcaster._listeners[job_id]
+            (subscription,) = broadcaster._subscriptions[job_id]
             await meanwhile(broadcaster, subscription)
             reading.set()
             await streaming
-            assert broadcaster.listeners == 0
+            assert broadcaster.subscriptions == 0
 
     asyncio.run(subscribe())
     *received, closing = [frame.splitlines() for frame in b"".join(sent).decode().split("\n\n") if frame]
@@ -284,7 +284,7 @@ def test_shutdown_waits_for_the_last_query_but_not_forever(hangs: bool, monkeypa
 
     async def subscribe() -> None:
         store: Any = SimpleNamespace(events=Slow())
-        async with EventBroadcaster(store).running() as broadcaster, broadcaster.listening("job_1", 0):
+        async with EventBroadcaster(store).running() as broadcaster, broadcaster.subscribe("job_1", 0):
             await asyncio.to_thread(queried.wait)
             if not hangs:
                 asyncio.get_running_loop().call_later(0.1, may_end.set)

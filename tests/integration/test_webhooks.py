@@ -60,7 +60,7 @@ def test_every_terminal_status_is_delivered_once(
     store.jobs.cancel(create(store))
     killed = create(store, max_attempts=1)
     claim(store, killed, seconds=-1)
-    store.maintenance.sweep(renotify_seconds=60, forget_worker_seconds=60)
+    store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)
     store.jobs.cancel(killed)
     delivered = [d["type"] for d in settled_deliveries(client, webhook, make_sender(store))]
     ended = ["cancelled", "completed", "expired", "failed", "failed", "incomplete"]
@@ -179,7 +179,7 @@ def test_delivery_survives_a_killed_maintenance_worker(system: System, receiver:
     receiver.answers = [500] * 3
     receiver.hangs.set()
     first = system.maintenance(**settings)
-    job_id = system.submit(ring=False)
+    job_id = system.submit(notify=False)
     system.store.jobs.cancel(job_id)
     eventually(lambda: receiver.received, why="the first attempt should arrive")
     first.kill()

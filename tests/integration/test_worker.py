@@ -80,7 +80,7 @@ def test_busy_worker_leaves_wakeups_to_an_idle_one(sqlite_system: System) -> Non
 def test_duplicate_wakeups_run_a_job_once(system: System) -> None:
     for _ in range(2):
         system.worker()
-    job_id = system.submit(ring=False)
+    job_id = system.submit(notify=False)
     for _ in range(20):
         system.notify_job(job_id)
     job = system.wait_for_end(job_id)
@@ -176,7 +176,7 @@ def test_immediate_pause_and_resume_lose_nothing(system: System) -> None:
 
 def test_expired_jobs_are_purged(sqlite_system: System) -> None:
     system = sqlite_system
-    ended, live = system.submit(ring=False), system.submit(ring=False)
+    ended, live = system.submit(notify=False), system.submit(notify=False)
     system.store.jobs.cancel(ended)
     system.start(
         "-c",
@@ -196,7 +196,7 @@ def test_worker_waits_for_its_broker_and_can_be_stopped(sqlite_system: System) -
     for process in (*stopped, waiting):
         process.wait_for("cannot be reached")
     assert [process.stop() for process in stopped] == [0, 0]
-    job_id = system.submit(ring=False)
+    job_id = system.submit(notify=False)
     system.broker.start()
     system.maintenance()
     assert system.wait_for_end(job_id).status == "completed"

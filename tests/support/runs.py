@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from testing.fakes import FakePolicy, FakeReward, plain, proceed
+from testing.fakes import FakePolicy, FakeReward, proceed, text_per_seed
 from tpo.core.ports import Text
 from tpo.core.run import run
 from tpo.core.state import State
@@ -25,4 +25,4 @@ def reward_by_first_word(values: dict[str, float], default: float = 0.0) -> Fake
 
 def policy_with_updates(reply: Callable[[int], Text]) -> FakePolicy:
     """Return a policy that answers updates by the sample's number, and all other requests as usual."""
-    return FakePolicy(lambda r, s: reply(s) if r.kind == "update" else plain(r, s))
+    return FakePolicy(lambda r, s: reply(s) if r.kind == "update" else text_per_seed(r, s))

@@ -23,7 +23,7 @@ from tpo.core.status import TERMINAL
 from tpo.db import now, reading, writing
 from tpo.jobs.insertion import JobOptions, NewJob, insert_jobs
 from tpo.jobs.lifecycle import JobQueries
-from tpo.jobs.submission import Served, served, to_state
+from tpo.jobs.submission import Served, resolve_models, to_state
 from tpo.jobs.tables import Job
 from tpo.jobs.workers import WorkerQueries
 from tpo.settings import Settings
@@ -179,10 +179,10 @@ class BatchAdvancer:
         settings, left = self._settings, progress.seconds_left
         try:
             body = found.submission()
-            model, reward_model = served(body, settings, self._served)
+            model, reward_model = resolve_models(body, settings, self._served)
             state = to_state(body, model, settings)
         except InvalidInputError as error:
-            return _NewLine(number, found.custom_id, _line_error(found.as_sent(error)))
+            return _NewLine(number, found.custom_id, _line_error(found.with_request_names(error)))
         options = JobOptions(
             model=model,
             reward_model=reward_model,

@@ -23,10 +23,10 @@ _ABANDONED_SECONDS = 24 * 3600
 class FileQueries(Queries):
     """The part of the store that holds files."""
 
-    def find_existing(self, once: IdempotencyRequest) -> File | None:
+    def find_existing(self, idempotency: IdempotencyRequest) -> File | None:
         """Return the file that the same request created before. Raises IdempotencyConflictError."""
         with writing(self._engine) as session:
-            return _made_before(session, self.tenant, once)
+            return _made_before(session, self.tenant, idempotency)
 
     def begin(self, filename: str, purpose: Purpose, keep_seconds: float | None = None) -> str:
         """Begin a file, which is hidden until it is complete, and return its id."""
@@ -39,18 +39,18 @@ class FileQueries(Queries):
         with writing(self._engine) as session:
             append(session, file_id, data)
 
-    def complete(self, file_id: str, once: IdempotencyRequest | None = None) -> File:
+    def complete(self, file_id: str, idempotency: IdempotencyRequest | None = None) -> File:
         """Show a file. If the same request created one in the meantime, discard this one and return that one.
 
         Raises IdempotencyConflictError.
         """
 
         def complete(session: Session) -> File:
-            if known := _made_before(session, self.tenant, once):
+            if known := _made_before(session, self.tenant, idempotency):
                 session.execute(delete(File).where(File.id == file_id))
                 return known
             session.execute(update(File).where(File.id == file_id).values(complete=True))
-            record_key(session, self.tenant, once, file_id=file_id)
+            record_key(session, self.tenant, idempotency, file_id=file_id)
             return session.get_one(File, file_id)
 
         return create_idempotently(self._engine, complete)
@@ -164,8 +164,8 @@ def _read_now() -> Select[str]:
     return select(Batch.input_file_id).where(Batch.status.not_in(ENDED))
 
 
-def _made_before(session: Session, tenant: str, once: IdempotencyRequest | None) -> File | None:
-    known = find_existing(session, tenant, once)
+def _made_before(session: Session, tenant: str, idempotency: IdempotencyRequest | None) -> File | None:
+    known = find_existing(session, tenant, idempotency)
     return session.get_one(File, known.file_id) if known else None
 
 

@@ -40,7 +40,7 @@ class LineRequest(Protocol):
         """Return the job that the line asks for. Raises InvalidInputError, which names a field of the line."""
         ...
 
-    def as_sent(self, error: InvalidInputError) -> InvalidInputError:
+    def with_request_names(self, error: InvalidInputError) -> InvalidInputError:
         """Return an error about the submission under the name that its field has in the line."""
         ...
 

@@ -32,7 +32,7 @@ class BatchQueries(Queries):
         seconds: float,
         metadata: dict[str, str],
         output_seconds: float | None = None,
-        once: IdempotencyRequest | None = None,
+        idempotency: IdempotencyRequest | None = None,
     ) -> NewBatch:
         """Commit a new batch, or return the one that the same request created before.
 
@@ -40,7 +40,7 @@ class BatchQueries(Queries):
         """
 
         def create(session: Session) -> NewBatch:
-            if known := find_existing(session, self.tenant, once):
+            if known := find_existing(session, self.tenant, idempotency):
                 return NewBatch(session.get_one(Batch, known.batch_id), new=False)
             if own_file(session, self.tenant, input_file_id).purpose != "batch":
                 raise InvalidInputError("input_file_id: the file's purpose must be batch.", "input_file_id")
@@ -59,7 +59,7 @@ class BatchQueries(Queries):
                     advanced_at=now(),
                 )
             )
-            record_key(session, self.tenant, once, batch_id=batch_id)
+            record_key(session, self.tenant, idempotency, batch_id=batch_id)
             return NewBatch(session.get_one(Batch, batch_id), new=True)
 
         return create_idempotently(self._engine, create)

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from tpo.backends.remote.connection import connect as connect_to
 from tpo.backends.remote.connection import secret
 from tpo.backends.remote.server import Limits, Server
-from tpo.backends.rewards.config import read as read_reward_file
+from tpo.backends.rewards.config import read_reward_file
 from tpo.broker import JobNotifier
 from tpo.cli.environment import read_settings
 from tpo.cli.stack.valkey import valkey_command

@@ -15,12 +15,12 @@ def read_settings(**overrides: Any) -> "Settings":
     """Read the settings from the environment; options of the command line override them. Raises Failure."""
     from pydantic import ValidationError
 
-    from tpo.settings import Settings, explained
+    from tpo.settings import Settings, format_errors
 
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        raise Failure(explained(error), USAGE) from None
+        raise Failure(format_errors(error), USAGE) from None
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def begin(connection: Connection) -> None:
 
 BEGIN = "tpo_begin"
 WRITE_LOCK = "tpo_write_lock"
-PENDING_WRITES = "tpo_waiting"
+PENDING_WRITES = "tpo_pending_writes"
 
 
 @contextmanager

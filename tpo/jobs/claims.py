@@ -72,8 +72,8 @@ class LeaseQueries(CheckpointQueries):
 
 def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_seconds: float) -> Claimed | None:
     """Claim the first job that can be claimed."""
-    _wait_for_turn(session, pair)
-    queue = _line(session, pair, rules)
+    _lock_queue(session, pair)
+    queue = _snapshot_queue(session, pair, rules)
     while head := queue.next():
         if not _has_capacity(session, head, rules):
             queue.exclude(head.tenant)
@@ -84,7 +84,7 @@ def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_second
                 others = [other.job_id for other in queue.heads if other != head]
                 more = others[0] if others else session.scalars(_OLDEST, _which(pair, head)).one_or_none()
                 return Claimed(*claimed, more)
-            queue = _line(session, pair, rules)  # its record was unreadable: it left the queue
+            queue = _snapshot_queue(session, pair, rules)  # its record was unreadable: it left the queue
             continue
         queue.exclude(head.tenant, head.priority)
     return None
@@ -101,7 +101,7 @@ def waiting_pairs(session: Session) -> list[Pair]:
 
 def next_waiting_job(session: Session, pair: Pair, rules: Rules, waiting_seconds: float | None = None) -> str | None:
     """Return the next job, or None. With `waiting_seconds`, return it only if some job has waited for that long."""
-    queue = _line(session, pair, rules)
+    queue = _snapshot_queue(session, pair, rules)
     if waiting_seconds is not None and not any(h.queued_at <= queue.now - waiting_seconds for h in queue.heads):
         return None
     while head := queue.next():
@@ -129,7 +129,7 @@ class _WaitingQueue:
         self.heads = [h for h in self.heads if h.tenant != tenant or priority not in (None, h.priority)]
 
 
-def _line(session: Session, pair: Pair, rules: Rules) -> _WaitingQueue:
+def _snapshot_queue(session: Session, pair: Pair, rules: Rules) -> _WaitingQueue:
     """Take a snapshot of the queue of a pair: its heads that may run, and the running jobs of each tenant."""
     rows = session.execute(_HEADS, asdict(pair)).all()
     if not rows:
@@ -271,7 +271,7 @@ _UPDATE_CLAIM = (
 )
 
 
-def _wait_for_turn(session: Session, pair: Pair) -> None:
+def _lock_queue(session: Session, pair: Pair) -> None:
     """Serialise the claims of one queue. On SQLite the transaction already holds the only write lock."""
     if session.get_bind().dialect.name != "postgresql":
         return
@@ -281,7 +281,7 @@ def _wait_for_turn(session: Session, pair: Pair) -> None:
         return
     try:
         with session.begin_nested():
-            session.execute(_LOCK, {**key, "patience": f"{_PATIENCE_MILLISECONDS}ms"})
+            session.execute(_LOCK, {**key, "timeout": f"{_LOCK_TIMEOUT_MILLISECONDS}ms"})
     except OperationalError as error:
         # A worker that hangs in its claim must not block the others: after the timeout they continue without the lock.
         if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
@@ -290,5 +290,5 @@ def _wait_for_turn(session: Session, pair: Pair) -> None:
 
 _LOCK_NOT_AVAILABLE = "55P03"
 _TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(:key)")
-_LOCK = text("SELECT set_config('lock_timeout', :patience, true), pg_advisory_xact_lock(:key)")
-_PATIENCE_MILLISECONDS = 500
+_LOCK = text("SELECT set_config('lock_timeout', :timeout, true), pg_advisory_xact_lock(:key)")
+_LOCK_TIMEOUT_MILLISECONDS = 500

@@ -17,7 +17,7 @@ class NewEvents:
 
     events: tuple[EventRow, ...]
     """The events, ordered by job and number."""
-    gone: frozenset[str]
+    deleted_jobs: frozenset[str]
     """Jobs that no longer exist."""
 
 

@@ -23,7 +23,7 @@ class JobQueries(JobRequests):
     """The part of the store that holds the jobs of one tenant."""
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel a job: at once if no worker holds it, else within one model call. Raises JobNotFoundError."""
+        """Cancel a job: immediately if no worker holds it, else within one model call. Raises JobNotFoundError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             request = {"cancel_requested_at": now()}
@@ -35,7 +35,7 @@ class JobQueries(JobRequests):
             return job
 
     def pause(self, job_id: str) -> Job:
-        """Pause a job: at once if no worker holds it, else within one model call.
+        """Pause a job: immediately if no worker holds it, else within one model call.
 
         Raises JobNotFoundError, WrongStateError.
         """
@@ -90,13 +90,13 @@ class JobQueries(JobRequests):
         job_id: str,
         state: State,
         *,
-        once: IdempotencyRequest | None,
+        idempotency: IdempotencyRequest | None,
         limits: Limits | None,
         **options: Unpack[JobOptions],
     ) -> Submitted:
         """Create a job that starts from the record of another job. Its own usage starts at zero."""
         options["source_id"] = job_id
-        return self.submit(state.model_copy(update={"calls": ()}), once=once, limits=limits, **options)
+        return self.submit(state.model_copy(update={"calls": ()}), idempotency=idempotency, limits=limits, **options)
 
     def delete(self, job_id: str) -> None:
         """Delete an ended job with all its texts. Raises JobNotFoundError, WrongStateError."""

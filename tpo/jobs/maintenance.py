@@ -50,7 +50,7 @@ class MaintenanceQueries(Queries):
             return len(session.scalars(old).all())
 
     def sweep(
-        self, *, renotify_seconds: float, forget_worker_seconds: float, rules: Rules | None = None
+        self, *, renotify_seconds: float, worker_retention_seconds: float, rules: Rules | None = None
     ) -> Sequence[QueuedJob]:
         """Rescue lost jobs, end those past their deadline or attempts, and return those to notify workers of.
 
@@ -58,7 +58,7 @@ class MaintenanceQueries(Queries):
         `renotify_seconds`. A notified worker sends the next wake-up while more jobs wait.
         """
         with writing(self._engine) as session:
-            session.execute(delete(Worker).where(Worker.seen_at < now() - forget_worker_seconds))
+            session.execute(delete(Worker).where(Worker.seen_at < now() - worker_retention_seconds))
             lost = and_(Job.status.in_(HELD), Job.lease_until < now())
             for job in session.scalars(_skip_locked(select(Job).where(lost))).all():
                 _rescue(session, job)

@@ -29,7 +29,7 @@ class Submitted(NamedTuple):
 
     job: Job
     new: bool
-    room: RateLimitStatus | None
+    rate_limit: RateLimitStatus | None
     """The tenant's remaining quota; None if there is no limit, or if no job was created."""
 
 
@@ -40,7 +40,7 @@ class JobRequests(Queries):
         self,
         state: State,
         *,
-        once: IdempotencyRequest | None = None,
+        idempotency: IdempotencyRequest | None = None,
         limits: Limits | None = None,
         **options: Unpack[JobOptions],
     ) -> Submitted:
@@ -51,18 +51,18 @@ class JobRequests(Queries):
         external_id = options.get("external_id")
 
         def create(session: Session) -> Submitted:
-            if known := self._known(session, once, external_id):
-                return Submitted(known, new=False, room=None)
+            if known := self._known(session, idempotency, external_id):
+                return Submitted(known, new=False, rate_limit=None)
             room = check_quota(session, self.tenant, limits) if limits else None
-            [job] = insert_jobs(session, self.tenant, [(state, once, options)])
-            return Submitted(job, new=True, room=room)
+            [job] = insert_jobs(session, self.tenant, [(state, idempotency, options)])
+            return Submitted(job, new=True, rate_limit=room)
 
         for _ in range(MAX_CONFLICT_RETRIES):
             try:
                 return write(self._engine, create)
             except IntegrityError:
                 # A concurrent request created the same job: the next round finds it.
-                if once is None and external_id is None:
+                if idempotency is None and external_id is None:
                     raise
         raise StoreUnavailableError()
 
@@ -125,18 +125,18 @@ class JobRequests(Queries):
         with reading(self._engine) as session:
             return free_slots(session, self.tenant, limits)
 
-    def _known(self, session: Session, once: IdempotencyRequest | None, external_id: str | None) -> Job | None:
+    def _known(self, session: Session, idempotency: IdempotencyRequest | None, external_id: str | None) -> Job | None:
         """Return the job that this request created before. Raises IdempotencyConflictError, ExternalIdTakenError."""
-        if known := find_existing(session, self.tenant, once):
+        if known := find_existing(session, self.tenant, idempotency):
             return session.get_one(Job, known.job_id)
         if external_id is None:
             return None
         query = select(Job).where(Job.tenant == self.tenant, Job.external_id == external_id)
         job = session.scalars(query).one_or_none()
         if job is not None:
-            if once is None or job.fingerprint != once.fingerprint:
+            if idempotency is None or job.fingerprint != idempotency.fingerprint:
                 raise ExternalIdTakenError()
-            record_key(session, self.tenant, once, job_id=job.id)
+            record_key(session, self.tenant, idempotency, job_id=job.id)
         return job
 
     def _own(self, session: Session, job_id: str, *, lock: bool = False) -> Job:

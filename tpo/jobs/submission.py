@@ -13,7 +13,7 @@ from tpo.core import prompts
 from tpo.core.errors import InvalidInputError, UnknownModelError
 from tpo.core.state import Message, Params, State
 from tpo.settings import Settings
-from tpo.wire import SaidText, StoredText, Wire
+from tpo.wire import NonBlankText, StoredText, Wire
 
 MAX_DEADLINE_SECONDS = 366 * 24 * 3600
 MIN_PRIORITY, MAX_PRIORITY = -100, 100
@@ -23,7 +23,7 @@ MAX_METADATA = 16
 class InputMessage(Message):
     """One turn of a conversation."""
 
-    content: SaidText
+    content: NonBlankText
 
 
 def _ends_with_user(messages: list[InputMessage]) -> list[InputMessage]:
@@ -46,7 +46,7 @@ BY_SHAPE = Discriminator(
 """Discriminates two shapes of input by tag: "text" or "messages"."""
 
 Input = Annotated[
-    Annotated[SaidText, Tag("text")]
+    Annotated[NonBlankText, Tag("text")]
     | Annotated[
         list[InputMessage], Field(min_length=1, max_length=1000), AfterValidator(_ends_with_user), Tag("messages")
     ],
@@ -127,7 +127,7 @@ class Served(NamedTuple):
     reward_model: str
 
 
-def served(body: Submit, settings: Settings, workers: Callable[[], Iterable[Served]]) -> Served:
+def resolve_models(body: Submit, settings: Settings, workers: Callable[[], Iterable[Served]]) -> Served:
     """Return the policy and reward model of a job. `workers` is called only if they are not those of the settings.
 
     Raises UnknownModelError if no worker serves them.

@@ -38,9 +38,9 @@ class RequestLine(NamedTuple):
         """Return the job that the line asks for. Raises InvalidInputError."""
         return self.body.submission()
 
-    def as_sent(self, error: InvalidInputError) -> InvalidInputError:
+    def with_request_names(self, error: InvalidInputError) -> InvalidInputError:
         """Return an error about the submission under the name that its field has in the line."""
-        return self.body.as_sent(error)
+        return self.body.with_request_names(error)
 
 
 class OpenAILines:

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, Tag, ValidationError, model_validat
 from tpo import validation_messages
 from tpo.core.errors import InvalidInputError
 from tpo.jobs.submission import BY_SHAPE, Submit
-from tpo.wire import SaidText, Wire
+from tpo.wire import NonBlankText, Wire
 
 _TEXTS = ("input_text", "output_text", "text")
 
@@ -26,7 +26,7 @@ def _flattened(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-Content = Annotated[SaidText, BeforeValidator(_flattened)]
+Content = Annotated[NonBlankText, BeforeValidator(_flattened)]
 Role = Literal["system", "developer", "user", "assistant"]
 
 
@@ -118,7 +118,7 @@ class JobRequest(Wire):
         except ValidationError as error:
             raise validation_messages.invalid(error, self._renamed) from None
 
-    def as_sent(self, error: InvalidInputError) -> InvalidInputError:
+    def with_request_names(self, error: InvalidInputError) -> InvalidInputError:
         """Return an error of the submission with the field names of this request."""
         if not error.param:
             return error
@@ -148,10 +148,10 @@ class ResponseRequest(JobRequest):
         "parameters.max_tokens": "max_output_tokens",
     }
 
-    input: Annotated[Annotated[SaidText, Tag("text")] | Annotated[list[InputItem], Tag("messages")], BY_SHAPE] = Field(
-        description="a prompt, or messages of which the last is the user's"
+    input: Annotated[Annotated[NonBlankText, Tag("text")] | Annotated[list[InputItem], Tag("messages")], BY_SHAPE] = (
+        Field(description="a prompt, or messages of which the last is the user's")
     )
-    instructions: SaidText | None = Field(None, description="system message before the input")
+    instructions: NonBlankText | None = Field(None, description="system message before the input")
     max_output_tokens: int | None = Field(None, description="maximum length of each sample, in tokens")
     background: bool | None = Field(None, description="if not true, the request waits until the job ends")
     text: TextOptions | None = None

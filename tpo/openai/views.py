@@ -25,7 +25,7 @@ _STATUS: dict[Status, ResponseStatus] = {
     "expired": "incomplete",
     "incomplete": "incomplete",
 }
-THEIR_CODES = {"context_too_long": "invalid_prompt", "prompt_refused": "invalid_prompt"}
+OPENAI_ERROR_CODES = {"context_too_long": "invalid_prompt", "prompt_refused": "invalid_prompt"}
 """OpenAI's codes for errors that the caller can fix, by the code of this API."""
 
 
@@ -234,7 +234,7 @@ def chat_completion(job: Job) -> ChatCompletion:
 def _failure(job: Job) -> ResponseFailure | None:
     if job.error_code is None:
         return None
-    return ResponseFailure(code=THEIR_CODES.get(job.error_code, "server_error"), message=job.error_message or "")
+    return ResponseFailure(code=OPENAI_ERROR_CODES.get(job.error_code, "server_error"), message=job.error_message or "")
 
 
 def _incomplete(job: Job) -> IncompleteDetails | None:

@@ -22,7 +22,7 @@ class NotSent(Exception):
     """No response arrived. The message is an error code."""
 
 
-def trusted(authorities: Path | None) -> ssl.SSLContext:
+def tls_context(authorities: Path | None) -> ssl.SSLContext:
     """Create a TLS context that trusts the system's authorities (or those of SSL_CERT_FILE) and the given ones."""
     context = ssl.create_default_context()
     if authorities is not None:

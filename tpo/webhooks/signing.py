@@ -20,7 +20,7 @@ def payload(delivery: ClaimedDelivery) -> bytes:
     return json.dumps(event, separators=(",", ":")).encode()
 
 
-def signed(event_id: str, timestamp: int, body: bytes, secrets: tuple[str, ...]) -> dict[str, str]:
+def signature_headers(event_id: str, timestamp: int, body: bytes, secrets: tuple[str, ...]) -> dict[str, str]:
     """Return the headers that sign a body, with a signature for each valid secret. `timestamp` is in Unix seconds."""
     content = f"{event_id}.{timestamp}.".encode() + body
     digests = (hmac.digest(base64.b64decode(s.removeprefix("whsec_")), content, hashlib.sha256) for s in secrets)

@@ -11,7 +11,7 @@ from worker.drain import Drain
 from worker.model_watch import CHECKS_IN_A_ROW
 
 
-class Consumer:
+class ConsumerWatch:
     """Detects a stalled Celery consumer: messages are queued, a thread is idle, and nothing arrives.
 
     Celery's consumer can stop consuming for good after trouble with the broker (celery#10205). Its process lives,
@@ -61,7 +61,7 @@ class Consumer:
                 self._busy -= 1
 
 
-def watch_consumer(consumer: Consumer, drain: Drain, silent_seconds: float) -> None:
+def watch_consumer(consumer: ConsumerWatch, drain: Drain, silent_seconds: float) -> None:
     """Start a thread that ends this process when its consumer is silent for `silent_seconds`.
 
     The process drains: it hands its jobs back.

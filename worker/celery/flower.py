@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tornado.web import authenticated
 
 from tpo.broker import MAINTENANCE_QUEUE
-from tpo.settings import Settings, explained
+from tpo.settings import Settings, format_errors
 from tpo.settings import settings as read_settings
 from tpo.signals import stop_signals
 from worker import logs
@@ -56,7 +56,7 @@ def main() -> int:
     try:
         configured = read_settings()
     except ValidationError as error:
-        print(explained(error), file=sys.stderr)
+        print(format_errors(error), file=sys.stderr)
         return 2
     logging.getLogger("tornado.access").setLevel(logging.WARNING)
     view = make_flower(configured)

@@ -4,7 +4,7 @@ from tpo.broker import JobNotifier
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.guard import guarded
-from worker.job_runner import rules_of
+from worker.job_runner import scheduling_rules
 from worker.logs import log
 
 
@@ -21,8 +21,8 @@ class Rescuer:
         with guarded("jobs not rescued"):
             waiting = self._store.maintenance.sweep(
                 renotify_seconds=self._settings.renotify_seconds,
-                forget_worker_seconds=self._settings.worker_timeout_seconds,
-                rules=rules_of(self._settings),
+                worker_retention_seconds=self._settings.worker_timeout_seconds,
+                rules=scheduling_rules(self._settings),
             )
             for job in waiting:
                 self._notifier.notify_job(job.job_id, job.model)

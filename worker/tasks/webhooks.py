@@ -15,8 +15,8 @@ from tpo.broker import JobNotifier
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.webhooks.deliveries import ClaimedDelivery
-from tpo.webhooks.http import NotSent, post, trusted
-from tpo.webhooks.signing import payload, signed
+from tpo.webhooks.http import NotSent, post, tls_context
+from tpo.webhooks.signing import payload, signature_headers
 from worker.guard import guarded
 from worker.logs import log
 
@@ -38,7 +38,7 @@ class WebhookSender:
         self._settings = settings
         self._store = store
         self._notifier = notifier
-        self._tls = trusted(settings.webhook_ca_file)
+        self._tls = tls_context(settings.webhook_ca_file)
         self._slots = threading.BoundedSemaphore(settings.webhook_slots)
         self._claim_seconds = 3 * settings.webhook_timeout_seconds + 30  # the DNS resolver has a separate timeout
 
@@ -82,7 +82,7 @@ class WebhookSender:
         headers = {
             "content-type": "application/json",
             "user-agent": f"tpo/{tpo.__version__}",
-            **signed(delivery.event_id, int(time.time()), body, delivery.secrets),
+            **signature_headers(delivery.event_id, int(time.time()), body, delivery.secrets),
         }
         settings = self._settings
         try:

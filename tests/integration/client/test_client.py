@@ -303,7 +303,7 @@ def test_invalid_row_does_not_affect_other_rows(client: Client) -> None:
     assert [r.output is not None for r in results] == [True, False, False, False, False, False, True]
     errors = [ClientError, ClientError, ClientError, BadRequestError, BadRequestError]
     assert [type(r.error) for r in results[1:-1]] == errors
-    assert "no NoneType" in str(results[1].error)
+    assert "not NoneType" in str(results[1].error)
 
 
 def test_other_server_at_the_url_is_reported() -> None:

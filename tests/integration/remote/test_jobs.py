@@ -120,10 +120,10 @@ def test_unusable_server_is_reported_at_startup(sqlite_system: System, own_serve
     right, wrong = marker(), marker()
     own_server.control(key=right)
     for settings, message in (
-        ({"openai_api_key": wrong, "reward_api_key": right}, "refused the key (401): set TPO_OPENAI_API_KEY"),
+        ({"openai_api_key": wrong, "reward_api_key": right}, "refused the key (401). Set TPO_OPENAI_API_KEY"),
         (
             {"openai_api_key": right, "reward_url": "http://127.0.0.1:1", "remote_start_seconds": 0.3},
-            "is its address right?",
+            "Check its address",
         ),
     ):
         process = sqlite_system.start("-m", "worker", **settings)

@@ -152,7 +152,7 @@ def test_retry_after_beyond_the_time_limit_ends_the_call(server: ModelServer, po
         (401, BackendUnavailableError, "refused the key .*TPO_OPENAI_API_KEY"),
         (404, BackendUnavailableError, "knows no such model"),
         (422, PromptRefusedError, "422"),
-        (302, BackendUnavailableError, "sends elsewhere: TPO_OPENAI_URL"),
+        (302, BackendUnavailableError, "redirects elsewhere: TPO_OPENAI_URL"),
     ],
 )
 def test_permanent_error_is_not_retried(
@@ -339,7 +339,7 @@ def test_key_is_sent_and_never_logged(
     ("model", "changes", "message"),
     [
         ("another", {}, f"has no model another. It has: {MODEL}"),
-        (MODEL, {"openai_url": "http://127.0.0.1:1/v1"}, r"It was waited for 0\.3 s; is its address right"),
+        (MODEL, {"openai_url": "http://127.0.0.1:1/v1"}, r"TPO waited 0\.3 s for it\. Check its address"),
     ],
 )
 def test_load_reports_an_unusable_server(

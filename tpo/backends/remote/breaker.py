@@ -35,7 +35,7 @@ class Breaker:
         return self._failures >= FAILURES
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def permit(self) -> AsyncIterator[None]:
         """Wait until a request may be sent. Only a `ServerDownError` raised in the body counts as a failure."""
         is_probe = await self._wait()
         try:

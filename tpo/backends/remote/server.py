@@ -148,7 +148,7 @@ class Server:
             async with asyncio.timeout(seconds):
                 while True:
                     try:
-                        async with self._breaker.turn():
+                        async with self._breaker.permit():
                             return await self._attempt(method, path, body, read)
                     except _BusyError as busy:
                         why, wait = str(busy), busy.retry_after

@@ -17,7 +17,7 @@ from tpo.backends.rewards.config import (
     Part,
     PluginPart,
     RegexPart,
-    read,
+    read_reward_file,
 )
 from tpo.backends.rewards.judge import Judge
 from tpo.core.errors import BadReplyError, ModelRefusedError
@@ -116,7 +116,7 @@ def load_combined(
     """Load the reward that a file describes, with all its models. Raises ModelRefusedError if that is not possible."""
     parts: list[tuple[str, float, RewardModel]] = []
     owned: list[object] = []
-    described = read(file).part
+    described = read_reward_file(file).part
     for part in described:  # A missing key is reported before any model is loaded.
         _key(part, settings)
     try:

@@ -159,7 +159,7 @@ class RewardFile(BaseModel):
         return self
 
 
-def read(file: Path) -> RewardFile:
+def read_reward_file(file: Path) -> RewardFile:
     """Read and validate a reward file. Raises ModelRefusedError, which names the invalid field."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
