@@ -21,12 +21,14 @@ _PARAMETERS: dict[str, Any] = {
     "early_stop": {"patience": 1, "min_gain": 0.1},
     "stop_on_decline": False,
 }
+_INPUT = "My name is Clara. My lamp is now broken. Can I get a quick refund?"
+"""A message that the demo models understand."""
 _JOB: dict[str, Any] = {
     "id": "job_0199c0ffee00aa55aa55aa55aa55aa55",
     "object": "job",
     "status": "completed",
     "model": "demo",
-    "input": "Where is my parcel?",
+    "input": _INPUT,
     "parameters": {
         **_PARAMETERS,
         "reward_model": "demo",
@@ -282,9 +284,7 @@ data: [DONE]
 """
 """A chat's answer as a stream, not all of its fields."""
 
-FILE_CONTENT = (
-    '{"custom_id": "r1", "method": "POST", "url": "/v1/responses", "body": {"input": "Where is my parcel?"}}\n'
-)
+FILE_CONTENT = '{"custom_id": "r1", "method": "POST", "url": "/v1/responses", "body": {"input": "' + _INPUT + '"}}\n'
 """A file of one request."""
 
 METRICS = """# HELP tpo_http_request_seconds Requests that were answered, and how long each took to its last byte
@@ -334,11 +334,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "Batch": _BATCH,
     "BatchPage": _page(_BATCH),
     "BatchDeleted": {"id": _BATCH["id"], "object": "batch", "deleted": True},
-    "ResponseRequest": {"input": "Where is my parcel?", "background": True, "tpo": _SHORT},
+    "ResponseRequest": {"input": _INPUT, "background": True, "tpo": _SHORT},
     "Response": _RESPONSE,
     "ResponseDeleted": {"id": _RESPONSE["id"], "object": "response", "deleted": True},
     "ItemPage": _page(_ITEM),
-    "ChatRequest": {"messages": [{"role": "user", "content": "Where is my parcel?"}], "tpo": _SHORT},
+    "ChatRequest": {"messages": [{"role": "user", "content": _INPUT}], "tpo": _SHORT},
     "ChatCompletion": _COMPLETION,
 }
 """By the name of the schema; those of `Submit` and `Extend` stand beside their fields."""

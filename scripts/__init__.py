@@ -1,0 +1,1 @@
+"""What the Makefile runs: installation, pinned requirements, and the documentation."""
