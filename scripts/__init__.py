@@ -1,1 +1,1 @@
-"""What the Makefile runs: installation, pinned requirements, and the documentation."""
+"""Programs of the Makefile: installation, pinned requirements, and the documentation."""

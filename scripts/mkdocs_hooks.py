@@ -1,4 +1,4 @@
-"""Hooks of the documentation site: pages from outside `docs/`, generated pages, and a check that it needs no network."""
+"""Hooks of the documentation site: pages from outside `docs/`, generated pages, and a check for foreign assets."""
 
 import re
 from collections.abc import Iterator

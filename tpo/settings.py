@@ -59,11 +59,11 @@ class StorageSettings(BaseSettings):
 
     database_url: SecretStr = Field(
         SecretStr("sqlite:///.tpo/tpo.db"),
-        description="The database is at this URL, which all processes share: sqlite:///FILE or postgresql+psycopg://…",
+        description="This URL, sqlite:///FILE or postgresql+psycopg://…, names the database that all processes share.",
     )
     broker_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
-        description="The broker (Redis or Valkey) is at this URL: redis://… or rediss://…",
+        description="This URL, redis://… or rediss://…, names the broker (Redis or Valkey).",
     )
 
 

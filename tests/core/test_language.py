@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "examples" / "README.md",
+]
 FOLDERS = (
     *("tpo/core", "tpo/db", "tpo/jobs", "tpo/tenants", "tpo/batches", "worker", "testing", "bench", "migrations"),
+    *("examples", "scripts"),
     *("tests/core", "tests/contract", "tests/support"),
 )
 """Folders of code that are written in plain terms so far. The others follow; none leaves."""
