@@ -30,7 +30,7 @@ def http_page() -> str:
         "",
     ]
     for tag, operations in by_tag.items():
-        lines += [f"## {tag.capitalize()}", ""]
+        lines += [f"## {'OpenAI' if tag == 'openai' else tag.capitalize()}", ""]
         for method, path, operation in operations:
             lines += _operation(method, path, operation)
     lines += ["## Objects", ""]

@@ -14,7 +14,7 @@ import pytest
 from demo.grammar import check
 from testing.forking import run_python
 from testing.ports import free_port
-from testing.processes import System, running_system
+from testing.processes import running_system
 from testing.waiting import HANG_SECONDS
 from tests.support.demo_messages import facts_of
 
@@ -27,9 +27,8 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 class Server(NamedTuple):
-    """A running API with a worker that has the demo models."""
+    """A running API with a worker that has the demo models and a judge."""
 
-    system: System
     url: str
 
     def run(self, module: str, *words: str) -> list[str]:
@@ -49,15 +48,24 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Server and worker for all tests of this file."""
+    """Server, worker and judge for all tests of this file. The reward of all jobs has the judge's part."""
     folder = tmp_path_factory.mktemp("examples")
     shutil.copy(sqlite_template, folder / "tpo.db")
+    judge = free_port()
+    text = (EXAMPLES / "judge.toml").read_text()
+    assert JUDGE in text
+    (folder / "judge.toml").write_text(text.replace(JUDGE, f"http://127.0.0.1:{judge}/v1"))
     with running_system(f"sqlite:///{folder}/tpo.db", folder) as system:
-        system.environment |= {"TPO_POLICY": "demo", "TPO_REWARD_MODEL": "demo", "TPO_THREADS": "1"}
+        system.environment |= {"TPO_POLICY": "demo", "TPO_REWARD_MODEL": "judged"}
         port = free_port()
-        system.start("-m", "api", port=port).wait_for("Listening on")
-        system.worker()
-        yield Server(system, f"http://127.0.0.1:{port}")
+        started = [
+            (system.start("-m", "examples.judge_server", str(judge)), "ready"),
+            (system.start("-m", "api", port=port), "Listening on"),
+            (system.start("-m", "worker", reward_file=folder / "judge.toml", threads=1), "is ready"),
+        ]
+        for process, text in started:
+            process.wait_for(text)
+        yield Server(f"http://127.0.0.1:{port}")
 
 
 def assert_makes_sense(message: str, answer: str, qualities: int) -> None:
@@ -99,17 +107,9 @@ def test_openai_client_gets_both_answers(server: Server) -> None:
     assert_makes_sense(MESSAGE, response.removeprefix("response: "), 9)
 
 
-def test_judge_adds_its_part_to_the_reward(server: Server, tmp_path: Path) -> None:
+def test_judge_adds_its_part_to_the_reward(server: Server) -> None:
     from examples.judged import MESSAGE
 
-    port = free_port()
-    server.system.environment["PYTHONPATH"] = str(ROOT)
-    server.system.start("-m", "examples.judge_server", str(port)).wait_for("ready")
-    file = tmp_path / "judge.toml"
-    text = (EXAMPLES / "judge.toml").read_text()
-    assert JUDGE in text
-    file.write_text(text.replace(JUDGE, f"http://127.0.0.1:{port}/v1"))
-    server.system.worker(reward_model="judged", reward_file=file)
     lines = server.run("judged")
     assert len(lines) == 8
     rewards = []
