@@ -34,8 +34,8 @@ _CSS_ASSET = re.compile(r"(?:url\(|@import\s+)[\"']?((?:https?:)?//[^\"')\s]+)")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages and those from outside `docs/`."""
-    for path in sorted(GENERATED.glob("*.md")):
-        files.append(File.generated(config, path.name, abs_src_path=str(path)))
+    for page in sorted(GENERATED.glob("*.md")):
+        files.append(File.generated(config, page.name, abs_src_path=str(page)))
     for path, place in OUTSIDE.items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
     return files
