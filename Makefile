@@ -75,7 +75,7 @@ docs: install .docs/.installed ## Build the documentation site into build/site, 
 	@mkdir -p build/docs
 	@$(BIN)/typer tpo.cli utils docs --name tpo --title 'Command line' --output build/docs/cli.md
 	@$(BIN)/python -m scripts.reference build/docs/http.md
-	@.docs/bin/mkdocs build --clean --strict
+	@NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --clean --strict
 
 .docs/.installed: requirements/docs.txt scripts/make-venv
 	@PYTHON='$(PYTHON)' scripts/make-venv .docs
