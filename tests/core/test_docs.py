@@ -32,7 +32,7 @@ WITH_SETTINGS = [
 OTHER_VARIABLES = {"TPO_URL", "TPO_KEY", "TPO_VERSION", "TPO_PUBLISH"}
 """Variables of clients and of Compose, which no process of the server reads."""
 
-BASE_FOLDERS = ("", "tpo", "tpo/backends/local", "tests", "docs", "demo", "examples")
+BASE_FOLDERS = ("", "tpo", "tpo/backends/local", "tests", "tests/core", "docs", "demo", "examples")
 """Folders that the paths of files in documents are relative to."""
 FOREIGN_FILES = {"generation_config.json", "docker-compose.override.yml"}
 

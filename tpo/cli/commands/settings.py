@@ -48,7 +48,11 @@ def _settings() -> Iterator[_Setting]:
 
     for group in Settings.groups():
         for name, field in group.model_fields.items():
-            default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+            default = field.default
+            if isinstance(default, SecretStr):
+                default = default.get_secret_value()
+            elif isinstance(default, frozenset):
+                default = ",".join(map(str, sorted(default)))
             title = (group.__doc__ or "").rstrip(".")
             yield _Setting(f"TPO_{name.upper()}", title, default, field.description or "")
 
