@@ -69,7 +69,7 @@ def server(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 def assert_makes_sense(message: str, answer: str, qualities: int) -> None:
-    """Check that an answer states no wrong fact and no unknown sentence, and has at least this number of the 14 qualities."""
+    """Check that an answer has no wrong fact, no unknown sentence, and at least this number of the 14 qualities."""
     facts = facts_of(message)
     assert facts, message
     findings = check(answer, facts)
