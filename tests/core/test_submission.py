@@ -11,7 +11,7 @@ BODY = {"input": "Hello"}
 
 
 @pytest.mark.parametrize("name", SubmitParameters.model_fields)
-def test_parameter_beside_input_names_its_place(name: str) -> None:
+def test_parameter_next_to_input_names_its_place(name: str) -> None:
     with pytest.raises(InvalidInputError, match=f"^{name}: belongs under parameters$"):
         Submit.model_validate({**BODY, name: 1})
 
