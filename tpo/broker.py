@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError, OperationalError
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -59,6 +59,11 @@ def unavailable(error: BaseException) -> BrokerUnavailableError:
         if isinstance(cause, ResponseError) and "DB index" in str(cause):
             return BrokerUnavailableError("The broker has no database of the number in TPO_BROKER_URL.")
     return BrokerUnavailableError()
+
+
+def is_broker_error(error: BaseException) -> bool:
+    """Return whether the broker, or one of the libraries that speak to it, raised the error."""
+    return isinstance(error, RedisError | KombuError)
 
 
 def queue_name(model: str) -> str:

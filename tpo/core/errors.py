@@ -12,7 +12,8 @@ TPOError                            500
 │   └── WrongStateError             409  the status of a job or batch does not allow the request
 ├── QuotaExceededError              429  the tenant exceeds one of its limits for now
 ├── StoreUnavailableError           503  the database cannot be reached or cannot work for now; the message says why
-│   └── DatabaseRefusedError        503  its URL or file is unusable until somebody fixes it; no process starts with it
+│   ├── DatabaseRefusedError        503  its URL or file is unusable until somebody fixes it; no process starts with it
+│   └── StatementFailedError        500  it refuses a statement: an error of ours, of its driver or of a proxy
 ├── SchemaOutOfDateError                 the database's schema is not that of this version
 ├── BrokerUnavailableError               the broker cannot be reached or accepts nothing for now; the message says why
 ├── JobError                             ends a job; `code` is stored in the job's record
@@ -123,6 +124,13 @@ class StoreUnavailableError(TPOError):
 
 class DatabaseRefusedError(StoreUnavailableError):
     """The database's URL or file cannot be used until somebody fixes it."""
+
+
+class StatementFailedError(StoreUnavailableError):
+    """The database refuses a statement."""
+
+    status = 500
+    code = "internal_error"
 
 
 class SchemaOutOfDateError(TPOError):
