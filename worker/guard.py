@@ -11,8 +11,8 @@ from worker.logs import log
 def guarded(failure: str) -> Iterator[None]:
     """Log any exception of the body instead of raising it.
 
-    An unreachable database or broker is a warning; every other exception, such as a refused statement, is an error with its stack frames. `failure`
-    names the work that was not done.
+    An unreachable database or broker is a warning; every other exception, such as a refused statement, is an error with
+    its stack frames. `failure` names the work that was not done.
     """
     try:
         yield
