@@ -36,7 +36,12 @@ DELIVER_WEBHOOK = "tpo.deliver_webhook"
 PURGE = "tpo.purge"
 MAINTENANCE_QUEUE = "tpo.maintenance"
 
-BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2}
+BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {
+    "socket_timeout": 2,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+}
 """Without these, a broker that hangs blocks a producer for over 40 s (measured with celery 5.7.0)."""
 
 MAX_QUEUED_WAKEUPS = 32
@@ -89,6 +94,7 @@ class JobNotifier:
             broker_url,
             socket_timeout=2,
             socket_connect_timeout=2,
+            socket_keepalive=True,
             # One retry covers a broker that was restarted; one that hangs would only hang again.
             retry=Retry(NoBackoff(), retries=1, supported_errors=(RedisConnectionError,)),
         )

@@ -80,16 +80,35 @@ class JobRunner:
         if self._drain.begun.is_set():
             self._notify(job_id)
             return
-        claimed = self._claim()
-        if claimed is None:
-            return
+        if claimed := self._claim():
+            self._run(claimed, self._notify)
+            # Even if no job was queued when this one was claimed: its end may free capacity for another of its tenant.
+            self.notify_next()
+
+    def is_waiting(self) -> bool:
+        """Return whether a job waits that this worker can run. Raises StoreUnavailableError."""
+        settings = self._settings
+        rules = scheduling_rules(settings)
+        return self.store.queues.next_waiting(settings.policy, settings.reward_model, rules) is not None
+
+    def run_waiting_job(self, another_waits: Callable[[], None]) -> bool:
+        """Claim the next job and run it without the broker. Returns False if there is none.
+
+        `another_waits` is called if more jobs wait.
+        """
+        if self._drain.begun.is_set() or not (claimed := self._claim()):
+            return False
+        self._run(claimed, lambda _job_id: another_waits())
+        return True
+
+    def _run(self, claimed: Claimed, notify: Callable[[str], None]) -> None:
         lease, state, another = claimed
         job_id = lease.job_id
         log.info("%s claimed, attempt %d", job_id, lease.attempt)
         began = time.monotonic()
         with self._leases.holding(lease) as held:
             if another is not None:
-                self._notify(another)
+                notify(another)
             try:
                 ended = self._end(_Work(self, held, state))
             except LeaseLostError:
@@ -100,8 +119,6 @@ class JobRunner:
                 log.error("%s: its end cannot be recorded: %s", job_id, frames(error))
                 ended = "left"
         log.info("%s %s after %.2f s", job_id, ended, time.monotonic() - began)
-        # Even if no job was queued when this one was claimed: its end may free capacity for another of its tenant.
-        self.notify_next()
 
     def notify_next(self) -> None:
         """Notify workers of the next job, if there is one. The rescuer repeats a failed notification."""

@@ -10,7 +10,6 @@ from testing.services import new_database
 from tests.support.databases import DATABASES, POOLED, migrated_database
 from tpo.db import connect
 
-
 _POOLED_MODULES = {
     f"tests.contract.test_store{part}" for part in ("", "_claims", "_concurrency", "_idempotency", "_maintenance")
 }

@@ -40,9 +40,14 @@ def test_limits_hold_in_each_transaction_and_leave_no_state(pooled_url: str) -> 
 
 def test_slow_statement_is_ended_by_the_server(pooled_url: str) -> None:
     engine = connect(pooled_url)
-    with pytest.raises(StoreUnavailableError), writing(engine) as session:
-        session.execute(text("SET LOCAL statement_timeout = 50"))
-        session.execute(text("SELECT pg_sleep(60)"))
+
+    def sleep() -> None:
+        with writing(engine) as session:
+            session.execute(text("SET LOCAL statement_timeout = 50"))
+            session.execute(text("SELECT pg_sleep(60)"))
+
+    with pytest.raises(StoreUnavailableError):
+        sleep()
     Store(engine).ping()
     engine.dispose()
 

@@ -1,0 +1,63 @@
+"""Look for waiting jobs in the database when no message arrives, so that a silent broker delays jobs but stops none."""
+
+import threading
+from collections.abc import Callable
+
+from worker.celery.consumer_watch import ConsumerWatch
+from worker.drain import Drain
+from worker.guard import guarded
+from worker.logs import log
+
+
+class QueuePoller:
+    """Runs waiting jobs on threads of its own while slots are free and the consumer receives nothing.
+
+    A connection to the broker may be frozen without an error, for as long as the network likes. Nothing on it can
+    report that, but the database holds every job. A polled job never waits for the broker.
+    """
+
+    def __init__(
+        self,
+        consumer: ConsumerWatch,
+        drain: Drain,
+        is_waiting: Callable[[], bool],
+        run_waiting_job: Callable[[Callable[[], None]], bool],
+        silent_seconds: float,
+    ) -> None:
+        self._consumer = consumer
+        self._drain = drain
+        self._is_waiting = is_waiting
+        self._run_waiting_job = run_waiting_job
+        self._silent_seconds = silent_seconds
+        self._received = 0
+
+    def start(self) -> None:
+        """Start the polling thread."""
+        threading.Thread(target=self._poll, name="queue-poller", daemon=True).start()
+
+    def check(self) -> None:
+        """Run a waiting job if no message has arrived since the last check."""
+        received = self._consumer.received
+        silent, self._received = received == self._received, received
+        if silent:
+            with guarded("the queue was not checked"):
+                if self._is_waiting():
+                    log.info("a job waits and no message arrives: it is taken from the database")
+                    self._fill_slot()
+
+    def _poll(self) -> None:
+        while not self._drain.begun.wait(self._silent_seconds):
+            self.check()
+
+    def _fill_slot(self) -> None:
+        """Start a thread that runs jobs until none waits, if a slot is free."""
+        if self._consumer.reserve_slot():
+            threading.Thread(target=self._run_jobs, name="polled-job", daemon=True).start()
+
+    def _run_jobs(self) -> None:
+        try:
+            with guarded("a polled job was not run"):
+                while self._run_waiting_job(self._fill_slot):
+                    pass
+        finally:
+            self._consumer.release_slot()
