@@ -70,6 +70,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         logger.warning("requests are answered with 503 until that has passed: %s", error)
     app.state.store = Store(engine)
     app.state.notifier = notifier
+    app.state.disk_probe = health.DiskProbe(engine)
     broadcaster = EventBroadcaster(app.state.store)
     app.state.broadcaster = broadcaster
     try:

@@ -2,6 +2,7 @@
 
 from tpo.db.base import DEFAULT_TENANT, Base, insert_if_new
 from tpo.db.clock import now
+from tpo.db.disk import is_disk_full
 from tpo.db.engine import connect
 from tpo.db.failures import is_driver_error
 from tpo.db.group_commit import write
@@ -16,6 +17,7 @@ __all__ = [
     "connect",
     "id_at",
     "insert_if_new",
+    "is_disk_full",
     "is_driver_error",
     "new_id",
     "now",

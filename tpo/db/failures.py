@@ -19,17 +19,17 @@ from tpo.core.errors import DatabaseRefusedError, StatementFailedError, StoreUna
 
 _CANNOT_WRITE = "The database can only be read: it is a standby, or set to be read-only."
 _TOO_MANY = "The database takes no more connections: raise max_connections, or run fewer processes."
-_DISK_FULL = "The disk that holds the database is full."
+DISK_FULL = "The disk that holds the database is full."
 _REASONS: dict[int | str, str] = {
     sqlite3.SQLITE_BUSY: "Another process keeps the database's file locked.",
     sqlite3.SQLITE_CANTOPEN: "The database's file cannot be opened: is it there, and may this user write there?",
-    sqlite3.SQLITE_FULL: _DISK_FULL,
+    sqlite3.SQLITE_FULL: DISK_FULL,
     sqlite3.SQLITE_IOERR: "The disk that holds the database fails.",
     sqlite3.SQLITE_READONLY: "The database can only be read: may this user write to its file and folder?",
     "0A000": _CANNOT_WRITE,  # a standby's answer to a transaction that writes
     "25006": _CANNOT_WRITE,
     "42501": "The database's user may not do that: let it own the schema and its tables.",
-    "53100": _DISK_FULL,
+    "53100": DISK_FULL,
     "53300": _TOO_MANY,
 }
 """Messages by SQLite's code or PostgreSQL's SQLSTATE, for conditions that may pass."""
