@@ -112,9 +112,12 @@ class JobRunner:
             try:
                 ended = self._end(_Work(self, held, state))
             except LeaseLostError:
-                ended = "left: another worker has it"
+                ended = "left: its lease is lost"
+                if held.cut_off:
+                    self._leases.forgive_later(lease)
             except StoreUnavailableError as error:
                 ended = f"left: {error}"
+                self._leases.forgive_later(lease)
             except Exception as error:
                 log.error("%s: its end cannot be recorded: %s", job_id, frames(error))
                 ended = "left"
