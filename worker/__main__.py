@@ -49,7 +49,12 @@ def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: Loaded
     app.task(name=RUN_JOB, typing=False)(consumer.track(runner.run_job))
 
     poller = QueuePoller(
-        consumer, drain, runner.is_waiting, runner.run_waiting_job, silent_seconds=settings.renotify_seconds
+        consumer,
+        drain,
+        runner.next_waiting,
+        runner.run_waiting_job,
+        runner.notify,
+        silent_seconds=settings.renotify_seconds,
     )
 
     def ready() -> None:

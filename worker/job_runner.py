@@ -78,18 +78,22 @@ class JobRunner:
         The claimed job need not be `job_id`: the message is only a wake-up, and the database picks the next job.
         """
         if self._drain.begun.is_set():
-            self._notify(job_id)
+            self.notify(job_id)
             return
         if claimed := self._claim():
-            self._run(claimed, self._notify)
+            self._run(claimed, self.notify)
             # Even if no job was queued when this one was claimed: its end may free capacity for another of its tenant.
             self.notify_next()
 
-    def is_waiting(self) -> bool:
-        """Return whether a job waits that this worker can run. Raises StoreUnavailableError."""
+    def next_waiting(self) -> str | None:
+        """Return the next job that this worker can run, or None. Raises StoreUnavailableError."""
         settings = self._settings
-        rules = scheduling_rules(settings)
-        return self.store.queues.next_waiting(settings.policy, settings.reward_model, rules) is not None
+        return self.store.queues.next_waiting(settings.policy, settings.reward_model, scheduling_rules(settings))
+
+    def notify(self, job_id: str) -> None:
+        """Notify workers that a job waits. The rescuer repeats a failed notification."""
+        with guarded(f"{job_id}: no worker notified, the rescuer will do it"):
+            self._notifier.notify_job(job_id, self._settings.policy)
 
     def run_waiting_job(self, another_waits: Callable[[], None]) -> bool:
         """Claim the next job and run it without the broker. Returns False if there is none.
@@ -125,12 +129,9 @@ class JobRunner:
 
     def notify_next(self) -> None:
         """Notify workers of the next job, if there is one. The rescuer repeats a failed notification."""
-        settings = self._settings
         with guarded("no worker notified of the next job"):
-            if job_id := self.store.queues.next_waiting(
-                settings.policy, settings.reward_model, scheduling_rules(settings)
-            ):
-                self._notify(job_id)
+            if job_id := self.next_waiting():
+                self.notify(job_id)
 
     def hand_back(self, lease: Lease) -> Status:
         """Return a job to the queue without counting its attempt.
@@ -207,10 +208,6 @@ class JobRunner:
             outcome = Outcome("failed", error_code="internal_error", error_message=message)
         status = self.retry_until_stored(lambda: self.store.leases.finish(lease, outcome))
         return f"{status} ({outcome.error_code})" if outcome.error_code else status
-
-    def _notify(self, job_id: str) -> None:
-        with guarded(f"{job_id}: no worker notified, the rescuer will do it"):
-            self._notifier.notify_job(job_id, self._settings.policy)
 
 
 def _is_infrastructure(error: Exception) -> bool:

@@ -14,20 +14,25 @@ class QueuePoller:
 
     A connection to the broker may be frozen without an error, for as long as the network likes. Nothing on it can
     report that, but the database holds every job. A polled job never waits for the broker.
+
+    Each check that finds a job also sends a message. If the broker can be reached, a consumer that works receives it,
+    and `watch_consumer` ends the process of one that does not.
     """
 
     def __init__(
         self,
         consumer: ConsumerWatch,
         drain: Drain,
-        is_waiting: Callable[[], bool],
+        next_waiting: Callable[[], str | None],
         run_waiting_job: Callable[[Callable[[], None]], bool],
+        notify: Callable[[str], None],
         silent_seconds: float,
     ) -> None:
         self._consumer = consumer
         self._drain = drain
-        self._is_waiting = is_waiting
+        self._next_waiting = next_waiting
         self._run_waiting_job = run_waiting_job
+        self._notify = notify
         self._silent_seconds = silent_seconds
         self._received = 0
 
@@ -41,9 +46,10 @@ class QueuePoller:
         silent, self._received = received == self._received, received
         if silent:
             with guarded("the queue was not checked"):
-                if self._is_waiting():
+                if job_id := self._next_waiting():
                     log.info("a job waits and no message arrives: it is taken from the database")
                     self._fill_slot()
+                    self._notify(job_id)
 
     def _poll(self) -> None:
         while not self._drain.begun.wait(self._silent_seconds):

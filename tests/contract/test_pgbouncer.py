@@ -1,4 +1,4 @@
-"""What PgBouncer in transaction mode changes: limits hold in each transaction, and leave no state in the server."""
+"""Transactions through PgBouncer in transaction mode have their limits, and leave no state in the server."""
 
 from collections.abc import Iterator
 

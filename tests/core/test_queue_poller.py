@@ -19,10 +19,11 @@ class Queue:
         self.running = 0
         self.peak = 0
         self.may_end = threading.Event()
+        self.notified: list[str] = []
         self._lock = threading.Lock()
 
-    def is_waiting(self) -> bool:
-        return self.waiting > 0
+    def next_waiting(self) -> str | None:
+        return "job_1" if self.waiting else None
 
     def run(self, another_waits: Callable[[], None]) -> bool:
         with self._lock:
@@ -41,7 +42,7 @@ class Queue:
 
 
 def poller_of(consumer: ConsumerWatch, queue: Queue) -> QueuePoller:
-    return QueuePoller(consumer, Drain(), queue.is_waiting, queue.run, silent_seconds=1)
+    return QueuePoller(consumer, Drain(), queue.next_waiting, queue.run, queue.notified.append, silent_seconds=1)
 
 
 def test_poller_fills_all_slots_and_no_more() -> None:
@@ -56,6 +57,7 @@ def test_poller_fills_all_slots_and_no_more() -> None:
     queue.may_end.set()
     eventually(lambda: queue.ended == 10, why="all jobs have ended")
     assert queue.peak == 3
+    assert queue.notified == ["job_1"] * 2, "a message shows whether the consumer works"
     eventually(lambda: all(consumer.reserve_slot() for _ in range(3)), why="all slots are free again")
 
 
@@ -74,8 +76,8 @@ def test_poller_waits_while_messages_arrive() -> None:
 def test_poller_survives_unavailable_database() -> None:
     consumer, queue = ConsumerWatch(1, lambda: 0), Queue(1)
 
-    def unavailable() -> bool:
+    def unavailable() -> str | None:
         raise StoreUnavailableError()
 
-    QueuePoller(consumer, Drain(), unavailable, queue.run, silent_seconds=1).check()
+    QueuePoller(consumer, Drain(), unavailable, queue.run, queue.notified.append, silent_seconds=1).check()
     assert consumer.reserve_slot()

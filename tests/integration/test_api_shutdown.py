@@ -1,4 +1,4 @@
-"""The API ends in bounded time after SIGTERM, and its log says what took the time."""
+"""The API ends in bounded time after SIGTERM, and its log shows the stages."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""`/readyz` tells of jobs that wait next to free slots, and of a full disk."""
+"""Readiness reports jobs that wait next to free slots, and a full disk."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Whoever has the broker's address can neither stop a worker nor hold jobs back with Celery's remote control."""
+"""An attacker with the broker's address can neither stop a worker nor hold jobs back with remote control."""
 
 from typing import Any
 
