@@ -1,4 +1,4 @@
-"""`python -m api`: serve until SIGTERM or Ctrl-C."""
+"""Run the API server: `python -m api` serves until SIGTERM or Ctrl-C."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from tpo.settings import Settings, format_errors, settings
 logger = logging.getLogger("api")
 
 _GRACE_SECONDS = 5
-"""What SIGTERM leaves to requests that run."""
+"""Time for running requests to finish after SIGTERM."""
 
 _SHUTDOWN_SECONDS = _GRACE_SECONDS + 3.0
 
@@ -49,7 +49,7 @@ class _Server(uvicorn.Server):
 
 
 def main() -> int:
-    """Run the server; gives the exit status."""
+    """Run the server and return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     _on_signals(_end)
     watchdog = ShutdownWatchdog(_SHUTDOWN_SECONDS)
@@ -68,7 +68,7 @@ def main() -> int:
 
 async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings, watchdog: ShutdownWatchdog) -> None:
     watchdog.watch_loop()
-    # The lifespan is entered here, not by uvicorn, so that what it refuses reaches the user as one clear line.
+    # The lifespan is entered here, not by uvicorn, so that a startup error reaches the user as one clear line.
     async with app.router.lifespan_context(app):
         host = f"[{configuration.host}]" if ":" in configuration.host else configuration.host
         logger.info("Listening on http://%s:%d, documentation at /docs", host, configuration.port)
@@ -87,8 +87,8 @@ async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings,
             app.state.broadcaster,
             watchdog,
         )
-        # uvicorn listens for signals while it serves, and raises the one that ended it again when it is done. It gets
-        # those that arrive before and after as well: an ignored one would be lost.
+        # uvicorn handles signals while it serves, and raises the signal that stopped it again afterwards. A signal just
+        # before or after must not be ignored: it would be lost.
         _on_signals(server.handle_exit)
         await server.serve(sockets=[listener])
         watchdog.log_stage("requests ended")
@@ -97,7 +97,7 @@ async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings,
 
 def _listen(configuration: Settings) -> socket.socket:
     host, port = configuration.host, configuration.port
-    # The protocol is named because asyncio sets TCP_NODELAY only where it is: without, answers take 40 ms longer.
+    # The protocol is explicit because asyncio sets TCP_NODELAY only then; without it, responses are delayed.
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -107,7 +107,7 @@ def _listen(configuration: Settings) -> socket.socket:
         listener.close()
         raise OSError(
             f"Cannot listen on {host} port {port}: {error.strerror}. "
-            "Stop what listens there, or choose another address with TPO_HOST and TPO_PORT."
+            "Stop the process that uses it, or set TPO_HOST and TPO_PORT to another address."
         ) from error
     return listener
 

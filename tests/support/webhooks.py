@@ -12,6 +12,9 @@ from tpo.settings import Settings
 from tpo.store import Store
 from worker.tasks.webhooks import WebhookSender
 
+ANY_TARGET = {"webhook_allow_private": "true", "webhook_ports": "any"}
+"""Settings with which the receivers of tests may be called: on this machine, on any free port."""
+
 
 class DirectNotifier(JobNotifier):
     """Delivers directly, without a broker."""
@@ -24,8 +27,8 @@ class DirectNotifier(JobNotifier):
 
 
 def make_sender(store: Store, **settings: Any) -> WebhookSender:
-    """Create a sender with short delays that may call private addresses."""
-    values = {"webhook_allow_private": True, "webhook_retry_seconds": 0.02, "webhook_timeout_seconds": 5, **settings}
+    """Create a sender with short delays that may call any target."""
+    values = {**ANY_TARGET, "webhook_retry_seconds": 0.02, "webhook_timeout_seconds": 5, **settings}
     notifier = DirectNotifier("redis://127.0.0.1:1/0")
     notifier.sender = WebhookSender(Settings(**values), store, notifier)
     return notifier.sender

@@ -16,7 +16,7 @@ class BatchTasks:
         self._notifier = notifier
 
     def notify_due(self) -> None:
-        """Notify the maintenance worker of batches that nobody has advanced lately."""
+        """Notify the maintenance worker of batches that were not advanced recently."""
         with guarded("batches not notified"):
             for batch_id in self._advancer.due(NOTIFY_BATCHES_SECONDS / 2):
                 self._notifier.notify_batch(batch_id)
