@@ -95,15 +95,15 @@ class JobRunner:
         with guarded(f"{job_id}: no worker notified, the rescuer will do it"):
             self._notifier.notify_job(job_id, self._settings.policy)
 
-    def run_waiting_job(self, another_waits: Callable[[], None]) -> bool:
-        """Claim the next job and run it without the broker. Returns False if there is none.
+    def run_waiting_job(self, another_waits: Callable[[], None]) -> str | None:
+        """Claim the next job and run it without the broker. Returns its id, or None if there is none.
 
         `another_waits` is called if more jobs wait.
         """
         if self._drain.begun.is_set() or not (claimed := self._claim()):
-            return False
+            return None
         self._run(claimed, lambda _job_id: another_waits())
-        return True
+        return claimed.lease.job_id
 
     def _run(self, claimed: Claimed, notify: Callable[[str], None]) -> None:
         lease, state, another = claimed

@@ -15,7 +15,7 @@ class QueuePoller:
     A connection to the broker may be frozen without an error, for as long as the network likes. Nothing on it can
     report that, but the database holds every job. A polled job never waits for the broker.
 
-    Each check that finds a job also sends a message. If the broker can be reached, a consumer that works receives it,
+    After a check that finds a job, or after a polled job, a message is sent. If the broker can be reached, a consumer that works receives it,
     and `watch_consumer` ends the process of one that does not.
     """
 
@@ -24,7 +24,7 @@ class QueuePoller:
         consumer: ConsumerWatch,
         drain: Drain,
         next_waiting: Callable[[], str | None],
-        run_waiting_job: Callable[[Callable[[], None]], bool],
+        run_waiting_job: Callable[[Callable[[], None]], str | None],
         notify: Callable[[str], None],
         silent_seconds: float,
     ) -> None:
@@ -35,6 +35,7 @@ class QueuePoller:
         self._notify = notify
         self._silent_seconds = silent_seconds
         self._received = 0
+        self._polled: str | None = None
 
     def start(self) -> None:
         """Start the polling thread."""
@@ -49,6 +50,8 @@ class QueuePoller:
                 if job_id := self._next_waiting():
                     log.info("a job waits and no message arrives: it is taken from the database")
                     self._fill_slot()
+                polled, self._polled = self._polled, None
+                if job_id := job_id or polled:
                     self._notify(job_id)
 
     def _poll(self) -> None:
@@ -63,7 +66,7 @@ class QueuePoller:
     def _run_jobs(self) -> None:
         try:
             with guarded("a polled job was not run"):
-                while self._run_waiting_job(self._fill_slot):
-                    pass
+                while job_id := self._run_waiting_job(self._fill_slot):
+                    self._polled = job_id
         finally:
             self._consumer.release_slot()

@@ -26,7 +26,7 @@ from tpo.settings import Settings
 from tpo.store import Store
 
 _PATIENCE_ROUNDS = 4
-"""A job that waits for so many rounds of notifications next to a free slot is stuck."""
+"""A job that waits for this many rounds of notifications next to a free slot is stuck."""
 
 _DISK_CHECK_SECONDS = 10.0
 

@@ -25,10 +25,10 @@ class Queue:
     def next_waiting(self) -> str | None:
         return "job_1" if self.waiting else None
 
-    def run(self, another_waits: Callable[[], None]) -> bool:
+    def run(self, another_waits: Callable[[], None]) -> str | None:
         with self._lock:
             if not self.waiting:
-                return False
+                return None
             self.waiting -= 1
             self.running += 1
             self.peak = max(self.peak, self.running)
@@ -38,7 +38,7 @@ class Queue:
         with self._lock:
             self.running -= 1
             self.ended += 1
-        return True
+        return "job_1"
 
 
 def poller_of(consumer: ConsumerWatch, queue: Queue) -> QueuePoller:
@@ -57,7 +57,9 @@ def test_poller_fills_all_slots_and_no_more() -> None:
     queue.may_end.set()
     eventually(lambda: queue.ended == 10, why="all jobs have ended")
     assert queue.peak == 3
-    assert queue.notified == ["job_1"] * 2, "a message shows whether the consumer works"
+    poller.check()  # the message that arrived above
+    poller.check()
+    assert queue.notified == ["job_1"] * 3, "a message shows whether the consumer works, also after the last job"
     eventually(lambda: all(consumer.reserve_slot() for _ in range(3)), why="all slots are free again")
 
 

@@ -1,4 +1,4 @@
-"""Each link frozen for ever, without a reset: a job that is submitted then still ends."""
+"""Each link frozen forever, without a reset: a job that is submitted then still ends."""
 
 from collections.abc import Iterator
 from pathlib import Path

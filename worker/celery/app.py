@@ -20,7 +20,7 @@ _REFUSED_RETRY_SECONDS = 1.0
 _REMOTE_COMMANDS = frozenset(
     ("ping", "stats", "active_queues", "registered", "scheduled", "active", "reserved", "revoked", "enable_events")
 )
-"""What Flower and the health check send. All others are refused: whoever reaches the broker could send them too."""
+"""What Flower and the health check send. All others are refused: anyone who reaches the broker could send them."""
 
 
 def make_app(settings: Settings, queue: str, **more: object) -> Celery:
