@@ -15,8 +15,8 @@ class QueuePoller:
     A connection to the broker may be frozen without an error, for as long as the network likes. Nothing on it can
     report that, but the database holds every job. A polled job never waits for the broker.
 
-    After a check that finds a job, or after a polled job, a message is sent. If the broker can be reached, a consumer that works receives it,
-    and `watch_consumer` ends the process of one that does not.
+    After a check that finds a job, or after a polled job, a message is sent. If the broker can be reached, a consumer
+    that works receives it, and `watch_consumer` ends the process of one that does not.
     """
 
     def __init__(
