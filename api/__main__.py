@@ -2,11 +2,9 @@
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from types import FrameType
 
@@ -15,6 +13,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from api.app import create_app
+from api.shutdown import ShutdownWatchdog
 from api.streaming.broadcaster import EventBroadcaster
 from tpo.core.errors import TPOError
 from tpo.settings import Settings, format_errors, settings
@@ -24,31 +23,42 @@ logger = logging.getLogger("api")
 _GRACE_SECONDS = 5
 """Time for running requests to finish after SIGTERM."""
 
+_SHUTDOWN_SECONDS = _GRACE_SECONDS + 3.0
+
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that stops in bounded time, even with open streams or a thread blocked on the database."""
+    """Ends open streams when a stop signal arrives, and reports the stages of its shutdown."""
 
-    def __init__(self, config: uvicorn.Config, broadcaster: EventBroadcaster) -> None:
+    def __init__(self, config: uvicorn.Config, broadcaster: EventBroadcaster, watchdog: ShutdownWatchdog) -> None:
         super().__init__(config)
         self._broadcaster = broadcaster
+        self._watchdog = watchdog
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        last_resort = threading.Timer(_GRACE_SECONDS + 3, os._exit, [1])
-        last_resort.daemon = True
-        last_resort.start()
+        self._watchdog.begin()
         self._loop.call_soon_threadsafe(self._broadcaster.stop)
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listener and all connections, and wait for running requests."""
+        state = self.server_state
+        self._watchdog.log_stage(f"closing {len(state.connections)} connections, {len(state.tasks)} requests run")
+        await super().shutdown(sockets)
+        self._watchdog.log_stage("connections closed")
 
 
 def main() -> int:
     """Run the server and return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     _on_signals(_end)
+    watchdog = ShutdownWatchdog(_SHUTDOWN_SECONDS)
+    watchdog.start()
     try:
         configuration = settings()
         listener = _listen(configuration)
-        asyncio.run(_serve(create_app(configuration), listener, configuration))
+        asyncio.run(_serve(create_app(configuration), listener, configuration, watchdog))
+        watchdog.log_stage("event loop closed")
     except ValidationError as error:
         return _refuse(format_errors(error))
     except (TPOError, OSError) as error:
@@ -56,7 +66,8 @@ def main() -> int:
     return 0
 
 
-async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings) -> None:
+async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings, watchdog: ShutdownWatchdog) -> None:
+    watchdog.watch_loop()
     # The lifespan is entered here, not by uvicorn, so that a startup error reaches the user as one clear line.
     async with app.router.lifespan_context(app):
         host = f"[{configuration.host}]" if ":" in configuration.host else configuration.host
@@ -74,10 +85,14 @@ async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings)
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             ),
             app.state.broadcaster,
+            watchdog,
         )
-        # uvicorn handles signals while it serves, and raises the signal that stopped it again afterwards.
-        _on_signals(signal.SIG_IGN)
+        # uvicorn handles signals while it serves, and raises the signal that stopped it again afterwards. A signal just
+        # before or after must not be ignored: it would be lost.
+        _on_signals(server.handle_exit)
         await server.serve(sockets=[listener])
+        watchdog.log_stage("requests ended")
+    watchdog.log_stage("broadcaster, broker and database closed")
 
 
 def _listen(configuration: Settings) -> socket.socket:
@@ -102,7 +117,7 @@ def _refuse(why: str) -> int:
     return 1
 
 
-def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, handler)
 

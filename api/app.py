@@ -70,6 +70,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         logger.warning("requests get 503 until the database is available: %s", error)
     app.state.store = Store(engine)
     app.state.notifier = notifier
+    app.state.disk_probe = health.DiskProbe(engine)
     broadcaster = EventBroadcaster(app.state.store)
     app.state.broadcaster = broadcaster
     try:

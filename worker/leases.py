@@ -25,6 +25,8 @@ class HeldJob:
 
     def __init__(self, lease: Lease, drain: Drain) -> None:
         self.lease = lease
+        self.cut_off = False
+        """Whether the database could not be reached when the lease was last to be renewed."""
         self._drain = drain
         self._stop: InterruptReason | None = None
         self._queue_paused = False
@@ -57,6 +59,7 @@ class HeldJob:
             if renewed:
                 # A slow renewal may have begun before this job was claimed.
                 self._renewed = max(self._renewed, asked)
+                self.cut_off = False
 
     def interrupt(self) -> None:
         """Raise CallInterruptedError if a running model call must end now."""
@@ -86,6 +89,7 @@ class Leases:
         self._settings = settings
         self._lease_seconds = settings.lease_seconds
         self._held: set[HeldJob] = set()
+        self._unforgiven: list[Lease] = []
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._stopping = threading.Event()
@@ -124,6 +128,11 @@ class Leases:
                 self._held.discard(held)
                 self._idle.notify_all()
 
+    def forgive_later(self, lease: Lease) -> None:
+        """Take back the attempt of a lost lease as soon as the database can be reached."""
+        with self._lock:
+            self._unforgiven.append(lease)
+
     def held(self) -> list[Lease]:
         """Return the leases of the running jobs."""
         with self._lock:
@@ -143,14 +152,32 @@ class Leases:
                 if began >= renew_at:
                     self.register()
                     self._ask(self._renew, renewed=True)
+                    self._forgive()
                     renew_at = began + self._lease_seconds / 3
                 else:
                     self._ask(self._check)
             except StoreUnavailableError as error:
                 log.warning("leases cannot be renewed: %s", error)
+                self.mark_cut_off()
             except Exception as error:
                 log.error("leases cannot be renewed: %s", frames(error))
+                self.mark_cut_off()
             self._stopping.wait(pause)
+
+    def mark_cut_off(self) -> None:
+        """Note for all held jobs that the database cannot be reached: if they lose their leases, this is why."""
+        with self._lock:
+            for held in self._held:
+                held.cut_off = True
+
+    def _forgive(self) -> None:
+        with self._lock:
+            leases = list(self._unforgiven)
+        for lease in leases:
+            self._store.leases.forgive(lease)
+            log.info("%s: its attempt does not count, because the database was away", lease.job_id)
+            with self._lock:
+                self._unforgiven.remove(lease)
 
     def _ask(self, query: Callable[[set[str]], dict[str, tuple[int, Flags]]], *, renewed: bool = False) -> None:
         with self._lock:

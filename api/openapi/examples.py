@@ -121,7 +121,7 @@ _PROMPT_SET: dict[str, Any] = {
     "style": "separate",
     "default": True,
 }
-_CHECKS = {"database": "ok", "broker": "ok", "worker": "ok"}
+_CHECKS = {"database": "ok", "broker": "ok", "worker": "ok", "queue": "ok", "disk": "ok"}
 _WEBHOOK: dict[str, Any] = {
     "id": f"wh_{_DIGITS}",
     "object": "webhook",

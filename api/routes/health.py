@@ -1,8 +1,13 @@
 """Routes of health, readiness and metrics."""
 
+import math
+import threading
+import time
+
 from fastapi import APIRouter, Request
 from fastapi import Response as HTTPResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from sqlalchemy import Engine
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse
 
@@ -15,9 +20,15 @@ from api.openapi.errors import NOT_READY, NOT_SHOWN, UNAVAILABLE
 from api.openapi.examples import METRICS
 from tpo.broker import JobNotifier
 from tpo.core.errors import BrokerUnavailableError, StoreUnavailableError
-from tpo.db import DEFAULT_TENANT
+from tpo.db import DEFAULT_TENANT, is_disk_full
+from tpo.jobs.scheduling import Rules
 from tpo.settings import Settings
 from tpo.store import Store
+
+_PATIENCE_ROUNDS = 4
+"""A job that waits for this many rounds of notifications next to a free slot is stuck."""
+
+_DISK_CHECK_SECONDS = 10.0
 
 router = APIRouter(tags=["server"])
 
@@ -41,12 +52,22 @@ async def get_health() -> schemas.Health:
 def get_readiness(
     request: Request, store: ServerStoreDep, notifier: NotifierDep, settings: SettingsDep
 ) -> schemas.Ready | JSONResponse:
-    """Check that jobs can run now: database, broker and at least one worker."""
+    """Check that jobs can run now: database, broker, at least one worker, a queue that moves and a disk with space."""
+    disk_probe: DiskProbe = request.app.state.disk_probe
     database, worker = _database_and_worker(store, settings)
-    checks = schemas.Checks(database=database, broker=_broker(notifier), worker=worker)
+    queue: schemas.QueueCheck = "unknown"
+    disk: schemas.DiskCheck = "unknown"
+    if database == "ok":
+        queue, disk = _queue(store, settings), disk_probe.check()
+    checks = schemas.Checks(database=database, broker=_broker(notifier), worker=worker, queue=queue, disk=disk)
     missing = [name for name, check in checks if check == "missing"]
-    if missing:
-        detail = f"Missing: {', '.join(missing)}."
+    problems = [f"Missing: {', '.join(missing)}."] if missing else []
+    if checks.queue == "stalled":
+        problems.append("Jobs wait although workers have free slots.")
+    if checks.disk == "full":
+        problems.append("The disk that holds the database is full.")
+    if problems:
+        detail = " ".join(problems)
         return problem(request.scope, 503, detail=detail, code="not_ready", checks=checks)
     return schemas.Ready(checks=checks)
 
@@ -83,6 +104,36 @@ def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Chec
         return "ok", "ok" if store.workers.live(settings.lease_seconds) else "missing"
     except StoreUnavailableError:
         return "missing", "unknown"
+
+
+def _queue(store: Store, settings: Settings) -> schemas.QueueCheck:
+    try:
+        rules = Rules(settings.priority_seconds, settings.max_jobs_running)
+        patience = _PATIENCE_ROUNDS * settings.renotify_seconds
+        return "stalled" if store.queues.stalled(patience, settings.lease_seconds, rules) else "ok"
+    except StoreUnavailableError:
+        return "unknown"
+
+
+class DiskProbe:
+    """Checks the disk of the database, at most once in some seconds, because the check may write."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._checked_at = -math.inf
+        self._result: schemas.DiskCheck = "unknown"
+
+    def check(self) -> schemas.DiskCheck:
+        """Return the state of the disk, which is at most _DISK_CHECK_SECONDS old."""
+        with self._lock:
+            if time.monotonic() - self._checked_at >= _DISK_CHECK_SECONDS:
+                try:
+                    self._result = "full" if is_disk_full(self._engine) else "ok"
+                except StoreUnavailableError:
+                    self._result = "unknown"  # such as a user who may create no temporary table
+                self._checked_at = time.monotonic()
+            return self._result
 
 
 def _broker(notifier: JobNotifier) -> schemas.Check:

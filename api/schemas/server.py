@@ -66,6 +66,8 @@ class Health(Wire):
 
 
 Check = Literal["ok", "missing", "unknown"]
+QueueCheck = Literal["ok", "stalled", "unknown"]
+DiskCheck = Literal["ok", "full", "unknown"]
 
 
 class Checks(Wire):
@@ -74,6 +76,8 @@ class Checks(Wire):
     database: Check
     broker: Check
     worker: Check
+    queue: QueueCheck = Field(description="stalled: jobs wait although workers that serve them have free slots")
+    disk: DiskCheck = Field(description="the disk that holds the database")
 
 
 class Ready(Wire):

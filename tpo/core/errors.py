@@ -13,7 +13,8 @@ TPOError                            500
 ├── KeyExpiredError                 401  the API key was valid until a time that has passed
 ├── QuotaExceededError              429  the tenant exceeds one of its limits for now
 ├── StoreUnavailableError           503  the database cannot be reached or cannot work for now; the message says why
-│   └── DatabaseRefusedError        503  its URL or file is unusable until somebody fixes it; no process starts with it
+│   ├── DatabaseRefusedError        503  its URL or file is unusable until somebody fixes it; no process starts with it
+│   └── StatementFailedError        500  it refuses a statement: an error of ours, of its driver or of a proxy
 ├── SchemaOutOfDateError                 the database's schema is not that of this version
 ├── BrokerUnavailableError               the broker cannot be reached or accepts nothing for now; the message says why
 ├── JobError                             ends a job; `code` is stored in the job's record
@@ -124,6 +125,13 @@ class StoreUnavailableError(TPOError):
 
 class DatabaseRefusedError(StoreUnavailableError):
     """The database's URL or file cannot be used until somebody fixes it."""
+
+
+class StatementFailedError(StoreUnavailableError):
+    """The database refuses a statement."""
+
+    status = 500
+    code = "internal_error"
 
 
 class SchemaOutOfDateError(TPOError):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +149,19 @@ class CheckpointQueries(Queries):
             if not transition(session, unwanted, CANCELLED, Event("job.cancelled", {})):
                 return _status_if_already_done(session, lease, job_in_status(lease.job_id, "queued", "paused"))
             return "cancelled"
+
+    def forgive(self, lease: Lease) -> None:
+        """Take back an attempt that ended because its worker could not reach the database.
+
+        Hands the job back if the lease is still held. Changes nothing if the job has ended or was claimed since.
+        """
+        rescued = and_(job_in_status(lease.job_id, "queued", "paused"), Job.fence == lease.fence)
+        counted = and_(Job.consecutive_failures == lease.consecutive_failures, Job.consecutive_failures > 0)
+        fewer = {"consecutive_failures": Job.consecutive_failures - 1, "attempt": Job.attempt - 1}
+        with writing(self._engine) as session:
+            session.execute(update_job(and_(rescued, counted), fewer))
+        with suppress(LeaseLostError):
+            self.release(lease)
 
     def _fenced(self, session: Session, lease: Lease, values: dict[str, Any], events: list[Event]) -> Flags:
         """Update the job and insert its events, if the lease is still held. Raises LeaseLostError."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import exists, func, or_, select, update
+from sqlalchemy import and_, exists, func, or_, select, update
 
 from tpo.core.errors import InvalidInputError
 from tpo.db import Queries, insert_if_new, now, reading, writing
@@ -64,6 +64,20 @@ class QueueQueries(Queries):
             )
             for model in sorted({*paused, *workers, *jobs})
         ]
+
+    def stalled(self, waiting_seconds: float, silent_seconds: float, rules: Rules) -> Sequence[str]:
+        """Return the policies whose jobs have waited that long although live workers of them have free slots."""
+        with reading(self._engine) as session:
+            found = []
+            for pair in waiting_pairs(session):
+                serves = and_(Worker.model == pair.model, Worker.reward_model == pair.reward_model)
+                live = select(Worker).where(serves, Worker.seen_at > now() - silent_seconds)
+                slots = {worker.id: worker.concurrency for worker in session.scalars(live)}
+                held = select(func.count()).where(Job.lease_owner.in_(slots), Job.status.in_(RUNNING))
+                free = sum(slots.values()) > session.execute(held).scalar_one() if slots else False
+                if free and next_waiting_job(session, pair, rules, waiting_seconds=waiting_seconds):
+                    found.append(pair.model)
+        return found
 
     def _set_paused(self, model: str, *, paused: bool) -> None:
         with writing(self._engine) as session:

@@ -23,6 +23,9 @@ are switched off, and this package says where and why:
   the worker logs each job itself, and never a user's text. (`app`, `worker.logs`)
 - **Bounded shutdown.** Signals begin a drain (`worker.drain`); `stop_consuming` ends Celery's loop, and the process
   exits in bounded time even if the broker or the database hangs.
+- **Reduced remote control.** A process answers only the commands that Flower and the health check read. It ignores
+  `shutdown`, `rate_limit`, `cancel_consumer`, `pool_shrink`, `revoke` and all others. (`app`)
+- **Silent broker.** While no message arrives, a worker takes waiting jobs from the database. (`worker.queue_poller`)
 - **Read-only Flower.** Flower shows Celery's messages and can change nothing. With a password set, its metrics need
   the password too. (`flower`)
 """
