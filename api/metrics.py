@@ -35,6 +35,9 @@ class Metrics:
         gauges = {
             "waiting": Gauge("tpo_jobs_waiting", "Jobs that wait for a worker", ["model"], registry=now),
             "running": Gauge("tpo_jobs_running", "Jobs that run", ["model"], registry=now),
+            "quarantined": Gauge(
+                "tpo_jobs_in_quarantine", "Jobs suspected of having killed their worker", ["model"], registry=now
+            ),
             "workers": Gauge("tpo_workers", "Workers that live", ["model"], registry=now),
         }
         for queue in queues or ():
