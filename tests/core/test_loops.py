@@ -70,14 +70,16 @@ def test_slow_loop_delays_no_other(start: Callable[..., Loop]) -> None:
 
 
 def test_loop_repeats_after_a_failure(start: Callable[..., Loop], caplog: pytest.LogCaptureFixture) -> None:
+    text = "a text of a user"
+
     def fail(_number: int) -> bool:
-        raise RuntimeError("a text of a user")
+        raise RuntimeError(text)
 
     rounds = Rounds(fail)
     start(0.001, rounds)
     rounds.wait_for(3)
     assert "loop 0 has failed" in caplog.text
-    assert "a text of a user" not in caplog.text
+    assert text not in caplog.text
 
 
 def test_loop_continues_at_once_while_there_is_more(start: Callable[..., Loop]) -> None:
