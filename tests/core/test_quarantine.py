@@ -167,7 +167,7 @@ def test_poison_among_16_ends_after_two_shared_crashes(position: int) -> None:
     assert fleet.crashes == 2 + ATTEMPTS
 
 
-@pytest.mark.parametrize("seconds", [1, 5, 30])
+@pytest.mark.parametrize("seconds", [1, 5])
 def test_random_crashes_fail_no_job(seconds: int) -> None:
     for seed in range(60):
         rng = random.Random(seed)

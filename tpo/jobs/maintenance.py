@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from tpo.backoff import backoff_seconds
 from tpo.core.status import HELD, TERMINAL
-from tpo.db import Queries, now, writing
+from tpo.db import Queries, now, reading, writing
 from tpo.jobs.claims import RUNNING, Pair, next_waiting_job, waiting_pairs
 from tpo.jobs.events import Event
 from tpo.jobs.outcomes import Outcome, outcome_of_deadline
@@ -50,6 +50,12 @@ class MaintenanceQueries(Queries):
         with writing(self._engine) as session:
             old = delete(LastClaim).where(LastClaim.claimed_at < now() - seconds).returning(LastClaim.tenant)
             return len(session.scalars(old).all())
+
+    def rescue_delay(self) -> float:
+        """Return for how long the oldest expired lease has waited for the rescuer, in seconds; 0 if there is none."""
+        oldest = select(now() - func.min(Job.lease_until)).where(Job.status.in_(RUNNING))
+        with reading(self._engine) as session:
+            return max(0.0, session.execute(oldest).scalar_one() or 0.0)
 
     def sweep(
         self, *, renotify_seconds: float, worker_retention_seconds: float, rules: Rules | None = None
