@@ -1,4 +1,4 @@
-"""`python -m api`: serve until SIGTERM or Ctrl-C."""
+"""Run the API server: `python -m api` serves until SIGTERM or Ctrl-C."""
 
 import asyncio
 import logging
@@ -22,11 +22,11 @@ from tpo.settings import Settings, format_errors, settings
 logger = logging.getLogger("api")
 
 _GRACE_SECONDS = 5
-"""What SIGTERM leaves to requests that run."""
+"""Time for running requests to finish after SIGTERM."""
 
 
 class _Server(uvicorn.Server):
-    """Ends in a bounded time, also while streams are open or a thread waits for a database that hangs."""
+    """A uvicorn server that stops in bounded time, even with open streams or a thread blocked on the database."""
 
     def __init__(self, config: uvicorn.Config, broadcaster: EventBroadcaster) -> None:
         super().__init__(config)
@@ -42,7 +42,7 @@ class _Server(uvicorn.Server):
 
 
 def main() -> int:
-    """Run the server; gives the exit status."""
+    """Run the server and return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     _on_signals(_end)
     try:
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings) -> None:
-    # The lifespan is entered here, not by uvicorn, so that what it refuses reaches the user as one clear line.
+    # The lifespan is entered here, not by uvicorn, so that a startup error reaches the user as one clear line.
     async with app.router.lifespan_context(app):
         host = f"[{configuration.host}]" if ":" in configuration.host else configuration.host
         logger.info("Listening on http://%s:%d, documentation at /docs", host, configuration.port)
@@ -75,14 +75,14 @@ async def _serve(app: FastAPI, listener: socket.socket, configuration: Settings)
             ),
             app.state.broadcaster,
         )
-        # uvicorn listens for signals while it serves, and raises the one that ended it again when it is done.
+        # uvicorn handles signals while it serves, and raises the signal that stopped it again afterwards.
         _on_signals(signal.SIG_IGN)
         await server.serve(sockets=[listener])
 
 
 def _listen(configuration: Settings) -> socket.socket:
     host, port = configuration.host, configuration.port
-    # The protocol is named because asyncio sets TCP_NODELAY only where it is: without, answers take 40 ms longer.
+    # The protocol is explicit because asyncio sets TCP_NODELAY only then; without it, responses are delayed.
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -92,7 +92,7 @@ def _listen(configuration: Settings) -> socket.socket:
         listener.close()
         raise OSError(
             f"Cannot listen on {host} port {port}: {error.strerror}. "
-            "Stop what listens there, or choose another address with TPO_HOST and TPO_PORT."
+            "Stop the process that uses it, or set TPO_HOST and TPO_PORT to another address."
         ) from error
     return listener
 

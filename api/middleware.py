@@ -1,6 +1,6 @@
-"""What every request passes before any route: its id, the key, the size of its body, one line in the log.
+"""Outermost ASGI middleware: request id, authentication, body limit, access log.
 
-Plain ASGI, because a body must be refused while it streams in, and an answer must come whatever fails behind.
+It is plain ASGI so that it can refuse a body while it is received, and respond whatever fails in the application.
 """
 
 import asyncio
@@ -11,31 +11,32 @@ import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Authenticator
-from api.errors import error_response, log_unexpected, problem
-from tpo.core.errors import StoreUnavailableError
+from api.errors import BODY_TOO_LARGE, SERVER_STOPPING, error_response, log_unexpected, problem
+from tpo.core.errors import KeyExpiredError, StoreUnavailableError
 from tpo.settings import Settings
 
 access_log = logging.getLogger("api.access")
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PROTECTED = ("/v1/", "/metrics")
-"""Addresses that ask for a key, by how they begin."""
+"""Prefixes of the paths that require a key."""
 _UPLOADS = "/v1/files"
 _FORM_BYTES = 64 * 1024
-"""What a form holds beside the file."""
+"""Maximum size of an upload form without its file."""
 _CLOSE = {"connection": "close"}
-"""A refused body may go on for ever: nobody reads it to its end to use the connection again."""
+"""The connection is closed after a refused body, because the rest of the body is not read."""
 
 
 class RequestMiddleware:
-    """The outermost layer of the application."""
+    """Outermost middleware of the application."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._doorkeeper = Authenticator(settings)
+        self._authenticator = Authenticator(settings)
         self._max_body_bytes = settings.max_body_bytes
         self._max_upload_bytes = settings.max_file_bytes + _FORM_BYTES
 
@@ -58,14 +59,13 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            await self._answer(scope, headers, receive, send_with_id)
+            await self._respond(scope, headers, receive, send_with_id)
         except asyncio.CancelledError:
-            # The time that SIGTERM leaves to requests is over. This is the task's end, so the cancel goes no further.
-            detail = "The server stops. Look whether this took effect before you send it again."
+            # The grace period after SIGTERM is over. The task ends here, so the cancellation is not raised again.
             if not status:
-                await problem(scope, 503, detail=detail, code="server_stopping")(scope, receive, send_with_id)
+                await problem(scope, 503, detail=SERVER_STOPPING, code="server_stopping")(scope, receive, send_with_id)
         except Exception as error:
-            # Not raised again: the server would log what the error says, and that may quote a user's text.
+            # Not raised again: uvicorn would log the message, which may quote users' texts.
             log_unexpected(error, request_id)
             if not status:
                 await problem(scope, 500)(scope, receive, send_with_id)
@@ -75,25 +75,22 @@ class RequestMiddleware:
             scope["app"].state.metrics.observe_request(scope, status, took)
             access_log.info("%s %s %d %.0fms %s", scope["method"], path, status, took * 1000, request_id)
 
-    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(PROTECTED):
             try:
-                tenant = await self._doorkeeper.tenant(scope["app"].state.store, headers.get("authorization", ""))
+                tenant = await self._authenticator.tenant(scope["app"].state.store, headers.get("authorization", ""))
+            except KeyExpiredError as error:
+                await _unauthorized(scope, str(error))(scope, receive, send)
+                return
             except StoreUnavailableError as error:
                 await error_response(scope, error)(scope, receive, send)
                 return
             if tenant is None:
-                refusal = problem(
-                    scope,
-                    401,
-                    detail="Send your API key with the header Authorization: Bearer KEY.",
-                    headers={"www-authenticate": "Bearer", **_CLOSE},
-                )
-                await refusal(scope, receive, send)
+                await _unauthorized(scope)(scope, receive, send)
                 return
             scope["state"]["tenant"] = tenant
         most = self._max_upload_bytes if scope["path"] == _UPLOADS else self._max_body_bytes
-        too_large = f"The body is larger than {most} bytes."
+        too_large = BODY_TOO_LARGE.format(most)
         if (length := headers.get("content-length", "")).isdecimal() and int(length) > most:
             await problem(scope, 413, detail=too_large, headers=_CLOSE)(scope, receive, send)
             return
@@ -107,14 +104,19 @@ class RequestMiddleware:
                 raise HTTPException(413, too_large, headers=_CLOSE)
             return message
 
-        kept = {*scope, "route"}
+        before = {*scope, "route"}
         await self._app(scope, receive_within_limit, send)
         if stream := scope["state"].pop("streams_after_route", None):
-            for of_the_route in scope.keys() - kept:
-                del scope[of_the_route]
+            for key in scope.keys() - before:
+                del scope[key]
             await stream(scope, receive_within_limit, send)
+
+
+def _unauthorized(scope: Scope, detail: str | None = None) -> JSONResponse:
+    """Build the response to a request without a valid key."""
+    return problem(scope, 401, detail=detail, headers={"www-authenticate": "Bearer", **_CLOSE})
 
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    return given if _VALID_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

@@ -1,56 +1,58 @@
-"""Rows and states as the wire shows them."""
+"""Convert rows and states to the schemas of responses."""
+
+from collections.abc import Sequence
 
 from api import schemas
 from tpo.core.loop import Position, locate
-from tpo.core.state import Candidate, Message, Params, State
+from tpo.core.state import Candidate, Message, State
 from tpo.core.state import Usage as StateUsage
 from tpo.core.status import TERMINAL
-from tpo.jobs import tables
+from tpo.jobs.tables import EventRow
+from tpo.jobs.view import JobView
 from tpo.settings import Settings
 
 
-def job(row: tables.Job, settings: Settings) -> schemas.Job:
-    """One job."""
-    params = Params.model_validate(row.params)
+def job(view: JobView, settings: Settings) -> schemas.Job:
+    """Return the view of a job."""
     return schemas.Job(
-        id=row.id,
-        status=row.status,
-        model=row.model,
-        input=_input([Message.model_validate(m) for m in row.input]),
+        id=view.id,
+        status=view.status,
+        model=view.model,
+        input=_input(view.input),
         parameters=schemas.JobParameters(
-            **params.model_dump(),
-            reward_model=row.reward_model,
-            prompt_set=row.prompts["name"],
-            prompt_set_version=row.prompts["version"],
+            **view.params.model_dump(),
+            reward_model=view.reward_model,
+            prompt_set=view.prompt_set,
+            prompt_set_version=view.prompt_set_version,
         ),
-        priority=row.priority,
-        metadata=row.job_metadata,
-        external_id=row.external_id,
-        source_id=row.source_id,
-        created_at=int(row.created_at),
-        started_at=_seconds(row.started_at),
-        completed_at=_seconds(row.completed_at),
-        cancel_requested_at=_seconds(row.cancel_requested_at),
-        pause_requested_at=_seconds(row.pause_requested_at),
-        next_attempt_at=_seconds(row.next_attempt_at),
-        deadline_at=_seconds(row.deadline_at),
-        estimated_finish=_estimated_finish(row, params),
-        expires_at=_expires_at(row, settings),
-        attempt=row.attempt,
-        max_attempts=row.max_attempts,
-        progress=schemas.Progress(iteration=row.iteration, max_iterations=params.iterations, phase=row.phase),
-        best=_best(row),
-        declined_iteration=row.declined_iteration,
-        output=row.output,
-        error=_error(row),
-        incomplete_details=schemas.Incomplete(reason=row.incomplete_reason) if row.incomplete_reason else None,
-        stop_reason=row.stop_reason,
+        priority=view.priority,
+        metadata=view.metadata,
+        external_id=view.external_id,
+        source_id=view.source_id,
+        created_at=int(view.created_at),
+        started_at=_seconds(view.started_at),
+        completed_at=_seconds(view.completed_at),
+        cancel_requested_at=_seconds(view.cancel_requested_at),
+        pause_requested_at=_seconds(view.pause_requested_at),
+        next_attempt_at=_seconds(view.next_attempt_at),
+        deadline_at=_seconds(view.deadline_at),
+        estimated_finish=_estimated_finish(view),
+        expires_at=_expires_at(view, settings),
+        attempt=view.attempt,
+        max_attempts=view.max_attempts,
+        progress=schemas.Progress(iteration=view.iteration, max_iterations=view.params.iterations, phase=view.phase),
+        best=_best(view),
+        declined_iteration=view.declined_iteration,
+        output=view.output,
+        error=_error(view),
+        incomplete_details=schemas.Incomplete(reason=view.incomplete_reason) if view.incomplete_reason else None,
+        stop_reason=view.stop_reason,
         usage=_usage(
             StateUsage(
-                input_tokens=row.input_tokens,
-                output_tokens=row.output_tokens,
-                reward_tokens=row.reward_tokens,
-                model_seconds=row.model_seconds,
+                input_tokens=view.input_tokens,
+                output_tokens=view.output_tokens,
+                reward_tokens=view.reward_tokens,
+                model_seconds=view.model_seconds,
             )
         ),
     )
@@ -60,55 +62,55 @@ _PHASES = ("sampling", "scoring")
 _LATER_PHASES = ("critique", "gradient", "update", "scoring")
 
 
-def _estimated_finish(row: tables.Job, params: Params) -> int | None:
-    """When a running job ends, if its next calls take as long as those so far."""
-    if row.status != "in_progress" or row.progressed_at is None or row.phase is None:
+def _estimated_finish(view: JobView) -> int | None:
+    """Estimate the end of a running job from the duration of its calls so far."""
+    if view.status != "in_progress" or view.progressed_at is None or view.phase is None:
         return None
-    total = len(_PHASES) + len(_LATER_PHASES) * params.iterations
-    if row.iteration == 0:
-        done = _PHASES.index(row.phase) if row.phase in _PHASES else 0
+    total = len(_PHASES) + len(_LATER_PHASES) * view.params.iterations
+    if view.iteration == 0:
+        done = _PHASES.index(view.phase) if view.phase in _PHASES else 0
     else:
-        done = len(_PHASES) + len(_LATER_PHASES) * (row.iteration - 1) + _LATER_PHASES.index(row.phase)
-    if row.source_id is not None or not done:
-        return None  # the calls of another job were not counted here
-    return int(row.progressed_at + row.model_seconds / done * (total - done))
+        done = len(_PHASES) + len(_LATER_PHASES) * (view.iteration - 1) + _LATER_PHASES.index(view.phase)
+    if view.source_id is not None or not done:
+        return None  # the calls of its source job are not in its usage
+    return int(view.progressed_at + view.model_seconds / done * (total - done))
 
 
-def _expires_at(row: tables.Job, settings: Settings) -> int | None:
-    if settings.retention_days is None or row.completed_at is None:
+def _expires_at(view: JobView, settings: Settings) -> int | None:
+    if settings.retention_days is None or view.completed_at is None:
         return None
-    return int(row.completed_at + settings.retention_days * 24 * 3600)
+    return int(view.completed_at + settings.retention_days * 24 * 3600)
 
 
-def event(row: tables.EventRow) -> schemas.Event:
-    """One event."""
+def event(row: EventRow) -> schemas.Event:
+    """Return the view of an event."""
     return schemas.Event(
         type=row.type, sequence_number=row.number, job_id=row.job_id, created_at=int(row.created_at), **row.data
     )
 
 
 def candidates(state: State) -> schemas.CandidateList:
-    """All candidates."""
+    """Return the view of all candidates."""
     return schemas.CandidateList(data=[schemas.Candidate(id=c.id, **c.model_dump()) for c in state.candidates])
 
 
-def iterations(row: tables.Job, state: State) -> schemas.IterationList:
-    """All iterations that have begun, the first sampling as number 0."""
-    where = locate(state)
+def iterations(view: JobView, state: State) -> schemas.IterationList:
+    """Return the view of all iterations that have started. Number 0 is the initial sampling."""
+    position = locate(state)
     last = max([len(state.iterations), *(c.iteration for c in state.candidates)])
     begun = range(last + 1) if state.calls or state.candidates else range(0)
-    return schemas.IterationList(data=[_iteration(state, n, where, row.status in TERMINAL) for n in begun])
+    return schemas.IterationList(data=[_iteration(state, n, position, view.status in TERMINAL) for n in begun])
 
 
-def _iteration(state: State, number: int, where: Position, ended: bool) -> schemas.Iteration:
+def _iteration(state: State, number: int, position: Position, ended: bool) -> schemas.Iteration:
     record = state.iterations[number - 1] if number else None
-    complete = number < where.complete
+    complete = number < position.complete
     rewards = [c.reward for c in state.pool if c.iteration <= number and c.reward is not None]
     calls = tuple(c for c in state.calls if c.iteration == number)
     return schemas.Iteration(
         number=number,
         complete=complete,
-        phase=None if complete or ended else where.phase,
+        phase=None if complete or ended else position.phase,
         chosen=_shown(state, record.chosen) if record else None,
         rejected=_shown(state, record.rejected) if record and record.rejected else None,
         critique=record.critique.text if record and record.critique else None,
@@ -118,19 +120,19 @@ def _iteration(state: State, number: int, where: Position, ended: bool) -> schem
         ],
         mean_reward=state.mean_reward(number),
         best_reward=max(rewards, default=None),
-        reason=_why_no_candidate(state, number) if complete else None,
+        reason=_no_candidate_reason(state, number) if complete else None,
         declined=number in state.declines,
         usage=_usage(state.model_copy(update={"calls": calls}).usage),
         calls=[schemas.Call(**c.model_dump(exclude={"number", "iteration"})) for c in calls],
     )
 
 
-def _why_no_candidate(state: State, number: int) -> schemas.NoCandidate | None:
+def _no_candidate_reason(state: State, number: int) -> schemas.NoCandidate | None:
     record = state.iterations[number - 1] if number else None
     if record and not (record.critique and record.critique.text):
-        return "blank_textual_loss"
+        return "blank_critique"
     if record and not (record.gradient and record.gradient.text):
-        return "blank_textual_gradient"
+        return "blank_gradient"
     return "no_usable_sample" if all(c.unusable for c in state.of_iteration(number)) else None
 
 
@@ -139,22 +141,22 @@ def _shown(state: State, candidate_id: str) -> schemas.CandidateText:
     return schemas.CandidateText(id=candidate.id, text=candidate.text, reward=candidate.reward)
 
 
-def _input(messages: list[Message]) -> str | list[Message]:
-    alone = len(messages) == 1 and messages[0].role == "user"
-    return messages[0].content if alone else messages
+def _input(messages: Sequence[Message]) -> str | list[Message]:
+    single = len(messages) == 1 and messages[0].role == "user"
+    return messages[0].content if single else list(messages)
 
 
-def _best(row: tables.Job) -> schemas.Best | None:
-    if row.best_candidate is None or row.best_reward is None:
+def _best(view: JobView) -> schemas.Best | None:
+    if view.best_candidate is None or view.best_reward is None:
         return None
-    iteration = int(row.best_candidate.partition("-")[0])
-    return schemas.Best(iteration=iteration, candidate_id=row.best_candidate, reward=row.best_reward)
+    iteration = int(view.best_candidate.partition("-")[0])
+    return schemas.Best(iteration=iteration, candidate_id=view.best_candidate, reward=view.best_reward)
 
 
-def _error(row: tables.Job) -> schemas.JobFailure | None:
-    if row.error_code is None:
+def _error(view: JobView) -> schemas.JobFailure | None:
+    if view.error_code is None:
         return None
-    return schemas.JobFailure(code=row.error_code, message=row.error_message or "")
+    return schemas.JobFailure(code=view.error_code, message=view.error_message or "")
 
 
 def _usage(usage: StateUsage) -> schemas.Usage:

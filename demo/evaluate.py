@@ -15,6 +15,7 @@ from statistics import median
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from tpo.backends import load_policy, load_reward_model
+from tpo.backends.spec import ModelSpec, RewardSpec
 from tpo.core.ports import RewardModel
 from tpo.settings import Settings
 
@@ -32,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = Settings(device="cpu", dtype="float32")
-    policy = load_policy(str(options.models / "policy"), settings)
-    reward = load_reward_model(str(options.models / "reward"), settings)
+    policy = load_policy(ModelSpec(str(options.models / "policy")), settings)
+    reward = load_reward_model(RewardSpec(str(options.models / "reward")), settings)
     try:
         models = Models(policy, reward)
         if options.transcripts:

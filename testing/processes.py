@@ -25,7 +25,7 @@ from tpo.core.run import run
 from tpo.core.state import Message, Params, State
 from tpo.db import connect
 from tpo.jobs.insertion import JobOptions
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.settings import SCRIPTED
 from tpo.store import Store
 
@@ -171,10 +171,10 @@ class System:
             notifier.notify_job(job_id, self.environment["TPO_POLICY"])
         notifier.close()
 
-    def wait_for_end(self, job_id: str) -> Job:
+    def wait_for_end(self, job_id: str) -> JobView:
         """Wait until the job is in a terminal state, and return it."""
 
-        def ended() -> Job | None:
+        def ended() -> JobView | None:
             job = self.store.jobs.get(job_id)
             return job if job.completed_at is not None else None
 
@@ -234,7 +234,7 @@ def running_system(database_url: str, folder: Path) -> Iterator[System]:
         broker.stop(kill=True)
 
 
-def worker_pid(job: Job) -> int:
+def worker_pid(job: JobView) -> int:
     """Return the id of the process that holds a job's lease."""
     match = re.fullmatch(r"tpo-worker-(\d+)-\w+@.*", job.lease_owner or "")
     assert match, f"{job.id} is held by {job.lease_owner}, not by a worker process"

@@ -69,7 +69,7 @@ class JobNotifier:
     def __init__(self, broker_url: str) -> None:
         self._celery = Celery("tpo-notifier", broker=broker_url, set_as_current=False)
         self._celery.conf.update(
-            # One immediate retry covers a broker that was restarted; if it is away, the rescuer notifies later.
+            # One immediate retry covers a restarted broker; if it cannot be reached, the rescuer notifies later.
             broker_transport_options={**BROKER_TRANSPORT_OPTIONS, "max_retries": 1, "interval_start": 0},
             broker_connection_timeout=2,
             task_ignore_result=True,
@@ -122,7 +122,7 @@ class JobNotifier:
         except RedisTimeout as error:
             raise unavailable(error) from error
         except RedisError:
-            return False  # sending will show whether the broker is away, and reconnects if it was restarted
+            return False  # sending shows whether the broker can be reached, and reconnects if it was restarted
 
     def ping(self) -> None:
         """Check that the broker answers. Raises BrokerUnavailableError within some 2 s."""

@@ -47,6 +47,13 @@ def _json_object(value: object) -> object:
     return parsed
 
 
+def _ports(value: object) -> object:
+    """Parse ports from the environment: a list with commas, or None for `any`."""
+    if not isinstance(value, str):
+        return value
+    return None if value == "any" else [port.strip() for port in value.split(",")]
+
+
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields unchanged. Raises ValueError if one of them is set by each job."""
     if own := _OWN_FIELDS & fields.keys():
@@ -324,6 +331,14 @@ class Settings(BaseSettings):
     webhook_allow_private: bool = Field(
         False,
         description="If true, webhooks are also delivered to addresses that are not public, including this machine's.",
+    )
+    webhook_ports: Annotated[
+        Annotated[frozenset[Annotated[int, Field(ge=1, le=65535)]], Field(min_length=1)] | None,
+        NoDecode,
+        BeforeValidator(_ports),
+    ] = Field(
+        frozenset({80, 443, 8080, 8443}),
+        description="Ports that webhooks may be sent to, separated by commas. any: all ports.",
     )
     webhook_ca_file: Path | None = Field(
         None,

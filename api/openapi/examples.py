@@ -1,26 +1,11 @@
-"""Examples for the description of the API. FastAPI would leave the nulls out of them."""
+"""Examples of the OpenAPI document, with null values, which FastAPI would leave out."""
 
 import json
 from typing import Any
 
-_PARAMETERS: dict[str, Any] = {
-    "mode": "tpo",
-    "sample_size": 5,
-    "max_iterations": 2,
-    "temperature": 0.7,
-    "top_p": 0.95,
-    "max_tokens": 2048,
-    "stop": [],
-    "critique_temperature": 0.7,
-    "critique_top_p": 0.99,
-    "critique_max_tokens": 8192,
-    "seed": 7,
-    "max_output_tokens": None,
-    "max_total_tokens": None,
-    "max_seconds": None,
-    "early_stop": {"patience": 1, "min_gain": 0.1},
-    "stop_on_decline": False,
-}
+from tpo.core.state import EarlyStop, Params
+
+_PARAMETERS = Params(seed=7, early_stop=EarlyStop(patience=1, min_gain=0.1)).model_dump(mode="json")
 _JOB: dict[str, Any] = {
     "id": "job_0199c0ffee00aa55aa55aa55aa55aa55",
     "object": "job",
@@ -267,34 +252,34 @@ _COMPLETION: dict[str, Any] = {
 _SHORT = {"sample_size": 2, "max_iterations": 1}
 
 STREAM = f"id: 3\nevent: job.phase\ndata: {json.dumps(_EVENT, separators=(',', ':'))}\n\n"
-"""Events of a job as they are sent."""
+"""A job's event stream, shortened."""
 
 RESPONSE_STREAM = """event: response.output_text.delta
 data: {"type":"response.output_text.delta","sequence_number":9,"delta":"It arrives tomorrow before noon."}
 
 """
-"""Events of a response as they are sent, not all of their fields."""
+"""A response's event stream, shortened, without some fields."""
 
 CHAT_STREAM = """data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"It arrives."}}]}
 
 data: [DONE]
 
 """
-"""A chat's answer as a stream, not all of its fields."""
+"""A streamed chat completion, shortened, without some fields."""
 
 FILE_CONTENT = (
     '{"custom_id": "r1", "method": "POST", "url": "/v1/responses", "body": {"input": "Where is my parcel?"}}\n'
 )
-"""A file of one request."""
+"""Content of a batch file with one request."""
 
-METRICS = """# HELP tpo_http_request_seconds Requests that were answered, and how long each took to its last byte
+METRICS = """# HELP tpo_http_request_seconds HTTP requests and their duration until the last byte of the response
 # TYPE tpo_http_request_seconds histogram
 tpo_http_request_seconds_count{method="GET",route="/v1/jobs/{job_id}",status="200"} 4711.0
-# HELP tpo_jobs_waiting Jobs that wait for a worker
+# HELP tpo_jobs_waiting Jobs waiting for a worker
 # TYPE tpo_jobs_waiting gauge
 tpo_jobs_waiting{model="demo"} 12.0
 """
-"""Some of what Prometheus reads."""
+"""Part of the metrics."""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "Job": _JOB,
@@ -341,4 +326,4 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "ChatRequest": {"messages": [{"role": "user", "content": "Where is my parcel?"}], "tpo": _SHORT},
     "ChatCompletion": _COMPLETION,
 }
-"""By the name of the schema; those of `Submit` and `Extend` stand beside their fields."""
+"""Examples by schema name. `Submit` and `Extend` define theirs in their classes."""

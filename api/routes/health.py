@@ -24,7 +24,7 @@ router = APIRouter(tags=["server"])
 
 @router.get("/")
 def get_index() -> schemas.Welcome:
-    """Show where the documentation and the main routes are."""
+    """Get links to the documentation and the main routes."""
     return schemas.Welcome(
         name="tpo", version=tpo.__version__, docs="/docs", openapi="/openapi.json", jobs="/v1/jobs", ready="/readyz"
     )
@@ -33,7 +33,7 @@ def get_index() -> schemas.Welcome:
 @router.get("/healthz")
 async def get_health() -> schemas.Health:
     """Check that this process is alive."""
-    # The one async route: it must answer while every thread waits for a database that hangs.
+    # A coroutine, so that it responds while every thread is blocked on the database.
     return schemas.Health()
 
 
@@ -41,7 +41,7 @@ async def get_health() -> schemas.Health:
 def get_readiness(
     request: Request, store: ServerStoreDep, notifier: NotifierDep, settings: SettingsDep
 ) -> schemas.Ready | JSONResponse:
-    """Check that a job would run now: database, broker and at least one worker."""
+    """Check that jobs can run now: database, broker and at least one worker."""
     database, worker = _database_and_worker(store, settings)
     checks = schemas.Checks(database=database, broker=_broker(notifier), worker=worker)
     missing = [name for name, check in checks if check == "missing"]
@@ -63,9 +63,9 @@ def get_readiness(
 def get_metrics(
     request: Request, tenant: TenantDep, store: ServerStoreDep, broadcaster: BroadcasterDep, settings: SettingsDep
 ) -> HTTPResponse:
-    """Get the requests of this process and the queue of each policy, for Prometheus.
+    """Get the metrics of this process and of each policy's queue, for Prometheus.
 
-    They count every tenant's, so a server with keys shows them to the tenant `default` alone.
+    They cover all tenants, so a server with keys shows them only to the tenant `default`.
     """
     if tenant != DEFAULT_TENANT:
         raise HTTPException(404)
@@ -80,7 +80,7 @@ def get_metrics(
 
 def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Check, schemas.Check]:
     try:
-        # Stricter than `worker_timeout_seconds`: a worker that is silent for one lease has lost its jobs.
+        # Stricter than `worker_timeout_seconds`: a worker without a heartbeat for one lease has lost its jobs.
         return "ok", "ok" if store.workers.live(settings.lease_seconds) else "missing"
     except StoreUnavailableError:
         return "missing", "unknown"

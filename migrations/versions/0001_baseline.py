@@ -224,6 +224,7 @@ def upgrade() -> None:
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("hash", sa.String(64), nullable=False),
         sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("expires_at", sa.Double),
         sa.Column("revoked_at", sa.Double),
         sa.ForeignKeyConstraint(["tenant"], ["tenants.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id"),

@@ -12,7 +12,8 @@ import pytest
 from testing.waiting import HANG_SECONDS
 from tests.support.model_server import MODEL, ModelServer, model_server
 from tests.support.tiny_models import make_tokenizer, save_llama, save_reward
-from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
+from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward
+from tpo.backends.spec import ModelSpec
 from tpo.core import prompts
 from tpo.core.errors import CallInterruptedError
 from tpo.core.ports import Generate, Score, cut_at
@@ -76,12 +77,12 @@ def policy(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, server: ModelServer
 ) -> Iterator[LoadedPolicy]:
     """Yield a policy of each back end."""
-    spec, settings = "scripted", Settings(threads=1)
+    spec = ModelSpec("scripted")
     if request.param == "local":
-        spec = str(save_llama(tmp_path_factory.mktemp("policy")))
+        spec = ModelSpec(str(save_llama(tmp_path_factory.mktemp("policy"))))
     elif request.param == "openai":
-        spec, settings = f"openai:{MODEL}", Settings(openai_url=server.url, openai_samples="separate")
-    policy = load_policy(spec, settings)
+        spec = ModelSpec(f"openai:{MODEL}", server.url, samples="separate")
+    policy = load_policy(spec, Settings(threads=1))
     yield policy
     policy.close()
 
@@ -92,18 +93,21 @@ def reward(
 ) -> Iterator[LoadedRewardModel]:
     """Yield a reward model of each back end."""
     folder = tmp_path_factory.mktemp("reward")
-    spec, settings = "scripted", Settings(threads=1)
+    settings: dict[str, Any] = {"reward_model": "scripted"}
     match request.param:
         case "local":
-            spec = str(save_reward(folder))
+            settings = {"reward_model": str(save_reward(folder))}
         case "vllm" | "vllm-pooling" | "sglang":
             make_tokenizer().save_pretrained(folder)
-            spec = f"{request.param}:{MODEL}"
-            settings = Settings(reward_url=server.root, reward_tokenizer=str(folder))
+            settings = {
+                "reward_model": f"{request.param}:{MODEL}",
+                "reward_url": server.root,
+                "reward_tokenizer": str(folder),
+            }
         case "combined":
             (folder / "reward.toml").write_text(COMBINED)
-            spec, settings = "quality", Settings(reward_model="quality", reward_file=folder / "reward.toml")
-    reward = load_reward_model(spec, settings)
+            settings = {"reward_model": "quality", "reward_file": str(folder / "reward.toml")}
+    reward = load_reward(Settings(threads=1, **settings))
     yield reward
     reward.close()
 
@@ -209,7 +213,8 @@ def test_run_repeats_with_any_reward_model(reward: LoadedRewardModel) -> None:
     state = State(
         input=(Message(role="user", content="Tides?"),), params=Params(), prompts=prompts.load("conversation")
     )
-    results = [run(state, load_policy("scripted", Settings()), reward, lambda _: None, proceed) for _ in range(2)]
+    policies = [load_policy(ModelSpec("scripted"), Settings()) for _ in range(2)]
+    results = [run(state, policy, reward, lambda _: None, proceed) for policy in policies]
     assert results[0].candidates == results[1].candidates
     assert len(results[0].candidates) == 15
 
@@ -221,8 +226,9 @@ def test_models_are_healthy_while_open(policy: LoadedPolicy, reward: LoadedRewar
 
 def test_scripted_models_import_no_torch() -> None:
     code = (
-        "import sys; from tpo.backends import load_policy; from tpo.settings import Settings;"
-        "load_policy('scripted', Settings()); assert not {'torch', 'transformers'} & set(sys.modules)"
+        "import sys; from tpo.backends import load_models; from tpo.settings import Settings;"
+        "load_models(Settings(policy='scripted', reward_model='scripted'));"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_SECONDS)
 

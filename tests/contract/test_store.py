@@ -24,7 +24,7 @@ def test_submit_stores_new_job(store: Store) -> None:
     state = new_state("Hello \x00 $query {braces} 🎉", sample_size=3, seed=2**63 - 1)
     job = store.jobs.submit(state, max_attempts=4, metadata={"team": "a"}, deadline_seconds=60, **SERVES).job
     assert (job.status, job.attempt, job.fence, job.max_attempts) == ("queued", 0, 0, 4)
-    assert job.job_metadata == {"team": "a"}
+    assert job.metadata == {"team": "a"}
     assert job.deadline_at == pytest.approx(job.created_at + 60, abs=1)
     assert event_types(store, job.id) == ["job.queued"]
     assert store.jobs.state(job.id) == state

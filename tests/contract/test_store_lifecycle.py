@@ -17,7 +17,7 @@ from tpo.core.status import TERMINAL, Status
 from tpo.jobs.leases import Flags
 from tpo.jobs.lifecycle import extended, retried
 from tpo.jobs.outcomes import Outcome, outcome_of_run
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.store import Store
 
 
@@ -26,7 +26,7 @@ def sweep(store: Store) -> list[str]:
     return [wake_up.job_id for wake_up in store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)]
 
 
-def continue_from(store: Store, job_id: str, state: State) -> Job:
+def continue_from(store: Store, job_id: str, state: State) -> JobView:
     """Create a job that continues from the state of another one."""
     made = store.jobs.create_from(
         job_id, state, idempotency=None, limits=None, max_attempts=3, model="policy", reward_model="reward"

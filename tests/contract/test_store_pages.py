@@ -11,7 +11,7 @@ from tests.support.databases import DATABASES, migrated_database
 from tpo.core.status import Status
 from tpo.db import connect
 from tpo.jobs.outcomes import Outcome
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.store import Store
 
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -28,7 +28,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def jobs(store: Store) -> list[Job]:
+def jobs(store: Store) -> list[JobView]:
     """Return jobs of one tenant, the oldest first, created in between jobs of another tenant."""
     ids = []
     for number, metadata in enumerate([*METADATA, *METADATA, *METADATA]):
@@ -45,13 +45,13 @@ def jobs(store: Store) -> list[Job]:
 @pytest.mark.parametrize("statuses", [[], ["completed"], ["queued", "failed", "queued"], ["paused"], [*STATUSES]])
 @pytest.mark.parametrize("metadata", METADATA)
 def test_page_matches_filtered_list(
-    store: Store, jobs: list[Job], order: Literal["asc", "desc"], statuses: list[Status], metadata: dict[str, str]
+    store: Store, jobs: list[JobView], order: Literal["asc", "desc"], statuses: list[Status], metadata: dict[str, str]
 ) -> None:
     ordered = jobs if order == "asc" else jobs[::-1]
     matching = [
         job.id
         for job in ordered
-        if (not statuses or job.status in statuses) and metadata.items() <= job.job_metadata.items()
+        if (not statuses or job.status in statuses) and metadata.items() <= job.metadata.items()
     ]
     for after, limit in product((None, ordered[0].id, ordered[7].id, ordered[-1].id), (1, 4, 99)):
         expected = [i for i in matching if after is None or (i > after if order == "asc" else i < after)]

@@ -24,7 +24,7 @@ from tpo.core.status import Status
 from tpo.db import Base, connect, schema
 from tpo.jobs.outcomes import Outcome
 from tpo.jobs.submission import Submit
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.tenants.idempotency import IdempotencyRequest
@@ -117,7 +117,7 @@ class Lines:
     def with_request_names(self, error: InvalidInputError) -> InvalidInputError:
         return error
 
-    def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
+    def render(self, endpoint: str, line: BatchLine, job: JobView | None) -> bytes:
         return b"{}\n"
 
 

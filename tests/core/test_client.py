@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tpo.client import Client
-from tpo.client.errors import APIError, InternalServerError, NotFoundError
+from tpo.client.errors import APIError, ClientError, InternalServerError, NotFoundError
 
 Respond = Callable[[httpx.Request], httpx.Response]
 
@@ -38,7 +38,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def stream(*events: dict[str, Any]) -> httpx.Response:
     """Return a stream of these events that ends after the last one."""
-    return httpx.Response(200, text="".join(f"data: {json.dumps(event)}\n\n" for event in events))
+    text = "".join(f": a comment\n\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+    return httpx.Response(200, content=text.encode(), headers={"content-type": "text/event-stream; charset=utf-8"})
 
 
 def closed(reason: str) -> dict[str, Any]:
@@ -56,6 +57,18 @@ def test_events_resume_stream_closed_early_after_job_ended() -> None:
 
     # The stream is cut more often than the client retries: each event resets the count of retries.
     assert [e["sequence_number"] for e in FakeServerClient(respond, retries=1).events("job_1")] == list(range(1, 10))
+
+
+def test_event_may_contain_any_line_separator_of_unicode() -> None:
+    event = {"type": "job.failed", "sequence_number": 1, "text": "a\u2028b\u2029c\x85d\x0be\x0cf"}
+    assert list(FakeServerClient(lambda _: stream(event)).events("job_1")) == [event]
+
+
+@pytest.mark.parametrize(("kind", "text"), [("text/html", "<html>"), ("text/event-stream", "data: <html>\n\n")])
+def test_event_stream_of_another_server_is_an_error(kind: str, text: str) -> None:
+    client = FakeServerClient(lambda _: httpx.Response(200, content=text.encode(), headers={"content-type": kind}))
+    with pytest.raises(ClientError, match="is no TPO server"):
+        list(client.events("job_1"))
 
 
 def test_events_end_after_last_and_raise_for_deleted_job() -> None:

@@ -39,6 +39,8 @@ def shown(default: Any) -> str:
         default = default.get_secret_value()
     if default is None:
         return ""
+    if isinstance(default, frozenset):
+        default = ",".join(map(str, sorted(default)))
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 

@@ -85,12 +85,20 @@ def test_requirements_are_complete(python: str) -> None:
         "local": declared(project=True, extra="local"),
         "dev": declared("dev", project=True, extra="local"),
         "build": declared("build"),
+        "mutants": declared("mutants"),
         "torch": declared("torch"),
         "triton": declared("triton"),
     }
     for file, requirements in wanted.items():
         without_torch = [each for each in requirements if each.name != "torch"]
         assert not missing_from(file, without_torch, where), file
+
+
+def test_mutation_tool_has_its_own_environment() -> None:
+    assert "mutmut" in pins("mutants")
+    assert [file for file in FILES if "mutmut" in pins(file)] == ["mutants"]
+    shared = pins("dev").keys() & pins("mutants").keys()
+    assert {name: pins("dev")[name].version for name in shared} == {n: pins("mutants")[n].version for n in shared}
 
 
 def test_requirements_of_python_3_11_2_hold_async_timeout() -> None:

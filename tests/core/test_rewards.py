@@ -7,7 +7,7 @@ import pytest
 
 from testing.fakes import proceed
 from tests.support.rewards import FixedReward, load_reward_file, score_request
-from tpo.backends import load_reward_model
+from tpo.backends import load_reward
 from tpo.backends.rewards import verifiers
 from tpo.backends.rewards.combined import CombinedReward
 from tpo.core.errors import (
@@ -81,7 +81,7 @@ weight = 0.0
 
 def test_combined_reward_is_weighted_sum_of_parts(tmp_path: Path) -> None:
     responses = ("Draft 4: one two", "short")
-    raw = load_reward_model("scripted", Settings()).score(score_request(*responses), proceed).values
+    raw = load_reward(Settings(reward_model="scripted")).score(score_request(*responses), proceed).values
     rewards = load_reward_file(tmp_path, SEVERAL).score(score_request(*responses), proceed)
     for value, parts, model, length in zip(rewards.values, rewards.parts, raw, (-1.0, 0.0), strict=True):
         assert [(p.name, p.weight) for p in parts] == [("quality", 3.0), ("short", 0.5), ("observed", 0.0)]
@@ -114,7 +114,7 @@ def test_zero_weight_part_ignores_nan() -> None:
 
 
 def test_combined_reward_names_part_with_too_few_scores() -> None:
-    with pytest.raises(BadReplyError, match="part p1 was given 2 responses and gave 1"):
+    with pytest.raises(BadReplyError, match="part p1 returned 1 scores for 2 responses"):
         combined((1, FixedReward(1, 2)), (1, FixedReward(1))).score(score_request("a", "b"), proceed)
 
 

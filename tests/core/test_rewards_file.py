@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from testing.fakes import proceed
 from tests.support.rewards import FakeJudge, FixedReward, load_reward_file, score_request
-from tpo.backends import load_reward_model
+from tpo.backends import load_reward
 from tpo.backends.rewards.combined import load_combined
+from tpo.backends.spec import ModelSpec, RewardSpec
 from tpo.core.errors import (
     ModelRefusedError,
 )
@@ -82,47 +84,47 @@ def test_reward_part_uses_only_settings_of_its_file(tmp_path: Path) -> None:
         reward_api_key="of another server",
         server_api_keys={"rewards": "of the rewards' server"},
     )
-    loaded: dict[str, Settings] = {}
+    loaded: list[ModelSpec | RewardSpec] = []
     first = FixedReward(1)
 
-    def load_reward(name: str, settings: Settings) -> RewardModel:
-        loaded[name] = settings
+    def load_part_reward(spec: RewardSpec, _settings: Settings) -> RewardModel:
+        loaded.append(spec)
         return first
 
-    def load_policy(name: str, settings: Settings) -> Any:
-        loaded[name] = settings
+    def load_part_policy(spec: ModelSpec, _settings: Settings) -> Any:
+        loaded.append(spec)
         return FakeJudge(lambda _request, _sample: "")
 
     (file := tmp_path / "reward.toml").write_text(REMOTE_PARTS)
-    load_combined(file, own, load_reward, load_policy, None)
-    model, judge = loaded["vllm-pooling:m"], loaded["openai:j"]
-    assert model.reward_api_key
-    assert model.reward_api_key.get_secret_value() == "of the rewards' server"
-    assert (model.reward_url, model.reward_task, model.reward_tokenizer) == (
-        "http://rewards",
-        "token_classify",
-        "there",
-    )
-    assert model.reward_in_unit_interval
-    assert (judge.openai_url, judge.openai_api_key, judge.openai_samples) == ("http://judge/v1", None, "batched")
-    assert (judge.openai_max_tokens_field, judge.openai_extra_body) == ("max_completion_tokens", {"top_k": 20})
+    load_combined(file, own, load_part_reward, load_part_policy, None)
+    assert loaded == [
+        RewardSpec(
+            "vllm-pooling:m",
+            "http://rewards",
+            SecretStr("of the rewards' server"),
+            task="token_classify",
+            tokenizer="there",
+            in_unit_interval=True,
+        ),
+        ModelSpec("openai:j", "http://judge/v1", max_tokens_field="max_completion_tokens", extra_body={"top_k": 20}),
+    ]
 
-    def refuse(name: str, settings: Settings) -> Any:
+    def refuse(_spec: ModelSpec, _settings: Settings) -> Any:
         raise ModelRefusedError("no")
 
     with pytest.raises(ModelRefusedError, match="no"):
-        load_combined(file, own, load_reward, refuse, None)
+        load_combined(file, own, load_part_reward, refuse, None)
     assert first.closed
     loaded.clear()
     file.write_text(REMOTE_PARTS + 'key = "nobody"\n')
     with pytest.raises(ModelRefusedError, match="needs the key nobody"):
-        load_combined(file, own, load_reward, load_policy, None)
+        load_combined(file, own, load_part_reward, load_part_policy, None)
     assert not loaded
 
 
 def test_missing_reward_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match=r"none\.toml cannot be read"):
-        load_reward_model("q", Settings(reward_model="q", reward_file=tmp_path / "none.toml"))
+        load_reward(Settings(reward_model="q", reward_file=tmp_path / "none.toml"))
 
 
 def documented(language: str) -> list[str]:

@@ -21,7 +21,7 @@ from tpo.core.errors import (
 from tpo.core.loop import pending
 from tpo.core.ports import Generate, Interrupt, Score
 from tpo.jobs.leases import Flags
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from worker.tasks.rescuer import Rescuer
 
 
@@ -35,7 +35,7 @@ def fail_on(kind: str, error: Exception) -> Callable[[Generate, Interrupt], None
     return before
 
 
-def assert_exact(bench: Bench, job: Job) -> None:
+def assert_exact(bench: Bench, job: JobView) -> None:
     """Assert that a job completed with the record of an uninterrupted run."""
     state = bench.store.jobs.state(job.id)
     assert job.status == "completed"

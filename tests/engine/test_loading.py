@@ -14,7 +14,8 @@ import torch
 from testing.waiting import HANG_SECONDS
 from tests.support.tiny_models import CONTEXT, save_capped, save_llama, save_reward
 from tpo.backends import load_policy, load_reward_model
-from tpo.backends.local.loader import load_policy_model, load_reward_network
+from tpo.backends.local.loader import load_policy_model, load_reward_classifier
+from tpo.backends.spec import ModelSpec, RewardSpec
 from tpo.core.errors import ModelRefusedError
 from tpo.settings import Settings
 
@@ -62,8 +63,8 @@ def test_all_end_tokens_are_loaded(policy_folder: Path, tmp_path: Path) -> None:
 def test_dtype_applies_to_policies_and_not_to_rewards(policy_folder: Path, reward_folder: Path) -> None:
     settings = Settings(dtype="bfloat16")
     assert load_policy_model(str(policy_folder), settings).network.dtype == torch.bfloat16
-    assert load_reward_network(str(reward_folder), settings).network.dtype == torch.float32
-    halved = load_reward_network(str(reward_folder), Settings(reward_dtype="bfloat16"))
+    assert load_reward_classifier(str(reward_folder), settings).network.dtype == torch.float32
+    halved = load_reward_classifier(str(reward_folder), Settings(reward_dtype="bfloat16"))
     assert halved.network.dtype == torch.bfloat16
 
 
@@ -81,14 +82,14 @@ def test_missing_folder_is_rejected(load: Any, tmp_path: Path) -> None:
 
 def test_folder_without_config_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match=r"holds no config\.json"):
-        load_policy(str(tmp_path), Settings())
+        load_policy(ModelSpec(str(tmp_path)), Settings())
 
 
 def test_folder_without_weights_is_rejected(policy_folder: Path, tmp_path: Path) -> None:
     folder = copy(policy_folder, tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelRefusedError, match="holds no weights"):
-        load_policy(str(folder), Settings())
+        load_policy(ModelSpec(str(folder)), Settings())
 
 
 @pytest.mark.parametrize(("kind", "load"), [("policy", load_policy), ("reward", load_reward_model)])
@@ -107,7 +108,7 @@ def test_truncated_weights_are_rejected(policy_folder: Path, tmp_path: Path) -> 
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelRefusedError):
-        load_policy(str(folder), Settings())
+        load_policy(ModelSpec(str(folder)), Settings())
 
 
 @pytest.mark.parametrize(
@@ -124,13 +125,13 @@ def test_corrupt_file_is_rejected(name: str, content: str, policy_folder: Path, 
     folder = copy(policy_folder, tmp_path)
     (folder / name).write_text(content)
     with pytest.raises(ModelRefusedError, match="cannot be loaded") as error:
-        load_policy(str(folder), Settings())
+        load_policy(ModelSpec(str(folder)), Settings())
     assert len(str(error.value)) < 1000
 
 
 def test_language_model_is_rejected_as_reward_model(policy_folder: Path) -> None:
     with pytest.raises(ModelRefusedError, match="is not a reward model: its config names LlamaForCausalLM"):
-        load_reward_model(str(policy_folder), Settings())
+        load_reward_model(RewardSpec(str(policy_folder)), Settings())
 
 
 def test_reward_model_without_score_head_is_rejected(policy_folder: Path, tmp_path: Path) -> None:
@@ -142,12 +143,12 @@ def test_reward_model_without_score_head_is_rejected(policy_folder: Path, tmp_pa
         label2id={"LABEL_0": 0},
     )
     with pytest.raises(ModelRefusedError, match=r"has no score\.weight"):
-        load_reward_model(str(folder), Settings())
+        load_reward_model(RewardSpec(str(folder)), Settings())
 
 
 def test_reward_model_with_several_labels_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match="has 3 labels"):
-        load_reward_model(str(save_reward(tmp_path, num_labels=3)), Settings())
+        load_reward_model(RewardSpec(str(save_reward(tmp_path, num_labels=3))), Settings())
 
 
 @pytest.mark.parametrize(("kind", "load"), [("policy", load_policy), ("reward", load_reward_model)])
@@ -174,14 +175,14 @@ def test_unknown_architecture_is_rejected(policy_folder: Path, tmp_path: Path) -
     folder = copy(policy_folder, tmp_path)
     edit(folder / "config.json", model_type="unheard_of")
     with pytest.raises(ModelRefusedError, match="unheard_of"):
-        load_policy(str(folder), Settings())
+        load_policy(ModelSpec(str(folder)), Settings())
 
 
 def test_unsupported_layer_type_is_rejected(tmp_path: Path) -> None:
     folder = save_llama(tmp_path)
     edit(folder / "config.json", model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
     with pytest.raises(ModelRefusedError, match="linear_attention"):
-        load_policy(str(folder), Settings())
+        load_policy(ModelSpec(str(folder)), Settings())
 
 
 @pytest.mark.parametrize(("save", "load"), [(save_llama, load_policy), (save_reward, load_reward_model)])
@@ -194,22 +195,22 @@ def test_tokenizer_without_a_chat_template_is_rejected(save: Any, load: Any, tmp
 @pytest.mark.parametrize("tied", [False, True])
 def test_reward_model_is_rejected_as_policy(tied: bool, tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match="is not a policy: its config names LlamaForSequenceClassification"):
-        load_policy(str(save_reward(tmp_path, tie_word_embeddings=tied)), Settings())
+        load_policy(ModelSpec(str(save_reward(tmp_path, tie_word_embeddings=tied))), Settings())
 
 
 def test_policy_without_lm_head_is_rejected(reward_folder: Path, tmp_path: Path) -> None:
     headless = copy(reward_folder, tmp_path)
     edit(headless / "config.json", architectures=["LlamaForCausalLM"])
     with pytest.raises(ModelRefusedError, match=r"has no lm_head\.weight"):
-        load_policy(str(headless), Settings())
+        load_policy(ModelSpec(str(headless)), Settings())
 
 
 @pytest.mark.processes
 def test_hub_name_without_network_is_rejected() -> None:
     code = (
         "from tpo.backends import load_policy\nfrom tpo.core.errors import ModelRefusedError\n"
-        "from tpo.settings import Settings\n"
-        "try: load_policy('nobody/nothing', Settings())\n"
+        "from tpo.backends.spec import ModelSpec\nfrom tpo.settings import Settings\n"
+        "try: load_policy(ModelSpec('nobody/nothing'), Settings())\n"
         "except ModelRefusedError as error: print(error)"
     )
     env = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"}
@@ -223,9 +224,10 @@ def test_hub_name_without_network_is_rejected() -> None:
 def test_missing_torch_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tpo.backends.local.policy", None)
     monkeypatch.setitem(sys.modules, "tpo.backends.local.reward", None)
-    for load in (load_policy, load_reward_model):
-        with pytest.raises(ModelRefusedError, match="pip install"):
-            load("demo", Settings())
+    with pytest.raises(ModelRefusedError, match="pip install"):
+        load_policy(ModelSpec("demo"), Settings())
+    with pytest.raises(ModelRefusedError, match="pip install"):
+        load_reward_model(RewardSpec("demo"), Settings())
 
 
 def test_thread_count_is_applied(policy_folder: Path) -> None:

@@ -15,6 +15,7 @@ from tpo.broker import MAX_QUEUED_WAKEUPS, queue_name
 from tpo.cli import app
 from tpo.db import reading
 from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.settings import SCRIPTED
 from tpo.tenants.tenants import Limits
 
@@ -24,7 +25,7 @@ SLOTS = 4
 SHORT: dict[str, Any] = {"mode": "bon", "sample_size": 1}
 
 
-def claimed(system: System, *tenants: str) -> list[Job]:
+def claimed(system: System, *tenants: str) -> list[JobView]:
     """Return the jobs of these tenants that were ever claimed, in the order of their claims."""
     with reading(system.engine) as session:
         found = select(Job).where(Job.started_at.is_not(None), Job.tenant.in_(tenants))

@@ -20,7 +20,7 @@ KEY = "a-key-of-this-test"
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """Running `tpo up` with an API key."""
+    """Start `tpo up` with an API key."""
     with running_up(tmp_path_factory.mktemp("up") / "data", TPO_API_KEY=KEY) as running:
         yield running
 
@@ -73,7 +73,7 @@ def test_cancel_ends_a_job_but_ctrl_c_does_not(tmp_path: Path) -> None:
             assert waiting.stderr is not None
             job_id = next(line for line in waiting.stderr if "in_progress" in line).split()[0]
             waiting.send_signal(signal.SIGINT)
-            assert "goes on" in waiting.stderr.read()
+            assert "continues with the jobs" in waiting.stderr.read()
             assert waiting.wait(HANG_SECONDS) == 130
         assert _json(slow, "show", job_id)["status"] == "in_progress"
         assert tpo("cancel", job_id, env=slow.env).returncode == 0

@@ -14,7 +14,7 @@ from testing.processes import System
 from testing.waiting import eventually
 from tests.integration.openai.test_batches import line
 from tests.support.receiver import AUTHORITY, TLS, Receiver, receiving
-from tests.support.webhooks import finish, make_sender
+from tests.support.webhooks import ANY_TARGET, finish, make_sender
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.webhooks.tables import Delivery
@@ -119,7 +119,7 @@ def test_events_of_ended_batches_are_delivered(sqlite_system: System, receiver: 
     store.batches.cancel(wanted["batch.cancelled"])
     system.environment["SSL_CERT_FILE"] = str(AUTHORITY)  # replaces the system's authorities
     system.worker(scripted_latency=0)
-    system.maintenance(webhook_allow_private="true", webhook_retry_seconds=0.2)
+    system.maintenance(**ANY_TARGET, webhook_retry_seconds=0.2)
     eventually(lambda: len(receiver.received) >= 4, why="four events should be delivered")
     delivered = {}
     for request in receiver.received:

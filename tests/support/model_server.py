@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from testing.ports import free_port
-from tpo.backends import load_policy, load_reward_model
+from tpo.backends import load_models
 from tpo.core.ports import Generate, Score
 from tpo.core.state import Message
 from tpo.settings import Settings
@@ -33,8 +33,7 @@ class ServerState:
     """Models, faults, options and recorded requests of the server."""
 
     def __init__(self, models: str) -> None:
-        self.policy = load_policy(models, Settings(threads=1))
-        self.reward = load_reward_model(models, Settings(threads=1))
+        self.policy, self.reward = load_models(Settings(policy=models, reward_model=models, threads=1))
         self.demo = models == "demo"
         self.lock = threading.Lock()
         self.faults: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from testing.fakes import sample_text
-from tpo.backends import load_reward_model
+from tpo.backends import load_reward
 from tpo.core.ports import Generate, Generation, Interrupt, Rewards, Score, Text
 from tpo.core.state import Message, RewardPart
 from tpo.settings import Settings
@@ -15,7 +15,7 @@ def load_reward_file(folder: Path, text: str, policy: Any = None, **settings: An
     """Write the reward file into the folder and load the reward that it describes."""
     file = folder / "reward.toml"
     file.write_text(text)
-    return load_reward_model("quality", Settings(reward_model="quality", reward_file=file, **settings), policy)
+    return load_reward(Settings(reward_model="quality", reward_file=file, **settings), policy)
 
 
 def score_request(*responses: str) -> Score:

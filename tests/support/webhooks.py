@@ -11,10 +11,13 @@ from tpo.settings import Settings
 from tpo.store import Store
 from worker.tasks.webhooks import WebhookSender
 
+ANY_TARGET = {"webhook_allow_private": "true", "webhook_ports": "any"}
+"""Settings with which the receivers of tests may be called: on this machine, on any free port."""
+
 
 def make_sender(store: Store, **settings: Any) -> WebhookSender:
-    """Create a sender with short delays that may call private addresses."""
-    values = {"webhook_allow_private": True, "webhook_retry_seconds": 0.02, "webhook_timeout_seconds": 5, **settings}
+    """Create a sender with short delays that may call any target."""
+    values = {**ANY_TARGET, "webhook_retry_seconds": 0.02, "webhook_timeout_seconds": 5, **settings}
     return WebhookSender(Settings(**values), store)
 
 

@@ -18,7 +18,7 @@ from tpo.db import DEFAULT_TENANT
 from tpo.jobs.claims import Claimed, LeaseQueries
 from tpo.jobs.leases import Flags, Lease
 from tpo.jobs.queues import QueueQueries
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.drain import Drain
@@ -147,7 +147,7 @@ class Bench:
         )
         return submitted.job.id
 
-    def run(self, job_id: str) -> Job:
+    def run(self, job_id: str) -> JobView:
         """Pass a wake-up for the job to the worker, and return the job afterwards."""
         self.runner.run_job(job_id)
         assert self.leases.held() == []

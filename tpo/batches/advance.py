@@ -25,6 +25,7 @@ from tpo.jobs.insertion import JobOptions, NewJob, insert_jobs
 from tpo.jobs.lifecycle import JobQueries
 from tpo.jobs.submission import Served, resolve_models, to_state
 from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.jobs.workers import WorkerQueries
 from tpo.settings import Settings
 from tpo.tenants.tenants import Limits
@@ -109,7 +110,7 @@ class BatchAdvancer:
         self._lines = lines
 
     def due(self, silent_seconds: float) -> Sequence[str]:
-        """Return batches that nobody has advanced for so long."""
+        """Return running batches that were not advanced in the last `silent_seconds`."""
         silent = and_(Batch.status.in_(_WORKING), Batch.advanced_at <= now() - silent_seconds)
         with reading(self._engine) as session:
             return session.scalars(select(Batch.id).where(silent).order_by(Batch.advanced_at).limit(100)).all()
@@ -237,13 +238,14 @@ class BatchAdvancer:
     def _write_results(self, batch: Batch) -> bool:
         """Write the results of the lines that follow, in their order; end the batch if none is left."""
         with writing(self._engine) as session:
-            rows = session.execute(
+            found = session.execute(
                 select(BatchLine, Job)
                 .outerjoin(Job, Job.id == BatchLine.job_id)
                 .where(BatchLine.batch_id == batch.id, BatchLine.number > batch.written)
                 .order_by(BatchLine.number)
                 .limit(_WRITTEN_LINES)
             ).all()
+            rows = [(line, None if job is None else JobView.of(job)) for line, job in found]
             if not rows:
                 ended = _complete(session, batch)
             else:
@@ -325,7 +327,7 @@ def _count_finished(session: Session, batch_id: str) -> _Progress | None:
 
 def _create_jobs(
     session: Session, batch: Batch, lines: Sequence[_NewLine], offset: int, line: int
-) -> Sequence[Job] | None:
+) -> Sequence[JobView] | None:
     """Create the jobs of new lines, and record those that become none; of two lines with one custom_id, the second.
 
     Returns None if another step came first.

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 from tpo.batches.tables import BatchLine
 from tpo.core.errors import InvalidInputError
 from tpo.jobs.submission import Submit
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -28,15 +28,17 @@ class RawLine(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        """True if there is nothing on the line: it is no request."""
+        """Return True if the line is empty, so that it is not a request."""
         return self.text is not None and not self.content.strip()
 
 
 class LineRequest(Protocol):
-    """A line that asks for a job."""
+    """A line that requests a job."""
 
     @property
-    def custom_id(self) -> str: ...
+    def custom_id(self) -> str:
+        """The id that the client gave to the line."""
+        ...
 
     def submission(self) -> Submit:
         """Return the job that the line asks for. Raises InvalidInputError, which names a field of the line."""
@@ -61,7 +63,7 @@ class LineFormat(Protocol):
         """Read one line of the input."""
         ...
 
-    def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
+    def render(self, endpoint: str, line: BatchLine, job: JobView | None) -> bytes:
         """Write one line of the output or of the errors, with its end."""
         ...
 

@@ -197,7 +197,7 @@ class Client:
             response = self._transport.request("GET", path, extra_seconds=seconds, headers=headers, params=query)
             if response.status_code != httpx.codes.NOT_MODIFIED:
                 tag = response.headers.get("etag")
-                current: Job = self._transport.parse(response)
+                current: Job = self._transport.parse_json(response.content)
                 if progress is not None:
                     progress(current)
                 if current["status"] in TERMINAL:

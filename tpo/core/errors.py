@@ -10,6 +10,7 @@ TPOError                            500
 ├── ConflictError                   409  the state of a resource does not allow the request; a retry does not help
 │   ├── ExternalIdTakenError        409  another request created a job with this external_id
 │   └── WrongStateError             409  the status of a job or batch does not allow the request
+├── KeyExpiredError                 401  the API key was valid until a time that has passed
 ├── QuotaExceededError              429  the tenant exceeds one of its limits for now
 ├── StoreUnavailableError           503  the database cannot be reached or cannot work for now; the message says why
 │   └── DatabaseRefusedError        503  its URL or file is unusable until somebody fixes it; no process starts with it
@@ -162,6 +163,13 @@ class WrongStateError(ConflictError):
     code = "wrong_state"
 
 
+class KeyExpiredError(TPOError):
+    """The API key has expired. Ask the operator of this server for a new one (tpo keys create)."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
 class QuotaExceededError(TPOError):
     """The tenant requests more than its limits allow."""
 
@@ -202,7 +210,7 @@ class UploadNotFoundError(NotFoundError):
 
 
 class ModelNotFoundError(NotFoundError):
-    """No live worker serves this policy."""
+    """No live worker serves this policy. GET /v1/models lists the policies that are served."""
 
     code = "model_not_found"
 

@@ -55,7 +55,9 @@ class EarlyStop(Frozen):
 class Params(Frozen):
     """Parameters of an optimization. The defaults are the paper's (arXiv 2501.12895, section 5)."""
 
-    mode: Mode = "tpo"
+    mode: Mode = Field(
+        "tpo", description="method: tpo, bon (best of N only) or revision (the critique sees no rejected response)"
+    )
     sample_size: int = Field(5, ge=1, le=MAX_SAMPLE_SIZE, description="N: responses sampled in each step")
     max_iterations: int = Field(
         2, ge=0, le=MAX_ITERATIONS, description="D: rounds of critique and revision; 0 is best-of-N"

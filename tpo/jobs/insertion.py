@@ -13,6 +13,7 @@ from tpo.core.state import State
 from tpo.db import new_id, now
 from tpo.jobs.records import progress_columns, save_record
 from tpo.jobs.tables import EventRow, Job, MetadataRow
+from tpo.jobs.view import JobView
 from tpo.tenants.idempotency import IdempotencyRequest, record_key
 
 # Statements that every request needs are built once: building one costs more than running it.
@@ -45,7 +46,7 @@ NewJob = tuple[State, IdempotencyRequest | None, JobOptions]
 """A job to create: the state of its optimization, the identity of its request, and its other columns."""
 
 
-def insert_jobs(session: Session, tenant: str, new_jobs: Sequence[NewJob]) -> list[Job]:
+def insert_jobs(session: Session, tenant: str, new_jobs: Sequence[NewJob]) -> list[JobView]:
     """Insert new jobs with their metadata, first events and idempotency keys, and return them."""
     created_at = session.execute(_NOW).scalar_one()
     rows = [_row(tenant, created_at, *each) for each in new_jobs]
@@ -62,7 +63,7 @@ def insert_jobs(session: Session, tenant: str, new_jobs: Sequence[NewJob]) -> li
         save_record(session, row["id"], state)
         record_key(session, tenant, request, job_id=row["id"])
     records = (_NULLS | {ATTRIBUTES[name]: value for name, value in row.items()} for row in rows)
-    return [cast("Job", SimpleNamespace(**values)) for values in records]
+    return [JobView.of(cast("Job", SimpleNamespace(**values))) for values in records]
 
 
 def _row(

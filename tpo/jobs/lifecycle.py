@@ -15,14 +15,18 @@ from tpo.jobs.records import without_progress
 from tpo.jobs.requests import JobRequests, Submitted
 from tpo.jobs.tables import Job
 from tpo.jobs.transitions import CANCELLED, job_in_status, transition, update_job
+from tpo.jobs.view import JobView
 from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
+
+CANNOT_BE_PAUSED = "The job is {}: it cannot be paused."
+_CANNOT_BE_RETRIED = "The job is {}: only a waiting job, or one that ended without success, can be retried."
 
 
 class JobQueries(JobRequests):
     """The part of the store that holds the jobs of one tenant."""
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str) -> JobView:
         """Cancel a job: immediately if no worker holds it, else within one model call. Raises JobNotFoundError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
@@ -32,9 +36,9 @@ class JobQueries(JobRequests):
                 transition(session, job_in_status(job_id, "in_progress"), values, Event("job.cancelling", {}))
             elif job.status in ("queued", "paused"):
                 transition(session, job_in_status(job_id, job.status), request | CANCELLED, Event("job.cancelled", {}))
-            return job
+            return JobView.of(job)
 
-    def pause(self, job_id: str) -> Job:
+    def pause(self, job_id: str) -> JobView:
         """Pause a job: immediately if no worker holds it, else within one model call.
 
         Raises JobNotFoundError, WrongStateError.
@@ -52,10 +56,10 @@ class JobQueries(JobRequests):
                 case "paused":
                     pass
                 case status:
-                    raise WrongStateError(f"The job is {status}: it cannot be paused.")
-            return job
+                    raise WrongStateError(CANNOT_BE_PAUSED.format(status))
+            return JobView.of(job)
 
-    def resume(self, job_id: str) -> Job:
+    def resume(self, job_id: str) -> JobView:
         """Resume a paused job, or withdraw a requested pause. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
@@ -71,19 +75,17 @@ class JobQueries(JobRequests):
                     pass
                 case status:
                     raise WrongStateError(f"The job is {status}: it cannot be resumed.")
-            return job
+            return JobView.of(job)
 
-    def retry_now(self, job_id: str) -> Job:
+    def retry_now(self, job_id: str) -> JobView:
         """End a queued job's wait for its next attempt. Raises JobNotFoundError, WrongStateError."""
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             if job.status != "queued":
-                raise WrongStateError(
-                    f"The job is {job.status}: only a waiting job, or one that ended without success, can be retried."
-                )
+                raise WrongStateError(_CANNOT_BE_RETRIED.format(job.status))
             session.execute(update_job(job_in_status(job_id, "queued"), {"next_attempt_at": None, "queued_at": now()}))
             session.refresh(job)
-            return job
+            return JobView.of(job)
 
     def create_from(
         self,
@@ -107,12 +109,10 @@ class JobQueries(JobRequests):
             session.execute(delete(Job).where(Job.id == job_id, Job.tenant == self.tenant))
 
 
-def retried(job: Job, state: State) -> State:
+def retried(job: JobView, state: State) -> State:
     """Return the state from which a job that ended without success is retried. Raises WrongStateError."""
     if job.status not in TERMINAL or job.status == "completed":
-        raise WrongStateError(
-            f"The job is {job.status}: only a waiting job, or one that ended without success, can be retried."
-        )
+        raise WrongStateError(_CANNOT_BE_RETRIED.format(job.status))
     if job.error_code != "no_usable_sample":
         return state
     # The same seed would sample the same texts again.
@@ -120,7 +120,7 @@ def retried(job: Job, state: State) -> State:
     return without_progress(state).model_copy(update={"params": params})
 
 
-def extended(job: Job, state: State, iterations: int, most: int = MAX_ITERATIONS) -> State:
+def extended(job: JobView, state: State, iterations: int, most: int = MAX_ITERATIONS) -> State:
     """Return the state of an ended job with `iterations` more to run. Raises WrongStateError."""
     if job.status not in TERMINAL:
         raise WrongStateError(f"The job is {job.status}: it can be extended once it has ended.")

@@ -15,6 +15,7 @@ from tpo.jobs.insertion import ATTRIBUTES, JOBS, JobOptions, insert_jobs
 from tpo.jobs.quotas import RateLimitStatus, check_quota, free_slots
 from tpo.jobs.records import read_state
 from tpo.jobs.tables import EventRow, Job, MetadataRow
+from tpo.jobs.view import JobView
 from tpo.tenants.idempotency import MAX_CONFLICT_RETRIES, IdempotencyRequest, find_existing, record_key
 from tpo.tenants.tenants import Limits
 
@@ -27,7 +28,7 @@ _OWN = select(*_AS_JOB).where(JOBS.c.id == bindparam("job_id"), JOBS.c.tenant ==
 class Submitted(NamedTuple):
     """A submitted job."""
 
-    job: Job
+    job: JobView
     new: bool
     rate_limit: RateLimitStatus | None
     """The tenant's remaining quota; None if there is no limit, or if no job was created."""
@@ -52,10 +53,10 @@ class JobRequests(Queries):
 
         def create(session: Session) -> Submitted:
             if known := self._known(session, idempotency, external_id):
-                return Submitted(known, new=False, rate_limit=None)
-            room = check_quota(session, self.tenant, limits) if limits else None
+                return Submitted(JobView.of(known), new=False, rate_limit=None)
+            rate_limit = check_quota(session, self.tenant, limits) if limits else None
             [job] = insert_jobs(session, self.tenant, [(state, idempotency, options)])
-            return Submitted(job, new=True, rate_limit=room)
+            return Submitted(job, new=True, rate_limit=rate_limit)
 
         for _ in range(MAX_CONFLICT_RETRIES):
             try:
@@ -66,14 +67,14 @@ class JobRequests(Queries):
                     raise
         raise StoreUnavailableError()
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> JobView:
         """Return one job. Raises JobNotFoundError."""
         with single_query(self._engine) as connection:
             # The same query for a missing job and another tenant's, so that their response times do not differ.
             job = connection.execute(_OWN, {"job_id": job_id, "tenant": self.tenant}).one_or_none()
             if job is None:
                 raise JobNotFoundError(f"There is no job {job_id!r}.")
-            return cast("Job", job)
+            return JobView.of(cast("Job", job))
 
     def page(
         self,
@@ -83,7 +84,7 @@ class JobRequests(Queries):
         order: Literal["asc", "desc"] = "desc",
         statuses: Sequence[Status] = (),
         metadata: Mapping[str, str] | None = None,
-    ) -> Sequence[Job]:
+    ) -> Sequence[JobView]:
         """Return a page of jobs, ordered by age. `after` is the last id of the previous page."""
 
         def first_of(query: Select[str], job_id: InstrumentedAttribute[str]) -> Select[str]:
@@ -103,7 +104,7 @@ class JobRequests(Queries):
             ids = first_of(select(Job.id).where(Job.tenant == self.tenant), Job.id)
         query = select(*_AS_JOB).where(Job.id.in_(ids)).order_by(Job.id if order == "asc" else Job.id.desc())
         with single_query(self._engine) as connection:
-            return cast("Sequence[Job]", connection.execute(query).all())
+            return [JobView.of(cast("Job", row)) for row in connection.execute(query)]
 
     def state(self, job_id: str) -> State:
         """Return the recorded state of one job's optimization. Raises JobNotFoundError."""

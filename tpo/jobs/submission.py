@@ -103,7 +103,7 @@ class Submit(Wire):
     model: str | None = Field(
         None, min_length=1, max_length=512, description="the policy; default: the server's setting"
     )
-    input: Input = Field(description="what the policy is asked: a string, or messages of which the last is the user's")
+    input: Input = Field(description="the prompt: a string, or messages of which the last is the user's")
     parameters: SubmitParameters = Field(default_factory=SubmitParameters)
     priority: int = Field(
         0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="the higher goes first; a long wait outweighs it in time"
@@ -118,6 +118,9 @@ class Submit(Wire):
         le=MAX_DEADLINE_SECONDS,
         description="seconds after which the job ends with its best candidate so far",
     )
+
+
+UNKNOWN_POLICY = "No worker serves the policy {!r}. Available: {}."
 
 
 class Served(NamedTuple):
@@ -142,9 +145,9 @@ def resolve_models(body: Submit, settings: Settings, workers: Callable[[], Itera
     available = sorted(s.reward_model for s in known if s.model == wanted.model)
     if not available:
         models = ", ".join(sorted({s.model for s in known}))
-        raise UnknownModelError(f"No worker serves the policy {wanted.model!r}; there are: {models}.", "model")
+        raise UnknownModelError(UNKNOWN_POLICY.format(wanted.model, models), "model")
     raise UnknownModelError(
-        f"No worker serves the reward model {wanted.reward_model!r} with the policy {wanted.model!r}; there are: "
+        f"No worker serves the reward model {wanted.reward_model!r} with the policy {wanted.model!r}. Available: "
         f"{', '.join(available)}.",
         "parameters.reward_model",
     )

@@ -11,7 +11,7 @@ from tpo.batches.lines import RawLine, RefusedLine
 from tpo.batches.tables import BatchLine
 from tpo.core.errors import InvalidInputError
 from tpo.jobs.submission import Submit
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.openai import views
 from tpo.openai.requests import ChatRequest, JobRequest, ResponseRequest
 from tpo.wire import StoredText, Wire
@@ -63,7 +63,7 @@ class OpenAILines:
         except InvalidInputError as error:
             return RefusedLine(_custom_id(fields), error)
 
-    def render(self, endpoint: str, line: BatchLine, job: Job | None) -> bytes:
+    def render(self, endpoint: str, line: BatchLine, job: JobView | None) -> bytes:
         """Write one line of the output or of the errors, with its end."""
         response: dict[str, Any] | None = None
         error: dict[str, Any] | None = None
@@ -88,22 +88,20 @@ def _request(fields: dict[str, Any], endpoint: str) -> RequestLine:
         raise InvalidInputError(f"url: must be the batch's endpoint, {endpoint}.", "url")
     body = _REQUESTS[endpoint].model_validate(parsed.body)
     if body.stream:
-        raise InvalidInputError("stream: is not for batches.", "stream")
+        raise InvalidInputError("stream: is not supported in batches.", "stream")
     if "external_id" in (body.tpo or {}):
-        message = "tpo.external_id: is not for batches; custom_id names a line."
+        message = "tpo.external_id: is not supported in batches. Identify a line by its custom_id."
         raise InvalidInputError(message, "tpo.external_id")
     return RequestLine(parsed.custom_id, body)
 
 
-def _failure(line: BatchLine, job: Job | None) -> tuple[str, str]:
+def _failure(line: BatchLine, job: JobView | None) -> tuple[str, str]:
     """Return code and message of a line that has no answer."""
     if line.error_code is not None:
         return line.error_code, line.error_message or ""
     if job is None:
         return "job_deleted", "The job of this line was deleted before the batch ended."
-    if job.error_code is not None:
-        return job.error_code, f"The job {job.id} failed: {job.error_message}"
-    return f"job_{job.status}", f"The job {job.id} ended as {job.status} without an answer."
+    return views.failure(job)
 
 
 def _custom_id(fields: dict[str, Any]) -> str | None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.openai.views import OutputText
 from tpo.wire import Identified, Wire
 
@@ -17,7 +17,7 @@ class InputText(Wire):
     text: str
 
 
-class AskedMessage(Identified):
+class InputMessageItem(Identified):
     """One message of the input. A message of the assistant has the content type of an output."""
 
     type: Literal["message"] = "message"
@@ -26,14 +26,14 @@ class AskedMessage(Identified):
     content: list[InputText | OutputText] = Field(description="the message's text, as the only part")
 
 
-def input_items(job: Job) -> Sequence[AskedMessage]:
+def input_items(job: JobView) -> Sequence[InputMessageItem]:
     """Return the input messages in order, without the one that the response shows as its `instructions`."""
     return [
-        AskedMessage(
+        InputMessageItem(
             id=f"{job.id.replace('job_', 'msg_', 1)}_{number}",
-            role=message["role"],
-            content=[(OutputText if message["role"] == "assistant" else InputText)(text=message["content"])],
+            role=message.role,
+            content=[(OutputText if message.role == "assistant" else InputText)(text=message.content)],
         )
         for number, message in enumerate(job.input)
-        if number or message["role"] != "system"
+        if number or message.role != "system"
     ]

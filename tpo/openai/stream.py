@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tpo.core.status import TERMINAL
-from tpo.jobs.tables import EventRow, Job
+from tpo.jobs.tables import EventRow
+from tpo.jobs.view import JobView
 from tpo.openai import views
 
 _LAST_EVENTS = {"completed": "response.completed", "failed": "response.failed"}
@@ -21,7 +22,7 @@ class ResponseEvents:
     def __init__(self) -> None:
         self._next = 0
 
-    def of(self, job: Job, events: Iterable[EventRow]) -> Iterator[dict[str, Any]]:
+    def of(self, job: JobView, events: Iterable[EventRow]) -> Iterator[dict[str, Any]]:
         """Translate further events. `job` must be at least as new as the last one."""
         for event in events:
             for translated in _translate(job, event):
@@ -29,7 +30,7 @@ class ResponseEvents:
                 self._next += 1
 
 
-def _translate(job: Job, event: EventRow) -> Iterator[dict[str, Any]]:
+def _translate(job: JobView, event: EventRow) -> Iterator[dict[str, Any]]:
     status = event.type.removeprefix("job.")
     if status in TERMINAL:
         yield from _end(job)
@@ -41,7 +42,7 @@ def _translate(job: Job, event: EventRow) -> Iterator[dict[str, Any]]:
     yield {"type": "response.queued" if waiting else "response.in_progress", "response": snapshot}
 
 
-def _snapshot(job: Job, event: EventRow, status: views.ResponseStatus) -> dict[str, Any]:
+def _snapshot(job: JobView, event: EventRow, status: views.ResponseStatus) -> dict[str, Any]:
     """Return the response as it was at an event, without the results that the job has had since then."""
     response = views.response(job)
     details = response.tpo.model_copy(
@@ -59,7 +60,7 @@ def _snapshot(job: Job, event: EventRow, status: views.ResponseStatus) -> dict[s
     return response.model_copy(update=changes).model_dump()
 
 
-def _end(job: Job) -> Iterator[dict[str, Any]]:
+def _end(job: JobView) -> Iterator[dict[str, Any]]:
     """Iterate over the events of a job's end: its output, then the whole response."""
     response = views.response(job)
     for index, item in enumerate(response.output):

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tpo.core.errors import JobNotFoundError
 from tpo.core.status import TERMINAL, Status
-from tpo.jobs.tables import Job
+from tpo.jobs.view import JobView
 from tpo.wire import Wire
 
 ResponseStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled", "incomplete"]
@@ -135,7 +135,7 @@ class ResponseDeleted(Wire):
     deleted: Literal[True] = True
 
 
-class AnswerMessage(Wire):
+class AssistantMessage(Wire):
     """The message of a chat completion."""
 
     role: Literal["assistant"] = "assistant"
@@ -147,7 +147,7 @@ class Choice(Wire):
     """The only choice of a chat completion."""
 
     index: Literal[0] = 0
-    message: AnswerMessage
+    message: AssistantMessage
     finish_reason: Literal["stop"] = "stop"
     logprobs: None = None
 
@@ -172,6 +172,16 @@ class ChatCompletion(Wire):
     tpo: JobDetails
 
 
+WITHOUT_OUTPUT = "The job {job_id} ended as {status} without an answer."
+
+
+def failure(job: JobView) -> tuple[str, str]:
+    """Return code and message of a job that ended without an answer."""
+    if job.error_code is not None:
+        return job.error_code, f"The job {job.id} failed: {job.error_message}"
+    return f"job_{job.status}", WITHOUT_OUTPUT.format(job_id=job.id, status=job.status)
+
+
 def response_id(job_id: str) -> str:
     """Return the id of a job's response."""
     return job_id.replace("job_", "resp_", 1)
@@ -184,7 +194,7 @@ def job_id_of(response: str) -> str:
     return response.replace("resp_", "job_", 1)
 
 
-def response(job: Job) -> Response:
+def response(job: JobView) -> Response:
     """Build the response of a job."""
     first = job.input[0]
     return Response(
@@ -193,20 +203,20 @@ def response(job: Job) -> Response:
         completed_at=int(job.completed_at) if job.completed_at and job.status == "completed" else None,
         status=_STATUS[job.status],
         model=job.model,
-        instructions=first["content"] if first["role"] == "system" else None,
+        instructions=first.content if first.role == "system" else None,
         output=[] if job.output is None else [message(job)],
         error=_failure(job),
         incomplete_details=_incomplete(job),
         usage=_usage(job) if job.status in TERMINAL else None,
-        metadata=job.job_metadata,
-        temperature=job.params["temperature"],
-        top_p=job.params["top_p"],
-        max_output_tokens=job.params["max_tokens"],
+        metadata=job.metadata,
+        temperature=job.params.temperature,
+        top_p=job.params.top_p,
+        max_output_tokens=job.params.max_tokens,
         tpo=_details(job),
     )
 
 
-def message(job: Job) -> OutputMessage:
+def message(job: JobView) -> OutputMessage:
     """Build the output message of a job that has an answer."""
     return OutputMessage(
         id=job.id.replace("job_", "msg_", 1),
@@ -215,13 +225,13 @@ def message(job: Job) -> OutputMessage:
     )
 
 
-def chat_completion(job: Job) -> ChatCompletion:
+def chat_completion(job: JobView) -> ChatCompletion:
     """Build the chat completion of a job that has an answer."""
     return ChatCompletion(
         id=job.id.replace("job_", "chatcmpl-", 1),
         created=int(job.created_at),
         model=job.model,
-        choices=[Choice(message=AnswerMessage(content=job.output or ""))],
+        choices=[Choice(message=AssistantMessage(content=job.output or ""))],
         usage=ChatUsage(
             prompt_tokens=job.input_tokens,
             completion_tokens=job.output_tokens,
@@ -231,13 +241,13 @@ def chat_completion(job: Job) -> ChatCompletion:
     )
 
 
-def _failure(job: Job) -> ResponseFailure | None:
+def _failure(job: JobView) -> ResponseFailure | None:
     if job.error_code is None:
         return None
     return ResponseFailure(code=OPENAI_ERROR_CODES.get(job.error_code, "server_error"), message=job.error_message or "")
 
 
-def _incomplete(job: Job) -> IncompleteDetails | None:
+def _incomplete(job: JobView) -> IncompleteDetails | None:
     match job.status:
         case "expired" | "cancelled":
             return IncompleteDetails(reason=job.status)
@@ -247,7 +257,7 @@ def _incomplete(job: Job) -> IncompleteDetails | None:
             return None
 
 
-def _usage(job: Job) -> ResponseUsage:
+def _usage(job: JobView) -> ResponseUsage:
     return ResponseUsage(
         input_tokens=job.input_tokens,
         output_tokens=job.output_tokens,
@@ -255,7 +265,7 @@ def _usage(job: Job) -> ResponseUsage:
     )
 
 
-def _details(job: Job) -> JobDetails:
+def _details(job: JobView) -> JobDetails:
     return JobDetails(
         job_id=job.id,
         status=job.status,
@@ -266,5 +276,5 @@ def _details(job: Job) -> JobDetails:
         best_reward=job.best_reward,
         reward_model=job.reward_model,
         reward_tokens=job.reward_tokens,
-        parameters=job.params,
+        parameters=job.params.model_dump(mode="json"),
     )

@@ -13,6 +13,7 @@ import tpo
 from tpo.backoff import backoff_seconds
 from tpo.settings import Settings
 from tpo.store import Store
+from tpo.webhooks.addresses import AllowedTargets
 from tpo.webhooks.deliveries import ClaimedDelivery
 from tpo.webhooks.http import NotSent, post, tls_context
 from tpo.webhooks.signing import payload, signature_headers
@@ -66,7 +67,7 @@ class WebhookSender:
         if error is None:
             self._store.deliveries.record_success(delivery)
         elif error == f"http_{_GONE}":
-            log.info("%s answered 410 Gone: switched off", delivery.webhook_id)
+            log.info("%s responded with 410 Gone: disabled", delivery.webhook_id)
             self._store.deliveries.record_gone(delivery)
         else:
             delay = self._retry_delay(delivery)
@@ -89,7 +90,7 @@ class WebhookSender:
                 body,
                 headers,
                 seconds=settings.webhook_timeout_seconds,
-                allow_private=settings.webhook_allow_private,
+                allowed=AllowedTargets.from_settings(settings),
                 tls=self._tls,
             )
         except NotSent as error:

@@ -23,7 +23,7 @@ ONE_CALL = {"sample_size": 1, "max_iterations": 0}
 
 @pytest.fixture(scope="module")
 def batch_server(shared_system: System) -> Iterator[Server]:
-    """API, worker and maintenance worker."""
+    """Start an API, a worker and a maintenance worker."""
     shared_system.worker(scripted_latency=0, concurrency=8)
     shared_system.maintenance(max_batch_lines=1000, batch_jobs=50)
     with serving(shared_system) as server:
@@ -274,8 +274,8 @@ class TestEnds:
     def test_expired_batch_keeps_completed_requests(self, system: System) -> None:
         with serving(system) as server, server.client() as client:
             system.maintenance(batch_jobs=4)
-            system.worker(scripted_latency=0.3, concurrency=2)
-            batch = start(client, "\n".join(line(f"r{i}") for i in range(200)), window="5s")
+            system.worker(scripted_latency=0.1, concurrency=2)  # about a second for each request: 200 take 100 s
+            batch = start(client, "\n".join(line(f"r{i}") for i in range(200)), window="8s")
             expired = end(client, batch)
             assert expired.status == "expired"
             completed, expired_requests = read(client, expired.output_file_id), read(client, expired.error_file_id)

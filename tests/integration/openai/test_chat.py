@@ -26,10 +26,10 @@ class TestCompletion:
         assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens > 0
         job = server.system.store.jobs.get(completion.id.replace("chatcmpl-", "job_"))
         assert job.output == choice.message.content
-        assert [m["role"] for m in job.input] == ["system", "user"]
+        assert [m.role for m in job.input] == ["system", "user"]
         params = job.params
-        assert (params["seed"], params["max_tokens"], params["temperature"], params["top_p"]) == (7, 64, 0.5, 0.9)
-        assert job.job_metadata == {"a": "b"}
+        assert (params.seed, params.max_tokens, params.temperature, params.top_p) == (7, 64, 0.5, 0.9)
+        assert job.metadata == {"a": "b"}
 
     @pytest.mark.parametrize("sent_as", ["as it is", "model_dump", "to_dict"])
     def test_message_can_be_sent_back(self, client: openai.OpenAI, sent_as: str) -> None:

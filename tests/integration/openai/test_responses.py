@@ -54,8 +54,8 @@ class TestCreate:
         assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens > 0
         job = server.system.store.jobs.get(views.job_id_of(response.id))
         assert job.output == done.output_text
-        assert [m["role"] for m in job.input] == ["system", "user"]
-        assert (job.params["sample_size"], job.params["temperature"]) == (2, 0.5)
+        assert [m.role for m in job.input] == ["system", "user"]
+        assert (job.params.sample_size, job.params.temperature) == (2, 0.5)
 
     def test_foreground_response_waits_for_the_end(self, client: openai.OpenAI) -> None:
         response = create(client, background=False)
@@ -76,10 +76,10 @@ class TestCreate:
         ]
         response = create(client, input=turns, instructions="Be short.")
         job = server.system.store.jobs.get(views.job_id_of(response.id))
-        assert [m["role"] for m in job.input] == ["system", "user", "assistant", "user"]
-        assert job.input[0]["content"] == "Be short.\n\nBe kind."
-        assert job.input[1]["content"] == "One two"
-        assert job.input[2]["content"] == first.output_text
+        assert [m.role for m in job.input] == ["system", "user", "assistant", "user"]
+        assert job.input[0].content == "Be short.\n\nBe kind."
+        assert job.input[1].content == "One two"
+        assert job.input[2].content == first.output_text
 
     def test_response_names_its_job(self, client: openai.OpenAI) -> None:
         response = create(client)

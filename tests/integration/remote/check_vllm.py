@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
@@ -19,7 +20,8 @@ from testing.ports import free_port
 from testing.processes import System
 from testing.waiting import eventually
 from tests.contract.test_backends import ask, proceed, rate
-from tpo.backends import LoadedPolicy, LoadedRewardModel, load_policy, load_reward_model
+from tpo.backends import LoadedPolicy, LoadedRewardModel, load_models, load_policy, load_reward_model
+from tpo.backends.spec import ModelSpec, RewardSpec
 from tpo.core.errors import CallInterruptedError, ContextTooLongError
 from tpo.core.ports import Score
 from tpo.settings import Settings
@@ -93,22 +95,22 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Vllm, Vllm]
 @pytest.fixture(params=["batched", "separate"])
 def policy(request: pytest.FixtureRequest, vllm: tuple[Vllm, Vllm]) -> Iterator[LoadedPolicy]:
     url = f"{vllm[0].root}/v1"
-    policy = load_policy("openai:policy", Settings(openai_url=url, openai_samples=request.param))
+    policy = load_policy(ModelSpec("openai:policy", url, samples=request.param), Settings())
     yield policy
     policy.close()
 
 
 @pytest.fixture(params=["vllm", "vllm-pooling"])
 def reward(request: pytest.FixtureRequest, vllm: tuple[Vllm, Vllm]) -> Iterator[LoadedRewardModel]:
-    reward = load_reward_model(f"{request.param}:reward", Settings(reward_url=vllm[1].root))
+    reward = load_reward_model(RewardSpec(f"{request.param}:reward", vllm[1].root), Settings())
     yield reward
     reward.close()
 
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[tuple[LoadedPolicy, LoadedRewardModel]]:
-    """Same models in the local engine."""
-    policy, reward = load_policy("demo", Settings(threads=1)), load_reward_model("demo", Settings(threads=1))
+    """Load the same models in the local engine."""
+    policy, reward = load_models(Settings(threads=1))
     yield policy, reward
     policy.close()
     reward.close()
@@ -158,10 +160,10 @@ def test_limit_is_lowered_and_long_prompt_rejected(policy: LoadedPolicy) -> None
 
 
 @pytest.mark.parametrize("samples", ["batched", "separate"])
-def test_cancelled_call_stops_generation(vllm: tuple[Vllm, Vllm], samples: str) -> None:
+def test_cancelled_call_stops_generation(vllm: tuple[Vllm, Vllm], samples: Literal["batched", "separate"]) -> None:
     server = vllm[0]
-    settings = Settings(openai_url=f"{server.root}/v1", openai_samples=samples, openai_extra_body={"ignore_eos": True})
-    policy = load_policy("openai:policy", settings)
+    spec = ModelSpec("openai:policy", f"{server.root}/v1", samples=samples, extra_body={"ignore_eos": True})
+    policy = load_policy(spec, Settings())
     before = server.metric("generation_tokens_total")
 
     def interrupt() -> None:

@@ -11,7 +11,8 @@ from testing.ports import free_port
 from testing.processes import System, marker, timeless
 from testing.waiting import HANG_SECONDS, eventually
 from tests.support.model_server import MODEL, ModelServer, model_server
-from tpo.backends import load_policy, load_reward_model
+from tpo.backends import load_policy, load_reward
+from tpo.backends.spec import ModelSpec
 from tpo.core.run import run
 from tpo.core.state import State
 from tpo.settings import Settings
@@ -66,8 +67,8 @@ def undisturbed(state: State, settings: Settings) -> State:
     """Run the job from its start in this process and return its final state."""
     fresh = state.model_copy(update={"candidates": (), "iterations": (), "calls": ()})
     with (
-        closing(load_policy(settings.policy, settings)) as policy,
-        closing(load_reward_model(settings.reward_model, settings, policy)) as reward,
+        closing(load_policy(ModelSpec.from_settings(settings), settings)) as policy,
+        closing(load_reward(settings, policy)) as reward,
     ):
         return timeless(run(fresh, policy, reward, lambda _state: None, lambda: None))
 

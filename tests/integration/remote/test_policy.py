@@ -13,6 +13,7 @@ from tests.support.model_server import MODEL, ModelServer
 from tpo.backends import load_policy
 from tpo.backends.remote.policy import OpenAIPolicy
 from tpo.backends.remote.server import Limits, Server
+from tpo.backends.spec import ModelSpec
 from tpo.core.errors import (
     BackendUnavailableError,
     BadReplyError,
@@ -28,9 +29,9 @@ QUICK = Limits(connect=2, read=20, call=30, tries=4, pause=0.01, longest_pause=0
 
 
 def make_policy(server: ModelServer, limits: Limits = QUICK, **changes: Any) -> OpenAIPolicy:
-    settings = Settings(openai_url=server.url, **changes)
-    key = settings.openai_api_key.get_secret_value() if settings.openai_api_key else None
-    return OpenAIPolicy(MODEL, Server(server.url, key, limits), settings)
+    spec = ModelSpec.from_settings(Settings(policy=f"openai:{MODEL}", openai_url=server.url, **changes))
+    key = spec.api_key.get_secret_value() if spec.api_key else None
+    return OpenAIPolicy(spec, Server(server.url, key, limits))
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_retry_after_beyond_the_time_limit_ends_the_call(server: ModelServer, po
     [
         (400, PromptRefusedError, r"refused the sample call \(400\): no"),
         (401, BackendUnavailableError, "refused the key .*TPO_OPENAI_API_KEY"),
-        (404, BackendUnavailableError, "knows no such model"),
+        (404, BackendUnavailableError, "has no such model"),
         (422, PromptRefusedError, "422"),
         (302, BackendUnavailableError, "redirects elsewhere: TPO_OPENAI_URL"),
     ],
@@ -327,7 +328,7 @@ def test_key_is_sent_and_never_logged(
     key = marker()
     settings = Settings(policy=f"openai:{MODEL}", openai_url=server.url, openai_api_key=key)
     server.control(key=key)
-    policy = load_policy(settings.policy, settings)
+    policy = load_policy(ModelSpec.from_settings(settings), settings)
     with caplog.at_level("DEBUG"):
         assert len(policy.generate(ask(), proceed).texts) == 3
     policy.close()
@@ -345,14 +346,16 @@ def test_key_is_sent_and_never_logged(
 def test_load_reports_an_unusable_server(
     server: ModelServer, model: str, changes: dict[str, Any], message: str
 ) -> None:
-    settings = Settings(**{"openai_url": server.url, "remote_start_seconds": 0.3, **changes})
+    settings = Settings(
+        **{"policy": f"openai:{model}", "openai_url": server.url, "remote_start_seconds": 0.3, **changes}
+    )
     with pytest.raises(ModelRefusedError, match=message):
-        load_policy(f"openai:{model}", settings)
+        load_policy(ModelSpec.from_settings(settings), settings)
 
 
 def test_server_without_a_model_list_is_accepted(server: ModelServer) -> None:
     server.control(lists_no_models=True)
-    policy = load_policy(f"openai:{MODEL}", Settings(openai_url=server.url))
+    policy = load_policy(ModelSpec(f"openai:{MODEL}", server.url), Settings())
     assert len(policy.generate(ask(), proceed).texts) == 3
     policy.close()
 

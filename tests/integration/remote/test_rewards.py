@@ -10,7 +10,7 @@ from tests.contract.test_backends import proceed, rate
 from tests.integration.remote.test_policy import QUICK
 from tests.support.model_server import MODEL, ModelServer
 from tests.support.tiny_models import BOS, END, TURN, make_tokenizer
-from tpo.backends import LoadedRewardModel, load_reward_model
+from tpo.backends import LoadedRewardModel, load_reward
 from tpo.backends.remote import reward as remote
 from tpo.backends.remote.apis import VllmClassify
 from tpo.backends.remote.reward import IN_UNIT_INTERVAL_IN_A_ROW, PROBES, RemoteRewardModel
@@ -29,7 +29,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def load(server: ModelServer, kind: str = "vllm", **changes: Any) -> LoadedRewardModel:
-    return load_reward_model(f"{kind}:{MODEL}", Settings(**{"reward_url": server.root, "remote_tries": 3, **changes}))
+    return load_reward(
+        Settings(**{"reward_model": f"{kind}:{MODEL}", "reward_url": server.root, "remote_tries": 3, **changes})
+    )
 
 
 @pytest.fixture
@@ -176,7 +178,7 @@ def test_conversation_without_space_for_a_response_fails(server: ModelServer, qu
 
 def test_missing_url_or_tokenizer_is_reported(server: ModelServer, tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match="TPO_REWARD_URL"):
-        load_reward_model(f"vllm:{MODEL}", Settings())
+        load_reward(Settings(reward_model=f"vllm:{MODEL}"))
     with pytest.raises(ModelRefusedError, match="TPO_REWARD_TOKENIZER"):
         load(server, "sglang", reward_tokenizer=str(tmp_path))
 

@@ -1,16 +1,17 @@
 """Policy behind any server with OpenAI's chat completions API: vLLM, SGLang, llama.cpp or a hosted one."""
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+from tpo.backends.messages import check_unicode
 from tpo.backends.remote.connection import connect, limits_from_settings, secret
 from tpo.backends.remote.context import refuses_n, too_long
 from tpo.backends.remote.reply import Reply, estimate_tokens, read_completion
 from tpo.backends.remote.server import Refused, Server, gather_all
+from tpo.backends.spec import ModelSpec
 from tpo.core.errors import (
     BackendUnavailableError,
     BadReplyError,
@@ -19,18 +20,17 @@ from tpo.core.errors import (
     PromptRefusedError,
 )
 from tpo.core.ports import Generate, Generation, Interrupt, Text, cut_at
-from tpo.settings import Settings
+from tpo.settings import OPENAI, Settings
 
 _log = logging.getLogger(__name__)
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SEED_BITS = 2**31 - 1
 """Mask for seeds: llama.cpp's seeds have 32 bits, and vLLM counts upwards from a request's seed."""
 
 _MAX_EMPTY_REPLIES = 3
 _MAX_SHOWN = 300
 _WRONG_KEY = (401, 403)
-_UNAVAILABLE = {404: "knows no such model or address", 429: "says that its quota is used up"}
+_UNAVAILABLE = {404: "has no such model or path", 429: "says that its quota is used up"}
 
 
 class OpenAIPolicy:
@@ -38,28 +38,28 @@ class OpenAIPolicy:
 
     healthy = True
 
-    def __init__(self, model: str, server: Server, settings: Settings) -> None:
-        self._model = model
+    def __init__(self, spec: ModelSpec, server: Server) -> None:
+        self._model = spec.name.removeprefix(OPENAI)
         self._server = server
-        self._separate = settings.openai_samples == "separate"
+        self._separate = spec.samples == "separate"
         self._warned = False
-        self._max_tokens_field = settings.openai_max_tokens_field
-        self._extra_body = settings.openai_extra_body
+        self._max_tokens_field = spec.max_tokens_field
+        self._extra_body = spec.extra_body
 
     @classmethod
-    def load(cls, model: str, settings: Settings) -> Self:
+    def load(cls, spec: ModelSpec, settings: Settings) -> Self:
         """Wait until the server answers, and check that it has the model. Raises ModelRefusedError otherwise."""
-        if settings.openai_url is None:
+        if spec.url is None:
             raise ModelRefusedError(
-                f"The policy openai:{model} needs the address of its server. Set TPO_OPENAI_URL, such as http://host:8000/v1."
+                f"The policy {spec.name} needs the address of its server. Set TPO_OPENAI_URL, such as http://host:8000/v1."
             )
-        server = Server(settings.openai_url, secret(settings.openai_api_key), limits_from_settings(settings))
+        server = Server(spec.url, secret(spec.api_key), limits_from_settings(settings))
         try:
-            connect(server, model, settings.remote_start_seconds, setting="TPO_OPENAI_API_KEY")
+            connect(server, spec.name.removeprefix(OPENAI), settings.remote_start_seconds, setting="TPO_OPENAI_API_KEY")
         except BaseException:
             server.close()
             raise
-        return cls(model, server, settings)
+        return cls(spec, server)
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
         """Sample responses.
@@ -70,8 +70,7 @@ class OpenAIPolicy:
         """
         started = time.perf_counter()
         interrupt()
-        if any(_LONE_SURROGATE.search(m.content) for m in request.messages):
-            raise PromptRefusedError("A message contains half a surrogate pair, which is not valid Unicode text.")
+        check_unicode(request.messages)
         replies = self._server.call(self._sample(request), interrupt)
         texts = tuple(_cut_text(request.stop, text) for reply in replies for text in reply.texts)
         if request.temperature == 0:
@@ -149,7 +148,7 @@ class OpenAIPolicy:
             if 0 < remaining < limit:
                 return remaining
             limit = min(limit, remaining)
-        if limit > 1 and not length.alone:
+        if limit > 1 and not length.prompt_only:
             return limit // 2
         has = "more tokens than fit" if length.sent is None else f"{length.sent} tokens"
         holds = "its window" if length.window is None else f"{length.window} with its answer"

@@ -14,6 +14,7 @@ from tpo.backends.remote.apis import Scored, ScoringApi, SglangClassify, VllmCla
 from tpo.backends.remote.connection import connect, limits_from_settings, secret
 from tpo.backends.remote.context import TooLong, too_long
 from tpo.backends.remote.server import Refused, Server, gather_all
+from tpo.backends.spec import RewardSpec
 from tpo.core.errors import (
     BackendUnavailableError,
     BadReplyError,
@@ -68,26 +69,26 @@ class RemoteRewardModel:
         """False once the server returns probabilities: the process then exits, and the next start reports why."""
 
     @classmethod
-    def load(cls, spec: str, settings: Settings) -> Self:
+    def load(cls, spec: RewardSpec, settings: Settings) -> Self:
         """Wait until the server answers, and check that its scores are raw. Raises ModelRefusedError otherwise."""
-        kind_name, _, model = spec.partition(":")
-        if settings.reward_url is None:
+        kind_name, _, model = spec.name.partition(":")
+        if spec.url is None:
             raise ModelRefusedError(
-                f"The reward model {spec} needs the address of its server. Set TPO_REWARD_URL, such as http://host:8000."
+                f"The reward model {spec.name} needs the address of its server. Set TPO_REWARD_URL, such as http://host:8000."
             )
         kind: ScoringApi
         match kind_name:
             case "vllm":
                 kind = VllmClassify()
             case "vllm-pooling":
-                kind = VllmPooling(settings.reward_task)
+                kind = VllmPooling(spec.task)
             case _:
-                kind = SglangClassify(load_chat(settings.reward_tokenizer or model))
-        server = Server(settings.reward_url, secret(settings.reward_api_key), limits_from_settings(settings))
+                kind = SglangClassify(load_chat(spec.tokenizer or model))
+        server = Server(spec.url, secret(spec.api_key), limits_from_settings(settings))
         try:
             seconds = settings.remote_start_seconds
             window = connect(server, model, seconds, setting="its API key", path="v1/models")
-            reward = cls(model, server, kind, bounded=settings.reward_in_unit_interval, window=window)
+            reward = cls(model, server, kind, bounded=spec.in_unit_interval, window=window)
             reward.probe()
         except BaseException:
             server.close()

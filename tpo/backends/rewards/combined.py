@@ -20,13 +20,14 @@ from tpo.backends.rewards.config import (
     read_reward_file,
 )
 from tpo.backends.rewards.judge import Judge
-from tpo.core.errors import BadReplyError, ModelRefusedError
+from tpo.backends.spec import ModelSpec, RewardSpec
+from tpo.core.errors import ModelRefusedError
 from tpo.core.ports import Interrupt, Policy, RewardModel, Rewards, Score
 from tpo.core.state import RewardPart
 from tpo.settings import Settings
 
-LoadReward = Callable[[str, Settings], RewardModel]
-LoadPolicy = Callable[[str, Settings], Policy]
+LoadReward = Callable[[RewardSpec, Settings], RewardModel]
+LoadPolicy = Callable[[ModelSpec, Settings], Policy]
 
 
 class VerifierReward:
@@ -82,11 +83,7 @@ class CombinedReward:
         for name, weight, model in self._parts:
             interrupt()
             rewards = model.score(request, interrupt)
-            if len(rewards.values) != len(request.responses):
-                raise BadReplyError(
-                    f"The reward part {name} was given {len(request.responses)} responses and gave "
-                    f"{len(rewards.values)} scores. It must give one score for each response."
-                )
+            rewards.check_count(f"The reward part {name}", len(request.responses))
             input_tokens += rewards.input_tokens
             details = rewards.parts or ((),) * len(rewards.values)
             columns.append(
@@ -145,16 +142,8 @@ def _create_part(
             plugin = plugins.load(part.plugin, part.options)
             return plugin, [plugin]
         case ModelPart():
-            part_settings = settings.model_copy(
-                update={
-                    "reward_url": part.url,
-                    "reward_api_key": _key(part, settings),
-                    "reward_task": part.task,
-                    "reward_tokenizer": part.tokenizer,
-                    "reward_in_unit_interval": part.bounded,
-                }
-            )
-            model = load_reward(part.model, part_settings)
+            reward = RewardSpec(part.model, part.url, _key(part, settings), part.task, part.tokenizer, part.bounded)
+            model = load_reward(reward, settings)
             rescales = (part.offset, part.scale) != (0, 1)
             return (RescaledReward(model, part.offset, part.scale) if rescales else model), [model]
         case JudgePart(policy="policy"):
@@ -164,16 +153,14 @@ def _create_part(
                 )
             return Judge(part, policy), []
         case JudgePart():
-            part_settings = settings.model_copy(
-                update={
-                    "openai_url": part.url,
-                    "openai_api_key": _key(part, settings),
-                    "openai_samples": "batched",
-                    "openai_max_tokens_field": part.limit_name,
-                    "openai_extra_body": part.extra_body,
-                }
+            spec = ModelSpec(
+                part.policy,
+                part.url,
+                _key(part, settings),
+                max_tokens_field=part.limit_name,
+                extra_body=part.extra_body,
             )
-            judge = load_policy(part.policy, part_settings)
+            judge = load_policy(spec, settings)
             return Judge(part, judge), [judge]
 
 

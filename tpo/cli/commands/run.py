@@ -10,7 +10,7 @@ from tpo.cli.options import without_none
 from tpo.cli.ui.output import INTERRUPTED, USAGE, Failure, console, messages, print_json
 
 
-@options.optimization
+@options.Optimization
 def run(
     parameters: dict[str, Any],
     prompt: Annotated[str | None, typer.Argument(help="Prompt to answer; - reads stdin.")] = None,

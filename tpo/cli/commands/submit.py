@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tpo.client import Job
 
 
-@options.optimization
+@options.Optimization
 def submit(
     parameters: dict[str, Any],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts, one job each; - reads stdin.")] = None,
@@ -58,7 +58,7 @@ def submit(
             with JobTable(messages()) as table:
                 ended = client.wait_all(jobs, progress=table.show)
         except KeyboardInterrupt:
-            messages().print("The server goes on with the jobs; `tpo jobs` lists them.")
+            messages().print("The server continues with the jobs; `tpo jobs` lists them.")
             raise
     for job in ended:
         print_json(job) if as_json else _print_answer(job, with_id=len(ended) > 1)
