@@ -27,7 +27,7 @@ PART = 256 * 1024
 
 
 class Work(NamedTuple):
-    """What one step has read."""
+    """Bytes and lines read by one step."""
 
     size: int
     lines: int

@@ -337,9 +337,10 @@ _QUARANTINE_RUNS = select(exists(select(Job.id).where(_RUNS_IN_QUARANTINE)))
 _SUSPECTS = (
     select(
         *(Job.id, Job.tenant, Job.priority, Job.queued_at, Job.quarantine),
-        *(Tenant.max_jobs_running, now().label("now")),
+        # Not a join: PostgreSQL would read all tenants.
+        select(Tenant.max_jobs_running).where(Tenant.id == Job.tenant).scalar_subquery().label("max_jobs_running"),
+        now().label("now"),
     )
-    .outerjoin(Tenant, Tenant.id == Job.tenant)
     .where(_WAITS_IN_QUARANTINE, claimable(), ~queue_is_paused(bindparam("model")))
     .order_by(Job.queued_at, Job.id)
     .limit(_MAX_SUSPECTS)

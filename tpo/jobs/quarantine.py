@@ -28,7 +28,7 @@ class LostJob(NamedTuple):
 
 
 class Source(Enum):
-    """Where a claim takes its job from."""
+    """A place that a claim takes its job from."""
 
     QUEUE = "queue"
     QUARANTINE = "quarantine"
