@@ -14,7 +14,7 @@ USERS := .venv/.users-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEVELOPERS := .venv/.developers
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-fast test-long coverage mutants fuzz chaos servers check audit lock hooks format up \
+.PHONY: help install develop demo test test-fast test-long coverage mutants fuzz chaos servers check docs audit lock hooks format up \
 	demo-models evaluate bench clean
 
 help: ## List the targets
@@ -84,10 +84,21 @@ check: develop ## Check formatting, lint, types, import layers, workflows and fo
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github/workflows
 
+docs: install .docs/.installed ## Build the documentation site into build/site, and check its links
+	@mkdir -p build/docs
+	@$(BIN)/typer tpo.cli utils docs --name tpo --title 'Command line' --output build/docs/cli.md
+	@$(BIN)/python -m scripts.reference build/docs/http.md
+	@NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --clean --strict
+
+.docs/.installed: requirements/docs.txt scripts/make-venv
+	@PYTHON='$(PYTHON)' scripts/make-venv .docs
+	.docs/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
+	@touch $@
+
 audit: .audit/.installed ## Check all pinned packages for known vulnerabilities (needs the network)
 	@echo '$(firstword $(subst +, ,$(TORCH)))' > .audit/torch.txt
 	@.audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .audit/torch.txt
-	@for file in dev triton mutants audit; do \
+	@for file in dev triton mutants audit docs; do \
 		.audit/bin/pip-audit --strict --require-hashes --disable-pip --requirement requirements/$$file.txt || exit 1; done
 
 .audit/.installed: requirements/audit.txt scripts/make-venv
@@ -124,5 +135,5 @@ bench: develop ## Benchmark a job's time by part, the API's throughput and the s
 	$(BIN)/python -m bench.api
 	$(BIN)/python -m bench.store --jobs 100000
 
-clean: ## Remove the environments and the files of tpo up
-	rm -rf .venv .audit .lock .mutants .vllm .tpo htmlcov mutants .coverage
+clean: ## Remove the environments, what was built, and the files of tpo up
+	rm -rf .venv .audit .docs .lock .mutants .vllm .tpo build htmlcov mutants .coverage

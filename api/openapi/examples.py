@@ -6,12 +6,14 @@ from typing import Any
 from tpo.core.state import EarlyStop, Params
 
 _PARAMETERS = Params(seed=7, early_stop=EarlyStop(patience=1, min_gain=0.1)).model_dump(mode="json")
+_INPUT = "My name is Clara. My lamp is now broken. Can I get a quick refund?"
+"""A message that the demo models understand."""
 _JOB: dict[str, Any] = {
     "id": "job_0199c0ffee00aa55aa55aa55aa55aa55",
     "object": "job",
     "status": "completed",
     "model": "demo",
-    "input": "Where is my parcel?",
+    "input": _INPUT,
     "parameters": {
         **_PARAMETERS,
         "reward_model": "demo",
@@ -267,9 +269,7 @@ data: [DONE]
 """
 """A streamed chat completion, shortened, without some fields."""
 
-FILE_CONTENT = (
-    '{"custom_id": "r1", "method": "POST", "url": "/v1/responses", "body": {"input": "Where is my parcel?"}}\n'
-)
+FILE_CONTENT = '{"custom_id": "r1", "method": "POST", "url": "/v1/responses", "body": {"input": "' + _INPUT + '"}}\n'
 """Content of a batch file with one request."""
 
 METRICS = """# HELP tpo_http_request_seconds HTTP requests and their duration until the last byte of the response
@@ -319,11 +319,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "Batch": _BATCH,
     "BatchPage": _page(_BATCH),
     "BatchDeleted": {"id": _BATCH["id"], "object": "batch", "deleted": True},
-    "ResponseRequest": {"input": "Where is my parcel?", "background": True, "tpo": _SHORT},
+    "ResponseRequest": {"input": _INPUT, "background": True, "tpo": _SHORT},
     "Response": _RESPONSE,
     "ResponseDeleted": {"id": _RESPONSE["id"], "object": "response", "deleted": True},
     "ItemPage": _page(_ITEM),
-    "ChatRequest": {"messages": [{"role": "user", "content": "Where is my parcel?"}], "tpo": _SHORT},
+    "ChatRequest": {"messages": [{"role": "user", "content": _INPUT}], "tpo": _SHORT},
     "ChatCompletion": _COMPLETION,
 }
 """Examples by schema name. `Submit` and `Extend` define theirs in their classes."""

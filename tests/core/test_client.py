@@ -10,6 +10,8 @@ import pytest
 
 from tpo.client import Client
 from tpo.client.errors import APIError, ClientError, InternalServerError, NotFoundError
+from tpo.client.types import BODY_FIELDS
+from tpo.jobs.submission import Submit, SubmitParameters
 
 Respond = Callable[[httpx.Request], httpx.Response]
 
@@ -131,3 +133,37 @@ def test_list_stops_at_limit_across_pages(monkeypatch: pytest.MonkeyPatch) -> No
     client = FakeServerClient(respond)
     assert [job["id"] for job in client.list(limit=250)] == [str(i + 1) for i in range(250)]
     assert [request.url.params["limit"] for request in client.requests] == ["100", "100", "50"]
+
+
+def sent(*words: Any, **fields: Any) -> Any:
+    """Return the body that a submission sends."""
+    client = FakeServerClient(lambda _: httpx.Response(202, json={}))
+    client.submit(*words, **fields)
+    return json.loads(client.requests[0].content)
+
+
+def test_submit_takes_each_parameter_by_name() -> None:
+    assert set(Submit.model_fields) == BODY_FIELDS
+    for name in SubmitParameters.model_fields:
+        assert sent("x", **{name: 4}) == {"input": "x", "parameters": {name: 4}}
+    for name in BODY_FIELDS - {"input", "parameters"}:
+        assert sent("x", **{name: 4}) == {"input": "x", name: 4}
+
+
+def test_submit_prefers_the_parameters_of_a_body() -> None:
+    body = {"input": "x", "parameters": {"seed": 1}}
+    assert sent(body, seed=2, sample_size=3)["parameters"] == {"seed": 1, "sample_size": 3}
+    assert body == {"input": "x", "parameters": {"seed": 1}}
+    assert sent("x", parameters={"seed": 1}, sample_size=3)["parameters"] == {"seed": 1, "sample_size": 3}
+
+
+def test_submit_refuses_a_parameter_given_twice() -> None:
+    with pytest.raises(ClientError, match="seed: given by name and under parameters"):
+        sent("x", seed=1, parameters={"seed": 2})
+
+
+def test_batch_takes_parameters_by_name() -> None:
+    job = {"id": "job_1", "status": "completed", "output": "y"}
+    client = FakeServerClient(lambda _: httpx.Response(200, json=job))
+    assert [result.output for result in client.batch(["x"], sample_size=4)] == ["y"]
+    assert json.loads(client.requests[0].content) == {"input": "x", "parameters": {"sample_size": 4}}

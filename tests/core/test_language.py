@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "examples" / "README.md",
     *(
         ROOT / "demo" / name
         for name in ("README.md", "RESULTS.md", "models/policy/README.md", "models/reward/README.md")
     ),
 ]
-FOLDERS = ("api", "bench", "demo", "migrations", "scripts", "testing", "tests", "tpo", "worker")
+FOLDERS = ("api", "bench", "demo", "examples", "migrations", "scripts", "testing", "tests", "tpo", "worker")
 
 FORBIDDEN = re.compile(
     r"\b(?:anew|arenas?|bells?|beside|courier|doorbells?|doorkeeper|for ever|henceforth|in company|in vain|insists?|"

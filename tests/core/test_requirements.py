@@ -25,7 +25,7 @@ from tests.support.requirements import (
 
 PYTHONS = ("3.11.2", "3.11.13", "3.12.11", "3.13.7")
 """Debian 12 has the first; before 3.11.3, redis needs a package more."""
-OWN = {"tpo", "api", "worker", "migrations", "demo", "bench", "testing", "tests"}
+OWN = {"tpo", "api", "worker", "migrations", "demo", "bench", "testing", "examples", "scripts", "tests"}
 CHOSEN_BY_TORCH = re.compile(r"torch|nvidia-.*|cuda-.*|(pytorch-)?triton")
 """torch, and packages that only some builds of it need, in versions of their own."""
 FOR_DEVELOPERS = {"demo/report.py"}
@@ -88,6 +88,7 @@ def test_requirements_are_complete(python: str) -> None:
         "mutants": declared("mutants"),
         "torch": declared("torch"),
         "triton": declared("triton"),
+        "docs": declared("docs"),
     }
     for file, requirements in wanted.items():
         without_torch = [each for each in requirements if each.name != "torch"]
@@ -164,4 +165,7 @@ def test_imports_of_users_are_local_requirements() -> None:
 
 def test_imports_of_developers_are_pinned() -> None:
     found = not_installed_by(modules(*OWN), "dev")
+    # MkDocs is in the environment of the documentation site, which runs these hooks.
+    assert found.pop("scripts/mkdocs_hooks.py") == {"mkdocs"}
+    assert "mkdocs" in pins("docs")
     assert set().union(*found.values()) == {"torch", "triton"}

@@ -61,7 +61,38 @@ def test_submit_reads_jsonl(up: Up, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("not json")
     done = tpo("submit", "--file", str(tmp_path / "broken.jsonl"), env=up.env)
     assert done.returncode == 2
-    assert "line 1" in done.stderr
+    assert "broken.jsonl:1: is not JSON" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"input": "b", "sample_size": 4}', "sample_size: belongs under parameters"),
+        ('{"input": "b", "parameters": {"sample_size": 0}}', "parameters.sample_size: "),
+        ('{"input": " "}', "input: is blank"),
+        ("7", "is neither a prompt nor the body of a request"),
+    ],
+)
+def test_submit_file_with_a_bad_line_submits_nothing(up: Up, tmp_path: Path, line: str, reason: str) -> None:
+    file = tmp_path / "jobs.jsonl"
+    file.write_text(f'"a"\n{line}\n')
+    before = [job["id"] for job in _json(up, "jobs")]
+    done = tpo("submit", "--file", str(file), env=up.env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"tpo: {file}:2: {reason}")
+    assert [job["id"] for job in _json(up, "jobs")] == before
+
+
+def test_submit_file_again_continues_without_duplicates(up: Up, tmp_path: Path) -> None:
+    file = tmp_path / "again.jsonl"
+    file.write_text('"again"\n')
+    first = tpo("submit", "--file", str(file), env=up.env).stdout.split()
+    file.write_text('"again"\n"again"\n"other"\n')  # as after an interruption: the first line was submitted
+    second = tpo("submit", "--file", str(file), env=up.env).stdout.split()
+    assert second[:1] == first
+    assert len(set(second)) == 3
+    assert tpo("submit", "--file", str(file), env=up.env).stdout.split() == second
+    assert not set(tpo("submit", "--file", str(file), "--resubmit", env=up.env).stdout.split()) & set(second)
 
 
 def test_cancel_ends_a_job_but_ctrl_c_does_not(tmp_path: Path) -> None:

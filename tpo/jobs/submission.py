@@ -7,11 +7,11 @@ import secrets
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from tpo.core import prompts
 from tpo.core.errors import InvalidInputError, UnknownModelError
-from tpo.core.state import Message, Params, State
+from tpo.core.state import EarlyStop, Message, Params, State
 from tpo.settings import Settings
 from tpo.wire import NonBlankText, StoredText, Wire
 
@@ -118,6 +118,33 @@ class Submit(Wire):
         le=MAX_DEADLINE_SECONDS,
         description="seconds after which the job ends with its best candidate so far",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_places(cls, body: Any) -> Any:
+        """Raise InvalidInputError for a known field in the wrong object, with the place where it belongs."""
+        # Not a ValueError: pydantic would report it for the whole body, without the field's name.
+        if isinstance(body, dict):
+            parameters = body.get("parameters")
+            _check_place("", body, cls.model_fields)
+            _check_place("parameters.", parameters if isinstance(parameters, dict) else {}, _PLACES["parameters"])
+        return body
+
+
+_PLACES: dict[str, Iterable[str]] = {
+    "parameters": SubmitParameters.model_fields,
+    "parameters.early_stop": EarlyStop.model_fields,
+    "the body, next to input": Submit.model_fields,
+}
+"""Where each field of a submission belongs."""
+
+
+def _check_place(prefix: str, given: dict[str, Any], known: Iterable[str]) -> None:
+    for name in given:
+        place = next((place for place, names in _PLACES.items() if name in names), None)
+        if name not in known and place is not None:
+            preposition = "in" if place.startswith("the ") else "under"
+            raise InvalidInputError(f"{prefix}{name}: belongs {preposition} {place}", f"{prefix}{name}")
 
 
 UNKNOWN_POLICY = "No worker serves the policy {!r}. Available: {}."
