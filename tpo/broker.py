@@ -1,6 +1,6 @@
 """The only producer of Celery messages, and the names that API and workers share.
 
-A message contains only the id of a job, a batch or a delivery. It may be lost or delivered twice: the database is the
+A message contains only the id of a job or a batch. It may be lost or delivered twice: the database is the
 source of truth, and the rescuer notifies again. A job's message only says that a job waits; the worker asks the
 database for the next one. So a few messages serve any number of waiting jobs, and the broker's queue stays short.
 """
@@ -28,12 +28,7 @@ from redis.retry import Retry
 from tpo.core.errors import BrokerUnavailableError, causes
 
 RUN_JOB = "tpo.run_job"
-SWEEP = "tpo.sweep"
-NOTIFY_BATCHES = "tpo.notify_batches"
 ADVANCE_BATCH = "tpo.advance_batch"
-NOTIFY_WEBHOOKS = "tpo.notify_webhooks"
-DELIVER_WEBHOOK = "tpo.deliver_webhook"
-PURGE = "tpo.purge"
 MAINTENANCE_QUEUE = "tpo.maintenance"
 
 BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {
@@ -111,10 +106,6 @@ class JobNotifier:
     def notify_batch(self, batch_id: str) -> None:
         """Notify the maintenance worker that a batch can advance. Raises BrokerUnavailableError within some 2 s."""
         self._send(ADVANCE_BATCH, batch_id, MAINTENANCE_QUEUE)
-
-    def notify_delivery(self, delivery_id: str) -> None:
-        """Notify the maintenance worker that a delivery is due. Raises BrokerUnavailableError within some 2 s."""
-        self._send(DELIVER_WEBHOOK, delivery_id, MAINTENANCE_QUEUE)
 
     def _send(self, task: str, row_id: str, queue: str) -> None:
         try:

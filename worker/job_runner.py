@@ -1,5 +1,6 @@
 """Run claimed jobs: each to its end, or until it has to be handed back."""
 
+import threading
 import time
 from collections.abc import Callable
 from itertools import count
@@ -29,12 +30,11 @@ from tpo.db import is_driver_error
 from tpo.jobs.claims import Claimed
 from tpo.jobs.leases import Lease
 from tpo.jobs.outcomes import Outcome, outcome_of_deadline, outcome_of_run
-from tpo.jobs.scheduling import Rules
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.drain import Drain
 from worker.guard import guarded
-from worker.leases import HeldJob, Leases
+from worker.leases import HeldJob, Leases, scheduling_rules
 from worker.logs import log
 
 _LONGEST_PAUSE = 2.0
@@ -42,11 +42,6 @@ _LONGEST_PAUSE_AFTER_REFUSAL = 30.0
 """A statement that the database refuses is tried less often: it may be refused until somebody fixes the cause."""
 
 Answer = TypeVar("Answer")
-
-
-def scheduling_rules(settings: Settings) -> Rules:
-    """Return the scheduling rules for claims."""
-    return Rules(settings.priority_seconds, settings.max_jobs_running)
 
 
 class JobRunner:
@@ -71,6 +66,7 @@ class JobRunner:
         self._leases = leases
         self._drain = drain
         self._name = name
+        self._claiming = threading.Lock()
 
     def run_job(self, job_id: str) -> None:
         """Claim the next job and run it as far as possible.
@@ -160,7 +156,8 @@ class JobRunner:
 
     def _claim(self) -> Claimed | None:
         settings = self._settings
-        with guarded("no job claimed"):
+        # One claim at a time: what this worker holds decides whether the next job is one of the queue or a suspect.
+        with self._claiming, guarded("no job claimed"):
             return self.store.leases.claim(
                 self._name,
                 settings.lease_seconds,
@@ -179,8 +176,13 @@ class JobRunner:
             outcome = Outcome("failed", error_code=error.code, error_message=str(error))
         except (BackendUnavailableError, MemoryError) as error:
             code, message = _describe_transient(error)
-            if not (self._policy.healthy and self._reward.healthy) and not self._drain.begun.is_set():
-                self._drain.fail("a model has stopped working")
+            failing = not self._drain.begun.is_set() or self._drain.exit_code
+            if failing and not (self._policy.healthy and self._reward.healthy):
+                # Its jobs are lost together, like those of a process that dies: one of them may be the cause.
+                if not self._drain.begun.is_set():
+                    self._drain.fail("a model has stopped working")
+                self.retry_until_stored(lambda: self.store.leases.expire(lease))
+                return f"lost with its worker ({code})"
             failures = 0 if work.advanced else lease.consecutive_failures
             if failures < lease.max_attempts:
                 delay = backoff_seconds(failures)
@@ -193,7 +195,7 @@ class JobRunner:
                     outcome = Outcome("cancelled")
                 case "deadline":
                     outcome = outcome_of_deadline(work.state)
-                case "drain" | "paused" | "queue_paused":
+                case "drain" | "paused" | "queue_paused" | "quarantine":
                     return f"handed back: {self.hand_back(lease)}"
                 case "lease_lost":
                     raise LeaseLostError() from error
@@ -244,6 +246,7 @@ class _Work:
         flags = self._runner.retry_until_stored(lambda: self._runner.store.leases.checkpoint(self.held.lease, step))
         self.state = step.after
         self.advanced = True
+        self.held.cleared = self.held.lease.quarantine is not None
         self.held.update(flags, asked, renewed=True)
         call = step.after.calls[-1]
         log.debug("%s call %d (%s) recorded", self.held.lease.job_id, call.number, call.kind)

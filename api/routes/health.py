@@ -92,10 +92,11 @@ def get_metrics(
         raise HTTPException(404)
     try:
         queues = store.queues.page(settings.worker_timeout_seconds)
+        rescue_delay = store.maintenance.rescue_delay()
     except StoreUnavailableError:
-        queues = None
+        queues, rescue_delay = None, 0.0
     metrics: Metrics = request.app.state.metrics
-    return HTTPResponse(metrics.render(queues, broadcaster.subscriptions), media_type=CONTENT_TYPE_LATEST)
+    return HTTPResponse(metrics.render(queues, broadcaster.subscriptions, rescue_delay), media_type=CONTENT_TYPE_LATEST)
 
 
 def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Check, schemas.Check]:

@@ -154,9 +154,12 @@ def test_early_stopped_job_completes_with_reason(bench: Bench) -> None:
 def test_unhealthy_model_ends_worker(bench: Bench) -> None:
     bench.policy.before = fail_on("critique", BackendUnavailableError())
     bench.policy.healthy = False
-    assert bench.run(bench.create()).status == "queued"
+    job = bench.run(bench.create())
     assert bench.drain.begun.is_set()
     assert bench.drain.exit_code == 1
+    assert job.status == "in_progress", "the rescuer decides whether its attempt counts"
+    bench.store.maintenance.sweep(renotify_seconds=60, worker_retention_seconds=60)
+    assert bench.store.jobs.get(job.id).status == "queued"
     assert celery_state.should_stop == 0
 
 

@@ -91,6 +91,8 @@ class TestServer:
         assert metrics["tpo_event_listeners",] == 0
         assert (metrics["tpo_jobs_waiting", "scripted"], metrics["tpo_jobs_running", "scripted"]) == (1, 0)
         assert metrics["tpo_workers", "scripted"] == 1
+        assert metrics["tpo_jobs_in_quarantine", "scripted"] == 0
+        assert metrics["tpo_rescue_delay_seconds",] == 0
         assert job["id"] not in client.get("/metrics").text
 
     def test_metrics_report_an_unreachable_database(self, make_client: MakeClient) -> None:

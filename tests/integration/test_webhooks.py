@@ -114,9 +114,9 @@ def test_hanging_receiver_does_not_block_others(client: TestClient, store: Store
         for _ in range(6):
             finish(store)
         sender = make_sender(store, webhook_slots=6, webhook_timeout_seconds=60, webhook_retry_seconds=60)
-        sender.notify_due()
-        sender.notify_due()
-        assert {d["last_error"] for d in deliveries(client, slow)} == {None}, "notify_due waited for a receiver"
+        sender.send_due()
+        sender.send_due()
+        assert {d["last_error"] for d in deliveries(client, slow)} == {None}, "send_due waited for a receiver"
         eventually(lambda: len(receiver.received) == 4, why="one webhook should have four concurrent deliveries")
         fast = create_webhook(client, other.url)
         finish(store)

@@ -42,14 +42,14 @@ def test_certificate_of_a_configured_authority_is_trusted(sqlite_store: Store, r
     strict, trusting = make_sender(sqlite_store), make_sender(sqlite_store, webhook_ca_file=AUTHORITY)
 
     def rejected() -> bool:
-        strict.notify_due()
+        strict.send_due()
         return delivery(sqlite_store, webhook.row.id).last_error == "tls_failed"
 
     eventually(rejected, why="a certificate of an unknown authority should be rejected")
     assert receiver.received == []
 
     def arrived() -> bool:
-        trusting.notify_due()
+        trusting.send_due()
         return delivery(sqlite_store, webhook.row.id).status == "delivered"
 
     eventually(arrived, why="the delivery should succeed")
@@ -76,7 +76,7 @@ def test_certificate_of_another_name_is_rejected(
     sender = make_sender(sqlite_store, webhook_ca_file=AUTHORITY)
 
     def one_of_two_arrives() -> bool:
-        sender.notify_due()
+        sender.send_due()
         return (
             delivery(sqlite_store, right).status == "delivered"
             and delivery(sqlite_store, wrong).last_error == "tls_failed"

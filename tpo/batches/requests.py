@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import and_, delete, insert, select, update
+from sqlalchemy import and_, case, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from tpo.batches.files import own_file
@@ -84,7 +84,10 @@ class BatchQueries(Queries):
         with writing(self._engine) as session:
             self._own_batch(session, batch_id)
             which = and_(Batch.id == batch_id, Batch.status.in_(("validating", "in_progress")))
-            session.execute(update(Batch).where(which).values(status="cancelling", cancelling_at=now()))
+            # While its requests are counted, its position is that of the count; then it is read from the start.
+            counting = Batch.status == "validating"
+            restart = {name: case((counting, 0), else_=getattr(Batch, name)) for name in ("offset", "line", "total")}
+            session.execute(update(Batch).where(which).values(status="cancelling", cancelling_at=now(), **restart))
             return self._own_batch(session, batch_id)
 
     def delete(self, batch_id: str) -> None:

@@ -32,7 +32,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Literal
 
-InterruptReason = Literal["cancelled", "drain", "lease_lost", "deadline", "paused", "queue_paused"]
+InterruptReason = Literal["cancelled", "drain", "lease_lost", "deadline", "paused", "queue_paused", "quarantine"]
 
 
 class TPOError(Exception):

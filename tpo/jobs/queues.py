@@ -21,6 +21,8 @@ class QueueInfo:
     waiting: int
     running: int
     workers: int
+    quarantined: int = 0
+    """Jobs that are suspected of having killed their worker, among those that wait or run."""
 
 
 class QueueQueries(Queries):
@@ -48,6 +50,7 @@ class QueueQueries(Queries):
             Job.model,
             func.count().filter(Job.status == QUEUED).label("waiting"),
             func.count().filter(Job.status.in_(RUNNING)).label("running"),
+            func.count().filter(Job.quarantine.is_not(None)).label("quarantined"),
         ).where(or_(Job.status == QUEUED, Job.status.in_(RUNNING)))
         with reading(self._engine) as session:
             paused = {row.model: row.paused_at for row in session.scalars(select(Queue))}
@@ -61,6 +64,7 @@ class QueueQueries(Queries):
                 waiting=jobs[model].waiting if model in jobs else 0,
                 running=jobs[model].running if model in jobs else 0,
                 workers=workers.get(model, 0),
+                quarantined=jobs[model].quarantined if model in jobs else 0,
             )
             for model in sorted({*paused, *workers, *jobs})
         ]
@@ -81,7 +85,8 @@ class QueueQueries(Queries):
 
     def _set_paused(self, model: str, *, paused: bool) -> None:
         with writing(self._engine) as session:
-            has_jobs = exists().where(Job.model == model, or_(is_waiting(Job), Job.status.in_(RUNNING)))
+            waits = or_(is_waiting(Job), Job.quarantine.is_not(None))
+            has_jobs = exists().where(Job.model == model, or_(waits, Job.status.in_(RUNNING)))
             known = select(1).where(or_(has_jobs, *(exists().where(t.model == model) for t in (Queue, Worker))))
             if session.execute(known).first() is None:
                 raise InvalidInputError(
