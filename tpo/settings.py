@@ -11,10 +11,17 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from tpo.core import prompts
 from tpo.core.state import MAX_ITERATIONS, MAX_SAMPLE_SIZE, EarlyStop
+from tpo.service_links import without_service_links
 
 DEMO = "demo"
 """Name of the policy and of the reward model that are part of this project."""
@@ -448,6 +455,20 @@ class Settings(
     """The settings of a process, read from environment variables. Each base class is a group of them."""
 
     model_config = SettingsConfigDict(env_prefix="TPO_", extra="ignore", hide_input_in_errors=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read arguments, then the environment without the variables that Kubernetes sets for services."""
+        environment = EnvSettingsSource(settings_cls)
+        environment.env_vars = without_service_links(environment.env_vars, "TPO_")
+        return init_settings, environment
 
     @classmethod
     def groups(cls) -> tuple[type[BaseSettings], ...]:
