@@ -35,7 +35,7 @@ TABLES = {
 
 
 def test_migrations_upgrade_and_downgrade_twice(database_url: str) -> None:
-    engine = connect(database_url)
+    engine = connect(database_url, create=True)
     for _ in range(2):
         schema.upgrade(database_url)
         schema.upgrade(database_url)
@@ -70,7 +70,7 @@ def test_newest_revision_is_alembic_head() -> None:
 
 
 def test_check_names_found_revision_and_remedy(database_url: str) -> None:
-    engine = connect(database_url)
+    engine = connect(database_url, create=True)
     with pytest.raises(SchemaOutOfDateError, match=r"has schema none.*tpo db upgrade"):
         schema.check(engine)
     schema.upgrade(database_url)

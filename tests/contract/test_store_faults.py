@@ -111,13 +111,13 @@ def test_unreachable_database_raises_store_unavailable(kind: str, tmp_path: Path
         ("postgresql+psycopg://me:secret-word@127.0.0.1/tpo?colour=red", "the driver refuses colour"),
         ("sqlite:///{folder}/tpo.db?colour=red", "the driver refuses colour"),
         ("sqlite:///{folder}/tpo.db?timeout=soon", "the driver refuses timeout"),
-        ("sqlite:///{folder}/file/sub/tpo.db", "the folder .*/file/sub cannot be made: Not a directory"),
+        ("sqlite:///{folder}/file/sub/tpo.db", "the folder .*/file/sub cannot be created: Not a directory"),
     ],
 )
 def test_connect_refuses_unusable_url(url: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DatabaseRefusedError, match=f"^TPO_DATABASE_URL: {message}") as refused:
-        connect(url.format(folder=tmp_path))
+        connect(url.format(folder=tmp_path), create=True)
     assert "secret-word" not in str(refused.value)
 
 

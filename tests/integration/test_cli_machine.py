@@ -2,6 +2,7 @@
 
 import json
 import signal
+import stat
 import subprocess
 from pathlib import Path
 
@@ -64,13 +65,15 @@ def test_doctor_checks_model_servers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "message"),
+    ("url", "message", "message_of_upgrade"),
     [
-        ("postgresql+psycopg://me:secret-word@127.0.0.1:1/none?colour=red", "the driver refuses colour"),
-        ("sqlite:///{folder}/file/tpo.db", "cannot be made: "),
+        ("postgresql+psycopg://me:secret-word@127.0.0.1:1/none?colour=red", *["the driver refuses colour"] * 2),
+        ("sqlite:///{folder}/file/tpo.db", "there is no database ", "cannot be created: "),
     ],
 )
-def test_unusable_database_url_is_a_one_line_error(url: str, message: str, tmp_path: Path) -> None:
+def test_unusable_database_url_is_a_one_line_error(
+    url: str, message: str, message_of_upgrade: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     env = environment(TPO_DATABASE_URL=url.format(folder=tmp_path))
     broker = ["--broker-port", str(free_port())]
@@ -84,7 +87,7 @@ def test_unusable_database_url_is_a_one_line_error(url: str, message: str, tmp_p
         assert done.returncode == 1
         (line,) = [line for line in done.stderr.splitlines() if "starting in" not in line]
         assert line.startswith("tpo: TPO_DATABASE_URL: ")
-        assert message in line
+        assert (message_of_upgrade if words[-1] == "upgrade" or words[0] == "up" else message) in line
         assert "secret-word" not in line
     for module in ("api", "worker", "worker.maintenance"):
         process = run_python("-m", module, env=env)
@@ -92,6 +95,30 @@ def test_unusable_database_url_is_a_one_line_error(url: str, message: str, tmp_p
         assert message in process.stderr.splitlines()[-1]
         assert "Traceback" not in process.stderr
         assert "secret-word" not in process.stderr
+
+
+def test_command_in_another_folder_creates_no_database(tmp_path: Path) -> None:
+    env = environment()
+    env.pop("TPO_DATABASE_URL", None)
+    for words in (["keys", "list"], ["keys", "create", "me"], ["queues", "list"], ["db", "check"]):
+        done = run_python("-m", "tpo", *words, env=env, cwd=tmp_path)
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert f"there is no database {tmp_path}/.tpo/tpo.db" in line
+        assert "tpo db upgrade" in line
+    for module in ("api", "worker", "worker.maintenance"):
+        process = run_python("-m", module, env=env, cwd=tmp_path)
+        assert process.returncode == 1
+        assert "there is no database" in process.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_upgrade_creates_a_private_folder(tmp_path: Path) -> None:
+    env = environment()
+    env.pop("TPO_DATABASE_URL", None)
+    for _ in range(2):
+        assert run_python("-m", "tpo", "db", "upgrade", env=env, cwd=tmp_path).returncode == 0
+        assert stat.S_IMODE((tmp_path / ".tpo").stat().st_mode) == 0o700
 
 
 def test_file_that_is_no_database_is_a_one_line_error(tmp_path: Path) -> None:

@@ -13,12 +13,15 @@ from tpo.core.errors import DatabaseRefusedError
 from tpo.db.sqlite import BUSY_SECONDS, PENDING_WRITES, WRITE_LOCK, begin, check_same_file, prepare_connection
 
 
-def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
+def connect(url: str, pool_size: int = 8, *, patient: bool = False, create: bool = False) -> Engine:
     """Create an engine with a bounded pool, whose errors quote no values. It does not connect yet.
 
-    On PostgreSQL, statements time out after some seconds, unless `patient`. Raises DatabaseRefusedError.
+    On PostgreSQL, statements time out after some seconds, unless `patient`. A SQLite database that does not exist is
+    created only with `create`. Raises DatabaseRefusedError.
     """
-    if _parse_url(url).get_backend_name() == "sqlite":
+    parsed = _parse_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        _check_file(parsed, create=create)
         engine = create_engine(
             url,
             pool_size=pool_size,
@@ -50,9 +53,8 @@ def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
 
 
 def _parse_url(url: str) -> URL:
-    """Parse a URL; check its driver's options, and create the folder of its file. Raises DatabaseRefusedError."""
+    """Parse a URL and check its driver's options. Raises DatabaseRefusedError."""
     parsed = make_url(url)
-    file = parsed.database
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", SAWarning)  # SQLAlchemy only warns of unknown options
@@ -66,11 +68,26 @@ def _parse_url(url: str) -> URL:
     except (SAWarning, TypeError, ValueError, sqlite3.Error):
         unknown = ", ".join(sorted(parsed.query)) or "its parts"
         raise DatabaseRefusedError(f"TPO_DATABASE_URL: the driver refuses {unknown}; correct or remove it.") from None
-    if parsed.get_backend_name() == "sqlite" and file and file != ":memory:":
-        folder = Path(file).parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            why = f"TPO_DATABASE_URL: the folder {folder} cannot be made: {error.strerror}."
-            raise DatabaseRefusedError(why) from None
     return parsed
+
+
+def _check_file(url: URL, *, create: bool) -> None:
+    """Check that the file of a SQLite database exists, or create its folder, which only its owner can read.
+
+    Raises DatabaseRefusedError.
+    """
+    if url.database in (None, "", ":memory:") or "uri" in url.query:
+        return
+    file = Path(str(url.database))
+    if not create:
+        if not file.exists():
+            raise DatabaseRefusedError(
+                f"TPO_DATABASE_URL: there is no database {file.absolute()}. Change to the folder in which `tpo up` was "
+                "started, or name another file; `tpo db upgrade` creates a new one."
+            )
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        why = f"TPO_DATABASE_URL: the folder {file.parent} cannot be created: {error.strerror}."
+        raise DatabaseRefusedError(why) from None

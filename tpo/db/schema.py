@@ -61,7 +61,7 @@ def newest_revision() -> str:
 def _migrate(url: str, step: "Callable[[Config], None]") -> None:
     from alembic.util import CommandError
 
-    engine = connect(url, pool_size=1, patient=True)  # an index on millions of rows takes minutes
+    engine = connect(url, pool_size=1, patient=True, create=True)  # an index on millions of rows takes minutes
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _without_foreign_keys)
     try:
