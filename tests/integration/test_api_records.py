@@ -1,12 +1,26 @@
 """Iterations and candidates of jobs over HTTP, in process, on both databases."""
 
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
 from testing.jobs import claim_one
 from tests.support.api_client import submit
 from tests.support.scripted_run import run_steps
 from tpo.jobs.outcomes import Outcome
+from tpo.jobs.tables import Job
 from tpo.store import Store
+
+
+def test_job_of_another_version_is_shown_and_cancelled(client: TestClient, store: Store) -> None:
+    jobs = [submit(client) for _ in range(2)]
+    with store.engine.begin() as connection:
+        changed = {"sample_size": 7, "mode": "of the future", "new": 1}
+        messages = [{"role": "tool", "content": "Hello"}]
+        connection.execute(update(Job).where(Job.id == jobs[0]["id"]).values(params=changed, input=messages))
+    shown = client.get(f"/v1/jobs/{jobs[0]['id']}").json()
+    assert (shown["parameters"]["mode"], shown["parameters"]["sample_size"], shown["input"]) == ("tpo", 7, "Hello")
+    assert {job["id"] for job in client.get("/v1/jobs").json()["data"]} == {job["id"] for job in jobs}
+    assert client.post(f"/v1/jobs/{jobs[0]['id']}/cancel").json()["status"] == "cancelled"
 
 
 class TestRecord:

@@ -1,11 +1,16 @@
 """The view of a job that the store returns to its readers: a value, independent of sessions and tables."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from tpo.core.state import Message, Params, StopReason
 from tpo.core.status import Status
 from tpo.jobs.tables import IncompleteReason, Job
+
+Value = TypeVar("Value", bound=BaseModel)
 
 _DERIVED = ("input", "params", "prompt_set", "prompt_set_version", "metadata")
 
@@ -65,13 +70,22 @@ class JobView:
     def of(cls, row: Job) -> Self:
         """Return the view of a row of the table."""
         return cls(
-            input=tuple(Message.model_validate(message) for message in row.input),
-            params=Params.model_validate(row.params),
+            input=tuple(_read(Message, message, role="user", content="") for message in row.input),
+            params=_read(Params, row.params),
             prompt_set=row.prompts["name"],
             prompt_set_version=row.prompts["version"],
             metadata=row.job_metadata,
             **{name: getattr(row, name) for name in _COLUMNS},
         )
+
+
+def _read(kind: type[Value], stored: Mapping[str, Any], **fallback: str) -> Value:
+    """Return a stored value. A field that another version has written in its own way has its fallback or default."""
+    try:
+        return kind.model_validate(stored)
+    except ValidationError as error:
+        unreadable = {details["loc"][0] for details in error.errors()}
+        return kind.model_validate(fallback | {name: value for name, value in stored.items() if name not in unreadable})
 
 
 _COLUMNS = tuple(field.name for field in fields(JobView) if field.name not in _DERIVED)
