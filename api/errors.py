@@ -131,17 +131,7 @@ def log_unexpected(error: BaseException, request_id: str) -> None:
 
 async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     errors = error.errors() if isinstance(error, RequestValidationError) else []
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        detail = f"The body is not valid JSON: {first['ctx']['error']} (character {first['loc'][-1]})."
-        return problem(request.scope, 400, detail=detail)
-    if first["loc"] == ("body",) and isinstance(first["input"], bytes):
-        return problem(request.scope, 415, detail="Send JSON, with the header Content-Type: application/json.")
-    if first["loc"] == ("body",) and first["type"] == "string_unicode":
-        return problem(request.scope, 422, detail="A field's name is not valid Unicode.", code="invalid_input")
-    if first["loc"] == ("body",):
-        return problem(request.scope, 422, detail="The body must be a JSON object.", code="invalid_input")
-    fields = [{**e, "loc": tuple(e["loc"][1:])} for e in errors]  # without "body", "query" or the like
+    fields = [{**e, "loc": tuple(e["loc"][1:])} for e in errors]  # without "query" or the like
     refusal = validation_messages.from_errors(cast(list[ErrorDetails], fields))
     return problem(request.scope, 422, detail=str(refusal), code=refusal.code, param=refusal.param)
 

@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Authenticator
+from api.bodies import CLOSE
 from api.errors import error_response, log_unexpected, problem
-from tpo.core.errors import StoreUnavailableError
+from tpo.core.errors import InvalidInputError, StoreUnavailableError
 from tpo.settings import Settings
 
 access_log = logging.getLogger("api.access")
@@ -23,11 +24,10 @@ access_log = logging.getLogger("api.access")
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PROTECTED = ("/v1/", "/metrics")
 """Addresses that ask for a key, by how they begin."""
+_MAX_QUERY_PARAMETERS = 100
 _UPLOADS = "/v1/files"
 _FORM_BYTES = 64 * 1024
 """What a form holds beside the file."""
-_CLOSE = {"connection": "close"}
-"""A refused body may go on for ever: nobody reads it to its end to use the connection again."""
 
 
 class RequestMiddleware:
@@ -87,15 +87,19 @@ class RequestMiddleware:
                     scope,
                     401,
                     detail="Send your API key with the header Authorization: Bearer KEY.",
-                    headers={"www-authenticate": "Bearer", **_CLOSE},
+                    headers={"www-authenticate": "Bearer", **CLOSE},
                 )
                 await refusal(scope, receive, send)
                 return
             scope["state"]["tenant"] = tenant
+        if scope["query_string"].count(b"&") >= _MAX_QUERY_PARAMETERS:
+            error = InvalidInputError(f"The address has more than {_MAX_QUERY_PARAMETERS} query parameters.")
+            await error_response(scope, error)(scope, receive, send)
+            return
         most = self._max_upload_bytes if scope["path"] == _UPLOADS else self._max_body_bytes
         too_large = f"The body is larger than {most} bytes."
         if (length := headers.get("content-length", "")).isdecimal() and int(length) > most:
-            await problem(scope, 413, detail=too_large, headers=_CLOSE)(scope, receive, send)
+            await problem(scope, 413, detail=too_large, headers=CLOSE)(scope, receive, send)
             return
         received = 0
 
@@ -104,7 +108,7 @@ class RequestMiddleware:
             message = await receive()
             received += len(message.get("body", b""))
             if received > most:
-                raise HTTPException(413, too_large, headers=_CLOSE)
+                raise HTTPException(413, too_large, headers=CLOSE)
             return message
 
         kept = {*scope, "route"}

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas, views
+from api.bodies import SubmitBody
 from api.dependencies import BroadcasterDep, JobId, NoQuery, SettingsDep, StoreDep
 from api.openapi.errors import INVALID, INVALID_JOB, NOT_FOUND, TAKEN, TOO_MANY, UNAVAILABLE, UNREADABLE
 from api.openapi.parameters import IDEMPOTENCY_KEY, IF_NONE_MATCH, METADATA, PREFER, described
@@ -16,7 +17,7 @@ from api.streaming.long_polling import until_changed, until_ended
 from api.submission import SubmitterDep
 from tpo.core.errors import InvalidInputError
 from tpo.core.status import TERMINAL
-from tpo.jobs.submission import MAX_METADATA, Submit
+from tpo.jobs.submission import MAX_METADATA
 
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 _PREFERRED_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*(\d{1,9})\s*(?:$|[,;])")
@@ -39,7 +40,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNA
 )
 async def create_job(
     request: Request,
-    body: Submit,
+    body: SubmitBody,
     submitter: SubmitterDep,
     store: StoreDep,
     broadcaster: BroadcasterDep,

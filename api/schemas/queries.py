@@ -16,7 +16,7 @@ class JobQuery(BaseModel):
     limit: int = Field(20, ge=1, le=100)
     after: str | None = Field(None, pattern=JOB_ID, description="the `last_id` of the page before")
     order: Literal["asc", "desc"] = Field("desc", description="by age; desc: the newest first")
-    status: list[Status] = Field(default_factory=list, description="may be given more than once")
+    status: list[Status] = Field(default_factory=list, fail_fast=True, description="may be given more than once")
 
 
 MAX_WAIT_SECONDS = 60

@@ -9,7 +9,9 @@ from tpo.webhooks.tables import DEFAULT_EVENTS, DeliveryStatus, EventType
 from tpo.wire import Identified, Wire
 
 _Url = Annotated[str, Field(max_length=2048, description="https://… or http://…, of the public Internet")]
-_Events = Annotated[list[EventType], Field(min_length=1, max_length=50, description="which events to tell of")]
+_Events = Annotated[
+    list[EventType], Field(min_length=1, max_length=50, fail_fast=True, description="which events to tell of")
+]
 
 
 class WebhookRequest(Wire):

@@ -148,9 +148,10 @@ class ResponseRequest(JobRequest):
         "parameters.max_tokens": "max_output_tokens",
     }
 
-    input: Annotated[Annotated[NonBlankText, Tag("text")] | Annotated[list[InputItem], Tag("messages")], BY_SHAPE] = (
-        Field(description="a prompt, or messages of which the last is the user's")
-    )
+    input: Annotated[
+        Annotated[NonBlankText, Tag("text")] | Annotated[list[InputItem], Field(fail_fast=True), Tag("messages")],
+        BY_SHAPE,
+    ] = Field(description="a prompt, or messages of which the last is the user's")
     instructions: NonBlankText | None = Field(None, description="system message before the input")
     max_output_tokens: int | None = Field(None, description="maximum length of each sample, in tokens")
     background: bool | None = Field(None, description="if not true, the request waits until the job ends")
@@ -179,7 +180,7 @@ class ChatRequest(JobRequest):
         "parameters.seed": "seed",
     }
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_completion_tokens: int | None = Field(None, description="maximum length of each sample, in tokens")
     max_tokens: int | None = Field(None, description="older name of max_completion_tokens")
     seed: int | None = None
