@@ -27,11 +27,12 @@ def _storable(text: str) -> str:
     return text
 
 
-def _not_blank(text: str) -> str:
+def check_not_blank(text: str) -> str:
+    """Return the text unchanged. Raises ValueError if nothing is in it but whitespace."""
     if not text.strip():
         raise ValueError("is blank: say what to answer, or leave the message out")
     return text
 
 
 StoredText = Annotated[str, AfterValidator(_storable)]
-NonBlankText = Annotated[StoredText, AfterValidator(_not_blank)]
+NonBlankText = Annotated[StoredText, AfterValidator(check_not_blank)]

@@ -57,7 +57,7 @@ async def create_chat_completion(
     completion = views.chat_completion(job)
     if not body.stream:
         return completion
-    usage = body.stream_options is not None and body.stream_options.include_usage
+    usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return StreamingResponse(_chunks(completion, usage), media_type="text/event-stream")
 
 
