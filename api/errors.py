@@ -32,7 +32,7 @@ CODES = {
     415: "unsupported_media_type",
     500: "internal_error",
 }
-_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _DETAILS = {
     400: "The body is not JSON in UTF-8, or it is nested too deeply.",
     404: "There is nothing at this address; /docs lists what there is.",

@@ -65,8 +65,8 @@ class Request:
 
 def request(name: str, method: str, path: str, *, status: int = 200, body: str = "") -> Request:
     """Return a request in the bytes of HTTP/1.1."""
-    head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    return Request(name, f"{head}\r\n\r\n{body}".encode(), f"HTTP/1.1 {status}".encode())
+    head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json"
+    return Request(name, f"{head}\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode(), f"HTTP/1.1 {status}".encode())
 
 
 def _send(connection: socket.socket, request: Request) -> None:
@@ -158,7 +158,7 @@ def listeners(system: System, port: int, pid: int, count: int) -> dict[str, Any]
 
     async def listen(job_id: str, ready: asyncio.Semaphore) -> float:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: bench\r\n\r\n".encode())
+        writer.write(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode())
         await reader.readuntil(b"event: job.queued")
         ready.release()
         await reader.readuntil(b"event: job.cancelled")

@@ -47,6 +47,17 @@ def _json_object(value: object) -> object:
     return parsed
 
 
+def _comma_separated(value: object) -> object:
+    """Split a list from the environment."""
+    if not isinstance(value, str):
+        return value
+    return tuple(word.strip().lower() for word in value.split(",") if word.strip())
+
+
+Words = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_comma_separated)]
+"""A setting of several words, separated by commas."""
+
+
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields unchanged. Raises ValueError if one of them is set by each job."""
     if own := _OWN_FIELDS & fields.keys():
@@ -242,6 +253,22 @@ class Settings(BaseSettings):
     require_key: bool = Field(
         False, description="If true, every request needs an API key, even before the first one is created."
     )
+    allowed_hosts: Words = Field(
+        None,
+        description="Host names that the API and Flower answer to, separated by commas: names, *.NAME for all below a "
+        "name, or * for all. Loopback names are always allowed. Default: no other for a server on loopback, all for "
+        "others.",
+    )
+    allowed_origins: Words = Field(
+        None,
+        description="Origins of web pages that may use the API in a browser (CORS), separated by commas: "
+        "https://app.example.com. * for all, where every request needs a key. Default: none but its own.",
+    )
+    root_path: str | None = Field(
+        None,
+        pattern=r"^(/[!-.0-~]+)*$",
+        description="Path under which a proxy serves the API: /tpo. The proxy may send it or leave it out.",
+    )
     flower_host: str = Field("127.0.0.1", description="Address that Flower binds to.")
     flower_port: int = Field(5555, ge=1, le=65535, description="Port of Flower.")
     flower_basic_auth: SecretStr | None = Field(
@@ -355,6 +382,15 @@ class Settings(BaseSettings):
                 f"TPO_HOST={self.host} can be reached from other machines: "
                 "set TPO_API_KEY or TPO_REQUIRE_KEY, or bind to 127.0.0.1"
             )
+        for host in self.allowed_hosts or ():
+            if not re.fullmatch(r"\*|(\*\.)?[a-z0-9._-]+|[0-9a-f:.]+", host):
+                raise ValueError(f"TPO_ALLOWED_HOSTS: {host} is not a host name; write it without scheme and port")
+        for origin in self.allowed_origins or ():
+            if origin == "*":
+                if self.api_key is None and not self.require_key:
+                    raise ValueError("TPO_ALLOWED_ORIGINS=* lets every web page in: set TPO_API_KEY or TPO_REQUIRE_KEY")
+            elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@]+", origin):
+                raise ValueError(f"TPO_ALLOWED_ORIGINS: {origin} is not an origin, as in https://app.example.com")
         if self.flower_basic_auth and not re.fullmatch("[^:]+:.{8,}", self.flower_basic_auth.get_secret_value()):
             raise ValueError("TPO_FLOWER_BASIC_AUTH must be user:password, with a password of at least 8 characters")
         if self.flower_basic_auth is None and not is_loopback(self.flower_host):

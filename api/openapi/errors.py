@@ -38,6 +38,17 @@ ALWAYS: Answers = {
         "The server has keys, and the request brings none of them",
         invalid_api_key="Send your API key with the header Authorization: Bearer KEY.",
     ),
+    **_answers(
+        403,
+        "A web page of another origin asks for a change",
+        origin_not_allowed="A web page of another origin asks for a change; TPO_ALLOWED_ORIGINS lists those that may.",
+    ),
+    **_answers(
+        421,
+        "The server does not have the name of the Host header",
+        host_not_allowed="This server does not answer to that Host header; TPO_ALLOWED_HOSTS lists the names that it "
+        "has.",
+    ),
     **_answers(500, "Our fault", internal_error="Something went wrong on our side."),
 }
 """Of every address under /v1."""
