@@ -269,6 +269,23 @@ class Settings(BaseSettings):
         pattern=r"^(/[!-.0-~]+)*$",
         description="Path under which a proxy serves the API: /tpo. The proxy may send it or leave it out.",
     )
+    max_connections: int = Field(
+        10_000,
+        ge=16,
+        description="Maximum number of connections to an API process. The limit of open files (ulimit -n) minus 128 "
+        "limits it further.",
+    )
+    max_connections_per_address: int = Field(
+        500,
+        ge=1,
+        description="Maximum number of connections of one address to an API process, except for loopback and "
+        "TPO_TRUSTED_PROXIES.",
+    )
+    trusted_proxies: Words = Field(
+        None,
+        description="Addresses of proxies in front of the API, or their networks, separated by commas: 10.0.0.0/8. "
+        "Their connections are limited only in total. Default: none.",
+    )
     flower_host: str = Field("127.0.0.1", description="Address that Flower binds to.")
     flower_port: int = Field(5555, ge=1, le=65535, description="Port of Flower.")
     flower_basic_auth: SecretStr | None = Field(
@@ -391,6 +408,11 @@ class Settings(BaseSettings):
                     raise ValueError("TPO_ALLOWED_ORIGINS=* lets every web page in: set TPO_API_KEY or TPO_REQUIRE_KEY")
             elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@]+", origin):
                 raise ValueError(f"TPO_ALLOWED_ORIGINS: {origin} is not an origin, as in https://app.example.com")
+        for network in self.trusted_proxies or ():
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(f"TPO_TRUSTED_PROXIES: {network} is neither an address nor a network") from None
         if self.flower_basic_auth and not re.fullmatch("[^:]+:.{8,}", self.flower_basic_auth.get_secret_value()):
             raise ValueError("TPO_FLOWER_BASIC_AUTH must be user:password, with a password of at least 8 characters")
         if self.flower_basic_auth is None and not is_loopback(self.flower_host):

@@ -56,6 +56,7 @@ UNAVAILABLE = _answers(
     503,
     "The database is away, or the server stops: try again after `Retry-After`",
     database_unavailable="The database cannot be reached. Nothing was changed.",
+    too_many_streams="The server has as many streams as it may have. Poll the job instead, or try again later.",
     server_stopping="The server stops. Look whether this took effect before you send it again.",
 )
 NOT_READY = _answers(503, "Not ready: `checks` says what is missing", not_ready="Missing: worker.")

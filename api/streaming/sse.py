@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from api import views
+from api.errors import problem
 from api.streaming.broadcaster import EventBroadcaster, Subscription
 from tpo.core.errors import StoreUnavailableError
 from tpo.core.status import TERMINAL
@@ -49,6 +50,10 @@ class EventStream(HTTPResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Leave sending to the outermost layer: the frames around a route hold more memory than a subscription does."""
+        if self._broadcaster.full:
+            detail = "The server has as many streams as it may have. Poll the job instead, or try again later."
+            await problem(scope, 503, detail=detail, code="too_many_streams")(scope, receive, send)
+            return
         scope["state"]["streams_after_route"] = self.send_events
 
     async def send_events(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Which Host and Origin headers a server accepts."""
+"""Tests of the Host and Origin headers that a server accepts."""
 
 import pytest
 

@@ -136,8 +136,8 @@ def test_file_name_is_not_copied_into_a_header(module_api: Api) -> None:
     [
         (b"{", 400, "invalid_json"),
         (b'{"input": "\xff"}', 400, "invalid_json"),
-        (b"[" * 100_000, 400, "invalid_json"),
-        (b'{"a":' * 30_000 + b"1" + b"}" * 30_000, 400, "invalid_json"),
+        (b"[" * 50_000, 400, "invalid_json"),
+        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, 400, "invalid_json"),
         (b'{"unheard_of": NaN}', 422, "invalid_input"),
         (b"[]", 422, "invalid_input"),
         (b'{"unheard_of": 1}', 422, "invalid_input"),
