@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from typing import Annotated
+from itertools import zip_longest
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -13,10 +14,12 @@ from api.dependencies import BroadcasterDep, JobId, NoQuery, SettingsDep, StoreD
 from api.openapi.errors import INVALID, INVALID_JOB, NOT_FOUND, TAKEN, TOO_MANY, UNAVAILABLE, UNREADABLE
 from api.openapi.parameters import IDEMPOTENCY_KEY, IF_NONE_MATCH, METADATA, PREFER, described
 from api.schemas import queries
+from api.schemas.paging import PAGE_BYTES
 from api.streaming.long_polling import until_changed, until_ended
 from api.submission import SubmitterDep
 from tpo.core.errors import InvalidInputError
 from tpo.core.status import TERMINAL
+from tpo.jobs.requests import TextField, Texts
 from tpo.jobs.submission import MAX_METADATA
 
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
@@ -65,12 +68,26 @@ async def create_job(
 
 @router.get("", openapi_extra=described(METADATA))
 def list_jobs(query: Annotated[queries.JobQuery, Query()], store: StoreDep, settings: SettingsDep) -> schemas.JobPage:
-    """List jobs by age. Repeat `metadata[KEY]=VALUE` to filter by several pairs."""
+    """List jobs by age. Repeat `metadata[KEY]=VALUE` to filter by several pairs.
+
+    A page ends at its limit, or at 1 MiB. Texts are left out unless `include` asks for them.
+    """
     metadata = _metadata(query.model_extra or {})
     rows = store.jobs.page(
-        limit=query.limit + 1, after=query.after, order=query.order, statuses=query.status, metadata=metadata
+        limit=query.limit + 1,
+        after=query.after,
+        order=query.order,
+        statuses=query.status,
+        metadata=metadata,
+        texts=False,
     )
-    return schemas.JobPage.of(rows, query.limit, lambda row: views.job(row, settings))
+    limit, texts = query.limit, list[Texts]()
+    if query.include and rows:
+        fields = cast("list[TextField]", query.include.split(","))
+        texts = store.jobs.texts([row.id for row in rows[:limit]], fields, PAGE_BYTES)
+        limit = len(texts)
+    pairs = [*zip_longest(rows, texts, fillvalue=Texts(None, None))]
+    return schemas.JobPage.of(pairs, limit, lambda pair: views.job_summary(pair[0], settings, pair[1]))
 
 
 @router.get(
@@ -104,16 +121,20 @@ async def get_job(
     return Response(body, media_type="application/json", headers=headers)
 
 
-@router.get("/{job_id}/iterations", dependencies=[NoQuery], responses=NOT_FOUND)
-def list_iterations(job_id: JobId, store: StoreDep) -> schemas.IterationList:
+@router.get("/{job_id}/iterations", responses=NOT_FOUND)
+def list_iterations(
+    job_id: JobId, store: StoreDep, query: Annotated[queries.IterationQuery, Query()]
+) -> schemas.IterationList:
     """List the iterations of a job: what each compared, its critique, its gradient and its result."""
-    return views.iterations(store.jobs.get(job_id), store.jobs.state(job_id))
+    return views.iterations(store.jobs.get(job_id), store.jobs.state(job_id), query.after)
 
 
-@router.get("/{job_id}/candidates", dependencies=[NoQuery], responses=NOT_FOUND)
-def list_candidates(job_id: JobId, store: StoreDep) -> schemas.CandidateList:
-    """List all candidates of a job with their rewards."""
-    return views.candidates(store.jobs.state(job_id))
+@router.get("/{job_id}/candidates", responses=NOT_FOUND)
+def list_candidates(
+    job_id: JobId, store: StoreDep, query: Annotated[queries.CandidateQuery, Query()]
+) -> schemas.CandidateList:
+    """List the candidates of a job with their rewards."""
+    return views.candidates(store.jobs.state(job_id), query.after)
 
 
 def _shown(job: schemas.Job) -> tuple[bytes, str]:

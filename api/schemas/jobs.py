@@ -13,6 +13,10 @@ from tpo.wire import Identified, Wire
 JOB_ID = r"^job_[0-9a-f]{32}$"
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class JobParameters(Params):
     """Parameters of a job, with every default filled in."""
 
@@ -65,13 +69,12 @@ class Usage(Wire):
     )
 
 
-class Job(Identified):
-    """One optimization. Times are unix seconds."""
+class JobFields(Identified):
+    """What a job and its place in a list have in common. Times are Unix seconds."""
 
     object: Literal["job"] = "job"
     status: Status
     model: str
-    input: str | list[Message] = Field(description="a single user's turn is given as a string")
     parameters: JobParameters
     priority: int
     metadata: dict[str, str]
@@ -93,13 +96,29 @@ class Job(Identified):
     declined_iteration: int | None = Field(
         description="the last iteration whose mean reward fell below that of the one before; null where none did"
     )
-    output: str | None
     error: JobFailure | None
     incomplete_details: Incomplete | None
     stop_reason: StopReason | None = Field(
         description="why a completed job made fewer iterations than `max_iterations`, by a rule of its parameters"
     )
     usage: Usage
+
+
+class Job(JobFields):
+    """One optimization. Times are Unix seconds."""
+
+    input: str | list[Message] = Field(description="a single user's turn is given as a string")
+    output: str | None
+
+
+class JobSummary(JobFields):
+    """A job in a list. Texts are present only if `include` asks for them."""
+
+    input_preview: str = Field(description="the first 200 characters of the last message")
+    input: str | list[Message] | None = Field(None, exclude_if=_is_none, description="with `include=input`")
+    output: str | None = Field(
+        None, exclude_if=_is_none, description="with `include=output`; absent while there is none"
+    )
 
 
 class Deleted(Wire):
@@ -118,7 +137,7 @@ class Extend(Wire):
     iterations: int = Field(ge=1, le=MAX_ITERATIONS, description="rounds of critique to add to those of the old job")
 
 
-class JobPage(Page[Job]):
+class JobPage(Page[JobSummary]):
     """A page of jobs; the next one starts `after` its `last_id`."""
 
 
@@ -208,14 +227,16 @@ class EventList(Wire):
 
 
 class CandidateList(Wire):
-    """All candidates of a job, in the order in which they were sampled."""
+    """Candidates of a job, in the order in which they were sampled; while `has_more`, ask again `after` the last id."""
 
     object: Literal["list"] = "list"
     data: list[Candidate]
+    has_more: bool
 
 
 class IterationList(Wire):
-    """All iterations of a job that have begun."""
+    """Iterations of a job that have begun; while `has_more`, ask again `after` the last number."""
 
     object: Literal["list"] = "list"
     data: list[Iteration]
+    has_more: bool

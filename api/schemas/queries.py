@@ -16,6 +16,11 @@ class JobQuery(BaseModel):
     limit: int = Field(20, ge=1, le=100)
     after: str | None = Field(None, pattern=JOB_ID, description="the `last_id` of the page before")
     order: Literal["asc", "desc"] = Field("desc", description="by age; desc: the newest first")
+    include: str | None = Field(
+        None,
+        pattern=r"^(input|output)(,(input|output))?$",
+        description="texts that the list holds in addition: input, output or both, as in input,output",
+    )
     status: list[Status] = Field(default_factory=list, fail_fast=True, description="may be given more than once")
 
 
@@ -34,6 +39,24 @@ class WaitQuery(BaseModel):
         description="answer when the job has ended, or, with If-None-Match, when it has changed; after so many seconds "
         "in any case",
     )
+
+
+class CandidateQuery(BaseModel):
+    """Where a list of candidates starts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    after: str | None = Field(
+        None, pattern=r"^[0-9]{1,4}-[0-9]{1,4}$", description="id of the last candidate that was seen"
+    )
+
+
+class IterationQuery(BaseModel):
+    """Where a list of iterations starts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    after: int = Field(-1, ge=-1, le=10_000, description="number of the last iteration that was seen")
 
 
 class EventQuery(BaseModel):

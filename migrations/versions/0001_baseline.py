@@ -84,6 +84,8 @@ def upgrade() -> None:
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("reward_model", sa.Text, nullable=False),
         sa.Column("input", sa.JSON, nullable=False),
+        sa.Column("input_preview", sa.String(200), nullable=False),
+        sa.Column("input_bytes", sa.Integer, nullable=False),
         sa.Column("params", sa.JSON, nullable=False),
         sa.Column("prompts", sa.JSON, nullable=False),
         sa.Column("priority", sa.Integer, nullable=False),

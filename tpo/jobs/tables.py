@@ -13,6 +13,8 @@ from tpo.db.base import partial_index
 _STATUSES = (*LIVE, *TERMINAL)
 
 
+PREVIEW_CHARACTERS = 200
+
 IncompleteReason = Literal[Budget, "deadline"]
 
 
@@ -56,6 +58,10 @@ class Job(Base):
     model: Mapped[str]
     reward_model: Mapped[str]
     input: Mapped[list[Any]]
+    input_preview: Mapped[str] = mapped_column(String(PREVIEW_CHARACTERS))
+    """The beginning of the last message, for lists."""
+    input_bytes: Mapped[int]
+    """The length of all messages in UTF-8."""
     params: Mapped[dict[str, Any]]
     prompts: Mapped[dict[str, Any]]
     priority: Mapped[int] = mapped_column(default=0)

@@ -22,6 +22,8 @@ class JobView:
     model: str
     reward_model: str
     input: tuple[Message, ...]
+    """Empty in a list without texts."""
+    input_preview: str
     params: Params
     prompt_set: str
     prompt_set_version: int
@@ -65,7 +67,7 @@ class JobView:
     def of(cls, row: Job) -> Self:
         """Return the view of a row of the table."""
         return cls(
-            input=tuple(Message.model_validate(message) for message in row.input),
+            input=tuple(Message.model_validate(message) for message in row.input or ()),
             params=Params.model_validate(row.params),
             prompt_set=row.prompts["name"],
             prompt_set_version=row.prompts["version"],
