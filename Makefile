@@ -14,7 +14,7 @@ USERS := .venv/.users-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEVELOPERS := .venv/.developers
 
 .DEFAULT_GOAL := help
-.PHONY: help install develop demo test test-fast test-long coverage fuzz chaos servers check audit lock hooks format up \
+.PHONY: help install develop demo test test-fast test-long coverage mutants fuzz chaos servers check docs audit lock hooks format up \
 	demo-models evaluate bench clean
 
 help: ## List the targets
@@ -50,6 +50,19 @@ test-long: develop ## Run all tests, including those that take minutes each
 coverage: develop ## Report which lines the fast tests run: a summary here, pages in htmlcov/
 	@$(PYTEST) --fast --cov --cov-report=term:skip-covered --cov-report=html
 
+mutants: develop .mutants/.installed ## Change tpo/core in hundreds of ways, and list the changes that its tests do not notice
+	@rm -rf mutants
+	@nice .mutants/bin/mutmut run --max-children 1
+	@.mutants/bin/mutmut results
+
+# Its own packages come first; those of the project and of its tests come from .venv.
+.mutants/.installed: requirements/mutants.txt scripts/make-venv
+	@PYTHON='$(PYTHON)' scripts/make-venv .mutants
+	.mutants/bin/python -m pip install --require-hashes --requirement $<
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.mutants/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@touch $@
+
 fuzz: develop ## Send requests generated from the API's description, for 15 minutes
 	@FUZZ_EXAMPLES=200 FUZZ_SECONDS=900 $(BIN)/python -m pytest tests/integration/test_schema.py -rP
 
@@ -71,10 +84,21 @@ check: develop ## Check formatting, lint, types, import layers, workflows and fo
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github/workflows
 
+docs: install .docs/.installed ## Build the documentation site into build/site, and check its links
+	@mkdir -p build/docs
+	@$(BIN)/typer tpo.cli utils docs --name tpo --title 'Command line' --output build/docs/cli.md
+	@$(BIN)/python -m scripts.reference build/docs/http.md
+	@NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --clean --strict
+
+.docs/.installed: requirements/docs.txt scripts/make-venv
+	@PYTHON='$(PYTHON)' scripts/make-venv .docs
+	.docs/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
+	@touch $@
+
 audit: .audit/.installed ## Check all pinned packages for known vulnerabilities (needs the network)
 	@echo '$(firstword $(subst +, ,$(TORCH)))' > .audit/torch.txt
 	@.audit/bin/pip-audit --strict --no-deps --disable-pip --requirement .audit/torch.txt
-	@for file in dev triton audit; do \
+	@for file in dev triton mutants audit docs; do \
 		.audit/bin/pip-audit --strict --require-hashes --disable-pip --requirement requirements/$$file.txt || exit 1; done
 
 .audit/.installed: requirements/audit.txt scripts/make-venv
@@ -111,5 +135,5 @@ bench: develop ## Benchmark a job's time by part, the API's throughput and the s
 	$(BIN)/python -m bench.api
 	$(BIN)/python -m bench.store --jobs 100000
 
-clean: ## Remove the environments and the files of tpo up
-	rm -rf .venv .audit .lock .vllm .tpo htmlcov .coverage
+clean: ## Remove the environments, what was built, and the files of tpo up
+	rm -rf .venv .audit .docs .lock .mutants .vllm .tpo build htmlcov mutants .coverage

@@ -1,1 +1,1 @@
-"""The HTTP API: HTTP in, rows out. It loads no model and runs no worker code."""
+"""HTTP API: it reads and writes rows of the database. It loads no model and runs no worker code."""

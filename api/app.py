@@ -1,4 +1,4 @@
-"""The application: what it holds, its routes, its documentation."""
+"""The FastAPI application: shared state, routes, documentation."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -24,18 +24,18 @@ from tpo.store import Store
 logger = logging.getLogger("api")
 
 _DESCRIPTION = """
-Test-Time Preference Optimization: the policy improves its own answer under a reward model, step by step, with every
-step recorded. Submit a job, poll it until its `status` is terminal, read its `output`.
+Test-Time Preference Optimization: the policy improves its answer under a reward model over several iterations, and
+every step is recorded. Submit a job, poll it until its `status` is terminal, then read its `output`.
 
-Every error is `application/problem+json` (RFC 9457) with an `error` {message, type, code, param} beside it. Every
-answer has an `x-request-id`.
+Every error is `application/problem+json` (RFC 9457) with an additional `error` object {message, type, code, param}, as
+in OpenAI's API. Every response has the header `x-request-id`.
 """
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The API over the database and broker of these settings; default: of the environment."""
+    """Create the application for these settings. Default: the settings of the environment."""
     settings = settings or environment()
-    # Its pages need no other server: /docs works on a machine without a network, and tells nobody who reads it.
+    # The page /docs loads nothing from other servers: it works offline, and no third party sees its readers.
     app = FastAPIOffline(
         title="TPO",
         version=tpo.__version__,
@@ -58,7 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Hold the database and the notifier while the server runs. Raises DatabaseRefusedError, SchemaOutOfDateError."""
+    """Open the database and the broker while the server runs. Raises DatabaseRefusedError, SchemaOutOfDateError."""
     settings: Settings = app.state.settings
     engine = connect(settings.database_url.get_secret_value())
     notifier = JobNotifier(settings.broker_url.get_secret_value())
@@ -67,9 +67,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     except DatabaseRefusedError:
         raise
     except StoreUnavailableError as error:
-        logger.warning("requests are answered with 503 until that has passed: %s", error)
+        logger.warning("requests get 503 until the database is available: %s", error)
     app.state.store = Store(engine)
     app.state.notifier = notifier
+    app.state.disk_probe = health.DiskProbe(engine)
     broadcaster = EventBroadcaster(app.state.store)
     app.state.broadcaster = broadcaster
     try:

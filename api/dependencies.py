@@ -1,4 +1,4 @@
-"""Dependencies named as types, so that a route reads as its signature."""
+"""Dependencies of routes, as annotated types."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tpo.jobs.tables import Worker
 from tpo.settings import Settings
 from tpo.store import Store
 
-# These are coroutines so that FastAPI calls them at once: a plain function costs a trip to a thread.
+# These are coroutines because FastAPI runs plain functions in a thread, which is slower.
 
 
 async def _tenant(request: Request) -> str:
@@ -49,14 +49,14 @@ async def _settings(request: Request) -> Settings:
 
 
 async def _job_id(job_id: str) -> str:
-    # What cannot be an id is not asked of the database, which would choke on some of it.
+    # An invalid id never reaches the database: PostgreSQL raises an error for some characters.
     if not re.fullmatch(JOB_ID, job_id):
-        raise JobNotFoundError("There is no job with this id.")
+        raise JobNotFoundError()
     return job_id
 
 
 def printable_id(given: str, missing: NotFoundError) -> str:
-    """An id from an address that a database can be asked for. Raises `missing` of all others."""
+    """Return the id of a path if the database can look it up. Raises `missing` otherwise."""
     if not given.isascii() or not given.isprintable():
         raise missing
     return given
@@ -64,17 +64,17 @@ def printable_id(given: str, missing: NotFoundError) -> str:
 
 async def _refuse_query(request: Request) -> None:
     for name in request.query_params:
-        raise InvalidInputError(f"{name}: is not a known parameter; this address takes none.", name)
+        raise InvalidInputError(f"{name}: is not a known parameter; this path has none.", name)
 
 
 TenantDep = Annotated[str, Depends(_tenant)]
-"""Who asks: whose key came with the request."""
+"""The tenant whose key authenticates the request."""
 
 StoreDep = Annotated[Store, Depends(_store)]
-"""The store as the tenant sees it: no query of it gives another's job."""
+"""The store of the tenant: its queries return only the tenant's own rows."""
 
 ServerStoreDep = Annotated[Store, Depends(_server_store)]
-"""The store for routes that need no key."""
+"""The store of all tenants, for routes that require no key."""
 
 BroadcasterDep = Annotated[EventBroadcaster, Depends(_broadcaster)]
 NotifierDep = Annotated[JobNotifier, Depends(_notifier)]
@@ -82,14 +82,14 @@ SettingsDep = Annotated[Settings, Depends(_settings)]
 JobId = Annotated[str, Depends(_job_id)]
 
 NoQuery = Depends(_refuse_query)
-"""For routes without query parameters: one that has no effect is refused."""
+"""For routes without query parameters: refuses any parameter, since it would have no effect."""
 
 
 def live_workers(store: Store, settings: Settings) -> Sequence[Worker]:
-    """The workers that live: one that was silent for two leases does not. Raises StoreUnavailableError."""
+    """Return the workers with a recent heartbeat. Raises StoreUnavailableError."""
     return store.workers.live(settings.worker_timeout_seconds)
 
 
 def live_pairs(store: Store, settings: Settings) -> list[Served]:
-    """The policies and reward models that can be asked for together now. Raises StoreUnavailableError."""
+    """Return the pairs of policy and reward model that live workers serve. Raises StoreUnavailableError."""
     return [Served(w.model, w.reward_model) for w in live_workers(store, settings)]

@@ -1,4 +1,4 @@
-"""Errors become HTTP here and nowhere else: RFC 9457, and beside it the `error` that OpenAI's clients read."""
+"""Convert errors to HTTP responses: problem details (RFC 9457) with the `error` object of OpenAI's API."""
 
 import logging
 import math
@@ -33,12 +33,25 @@ CODES = {
     500: "internal_error",
 }
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_DETAILS = {
+DETAILS = {
     400: "The body is not JSON in UTF-8, or it is nested too deeply.",
-    404: "There is nothing at this address; /docs lists what there is.",
-    405: "This address does not know that method; the Allow header lists those that it knows.",
-    500: "Something went wrong on our side. The x-request-id of this answer finds it in the log.",
+    401: "Send your API key with the header Authorization: Bearer KEY.",
+    404: "There is no such path. /docs lists the paths of this API.",
+    405: "This path does not support the method. The Allow header lists the supported methods.",
+    500: "Internal server error. The server's log has the details under the x-request-id of this response.",
 }
+"""Default messages, by status."""
+BODY_TOO_LARGE = "The body is larger than {} bytes."
+JSON_REQUIRED = "Send JSON, with the header Content-Type: application/json."
+FORM_REQUIRED = "Send a form, with the header Content-Type: multipart/form-data."
+HOST_NOT_ALLOWED = "This server does not answer to that Host header. TPO_ALLOWED_HOSTS lists the names that it has."
+ORIGIN_NOT_ALLOWED = "A web page of another origin asks for a change. TPO_ALLOWED_ORIGINS lists those that may."
+TOO_MANY_STREAMS = "The server has as many streams as it may have. Poll the job instead, or retry later."
+SERVER_STOPPING = "The server is stopping. Check whether the request took effect before you retry it."
+JOB_STILL_RUNNING = (
+    "The job {job_id} is still running after {seconds:g} s and continues. Poll /v1/responses/{response_id}, or send "
+    "background: true."
+)
 
 
 def problem(
@@ -51,17 +64,17 @@ def problem(
     headers: Mapping[str, str] | None = None,
     checks: schemas.Checks | None = None,
 ) -> JSONResponse:
-    """The answer that tells of an error."""
+    """Return the HTTP response for an error."""
     body = problem_body(_clean(scope["path"]), status, detail, code, param, checks)
-    answer = dict(headers or {})
+    response_headers = dict(headers or {})
     if status == 503:
-        answer["retry-after"] = str(RETRY_AFTER_SECONDS)
+        response_headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     if status == 409:
-        answer["x-should-retry"] = "false"  # OpenAI's client repeats a 409 twice; none of ours is mended by that
+        response_headers["x-should-retry"] = "false"  # OpenAI's client retries a 409 twice, which never helps here
     return JSONResponse(
         body.model_dump(exclude={"checks"} if checks is None else None),
         status,
-        answer,
+        response_headers,
         media_type="application/problem+json",
     )
 
@@ -74,9 +87,9 @@ def problem_body(
     param: str | None = None,
     checks: schemas.Checks | None = None,
 ) -> schemas.Problem:
-    """What an answer says of an error."""
+    """Return the body of an error's response."""
     title = HTTPStatus(status).phrase
-    message = _clean(detail or _DETAILS.get(status, title))
+    message = _clean(detail or DETAILS.get(status, title))
     code = code or CODES.get(status, title.lower().replace(" ", "_"))
     kind = "server_error" if status >= 500 else _KINDS.get(status, "invalid_request_error")
     return schemas.Problem(
@@ -91,32 +104,36 @@ def problem_body(
 
 
 def install(app: FastAPI) -> None:
-    """Answer the library's errors and the framework's as problems (RFC 9457)."""
+    """Install the handlers that convert the errors of the library and of FastAPI to problem details."""
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(TPOError, _library_error)
     app.add_exception_handler(HTTPException, _http)
 
 
 def error_response(scope: Scope, error: TPOError) -> JSONResponse:
-    """Return the answer to one of the library's errors, by its class attributes."""
+    """Return the HTTP response for one of the library's errors, from its class attributes."""
     request_id = scope["state"]["request_id"]
     if error.status == 500:
         log_unexpected(error, request_id)
         return problem(scope, 500)
-    detail, headers = str(error), None
+    headers = None
     if error.status == 503:
         logger.warning("request %s: %s", request_id, error)
-        detail = f"{error} Nothing was changed."
     if isinstance(error, QuotaExceededError):
         headers = {
             "retry-after": str(max(1, math.ceil(error.retry_after))),
             **rate_limit_headers(error.limit, error.remaining, error.reset),
         }
-    return problem(scope, error.status, detail=detail, code=error.code, param=error.param, headers=headers)
+    return problem(scope, error.status, detail=detail_of(error), code=error.code, param=error.param, headers=headers)
+
+
+def detail_of(error: TPOError) -> str:
+    """Return the message of one of the library's errors for the client."""
+    return f"{error} Nothing was changed." if error.status == 503 else str(error)
 
 
 def rate_limit_headers(limit: int, remaining: int, reset: float) -> dict[str, str]:
-    """How much more may be asked for, in the words of OpenAI's API."""
+    """Return the headers that report the remaining quota, named as in OpenAI's API. `reset` is in seconds."""
     return {
         "x-ratelimit-limit-requests": str(limit),
         "x-ratelimit-remaining-requests": str(remaining),
@@ -125,7 +142,7 @@ def rate_limit_headers(limit: int, remaining: int, reset: float) -> dict[str, st
 
 
 def log_unexpected(error: BaseException, request_id: str) -> None:
-    """Write down where an error came from, without what it says: a message may quote texts."""
+    """Log the tracebacks of an error without its message, which may quote users' texts."""
     logger.error("request %s failed unexpectedly: %s", request_id, frames(error))
 
 
@@ -143,18 +160,18 @@ async def _library_error(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         return problem(request.scope, 500)
-    detail = None if error.status_code in _DETAILS else error.detail
+    detail = None if error.status_code in DETAILS else error.detail
     headers = {"allow": _methods(request)} if error.status_code == 405 else error.headers
     return problem(request.scope, error.status_code, detail=detail, headers=headers)
 
 
 def _methods(request: Request) -> str:
-    """What an address knows. The framework tells the methods of one of its routes alone."""
-    asked = ({**request.scope, "method": method} for method in HTTPMethod)
+    """Return the methods that a path supports. Starlette reports only those of the first matching route."""
+    variants = ({**request.scope, "method": method} for method in HTTPMethod)
     routes = request.app.routes
-    return ", ".join(scope["method"] for scope in asked if any(r.matches(scope)[0] is Match.FULL for r in routes))
+    return ", ".join(scope["method"] for scope in variants if any(r.matches(scope)[0] is Match.FULL for r in routes))
 
 
 def _clean(text: str) -> str:
-    """What can be sent as UTF-8, and not longer than anybody reads."""
+    """Return a text that is short and can be encoded as UTF-8."""
     return text[:_SHOWN_CHARACTERS].encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Idempotency of requests: a request that is sent again is answered, not executed again."""
+"""Idempotency: identify a request, so that a retry does not repeat its effect."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from tpo.settings import Settings
 from tpo.tenants.idempotency import IdempotencyRequest
 
 REPLAYED = {"idempotent-replayed": "true"}
-"""The header of an answer to a request that was received before."""
+"""Header of the response to a duplicate request."""
 
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
 
 def idempotency_request(request: Request, settings: Settings, body: Any) -> IdempotencyRequest:
-    """Return the idempotency identity of a request: its Idempotency-Key, and a hash of its path and body.
+    """Return the identity of a request: its Idempotency-Key, and a hash of its path and body.
 
     Raises InvalidInputError.
     """

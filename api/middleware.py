@@ -1,6 +1,6 @@
-"""What every request passes before any route: its id, the key, the size of its body, one line in the log.
+"""Outermost ASGI middleware: request id, authentication, body limit, access log.
 
-Plain ASGI, because a body must be refused while it streams in, and an answer must come whatever fails behind.
+It is plain ASGI so that it can refuse a body while it is received, and respond whatever fails in the application.
 """
 
 import asyncio
@@ -18,19 +18,27 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import Authenticator
 from api.bodies import CLOSE
-from api.errors import error_response, log_unexpected, problem
-from tpo.core.errors import InvalidInputError, StoreUnavailableError
+from api.errors import (
+    BODY_TOO_LARGE,
+    HOST_NOT_ALLOWED,
+    ORIGIN_NOT_ALLOWED,
+    SERVER_STOPPING,
+    error_response,
+    log_unexpected,
+    problem,
+)
+from tpo.core.errors import InvalidInputError, KeyExpiredError, StoreUnavailableError
 from tpo.origins import is_foreign, is_host_allowed
 from tpo.settings import Settings
 
 access_log = logging.getLogger("api.access")
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PROTECTED = ("/v1/", "/metrics")
-"""Addresses that ask for a key, by how they begin."""
+"""Prefixes of the paths that require a key."""
 _MAX_QUERY_PARAMETERS = 100
 _ANY_HOST = ("/healthz", "/readyz")
-"""Addresses that answer whatever the Host header says."""
+"""Paths that answer to any Host header."""
 _METHODS = ("GET", "POST", "PATCH", "DELETE")
 _EXPOSED_HEADERS = (
     "etag",
@@ -46,26 +54,26 @@ _EXPOSED_HEADERS = (
 """Headers of responses that a web page of an allowed origin can read."""
 _UPLOADS = "/v1/files"
 _FORM_BYTES = 64 * 1024
-"""What a form holds beside the file."""
+"""Maximum size of an upload form without its file."""
 
 
 class RequestMiddleware:
-    """The outermost layer of the application."""
+    """Outermost middleware of the application."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
         self._settings = settings
-        self._with_cors: ASGIApp = self._answer
+        self._with_cors: ASGIApp = self._respond
         if settings.allowed_origins:
             # Before the key is checked: a browser sends no key with a preflight request.
             self._with_cors = CORSMiddleware(
-                self._answer,
+                self._respond,
                 allow_origins=settings.allowed_origins,
                 allow_methods=_METHODS,
                 allow_headers=["*"],
                 expose_headers=_EXPOSED_HEADERS,
             )
-        self._doorkeeper = Authenticator(settings)
+        self._authenticator = Authenticator(settings)
         self._max_body_bytes = settings.max_body_bytes
         self._max_upload_bytes = settings.max_file_bytes + _FORM_BYTES
 
@@ -95,12 +103,11 @@ class RequestMiddleware:
             refusal = self._refuse_page(scope, headers)
             await (refusal or self._with_cors)(scope, receive, send_with_id)
         except asyncio.CancelledError:
-            # The time that SIGTERM leaves to requests is over. This is the task's end, so the cancel goes no further.
-            detail = "The server stops. Look whether this took effect before you send it again."
+            # The grace period after SIGTERM is over. The task ends here, so the cancellation is not raised again.
             if not status:
-                await problem(scope, 503, detail=detail, code="server_stopping")(scope, receive, send_with_id)
+                await problem(scope, 503, detail=SERVER_STOPPING, code="server_stopping")(scope, receive, send_with_id)
         except Exception as error:
-            # Not raised again: the server would log what the error says, and that may quote a user's text.
+            # Not raised again: uvicorn would log the message, which may quote users' texts.
             log_unexpected(error, request_id)
             if not status:
                 await problem(scope, 500)(scope, receive, send_with_id)
@@ -116,30 +123,25 @@ class RequestMiddleware:
         host = headers.get("host", "")
         # Probes and load balancers ask by address, and these responses tell nothing about jobs.
         if get_route_path(scope) not in _ANY_HOST and not is_host_allowed(host, settings.host, settings.allowed_hosts):
-            detail = "This server does not answer to that Host header; TPO_ALLOWED_HOSTS lists the names that it has."
-            return problem(scope, 421, detail=detail, code="host_not_allowed", headers=CLOSE)
+            return problem(scope, 421, detail=HOST_NOT_ALLOWED, code="host_not_allowed", headers=CLOSE)
         if is_foreign(scope["method"], headers, settings.allowed_origins):
-            detail = "A web page of another origin asks for a change; TPO_ALLOWED_ORIGINS lists those that may."
-            return problem(scope, 403, detail=detail, code="origin_not_allowed", headers=CLOSE)
+            return problem(scope, 403, detail=ORIGIN_NOT_ALLOWED, code="origin_not_allowed", headers=CLOSE)
         return None
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         path = get_route_path(scope)
         if path.startswith(PROTECTED):
             try:
-                tenant = await self._doorkeeper.tenant(scope["app"].state.store, headers.get("authorization", ""))
+                tenant = await self._authenticator.tenant(scope["app"].state.store, headers.get("authorization", ""))
+            except KeyExpiredError as error:
+                await _unauthorized(scope, str(error))(scope, receive, send)
+                return
             except StoreUnavailableError as error:
                 await error_response(scope, error)(scope, receive, send)
                 return
             if tenant is None:
-                refusal = problem(
-                    scope,
-                    401,
-                    detail="Send your API key with the header Authorization: Bearer KEY.",
-                    headers={"www-authenticate": "Bearer", **CLOSE},
-                )
-                await refusal(scope, receive, send)
+                await _unauthorized(scope)(scope, receive, send)
                 return
             scope["state"]["tenant"] = tenant
         if scope["query_string"].count(b"&") >= _MAX_QUERY_PARAMETERS:
@@ -147,7 +149,7 @@ class RequestMiddleware:
             await error_response(scope, error)(scope, receive, send)
             return
         most = self._max_upload_bytes if path == _UPLOADS else self._max_body_bytes
-        too_large = f"The body is larger than {most} bytes."
+        too_large = BODY_TOO_LARGE.format(most)
         if (length := headers.get("content-length", "")).isdecimal() and int(length) > most:
             await problem(scope, 413, detail=too_large, headers=CLOSE)(scope, receive, send)
             return
@@ -161,14 +163,19 @@ class RequestMiddleware:
                 raise HTTPException(413, too_large, headers=CLOSE)
             return message
 
-        kept = {*scope, "route"}
+        before = {*scope, "route"}
         await self._app(scope, receive_within_limit, send)
         if stream := scope["state"].pop("streams_after_route", None):
-            for of_the_route in scope.keys() - kept:
-                del scope[of_the_route]
+            for key in scope.keys() - before:
+                del scope[key]
             await stream(scope, receive_within_limit, send)
+
+
+def _unauthorized(scope: Scope, detail: str | None = None) -> JSONResponse:
+    """Build the response to a request without a valid key."""
+    return problem(scope, 401, detail=detail, headers={"www-authenticate": "Bearer", **CLOSE})
 
 
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    return given if _VALID_REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

@@ -1,4 +1,4 @@
-"""A job on its way in, whichever address it came to."""
+"""Create jobs for the routes of jobs, responses and chat completions."""
 
 import logging
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ logger = logging.getLogger("api")
 
 
 class Submitter:
-    """Takes submissions of one request."""
+    """Creates the job of one request."""
 
     def __init__(
         self, store: Store, notifier: JobNotifier, settings: Settings, request: Request, response: Response
@@ -53,14 +53,14 @@ class Submitter:
             deadline_seconds=body.deadline_seconds,
             external_id=body.external_id,
         )
-        return self.made(made)
+        return self._accepted(made)
 
-    def create_from(self, source: JobView, state: State, said: Mapping[str, Any]) -> JobView:
-        """A new job that starts from what `source` has recorded; `said` is what the request holds."""
+    def create_from(self, source: JobView, state: State, body: Mapping[str, Any]) -> JobView:
+        """Create a job that starts from the record of `source`. `body` is the body of the request."""
         made = self._store.jobs.create_from(
             source.id,
             state,
-            idempotency=idempotency_request(self._request, self._settings, said),
+            idempotency=idempotency_request(self._request, self._settings, body),
             limits=self.limits,
             model=source.model,
             reward_model=source.reward_model,
@@ -68,10 +68,10 @@ class Submitter:
             metadata=source.metadata,
             priority=source.priority,
         )
-        return self.made(made)
+        return self._accepted(made)
 
     def notify(self, job: JobView) -> None:
-        """Ring for a job; where that cannot be done now, the sweeper does it."""
+        """Notify a worker of a job. If the broker cannot be reached, the rescuer does it later."""
         try:
             self._notifier.notify_job(job.id, job.model)
         except BrokerUnavailableError as error:
@@ -80,11 +80,11 @@ class Submitter:
 
     @property
     def limits(self) -> Limits:
-        """How much a tenant without limits of its own may ask for."""
+        """Default limits, for tenants without limits of their own."""
         return Limits(self._settings.max_jobs_in_flight, self._settings.max_jobs_per_minute)
 
-    def made(self, made: Submitted) -> JobView:
-        """Ring for a new job, and tell with the answer's headers what became of the request."""
+    def _accepted(self, made: Submitted) -> JobView:
+        """Notify a worker of a new job, and set the response's headers for quota and duplicates."""
         if made.new:
             self.notify(made.job)
         else:
@@ -97,9 +97,9 @@ class Submitter:
 
 
 async def _submitter(request: Request, response: Response) -> Submitter:
-    # Not of other dependencies: each one that FastAPI looks through costs as much as a look into the database's cache.
-    held = request.app.state
-    return Submitter(held.store.for_tenant(request.state.tenant), held.notifier, held.settings, request, response)
+    # Uses no other dependencies: each one that FastAPI resolves costs about as much as a cached query.
+    shared = request.app.state
+    return Submitter(shared.store.for_tenant(request.state.tenant), shared.notifier, shared.settings, request, response)
 
 
 SubmitterDep = Annotated[Submitter, Depends(_submitter)]

@@ -1,4 +1,4 @@
-"""Rows and states as the wire shows them."""
+"""Convert rows and states to the schemas of responses."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,12 +16,12 @@ from tpo.settings import Settings
 
 
 def job(view: JobView, settings: Settings) -> schemas.Job:
-    """Return one job."""
+    """Return the view of a job."""
     return schemas.Job(**_fields(view, settings), input=_input(view.input), output=view.output)
 
 
 def job_summary(view: JobView, settings: Settings, texts: Texts) -> schemas.JobSummary:
-    """Return a job as an item of a list, with the texts that the list was asked for."""
+    """Return the view of a job as an item of a list, with the texts that the list was asked for."""
     messages = None if texts.input is None else [Message.model_validate(message) for message in texts.input]
     return schemas.JobSummary(
         **_fields(view, settings),
@@ -79,7 +79,7 @@ _LATER_PHASES = ("critique", "gradient", "update", "scoring")
 
 
 def _estimated_finish(view: JobView) -> int | None:
-    """When a running job ends, if its next calls take as long as those so far."""
+    """Estimate the end of a running job from the duration of its calls so far."""
     if view.status != "in_progress" or view.progressed_at is None or view.phase is None:
         return None
     total = len(_PHASES) + len(_LATER_PHASES) * view.params.iterations
@@ -88,7 +88,7 @@ def _estimated_finish(view: JobView) -> int | None:
     else:
         done = len(_PHASES) + len(_LATER_PHASES) * (view.iteration - 1) + _LATER_PHASES.index(view.phase)
     if view.source_id is not None or not done:
-        return None  # the calls of another job were not counted here
+        return None  # the calls of its source job are not in its usage
     return int(view.progressed_at + view.model_seconds / done * (total - done))
 
 
@@ -99,7 +99,7 @@ def _expires_at(view: JobView, settings: Settings) -> int | None:
 
 
 def event(row: EventRow) -> schemas.Event:
-    """One event."""
+    """Return the view of an event."""
     return schemas.Event(
         type=row.type, sequence_number=row.number, job_id=row.job_id, created_at=int(row.created_at), **row.data
     )
@@ -107,30 +107,30 @@ def event(row: EventRow) -> schemas.Event:
 
 def candidates(state: State, after: str | None) -> schemas.CandidateList:
     """Return the candidates that follow one, as many as fit into a page."""
-    position = (-1, -1) if after is None else tuple(map(int, after.split("-")))
-    left = [c for c in state.candidates if (c.iteration, c.sample) > position]
+    seen = (-1, -1) if after is None else tuple(map(int, after.split("-")))
+    left = [c for c in state.candidates if (c.iteration, c.sample) > seen]
     page = fitting(schemas.Candidate(id=c.id, **c.model_dump()) for c in left)
     return schemas.CandidateList(data=page, has_more=len(left) > len(page))
 
 
 def iterations(view: JobView, state: State, after: int) -> schemas.IterationList:
     """Return the iterations that have begun and follow one, as many as fit. The first sampling is number 0."""
-    where = locate(state)
+    position = locate(state)
     last = max([len(state.iterations), *(c.iteration for c in state.candidates)])
     left = range(after + 1, last + 1) if state.calls or state.candidates else range(0)
-    page = fitting(_iteration(state, n, where, view.status in TERMINAL) for n in left)
+    page = fitting(_iteration(state, n, position, view.status in TERMINAL) for n in left)
     return schemas.IterationList(data=page, has_more=len(left) > len(page))
 
 
-def _iteration(state: State, number: int, where: Position, ended: bool) -> schemas.Iteration:
+def _iteration(state: State, number: int, position: Position, ended: bool) -> schemas.Iteration:
     record = state.iterations[number - 1] if number else None
-    complete = number < where.complete
+    complete = number < position.complete
     rewards = [c.reward for c in state.pool if c.iteration <= number and c.reward is not None]
     calls = tuple(c for c in state.calls if c.iteration == number)
     return schemas.Iteration(
         number=number,
         complete=complete,
-        phase=None if complete or ended else where.phase,
+        phase=None if complete or ended else position.phase,
         chosen=_shown(state, record.chosen) if record else None,
         rejected=_shown(state, record.rejected) if record and record.rejected else None,
         critique=record.critique.text if record and record.critique else None,
@@ -140,19 +140,19 @@ def _iteration(state: State, number: int, where: Position, ended: bool) -> schem
         ],
         mean_reward=state.mean_reward(number),
         best_reward=max(rewards, default=None),
-        reason=_why_no_candidate(state, number) if complete else None,
+        reason=_no_candidate_reason(state, number) if complete else None,
         declined=number in state.declines,
         usage=_usage(state.model_copy(update={"calls": calls}).usage),
         calls=[schemas.Call(**c.model_dump(exclude={"number", "iteration"})) for c in calls],
     )
 
 
-def _why_no_candidate(state: State, number: int) -> schemas.NoCandidate | None:
+def _no_candidate_reason(state: State, number: int) -> schemas.NoCandidate | None:
     record = state.iterations[number - 1] if number else None
     if record and not (record.critique and record.critique.text):
-        return "blank_textual_loss"
+        return "blank_critique"
     if record and not (record.gradient and record.gradient.text):
-        return "blank_textual_gradient"
+        return "blank_gradient"
     return "no_usable_sample" if all(c.unusable for c in state.of_iteration(number)) else None
 
 
@@ -162,8 +162,8 @@ def _shown(state: State, candidate_id: str) -> schemas.CandidateText:
 
 
 def _input(messages: Sequence[Message]) -> str | list[Message]:
-    alone = len(messages) == 1 and messages[0].role == "user"
-    return messages[0].content if alone else list(messages)
+    single = len(messages) == 1 and messages[0].role == "user"
+    return messages[0].content if single else list(messages)
 
 
 def _best(view: JobView) -> schemas.Best | None:

@@ -94,7 +94,7 @@ def compare(name: str, jobs: list[int], longest: float) -> StepEngine:
             seconds = result.cpu / count
             _print_progress(strategy, count, result)
             if strategy == ENGINE:
-                held = engine.held * _slot_bytes(model) / 2**20
+                held = engine.used_slots * _slot_bytes(model) / 2**20
                 print(f"{count} jobs: {held:.0f} MiB of keys and values held, {peak_mib():.0f} MiB peak of the process")
     after = run(one_at_a_time(model), few)
     _print_progress("one at a time, `generate`, after the rest", few, after)
@@ -171,10 +171,10 @@ def _record_calls(work: Any, recorded: list[tuple[int, int]]) -> Any:
 def time_of_a_step(engine: StepEngine, rows: int = 64) -> None:
     """Print where the time of a step with `rows` rows goes, with four samples per prompt."""
     _generate(engine, rows, 4)
-    before, steps = dict(engine.seconds), engine.steps
+    before, steps = dict(engine.phase_seconds), engine.steps
     _generate(engine, rows, 48)
     steps = engine.steps - steps
-    plain = {name: (engine.seconds[name] - before[name]) / steps for name in before}
+    plain = {name: (engine.phase_seconds[name] - before[name]) / steps for name in before}
     profile = cProfile.Profile()
     step = engine._step
     engine._step = lambda: profile.runcall(step)  # type: ignore[method-assign]

@@ -211,7 +211,7 @@ def measure(
     `baseline` is the seconds per job by `generate`, one job at a time.
     """
     running = [Job(engine, reward, 1_000_003 * (jobs + 1) + i, vocabulary) for i in range(jobs)]
-    before, steps = dict(engine.seconds), engine.steps
+    before, steps = dict(engine.phase_seconds), engine.steps
     threads = [threading.Thread(target=job.run) for job in running]
     started = time.perf_counter()
     for thread in threads:
@@ -219,7 +219,7 @@ def measure(
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - started
-    parts = {name: engine.seconds[name] - before[name] for name in before}
+    parts = {name: engine.phase_seconds[name] - before[name] for name in before}
     steps = engine.steps - steps
     job_seconds = [job.seconds for job in running]
     rate = jobs / seconds
@@ -258,7 +258,7 @@ def check(device: str) -> None:
             pad_token_id=0,
         )  # fmt: skip
         expected.append(tuple(out[0, len(prompt) :].tolist()))
-    engine = build_engine(model, frozenset(), 2048, EngineOptions(rows=64, cache_gib=0.5))
+    engine = build_engine(model, frozenset(), 2048, EngineOptions(max_sequences=64, cache_gib=0.5))
     greedy = [engine.submit(TokenRequest(tuple(p), (1, 2), 0.0, 1.0, 150)) for p in prompts]
     same_greedy = sum({c.tokens for c in f.result().completions} == {e} for f, e in zip(greedy, expected, strict=True))
     requests = [TokenRequest(tuple(prompts[i % 3]), tuple(range(5 * i, 5 * i + 5)), 0.7, 0.95, 150) for i in range(8)]
@@ -277,14 +277,14 @@ def profile(engine: StepEngine, jobs: int, vocabulary: int) -> None:
     source = random.Random(2)
     prompts = [tuple(source.randrange(vocabulary) for _ in range(1000)) for _ in range(jobs)]
     futures = [engine.submit(TokenRequest(p, tuple(range(N)), 0.7, 0.95, 300)) for p in prompts]
-    while engine.rows < jobs * N:
+    while engine.running_sequences < jobs * N:
         time.sleep(0.05)
-    before, steps = dict(engine.seconds), engine.steps
+    before, steps = dict(engine.phase_seconds), engine.steps
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
         time.sleep(1.5)
     count = max(1, engine.steps - steps)
     print(f"\n{jobs * N} rows, {count} steps; ms/step:", end="")
-    print({name: round(1000 * (engine.seconds[name] - before[name]) / count, 2) for name in before})
+    print({name: round(1000 * (engine.phase_seconds[name] - before[name]) / count, 2) for name in before})
     print(recorded.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=90))
     for future in futures:
         future.result()
@@ -323,7 +323,7 @@ def main() -> None:
     elif options.reward == "0.6b":
         head = create_model(Qwen3ForSequenceClassification, {**QWEN_06B, **small}, dtype, device, num_labels=1)
         reward = RewardEngine(head, head.config.vocab_size)
-    engine = build_engine(policy, frozenset(), 4096, EngineOptions(rows=options.rows))
+    engine = build_engine(policy, frozenset(), 4096, EngineOptions(max_sequences=options.rows))
     warm_up(engine, reward, max(options.jobs, default=8), vocabulary)
     print(f"attention: {engine.attention}; capacity of {engine.capacity} tokens; ready after "
           f"{time.perf_counter() - started:.0f} s\n\n{HEADER}", flush=True)  # fmt: skip

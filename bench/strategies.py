@@ -275,7 +275,7 @@ def our_engine(engine: StepEngine, reused: list[int] | None = None) -> Callable[
                 completions = [list(c.tokens) for c in result.completions]
                 with lock:
                     if reused is not None:
-                        reused.append(result.timings.reused_tokens)
+                        reused.append(result.metrics.cached_tokens)
                     has_more = progress.answer(i, completions)
 
         threads = [threading.Thread(target=run, args=(i,)) for i in progress.pending]
@@ -289,7 +289,7 @@ def our_engine(engine: StepEngine, reused: list[int] | None = None) -> Callable[
 
 def start(model: Any, cache_gib: float = 1.0) -> StepEngine:
     """Start the engine on a model. The model's own `generate` no longer works afterwards."""
-    return build_engine(model, frozenset(), 1024, EngineOptions(rows=ROWS, cache_gib=cache_gib))
+    return build_engine(model, frozenset(), 1024, EngineOptions(max_sequences=ROWS, cache_gib=cache_gib))
 
 
 def peak_mib() -> float:

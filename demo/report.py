@@ -88,7 +88,7 @@ ABOUT_TRUTH = """A claim is one thing that a critique says a reply lacks; whatev
 claim. A point is a claim about the chosen reply, or that the rejected one is rude."""
 
 ABOUT_UNSEEN = f"""{QUERIES} messages x {len(SEEDS)} seeds whose names, items, problems, requests and wordings training
-never showed, beside the messages above. The models fail here because every word of their world is one token, while
+never showed, besides the messages above. The models fail here because every word of their world is one token, while
 other words fall into pieces and bytes, which the policy never learned to copy. A reply that puts a known word in the
 place of a new one has a wrong fact; one that garbles it has an invented word. A job fails where
 every first answer is empty; the other figures leave it out."""

@@ -236,7 +236,7 @@ def running_system(database_url: str, folder: Path) -> Iterator[System]:
 
 def worker_pid(job: JobView) -> int:
     """Return the id of the process that holds a job's lease."""
-    match = re.fullmatch(r"tpo-worker-(\d+)@.*", job.lease_owner or "")
+    match = re.fullmatch(r"tpo-worker-(\d+)-\w+@.*", job.lease_owner or "")
     assert match, f"{job.id} is held by {job.lease_owner}, not by a worker process"
     return int(match.group(1))
 

@@ -168,10 +168,12 @@ def _unchecked_connection(engine: Engine) -> Iterator[Connection]:
         if own.dialect.name == "sqlite":
             cursor.execute("PRAGMA foreign_keys = OFF")
             cursor.execute("PRAGMA synchronous = OFF")
-        else:
-            cursor.execute("SET session_replication_role = replica")
-            cursor.execute("SET synchronous_commit = off")
-            connection.commit()
+
+    @event.listens_for(own, "begin")
+    def _begin(connection: Connection) -> None:
+        if own.dialect.name == "postgresql":  # only for the transaction: a pooler's server connections are shared
+            connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+            connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
 
     try:
         with own.connect() as connection:

@@ -1,4 +1,7 @@
-"""Real Valkey and PostgreSQL servers for tests, from their PyPI wheels; each test gets its own database."""
+"""Real Valkey and PostgreSQL servers for tests, from their PyPI wheels; each test gets its own database.
+
+PgBouncer has no wheel: it is taken from the PATH, or unpacked from Debian's package.
+"""
 
 import contextlib
 import os
@@ -6,6 +9,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,6 +23,7 @@ import psycopg
 import redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
+from sqlalchemy import make_url
 
 from testing.ports import free_port
 from testing.waiting import HANG_SECONDS
@@ -123,6 +128,77 @@ class Postgres:
         finally:
             for process in processes:
                 process.resume()
+
+
+@contextlib.contextmanager
+def pgbouncer_server(admin_url: str, *, ignore_options: bool = False) -> Iterator[str]:
+    """Run a PgBouncer in transaction mode before a PostgreSQL, and yield the folder of its socket (port 6432).
+
+    With `ignore_options` it drops the startup parameter `options`, as many installations do; otherwise it refuses it.
+    """
+    with psycopg.connect(admin_url) as connection:
+        target = connection.info.host
+    with tempfile.TemporaryDirectory(prefix="tpo-pgb-") as name:
+        folder = Path(name)
+        user = "nobody" if os.getuid() == 0 else None  # PgBouncer refuses to run as root
+        if user:
+            folder.chmod(0o755)
+            shutil.chown(folder, user)
+        program, libraries = folder / "pgbouncer", folder / "lib"
+        installed = _pgbouncer()
+        _copy_readable(installed, program)
+        for library in installed.parents[1].glob("lib/*/lib*.so*"):
+            _copy_readable(library, libraries / library.name)
+        configuration = folder / "pgbouncer.ini"
+        configuration.write_text(
+            f"[databases]\n* = host={target} port=5432 user=postgres\n"
+            f"[pgbouncer]\nunix_socket_dir = {folder}\nlisten_port = 6432\nauth_type = any\npool_mode = transaction\n"
+            f"default_pool_size = 10\nserver_reset_query =\nserver_idle_timeout = 2\n"
+            + ("ignore_startup_parameters = options\n" if ignore_options else "")
+        )
+        configuration.chmod(0o644)
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [str(program), str(configuration)],
+                stdout=log,
+                stderr=log,
+                user=user,
+                env={"LD_LIBRARY_PATH": str(libraries)},
+            )
+        try:
+            end = time.monotonic() + HANG_SECONDS
+            while not (folder / ".s.PGSQL.6432").exists():
+                assert process.poll() is None, f"PgBouncer ended:\n{(folder / 'log').read_text()}"
+                assert time.monotonic() < end, f"PgBouncer does not answer after {HANG_SECONDS} s"
+                time.sleep(0.02)
+            yield str(folder)
+        finally:
+            process.terminate()
+            process.wait(HANG_SECONDS)
+
+
+def through_pgbouncer(url: str, folder: str) -> str:
+    """Return the URL by which a database's clients go through a PgBouncer."""
+    return make_url(url).update_query_dict({"host": folder, "port": "6432"}).render_as_string(hide_password=False)
+
+
+def _pgbouncer() -> Path:
+    """Return the program, which is unpacked into the virtual environment if the machine has none."""
+    if found := shutil.which("pgbouncer"):
+        return Path(found)
+    unpacked = Path(sys.prefix) / "share" / "pgbouncer"
+    program = unpacked / "usr/sbin/pgbouncer"
+    if not program.exists():
+        with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
+            packages = ("pgbouncer", "libc-ares2", "libevent-2.1-7")
+            subprocess.run(["apt-get", "download", "-qq", *packages], cwd=folder, check=True)
+            whole = Path(folder) / "whole"
+            for package in Path(folder).glob("*.deb"):
+                subprocess.run(["dpkg", "-x", str(package), str(whole)], check=True)
+            unpacked.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # another test process was faster
+                whole.rename(unpacked)
+    return program
 
 
 def _copy_readable(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Engine, make_url
 
 from testing import forking
-from testing.services import Valkey, new_database, postgres_server, valkey_server
+from testing.services import Valkey, new_database, pgbouncer_server, postgres_server, valkey_server
 from tests.support import durations, isolation, progress, rerun, selection, statements
 from tests.support.databases import DATABASES, migrated_database
 from tpo.db import connect, schema
@@ -78,6 +78,15 @@ def postgres_admin_url() -> Iterator[str]:
         with selection.shared_server():
             server = stack.enter_context(postgres_server())
         yield server.admin_url
+
+
+@pytest.fixture(scope="session")
+def pgbouncer_folder(postgres_admin_url: str) -> Iterator[str]:
+    """Yield the folder of a PgBouncer's socket, in transaction mode, before the PostgreSQL of the run."""
+    with contextlib.ExitStack() as stack:
+        with selection.shared_server():
+            folder = stack.enter_context(pgbouncer_server(postgres_admin_url, ignore_options=True))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The only producer of Celery messages, and the names that API and workers share.
 
-A message contains only the id of a job, a batch or a delivery. It may be lost or delivered twice: the database is the
+A message contains only the id of a job or a batch. It may be lost or delivered twice: the database is the
 source of truth, and the rescuer notifies again. A job's message only says that a job waits; the worker asks the
 database for the next one. So a few messages serve any number of waiting jobs, and the broker's queue stays short.
 """
@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from celery import Celery
-from kombu.exceptions import OperationalError
+from kombu.exceptions import KombuError, OperationalError
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -28,15 +28,15 @@ from redis.retry import Retry
 from tpo.core.errors import BrokerUnavailableError, causes
 
 RUN_JOB = "tpo.run_job"
-SWEEP = "tpo.sweep"
-NOTIFY_BATCHES = "tpo.notify_batches"
 ADVANCE_BATCH = "tpo.advance_batch"
-NOTIFY_WEBHOOKS = "tpo.notify_webhooks"
-DELIVER_WEBHOOK = "tpo.deliver_webhook"
-PURGE = "tpo.purge"
 MAINTENANCE_QUEUE = "tpo.maintenance"
 
-BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {"socket_timeout": 2, "socket_connect_timeout": 2}
+BROKER_TRANSPORT_OPTIONS: dict[str, Any] = {
+    "socket_timeout": 2,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+}
 """Without these, a broker that hangs blocks a producer for over 40 s (measured with celery 5.7.0)."""
 
 MAX_QUEUED_WAKEUPS = 32
@@ -61,6 +61,11 @@ def unavailable(error: BaseException) -> BrokerUnavailableError:
     return BrokerUnavailableError()
 
 
+def is_broker_error(error: BaseException) -> bool:
+    """Return whether the broker, or one of the libraries that speak to it, raised the error."""
+    return isinstance(error, RedisError | KombuError)
+
+
 def queue_name(model: str) -> str:
     """Return the name of a policy's queue. Invalid characters become `_`, and a hash then keeps the name unique."""
     valid = re.sub(r"[^A-Za-z0-9.-]+", "_", model)
@@ -74,7 +79,7 @@ class JobNotifier:
     def __init__(self, broker_url: str) -> None:
         self._celery = Celery("tpo-notifier", broker=broker_url, set_as_current=False)
         self._celery.conf.update(
-            # One immediate retry covers a broker that was restarted; if it is away, the rescuer notifies later.
+            # One immediate retry covers a restarted broker; if it cannot be reached, the rescuer notifies later.
             broker_transport_options={**BROKER_TRANSPORT_OPTIONS, "max_retries": 1, "interval_start": 0},
             broker_connection_timeout=2,
             task_ignore_result=True,
@@ -84,6 +89,7 @@ class JobNotifier:
             broker_url,
             socket_timeout=2,
             socket_connect_timeout=2,
+            socket_keepalive=True,
             # One retry covers a broker that was restarted; one that hangs would only hang again.
             retry=Retry(NoBackoff(), retries=1, supported_errors=(RedisConnectionError,)),
         )
@@ -100,10 +106,6 @@ class JobNotifier:
     def notify_batch(self, batch_id: str) -> None:
         """Notify the maintenance worker that a batch can advance. Raises BrokerUnavailableError within some 2 s."""
         self._send(ADVANCE_BATCH, batch_id, MAINTENANCE_QUEUE)
-
-    def notify_delivery(self, delivery_id: str) -> None:
-        """Notify the maintenance worker that a delivery is due. Raises BrokerUnavailableError within some 2 s."""
-        self._send(DELIVER_WEBHOOK, delivery_id, MAINTENANCE_QUEUE)
 
     def _send(self, task: str, row_id: str, queue: str) -> None:
         try:
@@ -131,7 +133,7 @@ class JobNotifier:
         except RedisTimeout as error:
             raise unavailable(error) from error
         except RedisError:
-            return False  # sending will show whether the broker is away, and reconnects if it was restarted
+            return False  # sending shows whether the broker can be reached, and reconnects if it was restarted
 
     def ping(self) -> None:
         """Check that the broker answers. Raises BrokerUnavailableError within some 2 s."""

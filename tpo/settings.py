@@ -58,6 +58,13 @@ Words = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_comma_separ
 """A setting of several words, separated by commas."""
 
 
+def _ports(value: object) -> object:
+    """Parse ports from the environment: a list with commas, or None for `any`."""
+    if not isinstance(value, str):
+        return value
+    return None if value == "any" else [port.strip() for port in value.split(",")]
+
+
 def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields unchanged. Raises ValueError if one of them is set by each job."""
     if own := _OWN_FIELDS & fields.keys():
@@ -65,314 +72,431 @@ def check_extra_body(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-class Settings(BaseSettings):
-    """The settings of a process, read from environment variables."""
+class StorageSettings(BaseSettings):
+    """Database and broker."""
 
-    model_config = SettingsConfigDict(env_prefix="TPO_", extra="ignore", hide_input_in_errors=True)
-
-    # Database and broker
     database_url: SecretStr = Field(
         SecretStr("sqlite:///.tpo/tpo.db"),
-        description="URL of the database: sqlite:///FILE or postgresql+psycopg://…",
+        description="This URL, sqlite:///FILE or postgresql+psycopg://…, names the database that all processes share.",
     )
     broker_url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
-        description="URL of the broker (Redis or Valkey): redis://… or rediss://…",
+        description="This URL, redis://… or rediss://…, names the broker (Redis or Valkey).",
     )
 
-    # Models
+
+class ModelSettings(BaseSettings):
+    """Models."""
+
     policy: str = Field(
         DEMO,
-        description="Policy: demo, scripted, a folder, a name on the Hugging Face Hub, or openai:MODEL "
+        description="The policy is demo, scripted, a folder, a name on the Hugging Face Hub, or openai:MODEL "
         "(docs/backends.md).",
     )
     reward_model: str = Field(
         DEMO,
-        description="Reward model: demo, scripted, a folder or a name on the Hub (a sequence classifier with one "
-        "label), vllm:MODEL, vllm-pooling:MODEL or sglang:MODEL. With TPO_REWARD_FILE, the name of that reward.",
+        description="The reward model is demo, scripted, a folder or a name on the Hub (a sequence classifier with "
+        "one label), vllm:MODEL, vllm-pooling:MODEL or sglang:MODEL. With TPO_REWARD_FILE, this is the "
+        "name of that reward.",
     )
     prompt_set: str | None = Field(
         None,
-        description="Prompt set of jobs that name none. Default: tiny for the demo policy, conversation for others.",
+        description="Jobs that name no prompt set use this one. The default is tiny for the demo policy and "
+        "conversation for others.",
     )
 
-    # Local models
+
+class LocalModelSettings(BaseSettings):
+    """Local models."""
+
     device: Literal["auto", "cuda", "mps", "cpu"] = Field(
-        "auto", description="Device of local models: cuda, mps or cpu. auto: the first of these that is available."
+        "auto",
+        description="Local models run on this device: cuda, mps or cpu. The default, auto, is the first of these that "
+        "is available.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Number format of a local policy: float32, bfloat16 or float16. auto: float32 on a CPU, bfloat16 "
-        "elsewhere, float16 on cuda without bfloat16.",
+        description="A local policy computes in this number format: float32, bfloat16 or float16. The default, auto, "
+        "is float32 on a CPU, bfloat16 elsewhere, and float16 on cuda without bfloat16.",
     )
     reward_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="Number format of a local reward model: float32, bfloat16 or float16. The last two give coarser "
-        "scores.",
+        description="A local reward model computes in this number format: float32, bfloat16 or float16. The last two "
+        "give coarser scores.",
     )
     batch_rows: int = Field(
         512,
         ge=1,
-        description="Maximum number of samples that the local policy generates at the same time, over all jobs.",
+        description="The local policy generates at most this number of samples at the same time, over all jobs.",
     )
     cache_gib: float | None = Field(
         None,
         gt=0,
-        description="Memory of the local policy's key/value cache, in GiB. Default: what a GPU has left, 2 on a CPU.",
+        description="The key/value cache of the local policy takes this much memory, in GiB. The default is what a "
+        "GPU has left, and 2 GiB on a CPU.",
     )
     prefill_tokens: int | None = Field(
         None,
         ge=1,
-        description="Maximum number of prompt tokens that the local policy reads between two generated tokens. "
-        "Default: 4096 on a GPU, 512 on a CPU.",
+        description="The local policy reads at most this number of prompt tokens between two generated tokens. The "
+        "default is 4096 on a GPU and 512 on a CPU.",
     )
     engine_fallback: bool = Field(
         False,
-        description="If true, a local policy that the engine cannot serve runs one request at a time, with generate().",
+        description="If true, a local policy that the engine cannot serve runs one request at a time, with "
+        "generate(). If false, it is refused.",
     )
-    threads: int | None = Field(None, ge=1, description="Number of CPU threads of torch. Default: all cores.")
+    threads: int | None = Field(
+        None, ge=1, description="torch uses this number of CPU threads. The default is all cores."
+    )
 
-    # Scripted back end, for tests
+
+class ScriptedSettings(BaseSettings):
+    """Scripted back end, for tests."""
+
     scripted_latency: float = Field(
-        0.0, ge=0, description="Duration of each call of the scripted back end, in seconds."
+        0.0, ge=0, description="Each call of the scripted back end takes this long, in seconds."
     )
     scripted_log: Path | None = Field(
-        None, description="File to which the scripted back end appends a line for each call. Default: none."
+        None, description="The scripted back end appends a line for each call to this file. The default is no file."
     )
 
-    # Policy behind an OpenAI-compatible server
+
+class OpenAIPolicySettings(BaseSettings):
+    """Policy behind an OpenAI-compatible server."""
+
     openai_url: str | None = Field(
-        None, description="URL of the server for TPO_POLICY=openai:MODEL, including /v1: http://host:8000/v1."
+        None,
+        description="The server for TPO_POLICY=openai:MODEL is at this URL, which includes /v1: http://host:8000/v1.",
     )
     openai_api_key: SecretStr | None = Field(
-        None, min_length=1, description="API key that is sent to the policy's server as a bearer token."
+        None, min_length=1, description="This API key is sent to the policy's server as a bearer token."
     )
     openai_samples: Literal["batched", "separate"] = Field(
         "batched",
-        description="How samples are requested. batched: one request with n. separate: one request for each sample, "
-        "with its own seed and token count.",
+        description="Samples are requested in this way. batched: one request with n. separate: one request for each "
+        "sample, with its own seed and token count.",
     )
     openai_max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
-        "max_tokens", description="Name of the request field that limits the tokens of an answer."
+        "max_tokens", description="The request field of this name limits the tokens of an answer."
     )
     openai_extra_body: Annotated[
         dict[str, Any], NoDecode, BeforeValidator(_json_object), AfterValidator(check_extra_body)
     ] = Field(
-        {}, description="JSON object that is added to every request, such as chat_template_kwargs, top_k or stop."
+        {},
+        description="The fields of this JSON object are added to every request, such as chat_template_kwargs, top_k "
+        "or stop.",
     )
 
-    # Reward model behind HTTP
+
+class RemoteRewardSettings(BaseSettings):
+    """Reward model behind HTTP."""
+
     reward_url: str | None = Field(
         None,
-        description="URL of the server for TPO_REWARD_MODEL=vllm:MODEL, vllm-pooling:MODEL or sglang:MODEL, "
+        description="The server for TPO_REWARD_MODEL=vllm:MODEL, vllm-pooling:MODEL or sglang:MODEL is at this URL, "
         "without /v1.",
     )
     reward_api_key: SecretStr | None = Field(
-        None, min_length=1, description="API key that is sent to the reward model's server as a bearer token."
+        None, min_length=1, description="This API key is sent to the reward model's server as a bearer token."
     )
     reward_in_unit_interval: bool = Field(
         False,
-        description="Set to true if the model's raw scores lie between 0 and 1. Otherwise a server that returns only "
-        "such scores is refused, because they look like the output of a sigmoid.",
+        description="Set this to true if the model's raw scores lie between 0 and 1. Otherwise a server that returns "
+        "only such scores is refused, because they look like the output of a sigmoid.",
     )
     reward_task: Literal["classify", "token_classify"] = Field(
         "classify",
-        description="Pooling task of vllm-pooling:MODEL. token_classify: the score is that of the last token.",
+        description="vllm-pooling:MODEL is asked for this pooling task. With token_classify, the score is that of the "
+        "last token.",
     )
     reward_tokenizer: str | None = Field(
-        None, description="Tokenizer of sglang:MODEL: a folder or a name on the Hub. Default: the model's name."
+        None,
+        description="sglang:MODEL uses the tokenizer in this folder or of this name on the Hub. The default is the "
+        "model's name.",
     )
 
-    # Reward with several parts
+
+class RewardFileSettings(BaseSettings):
+    """Reward with several parts."""
+
     reward_file: Path | None = Field(
         None,
-        description="TOML file that defines the parts of the reward (docs/rewards.md). TPO_REWARD_MODEL names that "
+        description="This TOML file defines the parts of the reward (docs/rewards.md). TPO_REWARD_MODEL names that "
         "reward.",
     )
     server_api_keys: Annotated[dict[str, SecretStr], NoDecode, BeforeValidator(_json_object)] = Field(
-        {}, description="JSON object of API keys by name, for the servers in TPO_REWARD_FILE."
+        {}, description="This JSON object holds API keys by name, for the servers in TPO_REWARD_FILE."
     )
 
-    # Requests to the servers of models
+
+class RemoteRequestSettings(BaseSettings):
+    """Requests to the servers of models."""
+
     remote_connect_seconds: float = Field(
-        5.0, gt=0, description="Timeout for connecting to a model's server, in seconds."
+        5.0, gt=0, description="A connection to a model's server must be made within this time, in seconds."
     )
     remote_read_seconds: float = Field(
-        300.0, gt=0, description="Longest silence of a model's server before an attempt is abandoned, in seconds."
+        300.0,
+        gt=0,
+        description="An attempt is abandoned when a model's server is silent for longer than this, in seconds.",
     )
     remote_call_seconds: float = Field(
-        900.0, gt=0, description="Timeout of a whole model call, including all retries and pauses, in seconds."
+        900.0,
+        gt=0,
+        description="A whole model call, including all retries and pauses, must end within this time, in seconds.",
     )
     remote_tries: int = Field(
         6,
         ge=1,
-        description="Maximum number of attempts for a request that a model's server accepts but does not answer "
-        "properly.",
+        description="A request that a model's server accepts but does not answer properly is sent at most this number "
+        "of times.",
     )
-    remote_connections: int = Field(256, ge=1, description="Maximum number of connections to each model's server.")
+    remote_connections: int = Field(
+        256, ge=1, description="A process opens at most this number of connections to each model's server."
+    )
     remote_start_seconds: float = Field(
-        300.0, gt=0, description="Longest time that a starting worker waits for a model's server, in seconds."
+        300.0, gt=0, description="A starting worker waits at most this long for a model's server, in seconds."
     )
 
-    # Workers and the queue
+
+class WorkerSettings(BaseSettings):
+    """Workers and the queue."""
+
     concurrency: int = Field(
-        16, ge=1, le=1024, description="Maximum number of jobs that one worker runs at the same time."
+        16, ge=1, le=1024, description="One worker runs at most this number of jobs at the same time."
     )
     lease_seconds: float = Field(
-        30.0, gt=0, description="Lease of a running job, in seconds. A worker that is silent for longer loses its jobs."
+        30.0,
+        gt=0,
+        description="The lease of a running job lasts this long, in seconds. A worker that is silent for longer loses "
+        "its jobs.",
     )
     sweep_seconds: float = Field(
-        5.0, gt=0, description="Interval between two checks for lost notifications and expired leases, in seconds."
+        5.0,
+        gt=0,
+        description="The maintenance worker checks for lost notifications and expired leases at this interval, in "
+        "seconds.",
     )
     renotify_seconds: float = Field(
-        15.0, gt=0, description="Time after which workers are notified again of a job that is still queued, in seconds."
+        15.0, gt=0, description="Workers are notified again of a job that has been queued for this long, in seconds."
     )
     priority_seconds: float = Field(
         60.0,
         gt=0,
-        description="Waiting time that counts as much as one point of priority, in seconds. It ensures that every job "
-        "runs eventually.",
+        description="Waiting for this long counts as much as one point of priority, in seconds. This ensures that "
+        "every job runs eventually.",
     )
     drain_seconds: float = Field(
-        20.0, gt=0, description="Time that running model calls have to finish after SIGTERM, in seconds."
+        20.0, gt=0, description="After SIGTERM, running model calls have this long to finish, in seconds."
     )
     max_attempts: int = Field(
         3,
         ge=1,
-        description="Number of consecutive attempts without a recorded model call after which a job fails.",
+        description="A job fails after this number of consecutive attempts without a recorded model call.",
     )
 
-    # API and Flower
-    host: str = Field("127.0.0.1", description="Address that the API binds to.")
-    port: int = Field(8000, ge=1, le=65535, description="Port of the API.")
+
+class ServerSettings(BaseSettings):
+    """API and Flower."""
+
+    host: str = Field("127.0.0.1", description="The API binds to this address.")
+    port: int = Field(8000, ge=1, le=65535, description="The API listens on this port.")
     api_key: SecretStr | None = Field(
         None,
         min_length=16,
-        description="API key of the tenant default, which clients send as a bearer token: at least 16 characters.",
+        description="Clients of the tenant default send this API key as a bearer token. It has at least 16 characters.",
     )
     require_key: bool = Field(
         False, description="If true, every request needs an API key, even before the first one is created."
     )
     allowed_hosts: Words = Field(
         None,
-        description="Host names that the API and Flower answer to, separated by commas: names, *.NAME for all below a "
-        "name, or * for all. Loopback names are always allowed. Default: no other for a server on loopback, all for "
-        "others.",
+        description="The API and Flower answer to these host names, separated by commas: names, *.NAME for all below a "
+        "name, or * for all. Loopback names are always allowed. The default is no other name for a server on loopback, "
+        "and all names for others.",
     )
     allowed_origins: Words = Field(
         None,
-        description="Origins of web pages that may use the API in a browser (CORS), separated by commas: "
-        "https://app.example.com. * for all, where every request needs a key. Default: none but its own.",
+        description="Web pages of these origins may use the API in a browser (CORS), separated by commas: "
+        "https://app.example.com. * is all, where every request needs a key. The default is only its own pages.",
     )
     root_path: str | None = Field(
         None,
         pattern=r"^(/[!-.0-~]+)*$",
-        description="Path under which a proxy serves the API: /tpo. The proxy may send it or leave it out.",
+        description="A proxy serves the API under this path, such as /tpo. The proxy may send it or leave it out.",
     )
     max_connections: int = Field(
         10_000,
         ge=16,
-        description="Maximum number of connections to an API process. The limit of open files (ulimit -n) minus 128 "
-        "limits it further.",
+        description="An API process has at most this number of connections. The limit of open files (ulimit -n) minus "
+        "128 limits it further.",
     )
     max_connections_per_address: int = Field(
         500,
         ge=1,
-        description="Maximum number of connections of one address to an API process, except for loopback and "
-        "TPO_TRUSTED_PROXIES.",
+        description="One address has at most this number of connections to an API process. Loopback and "
+        "TPO_TRUSTED_PROXIES are exempt.",
     )
     trusted_proxies: Words = Field(
         None,
-        description="Addresses of proxies in front of the API, or their networks, separated by commas: 10.0.0.0/8. "
-        "Their connections are limited only in total. Default: none.",
+        description="These addresses or networks, separated by commas, are proxies in front of the API: 10.0.0.0/8. "
+        "Their connections are limited only in total. The default is none.",
     )
-    flower_host: str = Field("127.0.0.1", description="Address that Flower binds to.")
-    flower_port: int = Field(5555, ge=1, le=65535, description="Port of Flower.")
+    flower_host: str = Field("127.0.0.1", description="Flower binds to this address.")
+    flower_port: int = Field(5555, ge=1, le=65535, description="Flower listens on this port.")
     flower_basic_auth: SecretStr | None = Field(
-        None, description="Credentials of Flower as user:password. The password has at least 8 characters."
+        None,
+        description="Flower asks for these credentials, written as user:password. The password has at least 8 "
+        "characters.",
     )
 
-    # Limits and defaults of jobs
+
+class JobSettings(BaseSettings):
+    """Limits and defaults of jobs."""
+
     max_sample_size: int = Field(
-        MAX_SAMPLE_SIZE, ge=1, le=MAX_SAMPLE_SIZE, description="Largest sample_size that a job may request."
+        MAX_SAMPLE_SIZE,
+        ge=1,
+        le=MAX_SAMPLE_SIZE,
+        description="A job may request a sample_size up to this number of samples.",
     )
     max_iterations: int = Field(
-        MAX_ITERATIONS, ge=0, le=MAX_ITERATIONS, description="Largest max_iterations that a job may request."
+        MAX_ITERATIONS,
+        ge=0,
+        le=MAX_ITERATIONS,
+        description="A job may request a max_iterations up to this number of iterations.",
     )
     max_input_characters: int = Field(
-        200_000, ge=1, description="Maximum length of a job's input, in characters over all its messages."
+        200_000, ge=1, description="A job's input may have up to this number of characters, over all its messages."
     )
     early_stop: EarlyStop | None = Field(
         None,
-        description='Early-stop rule of jobs that set none, as JSON: {"patience": 2, "min_gain": 0.1}. Default: none.',
+        description='Jobs that set no early-stop rule use this one, as JSON: {"patience": 2, "min_gain": 0.1}. The '
+        "default is no rule.",
     )
     stop_on_decline: bool = Field(
         False,
-        description="Whether jobs that do not set it end when an iteration's mean reward falls below the one before.",
+        description="If true, jobs that do not set stop_on_decline end when an iteration's mean reward falls below "
+        "the one before.",
     )
 
-    # Limits of tenants that have none of their own
+
+class TenantSettings(BaseSettings):
+    """Limits of tenants that have none of their own."""
+
     max_jobs_in_flight: int | None = Field(
-        None, ge=0, description="Maximum number of a tenant's jobs that wait or run. Default: no limit."
+        None,
+        ge=0,
+        description="At most this number of a tenant's jobs wait or run; further submissions are refused. The default "
+        "is no limit.",
     )
     max_jobs_per_minute: int | None = Field(
-        None, ge=0, description="Maximum number of jobs that a tenant creates in a minute. Default: no limit."
+        None,
+        ge=0,
+        description="A tenant creates at most this number of jobs in a minute; further submissions are refused. The "
+        "default is no limit.",
     )
     max_jobs_running: int | None = Field(
         None,
         ge=0,
-        description="Maximum number of a tenant's jobs that run at the same time; others wait. Default: no limit.",
+        description="At most this number of a tenant's jobs run at the same time; others wait. The default is no "
+        "limit.",
     )
 
-    # Retention
-    idempotency_hours: float = Field(24.0, gt=0, description="Time for which an Idempotency-Key is stored, in hours.")
+
+class RetentionSettings(BaseSettings):
+    """Retention."""
+
+    idempotency_hours: float = Field(24.0, gt=0, description="An Idempotency-Key is stored for this long, in hours.")
     retention_days: float | None = Field(
         None,
         gt=0,
-        description="Time after which ended jobs are deleted with all their texts, in days. Default: never.",
+        description="Ended jobs are deleted with all their texts after this time, in days. The default is never.",
     )
 
-    # OpenAI-compatible API: waiting, files and batches
+
+class OpenAIServerSettings(BaseSettings):
+    """OpenAI-compatible API: waiting, files and batches."""
+
     wait_seconds: float = Field(
         300.0,
         gt=0,
         le=590,
-        description="Longest time that a request for a chat completion, or for a response that is not in the "
-        "background, waits for the job, in seconds.",
+        description="A request for a chat completion, or for a response that is not in the background, waits at most "
+        "this long for its job, in seconds.",
     )
-    max_file_bytes: int = Field(200_000_000, ge=1, description="Maximum size of an uploaded file, in bytes.")
-    max_batch_lines: int = Field(50_000, ge=1, description="Maximum number of requests in a batch.")
+    max_file_bytes: int = Field(200_000_000, ge=1, description="An uploaded file may have up to this size, in bytes.")
+    max_batch_lines: int = Field(50_000, ge=1, description="A batch may have up to this number of requests.")
     batch_jobs: int = Field(
-        100, ge=1, description="Maximum number of a batch's jobs that wait or run at the same time."
+        100, ge=1, description="At most this number of a batch's jobs wait or run at the same time."
     )
 
-    # Webhooks
+
+class WebhookSettings(BaseSettings):
+    """Webhooks."""
+
     webhook_timeout_seconds: float = Field(
-        10.0, gt=0, le=60, description="Time that a receiver has to respond to a delivery, in seconds."
+        10.0, gt=0, le=60, description="A receiver must respond to a delivery within this time, in seconds."
     )
     webhook_retry_seconds: float = Field(
         5.0,
         gt=0,
-        description="Pause after the first failed attempt, in seconds. Each further pause is four times as long, up to "
-        "4 hours.",
+        description="The pause after the first failed attempt is this long, in seconds. Each further pause is four "
+        "times as long, up to 4 hours.",
     )
     webhook_retry_hours: float = Field(
-        24.0, gt=0, description="Age of an event after which its delivery is given up, in hours."
+        24.0, gt=0, description="The delivery of an event is given up when the event is older than this, in hours."
     )
     webhook_slots: int = Field(
         16,
         ge=1,
         le=256,
-        description="Maximum number of deliveries that the maintenance worker sends at the same time.",
+        description="The maintenance worker sends at most this number of deliveries at the same time.",
     )
     webhook_allow_private: bool = Field(
         False,
         description="If true, webhooks are also delivered to addresses that are not public, including this machine's.",
     )
+    webhook_ports: Annotated[
+        Annotated[frozenset[Annotated[int, Field(ge=1, le=65535)]], Field(min_length=1)] | None,
+        NoDecode,
+        BeforeValidator(_ports),
+    ] = Field(
+        frozenset({80, 443, 8080, 8443}),
+        description="Webhooks are sent to these ports only, separated by commas. With any, all ports are allowed.",
+    )
     webhook_ca_file: Path | None = Field(
         None,
-        description="File of certificate authorities (PEM) that receivers may use in addition to the system's.",
+        description="Receivers may use the certificate authorities in this file (PEM) in addition to the system's.",
     )
+
+
+class Settings(
+    StorageSettings,
+    ModelSettings,
+    LocalModelSettings,
+    ScriptedSettings,
+    OpenAIPolicySettings,
+    RemoteRewardSettings,
+    RewardFileSettings,
+    RemoteRequestSettings,
+    WorkerSettings,
+    ServerSettings,
+    JobSettings,
+    TenantSettings,
+    RetentionSettings,
+    OpenAIServerSettings,
+    WebhookSettings,
+):
+    """The settings of a process, read from environment variables. Each base class is a group of them."""
+
+    model_config = SettingsConfigDict(env_prefix="TPO_", extra="ignore", hide_input_in_errors=True)
+
+    @classmethod
+    def groups(cls) -> tuple[type[BaseSettings], ...]:
+        """Return the groups of settings, in the order of the documentation. The docstring of a group is its title."""
+        return cls.__bases__
 
     @model_validator(mode="after")
     def _safe(self) -> Self:

@@ -18,6 +18,7 @@ from worker.leases import Leases
 from worker.logs import log
 from worker.model_loading import load
 from worker.model_watch import watch_models
+from worker.queue_poller import QueuePoller
 from worker.startup import node_name, start
 
 _GRACE_SECONDS = 4.0
@@ -47,8 +48,18 @@ def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: Loaded
     consumer = ConsumerWatch(settings.concurrency, lambda: notifier.pending_count(settings.policy))
     app.task(name=RUN_JOB, typing=False)(consumer.track(runner.run_job))
 
+    poller = QueuePoller(
+        consumer,
+        drain,
+        runner.next_waiting,
+        runner.run_waiting_job,
+        runner.notify,
+        silent_seconds=settings.renotify_seconds,
+    )
+
     def ready() -> None:
         leases.start()
+        poller.start()
         watch_consumer(consumer, drain, _SILENT_ROUNDS * settings.renotify_seconds)
         watch_models(
             lambda: policy.healthy and reward.healthy,
@@ -65,6 +76,7 @@ def serve(settings: Settings, store: Store, policy: LoadedPolicy, reward: Loaded
         target=_drain_jobs, args=(settings, drain, leases, runner, name), name="drain", daemon=True
     ).start()
     worker.start()
+    leases.wait_until_idle(settings.drain_seconds + 2 * _GRACE_SECONDS)  # for jobs on threads that Celery does not know
     _deregister(store, leases, name)
     policy.close()
     reward.close()

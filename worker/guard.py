@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tpo.core.errors import BrokerUnavailableError, StoreUnavailableError, frames
+from tpo.core.errors import BrokerUnavailableError, StatementFailedError, StoreUnavailableError, frames
 from worker.logs import log
 
 
@@ -11,11 +11,13 @@ from worker.logs import log
 def guarded(failure: str) -> Iterator[None]:
     """Log any exception of the body instead of raising it.
 
-    An unreachable database or broker is a warning; every other exception is an error with its stack frames. `failure`
-    names the work that was not done.
+    An unreachable database or broker is a warning; every other exception, such as a refused statement, is an error with
+    its stack frames. `failure` names the work that was not done.
     """
     try:
         yield
+    except StatementFailedError as error:
+        log.error("%s: %s %s", failure, error, frames(error))
     except (StoreUnavailableError, BrokerUnavailableError) as error:
         log.warning("%s: %s", failure, error)
     except Exception as error:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from tpo.core.errors import CallInterruptedError, InterruptReason, StoreUnavailableError, frames
 from tpo.jobs.leases import Flags, Lease
+from tpo.jobs.scheduling import Rules
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.drain import Drain
@@ -20,12 +21,22 @@ _CHECK_SECONDS = 1.0
 """Interval between two checks for a cancellation or a deadline. A check is a read, cheaper than a renewal."""
 
 
+def scheduling_rules(settings: Settings) -> Rules:
+    """Return the scheduling rules for claims."""
+    return Rules(settings.priority_seconds, settings.max_jobs_running, suspect_patience=settings.lease_seconds)
+
+
 class HeldJob:
     """A job that this process runs, with the state of its lease."""
 
-    def __init__(self, lease: Lease, drain: Drain) -> None:
+    def __init__(self, lease: Lease, drain: Drain, yields: Callable[[], bool] = lambda: False) -> None:
         self.lease = lease
+        self.cut_off = False
+        """Whether the database could not be reached when the lease was last to be renewed."""
+        self.cleared = False
+        """True once a job that was in quarantine has recorded a step: it leaves the worker of the other suspects."""
         self._drain = drain
+        self._yields = yields
         self._stop: InterruptReason | None = None
         self._queue_paused = False
         self._renewed = time.monotonic()
@@ -57,6 +68,7 @@ class HeldJob:
             if renewed:
                 # A slow renewal may have begun before this job was claimed.
                 self._renewed = max(self._renewed, asked)
+                self.cut_off = False
 
     def interrupt(self) -> None:
         """Raise CallInterruptedError if a running model call must end now."""
@@ -74,6 +86,8 @@ class HeldJob:
             raise CallInterruptedError("drain")
         if self._queue_paused:
             raise CallInterruptedError("queue_paused")
+        if self.cleared or (self.lease.quarantine is None and self._yields()):
+            raise CallInterruptedError("quarantine")
 
 
 class Leases:
@@ -86,9 +100,12 @@ class Leases:
         self._settings = settings
         self._lease_seconds = settings.lease_seconds
         self._held: set[HeldJob] = set()
+        self._unforgiven: list[Lease] = []
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._stopping = threading.Event()
+        self._yields = threading.Event()
+        """Set while this worker empties itself for suspects of a crash."""
         self._thread = threading.Thread(target=self._keep, name="leases", daemon=True)
 
     def register(self) -> None:
@@ -114,7 +131,9 @@ class Leases:
     @contextmanager
     def holding(self, lease: Lease) -> Iterator[HeldJob]:
         """Keep a lease renewed while the block runs."""
-        held = HeldJob(lease, self._drain)
+        held = HeldJob(lease, self._drain, self._yields.is_set)
+        if lease.quarantine is not None:
+            self._yields.clear()  # it is empty now
         with self._lock:
             self._held.add(held)
         try:
@@ -123,6 +142,11 @@ class Leases:
             with self._lock:
                 self._held.discard(held)
                 self._idle.notify_all()
+
+    def forgive_later(self, lease: Lease) -> None:
+        """Take back the attempt of a lost lease as soon as the database can be reached."""
+        with self._lock:
+            self._unforgiven.append(lease)
 
     def held(self) -> list[Lease]:
         """Return the leases of the running jobs."""
@@ -141,16 +165,36 @@ class Leases:
             began = time.monotonic()
             try:
                 if began >= renew_at:
-                    self.register()
+                    if not self._drain.exit_code:  # a process that fails is as good as dead
+                        self.register()
                     self._ask(self._renew, renewed=True)
+                    self._forgive()
+                    self._set_yields()
                     renew_at = began + self._lease_seconds / 3
                 else:
                     self._ask(self._check)
             except StoreUnavailableError as error:
                 log.warning("leases cannot be renewed: %s", error)
+                self.mark_cut_off()
             except Exception as error:
                 log.error("leases cannot be renewed: %s", frames(error))
+                self.mark_cut_off()
             self._stopping.wait(pause)
+
+    def mark_cut_off(self) -> None:
+        """Note for all held jobs that the database cannot be reached: if they lose their leases, this is why."""
+        with self._lock:
+            for held in self._held:
+                held.cut_off = True
+
+    def _forgive(self) -> None:
+        with self._lock:
+            leases = list(self._unforgiven)
+        for lease in leases:
+            self._store.leases.forgive(lease)
+            log.info("%s: its attempt does not count, because the database was away", lease.job_id)
+            with self._lock:
+                self._unforgiven.remove(lease)
 
     def _ask(self, query: Callable[[set[str]], dict[str, tuple[int, Flags]]], *, renewed: bool = False) -> None:
         with self._lock:
@@ -160,6 +204,18 @@ class Leases:
         for job in held:
             fence, flags = owned.get(job.lease.job_id, (None, None))
             job.update(flags if fence == job.lease.fence else None, asked, renewed=renewed)
+
+    def _set_yields(self) -> None:
+        settings = self._settings
+        yields = self._store.leases.must_yield(
+            self._worker,
+            model=settings.policy,
+            reward_model=settings.reward_model,
+            rules=scheduling_rules(settings),
+        )
+        if yields and not self._yields.is_set():
+            log.info("jobs are handed back after their calls: suspects of a crash need a worker of their own")
+        (self._yields.set if yields else self._yields.clear)()
 
     def _renew(self, job_ids: set[str]) -> dict[str, tuple[int, Flags]]:
         return self._store.leases.renew(self._worker, job_ids, self._lease_seconds)

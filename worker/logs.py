@@ -12,8 +12,10 @@ def configure() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.captureWarnings(True)
     setup_logging.connect(_configured)
-    # Our own lines cover each job; these loggers would repeat them with less detail.
-    for name in ("celery.worker.strategy", "celery.app.trace", "celery.beat", "alembic", "httpx"):
+    logging.getLogger("kombu.pidbox").setLevel(logging.CRITICAL)  # anyone with the broker could fill it with tracebacks
+    # Our own lines cover each job; these loggers would repeat them with less detail. httpcore would log the hosts of
+    # webhooks and the headers of their responses.
+    for name in ("celery.worker.strategy", "celery.app.trace", "celery.beat", "alembic", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

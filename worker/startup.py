@@ -2,6 +2,7 @@
 
 import os
 import platform
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -39,8 +40,11 @@ def start(serve: Callable[[Settings, Store], int]) -> int:
 
 
 def node_name(kind: str) -> str:
-    """Return this process's name in Flower and in the table of workers."""
-    return f"tpo-{kind}-{os.getpid()}@{platform.node()}"
+    """Return this process's name in Flower and in the table of workers.
+
+    No other process ever has it: in a container, the next process has the same id and host.
+    """
+    return f"tpo-{kind}-{os.getpid()}-{secrets.token_hex(3)}@{platform.node()}"
 
 
 def _store(settings: Settings) -> Store:

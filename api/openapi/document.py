@@ -1,4 +1,4 @@
-"""The OpenAPI document, with what FastAPI cannot know: how errors are sent, and the API key."""
+"""The OpenAPI document: FastAPI's, with problem details as errors, the API key, and examples."""
 
 from typing import Any
 
@@ -64,14 +64,14 @@ _SUMMARIES = {
     "list_reward_models": "List reward models",
     "list_prompt_sets": "List prompt sets",
 }
-"""The summary of each operation, by its id, which is the name of its route's function."""
+"""Summary of each operation, by operation id (the name of the route's function)."""
 
 
 def _problem(path: str, answer: dict[str, Any]) -> dict[str, Any]:
-    """How an address tells of an error: its examples name it."""
+    """Return the description of an error's response, with the path in its examples."""
     shown = {}
     for code, example in answer["content"]["application/json"]["examples"].items():
-        value = example["value"]  # out of which FastAPI leaves the nulls
+        value = example["value"]  # FastAPI leaves out null values
         shown[code] = {"value": {**value, "instance": path, "error": {"param": None, **value["error"]}}}
     content = {"application/problem+json": {"schema": _PROBLEM, "examples": shown}}
     return {"description": answer["description"], "content": content}
@@ -94,13 +94,13 @@ def _body_routes() -> list[APIRoute]:
 
 
 def openapi_document(app: FastAPI) -> dict[str, Any]:
-    """The description of the API, with what FastAPI cannot know: how errors are sent, and the key."""
+    """Return the OpenAPI document of the application."""
     if app.openapi_schema is None:
         routes = [*app.routes, *_body_routes()]
         described = get_openapi(title=app.title, version=app.version, description=app.description, routes=routes)
         bodies = {name: described["paths"].pop(_BODIES + name)["post"]["requestBody"] for name in DOCUMENTED}
         settings: Settings = app.state.settings
-        # A server without any key asks for none, and it may have its first one made while it runs.
+        # A server without keys requires none, and its first key may be created while it runs.
         secured: list[dict[str, list[str]]] = [{"key": []}, *([] if settings.api_key or settings.require_key else [{}])]
         for path, operations in described["paths"].items():
             for operation in operations.values():

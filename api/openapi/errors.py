@@ -1,140 +1,130 @@
-"""Which errors an address can answer, each with an example, for the description of the API."""
+"""OpenAPI `responses` of the routes' errors, with an example of each code.
+
+Messages come from the errors themselves, so that the document shows the texts that the server sends.
+"""
 
 from typing import Any
 
 from api import schemas
-from api.errors import problem_body
-from tpo.webhooks.endpoints import MAX_WEBHOOKS
+from api.errors import (
+    BODY_TOO_LARGE,
+    CODES,
+    DETAILS,
+    FORM_REQUIRED,
+    HOST_NOT_ALLOWED,
+    JOB_STILL_RUNNING,
+    JSON_REQUIRED,
+    ORIGIN_NOT_ALLOWED,
+    SERVER_STOPPING,
+    TOO_MANY_STREAMS,
+    detail_of,
+    problem_body,
+)
+from tpo.batches.files import FILE_IN_USE
+from tpo.batches.requests import BATCH_NOT_ENDED
+from tpo.core.errors import (
+    BatchNotFoundError,
+    ConflictError,
+    ExternalIdTakenError,
+    IdempotencyConflictError,
+    InvalidInputError,
+    JobNotFoundError,
+    ModelNotFoundError,
+    StoreUnavailableError,
+    TPOError,
+    UnknownModelError,
+    UploadNotFoundError,
+    WebhookNotFoundError,
+    WrongStateError,
+)
+from tpo.jobs.lifecycle import CANNOT_BE_PAUSED
+from tpo.jobs.quotas import TOO_MANY_IN_FLIGHT, TOO_MANY_PER_MINUTE
+from tpo.jobs.submission import UNKNOWN_POLICY
+from tpo.openai.views import WITHOUT_OUTPUT
+from tpo.webhooks.endpoints import TOO_MANY_WEBHOOKS, WEBHOOK_DISABLED
 
-Answers = dict[int | str, dict[str, Any]]
+Responses = dict[int | str, dict[str, Any]]
 
 
-def _answers(status: int, description: str, **examples: str | tuple[str, str]) -> Answers:
-    """An error by its status, and an example of each code: what it says, and of which parameter."""
-    shown = {}
-    for code, said in examples.items():
-        message, param = (said, None) if isinstance(said, str) else said
-        shown[code] = {"value": problem_body("/v1/…", status, message, code, param).model_dump(exclude={"checks"})}
+def _responses(status: int, description: str, *errors: TPOError, **messages: str) -> Responses:
+    """Describe the responses of one status, with examples: errors of the library, and messages by their code."""
+    examples = [(error.code, detail_of(error), error.param) for error in errors]
+    examples += [(code, message, None) for code, message in messages.items()]
+    shown = {
+        code: {"value": problem_body("/v1/…", status, message, code, param).model_dump(exclude={"checks"})}
+        for code, message, param in examples
+    }
     content = {"application/json": {"examples": shown}}
     return {status: {"model": schemas.Problem, "description": description, "content": content}}
 
 
-_INVALID: dict[str, str | tuple[str, str]] = {
-    "invalid_input": ("limit: Input should be less than or equal to 100", "limit")
-}
-_SAID: dict[str, str | tuple[str, str]] = {
-    "idempotency_key_reused": (
-        "This Idempotency-Key was already used with a different body. Use a new key for each new request.",
-        "Idempotency-Key",
-    )
-}
-_UNSERVED: dict[str, str | tuple[str, str]] = {
-    "unknown_model": ("No worker serves the policy 'gpt-9'; there are: demo.", "model")
-}
+def _default(status: int, description: str) -> Responses:
+    """Describe the responses of a status that has one code and one message."""
+    return _responses(status, description, **{CODES[status]: DETAILS[status]})
 
-ALWAYS: Answers = {
-    **_answers(
-        401,
-        "The server has keys, and the request brings none of them",
-        invalid_api_key="Send your API key with the header Authorization: Bearer KEY.",
-    ),
-    **_answers(
-        403,
-        "A web page of another origin asks for a change",
-        origin_not_allowed="A web page of another origin asks for a change; TPO_ALLOWED_ORIGINS lists those that may.",
-    ),
-    **_answers(
-        421,
-        "The server does not have the name of the Host header",
-        host_not_allowed="This server does not answer to that Host header; TPO_ALLOWED_HOSTS lists the names that it "
-        "has.",
-    ),
-    **_answers(500, "Our fault", internal_error="Something went wrong on our side."),
+
+_INVALID_INPUT = InvalidInputError("limit: Input should be less than or equal to 100", "limit")
+_UNKNOWN_MODEL = UnknownModelError(UNKNOWN_POLICY.format("gpt-9", "demo"), "model")
+
+ALWAYS: Responses = {
+    **_default(401, "The server has keys, and the request contains none of them"),
+    **_responses(403, "A web page of another origin asks for a change", origin_not_allowed=ORIGIN_NOT_ALLOWED),
+    **_responses(421, "The Host header is not a name of the server", host_not_allowed=HOST_NOT_ALLOWED),
+    **_default(500, "Internal server error"),
 }
-"""Of every address under /v1."""
-UNAVAILABLE = _answers(
+"""Responses of every path under /v1."""
+UNAVAILABLE = _responses(
     503,
-    "The database is away, or the server stops: try again after `Retry-After`",
-    database_unavailable="The database cannot be reached. Nothing was changed.",
-    too_many_streams="The server has as many streams as it may have. Poll the job instead, or try again later.",
-    server_stopping="The server stops. Look whether this took effect before you send it again.",
+    "The database cannot be reached, the server is stopping, or it has no free stream: retry after `Retry-After`",
+    StoreUnavailableError(),
+    too_many_streams=TOO_MANY_STREAMS,
+    server_stopping=SERVER_STOPPING,
 )
-NOT_READY = _answers(503, "Not ready: `checks` says what is missing", not_ready="Missing: worker.")
-INVALID = _answers(422, "Not valid: says what", **_INVALID)
-INVALID_OR_SAID = _answers(422, "Not valid: says what", **_INVALID, **_SAID)
-INVALID_JOB = _answers(422, "Not valid: says what", **_INVALID, **_UNSERVED, **_SAID)
-NOT_FOUND = _answers(404, "There is no job with this id", job_not_found="There is no job with this id.")
-NOT_SHOWN = _answers(
-    404, "Not for the tenant of this key", not_found="There is nothing at this address; /docs lists what there is."
-)
-FILE_NOT_FOUND = _answers(404, "There is no file with this id", file_not_found="There is no file with this id.")
-BATCH_NOT_FOUND = _answers(404, "There is no batch with this id", batch_not_found="There is no batch with this id.")
-MODEL_NOT_FOUND = _answers(
-    404,
-    "No live worker serves it",
-    model_not_found="No live worker serves this policy; /v1/models lists those that are served.",
-)
-WEBHOOK_NOT_FOUND = _answers(
-    404, "There is no webhook with this id", webhook_not_found="There is no webhook with this id."
-)
-UNREADABLE: Answers = {
-    **_answers(400, "Not JSON", invalid_json="The body is not JSON in UTF-8, or it is nested too deeply."),
-    **_answers(413, "Larger than the server allows", body_too_large="The body is larger than 2662144 bytes."),
-    **_answers(
-        415,
-        "Not sent as what it must be",
-        unsupported_media_type="Send JSON, with the header Content-Type: application/json.",
-    ),
+NOT_READY = _responses(503, "Not ready: `checks` names what is missing", not_ready="Missing: worker.")
+INVALID = _responses(422, "The request is invalid", _INVALID_INPUT)
+INVALID_OR_REUSED = _responses(422, "The request is invalid", _INVALID_INPUT, IdempotencyConflictError())
+INVALID_JOB = _responses(422, "The request is invalid", _INVALID_INPUT, _UNKNOWN_MODEL, IdempotencyConflictError())
+NOT_FOUND = _responses(404, "There is no job with this id", JobNotFoundError())
+NOT_SHOWN = _default(404, "The tenant of this key has no access to the metrics")
+FILE_NOT_FOUND = _responses(404, "There is no file with this id", UploadNotFoundError())
+BATCH_NOT_FOUND = _responses(404, "There is no batch with this id", BatchNotFoundError())
+MODEL_NOT_FOUND = _responses(404, "No live worker serves this policy", ModelNotFoundError())
+WEBHOOK_NOT_FOUND = _responses(404, "There is no webhook with this id", WebhookNotFoundError())
+UNREADABLE: Responses = {
+    **_default(400, "The body is not JSON"),
+    **_responses(413, "The body is too large", body_too_large=BODY_TOO_LARGE.format(2_662_144)),
+    **_responses(415, "The body has another media type", unsupported_media_type=JSON_REQUIRED),
 }
-UPLOAD: Answers = {
-    **_answers(413, "Larger than the server allows", body_too_large="The body is larger than 200065536 bytes."),
-    **_answers(
-        415,
-        "Not sent as what it must be",
-        unsupported_media_type="Send a form, with the header Content-Type: multipart/form-data.",
-    ),
+UPLOAD: Responses = {
+    **_responses(413, "The body is too large", body_too_large=BODY_TOO_LARGE.format(200_065_536)),
+    **_responses(415, "The body has another media type", unsupported_media_type=FORM_REQUIRED),
 }
-STILL_RUNNING = _answers(
+STILL_RUNNING = _responses(
     504,
-    "The job takes longer than the server waits; it goes on",
-    still_running="The job job_… still runs after 300 s and goes on: poll /v1/responses/resp_…, or ask with "
-    "background: true.",
+    "The job is still running after the server's maximum wait; it continues",
+    still_running=JOB_STILL_RUNNING.format(job_id="job_…", response_id="resp_…", seconds=300),
 )
-CONFLICT = _answers(
-    409,
-    "The job's state does not allow it; do not retry",
-    wrong_state="The job is completed: it cannot be paused.",
+CONFLICT = _responses(
+    409, "The job's status does not allow it; do not retry", WrongStateError(CANNOT_BE_PAUSED.format("completed"))
 )
-TAKEN = _answers(
-    409,
-    "Another request made a job with this `external_id`; do not retry",
-    external_id_taken="Another request made a job with this external_id.",
+TAKEN = _responses(409, "Another request created a job with this `external_id`; do not retry", ExternalIdTakenError())
+IN_USE = _responses(
+    409, "A batch that has not ended reads the file; do not retry", ConflictError(FILE_IN_USE.format("file-…"))
 )
-IN_USE = _answers(
-    409,
-    "A batch still reads it; do not retry",
-    conflict="The file file-… is read by a batch that has not ended.",
+TOO_MANY_WEBHOOKS_EXIST = _responses(
+    409, "The tenant has the maximum number of webhooks; do not retry", ConflictError(TOO_MANY_WEBHOOKS)
 )
-TOO_MANY_WEBHOOKS = _answers(
-    409,
-    "The tenant has as many as it may; do not retry",
-    conflict=f"There are {MAX_WEBHOOKS} webhooks already: delete one first.",
-)
-SWITCHED_OFF = _answers(
-    409, "It is switched off; do not retry", conflict="The webhook is switched off: enable it first."
-)
-NOT_ENDED = _answers(
-    409, "It has not ended; do not retry", wrong_state="The batch batch_… has not ended: cancel it first."
-)
-TOO_MANY = _answers(
+DISABLED = _responses(409, "The webhook is disabled; do not retry", ConflictError(WEBHOOK_DISABLED))
+NOT_ENDED = _responses(409, "The batch has not ended; do not retry", WrongStateError(BATCH_NOT_ENDED.format("batch_…")))
+TOO_MANY = _responses(
     429,
-    "A quota is used up: wait for `Retry-After`",
-    rate_limit_exceeded="60 jobs were made within a minute, and 60 are allowed.",
-    too_many_jobs_in_flight="100 jobs may be in flight, and so many are: wait until one has ended.",
+    "A quota is exceeded: retry after `Retry-After`",
+    rate_limit_exceeded=TOO_MANY_PER_MINUTE.format(60),
+    too_many_jobs_in_flight=TOO_MANY_IN_FLIGHT.format(100),
 )
-NO_ANSWER = _answers(
+NO_ANSWER = _responses(
     500,
-    "The job ended without an answer, or our fault; do not retry the former",
-    job_cancelled="The job job_… ended as cancelled without an answer.",
-    internal_error="Something went wrong on our side.",
+    "The job ended without an answer (do not retry), or an internal server error",
+    job_cancelled=WITHOUT_OUTPUT.format(job_id="job_…", status="cancelled"),
+    internal_error=DETAILS[500],
 )

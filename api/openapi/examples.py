@@ -1,4 +1,4 @@
-"""Examples for the description of the API. FastAPI would leave the nulls out of them."""
+"""Examples of the OpenAPI document, with null values, which FastAPI would leave out."""
 
 import json
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 from tpo.core.state import EarlyStop, Params
 
 _PARAMETERS = Params(seed=7, early_stop=EarlyStop(patience=1, min_gain=0.1)).model_dump(mode="json")
+_INPUT = "My name is Clara. My lamp is now broken. Can I get a quick refund?"
+"""A message that the demo models understand."""
 _JOB: dict[str, Any] = {
     "id": "job_0199c0ffee00aa55aa55aa55aa55aa55",
     "object": "job",
     "status": "completed",
     "model": "demo",
-    "input": "Where is my parcel?",
+    "input": _INPUT,
     "parameters": {
         **_PARAMETERS,
         "reward_model": "demo",
@@ -125,7 +127,7 @@ _PROMPT_SET: dict[str, Any] = {
     "style": "separate",
     "default": True,
 }
-_CHECKS = {"database": "ok", "broker": "ok", "worker": "ok"}
+_CHECKS = {"database": "ok", "broker": "ok", "worker": "ok", "queue": "ok", "disk": "ok"}
 _WEBHOOK: dict[str, Any] = {
     "id": f"wh_{_DIGITS}",
     "object": "webhook",
@@ -258,34 +260,32 @@ _COMPLETION: dict[str, Any] = {
 _SHORT = {"sample_size": 2, "max_iterations": 1}
 
 STREAM = f"id: 3\nevent: job.phase\ndata: {json.dumps(_EVENT, separators=(',', ':'))}\n\n"
-"""Events of a job as they are sent."""
+"""A job's event stream, shortened."""
 
 RESPONSE_STREAM = """event: response.output_text.delta
 data: {"type":"response.output_text.delta","sequence_number":9,"delta":"It arrives tomorrow before noon."}
 
 """
-"""Events of a response as they are sent, not all of their fields."""
+"""A response's event stream, shortened, without some fields."""
 
 CHAT_STREAM = """data: {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"It arrives."}}]}
 
 data: [DONE]
 
 """
-"""A chat's answer as a stream, not all of its fields."""
+"""A streamed chat completion, shortened, without some fields."""
 
-FILE_CONTENT = (
-    '{"custom_id": "r1", "method": "POST", "url": "/v1/responses", "body": {"input": "Where is my parcel?"}}\n'
-)
-"""A file of one request."""
+FILE_CONTENT = '{"custom_id": "r1", "method": "POST", "url": "/v1/responses", "body": {"input": "' + _INPUT + '"}}\n'
+"""Content of a batch file with one request."""
 
-METRICS = """# HELP tpo_http_request_seconds Requests that were answered, and how long each took to its last byte
+METRICS = """# HELP tpo_http_request_seconds HTTP requests and their duration until the last byte of the response
 # TYPE tpo_http_request_seconds histogram
 tpo_http_request_seconds_count{method="GET",route="/v1/jobs/{job_id}",status="200"} 4711.0
-# HELP tpo_jobs_waiting Jobs that wait for a worker
+# HELP tpo_jobs_waiting Jobs waiting for a worker
 # TYPE tpo_jobs_waiting gauge
 tpo_jobs_waiting{model="demo"} 12.0
 """
-"""Some of what Prometheus reads."""
+"""Part of the metrics."""
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "Job": _JOB,
@@ -325,11 +325,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "Batch": _BATCH,
     "BatchPage": _page(_BATCH),
     "BatchDeleted": {"id": _BATCH["id"], "object": "batch", "deleted": True},
-    "ResponseRequest": {"input": "Where is my parcel?", "background": True, "tpo": _SHORT},
+    "ResponseRequest": {"input": _INPUT, "background": True, "tpo": _SHORT},
     "Response": _RESPONSE,
     "ResponseDeleted": {"id": _RESPONSE["id"], "object": "response", "deleted": True},
     "ItemPage": _page(_ITEM),
-    "ChatRequest": {"messages": [{"role": "user", "content": "Where is my parcel?"}], "tpo": _SHORT},
+    "ChatRequest": {"messages": [{"role": "user", "content": _INPUT}], "tpo": _SHORT},
     "ChatCompletion": _COMPLETION,
 }
-"""By the name of the schema; those of `Submit` and `Extend` stand beside their fields."""
+"""Examples by schema name. `Submit` and `Extend` define theirs in their classes."""

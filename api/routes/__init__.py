@@ -1,1 +1,1 @@
-"""Routes, one file for each resource."""
+"""Routes, one file per resource."""

@@ -1,4 +1,4 @@
-"""Batches, as OpenAI's clients know them: a file of requests in, a file of results out."""
+"""Routes of batches, compatible with OpenAI's API: a file of requests in, a file of results out."""
 
 import logging
 from typing import Annotated
@@ -12,7 +12,7 @@ from api.openapi.errors import (
     BATCH_NOT_FOUND,
     FILE_NOT_FOUND,
     INVALID,
-    INVALID_OR_SAID,
+    INVALID_OR_REUSED,
     NOT_ENDED,
     UNAVAILABLE,
     UNREADABLE,
@@ -29,11 +29,11 @@ router = APIRouter(prefix="/v1/batches", tags=["OpenAI"], responses={**INVALID, 
 
 
 class BatchPage(Page[batches.Batch]):
-    """A page of batches, the newest first; the next one starts `after` its `last_id`."""
+    """A page of batches, the newest first. Request the next page with `after` set to `last_id`."""
 
 
 def _batch_id(batch_id: str) -> str:
-    return printable_id(batch_id, BatchNotFoundError("There is no batch with this id."))
+    return printable_id(batch_id, BatchNotFoundError())
 
 
 BatchId = Annotated[str, Depends(_batch_id)]
@@ -42,7 +42,7 @@ BatchId = Annotated[str, Depends(_batch_id)]
 @router.post(
     "",
     dependencies=[NoQuery],
-    responses={**INVALID_OR_SAID, **UNREADABLE, **FILE_NOT_FOUND},
+    responses={**INVALID_OR_REUSED, **UNREADABLE, **FILE_NOT_FOUND},
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
 def create_batch(
@@ -53,7 +53,7 @@ def create_batch(
     request: Request,
     response: Response,
 ) -> batches.Batch:
-    """Create a batch from an uploaded file. A line that asks for no valid job fails without the others."""
+    """Create a batch from an uploaded file. An invalid line does not affect the others."""
     keep = body.output_expires_after
     made = store.batches.create(
         endpoint=body.endpoint,
@@ -65,7 +65,7 @@ def create_batch(
         idempotency=idempotency_request(request, settings, body.model_dump(mode="json", exclude_unset=True)),
     )
     if made.new:
-        _ring(notifier, made.batch.id, request)
+        _notify(notifier, made.batch.id, request)
     else:
         response.headers.update(REPLAYED)
     return batches.batch(made.batch)
@@ -86,20 +86,20 @@ def get_batch(batch_id: BatchId, store: StoreDep) -> batches.Batch:
 
 @router.post("/{batch_id}/cancel", dependencies=[NoQuery], responses=BATCH_NOT_FOUND)
 def cancel_batch(batch_id: BatchId, store: StoreDep) -> batches.Batch:
-    """Cancel a batch; finished results are kept. Returns the batch, also if it had already ended."""
+    """Cancel a batch and keep its finished results. Returns the batch, even if it had already ended."""
     return batches.batch(store.batches.cancel(batch_id))
 
 
 @router.delete("/{batch_id}", dependencies=[NoQuery], responses={**BATCH_NOT_FOUND, **NOT_ENDED})
 def delete_batch(batch_id: BatchId, store: StoreDep) -> batches.BatchDeleted:
-    """Delete an ended batch with its output and errors. Its input file and its jobs are kept."""
+    """Delete an ended batch with its output and error files. Its input file and its jobs are kept."""
     store.batches.delete(batch_id)
     return batches.BatchDeleted(id=batch_id)
 
 
-def _ring(notifier: JobNotifier, batch_id: str, request: Request) -> None:
+def _notify(notifier: JobNotifier, batch_id: str, request: Request) -> None:
     try:
         notifier.notify_batch(batch_id)
     except BrokerUnavailableError:
         request_id = request.state.request_id
-        logger.warning("request %s: the broker is away; %s will be rung for later", request_id, batch_id)
+        logger.warning("request %s: the broker cannot be reached; maintenance will start %s", request_id, batch_id)

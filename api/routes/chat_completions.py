@@ -1,4 +1,4 @@
-"""Chat completions, as OpenAI's clients know them, for jobs that are short: the answer waits for the job's end."""
+"""Route of chat completions, compatible with OpenAI's API. The response waits for the end of the job."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/chat", tags=["OpenAI"], responses={**INVALID, **U
 
 
 _STREAMED: dict[str, Any] = {
-    "description": "The answer; with `stream`, as Server-Sent Events",
+    "description": "The chat completion; with `stream`, as Server-Sent Events",
     "content": {"text/event-stream": {"example": CHAT_STREAM}},
 }
 
@@ -47,7 +47,7 @@ async def create_chat_completion(
     broadcaster: BroadcasterDep,
     settings: SettingsDep,
 ) -> views.ChatCompletion | HTTPResponse:
-    """Create a chat completion: wait for its job to end. With `stream`, the answer arrives as one chunk."""
+    """Create a chat completion and wait for its job to end. With `stream`, the text is sent as one chunk."""
     job = await run_in_threadpool(submit, body, submitter)
     job = await until_ended(broadcaster, store, job, settings.wait_seconds)
     if job.status not in TERMINAL:
@@ -62,19 +62,19 @@ async def create_chat_completion(
 
 
 def _without_answer(request: Request, job: JobView) -> HTTPResponse:
-    """A job that ended without an answer, as an error. The client is told not to repeat it: that makes another job."""
-    detail = f"The job {job.id} ended as {job.status} without an answer"
+    """Return the error of a job that ended without output. Its client must not retry: that would create another job."""
+    code, detail = views.failure(job)
     return problem(
         request.scope,
         422 if job.error_code in views.OPENAI_ERROR_CODES else 500,
-        detail=f"{detail}: {job.error_message}" if job.error_message else f"{detail}.",
-        code=job.error_code or f"job_{job.status}",
+        detail=detail,
+        code=code,
         headers={"location": f"/v1/jobs/{job.id}", "x-should-retry": "false"},
     )
 
 
 def _chunks(completion: views.ChatCompletion, with_usage: bool) -> Iterator[str]:
-    """The answer as a stream of OpenAI's chunks."""
+    """Iterate over the chunks of a streamed chat completion."""
     head = {
         "id": completion.id,
         "object": "chat.completion.chunk",

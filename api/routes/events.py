@@ -1,4 +1,4 @@
-"""Routes of a job's events: a list, or a stream of Server-Sent Events."""
+"""Route of a job's events: a list, or a stream of Server-Sent Events."""
 
 import re
 from typing import Annotated
@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNA
     response_model=schemas.EventList,
     responses={
         200: {
-            "description": "The events; or a stream of them with `?stream=true` or `Accept: text/event-stream`",
+            "description": "The events, as a list; with `?stream=true` or `Accept: text/event-stream`, as a stream",
             "content": {"text/event-stream": {"example": STREAM}},
         },
         **NOT_FOUND,
@@ -41,9 +41,9 @@ async def list_events(
     broadcaster: BroadcasterDep,
     query: Annotated[queries.EventQuery, Query()],
 ) -> schemas.EventList | HTTPResponse:
-    """List or stream the events of a job, numbered without a gap. A stream ends with the job's last event.
+    """List or stream the events of a job, numbered without gaps. A stream ends after the job's last event.
 
-    A stream that was cut is resumed with `starting_after`, or with the header `Last-Event-ID`, which comes first.
+    Resume an interrupted stream with `starting_after`, or with the header `Last-Event-ID`, which takes precedence.
     """
     job = await run_in_threadpool(store.jobs.get, job_id)
     after = _last_seen(request, query)
@@ -59,7 +59,7 @@ def _last_seen(request: Request, query: queries.EventQuery) -> int:
     if not header:
         return query.starting_after
     if not _NUMBER.fullmatch(header):
-        raise InvalidInputError("Last-Event-ID: is not the number of an event.", "Last-Event-ID")
+        raise InvalidInputError("Last-Event-ID: must be the number of an event.", "Last-Event-ID")
     return int(header)
 
 

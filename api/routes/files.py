@@ -1,4 +1,4 @@
-"""Files, as OpenAI's clients know them: uploaded and read in pieces, and never held whole."""
+"""Routes of files, compatible with OpenAI's API. Files are stored and read in parts, never as a whole."""
 
 import hashlib
 from typing import Annotated, Any, Literal, NamedTuple
@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
+from api.errors import FORM_REQUIRED
 from api.idempotency import REPLAYED, idempotency_request
-from api.openapi.errors import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_SAID, UNAVAILABLE, UPLOAD
+from api.openapi.errors import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_REUSED, UNAVAILABLE, UPLOAD
 from api.openapi.examples import FILE_CONTENT
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
 from api.schemas.paging import Page, PageOptions
@@ -37,14 +38,18 @@ _FORM: dict[str, Any] = {
                     "required": ["file", "purpose"],
                     "additionalProperties": False,
                     "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "JSON Lines, a request a line"},
+                        "file": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "JSON Lines: one request per line",
+                        },
                         "purpose": {"type": "string", "enum": ["batch"]},
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
                         "expires_after[seconds]": {
                             "type": "integer",
                             "minimum": 3600,
                             "maximum": 2_592_000,
-                            "description": "when the file is deleted; default: as long as the server keeps files",
+                            "description": "lifetime of the file; default: the retention time of the server",
                         },
                     },
                 },
@@ -57,19 +62,19 @@ _FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 
 class FilePage(Page[files.File]):
-    """A page of files; the next one starts `after` its `last_id`."""
+    """A page of files. Request the next page with `after` set to `last_id`."""
 
 
 class FileQuery(PageOptions):
-    """Which files a list holds."""
+    """Filter, order and page of a list of files."""
 
     limit: int = Field(1000, ge=1, le=10_000)
-    order: Literal["asc", "desc"] = Field("desc", description="by age; desc: the newest first")
+    order: Literal["asc", "desc"] = Field("desc", description="order by creation time; desc: newest first")
     purpose: Purpose | None = None
 
 
 def _file_id(file_id: str) -> str:
-    return printable_id(file_id, UploadNotFoundError("There is no file with this id."))
+    return printable_id(file_id, UploadNotFoundError())
 
 
 FileId = Annotated[str, Depends(_file_id)]
@@ -79,23 +84,23 @@ FileId = Annotated[str, Depends(_file_id)]
     "",
     dependencies=[NoQuery],
     response_model=files.File,
-    responses={**INVALID_OR_SAID, **UPLOAD},
+    responses={**INVALID_OR_REUSED, **UPLOAD},
     openapi_extra={**_FORM, **described(IDEMPOTENCY_KEY)},
 )
 async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, response: Response) -> files.File:
     """Upload a file of requests for a batch."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise HTTPException(415, "Send a form, with the header Content-Type: multipart/form-data.")
+        raise HTTPException(415, FORM_REQUIRED)
     try:
         form = await request.form(max_files=1, max_fields=10)
     except HTTPException as error:
         if error.status_code != 400:
             raise
-        raise InvalidInputError("The body is not a form of one file and its purpose.") from None
+        raise InvalidInputError("The body must be a form with one file and its purpose.") from None
     async with _closing(form):
-        wanted = _uploaded(form)
-        named = await run_in_threadpool(_named, request, settings, wanted)
-        row, new = await run_in_threadpool(_keep, store, wanted, named)
+        upload = _validated(form)
+        idempotency = await run_in_threadpool(_identity, request, settings, upload)
+        row, new = await run_in_threadpool(_stored, store, upload, idempotency)
     if not new:
         response.headers.update(REPLAYED)
     return files.file(row, settings.retention_days)
@@ -103,14 +108,14 @@ async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, 
 
 @router.get("")
 def list_files(query: Annotated[FileQuery, Query()], store: StoreDep, settings: SettingsDep) -> FilePage:
-    """List files by age."""
+    """List files by creation time."""
     rows = store.files.page(limit=query.limit + 1, after=query.after, order=query.order, purpose=query.purpose)
     return FilePage.of(rows, query.limit, lambda row: files.file(row, settings.retention_days))
 
 
 @router.get("/{file_id}", dependencies=[NoQuery], responses=FILE_NOT_FOUND)
 def get_file(file_id: FileId, store: StoreDep, settings: SettingsDep) -> files.File:
-    """Get a file's description."""
+    """Get the metadata of a file."""
     return files.file(store.files.get(file_id), settings.retention_days)
 
 
@@ -119,7 +124,10 @@ def get_file(file_id: FileId, store: StoreDep, settings: SettingsDep) -> files.F
     dependencies=[NoQuery],
     response_class=StreamingResponse,
     responses={
-        200: {"content": {"application/octet-stream": {"example": FILE_CONTENT}}, "description": "The bytes"},
+        200: {
+            "content": {"application/octet-stream": {"example": FILE_CONTENT}},
+            "description": "The content of the file",
+        },
         **FILE_NOT_FOUND,
     },
 )
@@ -138,7 +146,7 @@ def delete_file(file_id: FileId, store: StoreDep) -> files.FileDeleted:
 
 
 class _closing:  # noqa: N801 - it is used as a context
-    """A form whose temporary files are closed at the end."""
+    """Context of a form, which closes its temporary files."""
 
     def __init__(self, form: FormData) -> None:
         self._form = form
@@ -151,15 +159,15 @@ class _closing:  # noqa: N801 - it is used as a context
 
 
 class _Upload(NamedTuple):
-    """What a form asks to be kept."""
+    """Validated fields of an upload form."""
 
     source: UploadFile
     name: str
     keep_seconds: int | None
 
 
-def _uploaded(form: FormData) -> _Upload:
-    """The one file of a form that says its purpose. Raises InvalidInputError."""
+def _validated(form: FormData) -> _Upload:
+    """Validate an upload form. Raises InvalidInputError."""
     for name in form:
         if name not in _FIELDS:
             raise InvalidInputError(f"{name}: is not a known field.", name)
@@ -167,39 +175,39 @@ def _uploaded(form: FormData) -> _Upload:
     if not isinstance(source, UploadFile):
         raise InvalidInputError("file: is required.", "file")
     if form.get("purpose") != "batch":
-        raise InvalidInputError("purpose: must be batch; files are for nothing else.", "purpose")
+        raise InvalidInputError("purpose: must be batch, the only supported purpose.", "purpose")
     name = (source.filename or "file").replace("\x00", "")[:255].encode("utf-8", "replace").decode()
     return _Upload(source, name, _keep_seconds(form))
 
 
 def _keep_seconds(form: FormData) -> int | None:
-    said = {name[14:-1]: value for name, value in form.items() if name.startswith("expires_after[")}
-    if not said:
+    given = {name[14:-1]: value for name, value in form.items() if name.startswith("expires_after[")}
+    if not given:
         return None
     try:
-        return files.ExpiresAfter.model_validate_strings(said).seconds
+        return files.ExpiresAfter.model_validate_strings(given).seconds
     except ValidationError as error:
         raise validation_messages.invalid(error, lambda field: f"expires_after[{field}]") from None
 
 
-def _named(request: Request, settings: Settings, wanted: _Upload) -> IdempotencyRequest | None:
-    """What names an upload that has a key: its content is read once more for that."""
+def _identity(request: Request, settings: Settings, upload: _Upload) -> IdempotencyRequest | None:
+    """Return the idempotency identity of an upload with a key. It hashes the content."""
     if "idempotency-key" not in request.headers:
         return None
-    digest = hashlib.file_digest(wanted.source.file, "sha256").hexdigest()  # type: ignore[arg-type]
-    wanted.source.file.seek(0)
-    return idempotency_request(request, settings, [wanted.name, wanted.keep_seconds, digest])
+    digest = hashlib.file_digest(upload.source.file, "sha256").hexdigest()  # type: ignore[arg-type]
+    upload.source.file.seek(0)
+    return idempotency_request(request, settings, [upload.name, upload.keep_seconds, digest])
 
 
-def _keep(store: Store, wanted: _Upload, named: IdempotencyRequest | None) -> tuple[File, bool]:
-    """Copy an upload into the database, a part at a time. Gives the file, and whether it is a new one."""
-    if named and (known := store.files.find_existing(named)):
+def _stored(store: Store, upload: _Upload, idempotency: IdempotencyRequest | None) -> tuple[File, bool]:
+    """Copy an upload into the database part by part. Return the file, and True if it is new."""
+    if idempotency and (known := store.files.find_existing(idempotency)):
         return known, False
-    file_id = store.files.begin(wanted.name, "batch", wanted.keep_seconds)
+    file_id = store.files.begin(upload.name, "batch", upload.keep_seconds)
     try:
-        while data := wanted.source.file.read(PART_BYTES):
+        while data := upload.source.file.read(PART_BYTES):
             store.files.append_part(file_id, data)
-        made = store.files.complete(file_id, named)
+        made = store.files.complete(file_id, idempotency)
         return made, made.id == file_id
     except BaseException:
         store.files.discard(file_id)

@@ -1,4 +1,4 @@
-"""Jobs: submit, list, look at, wait for."""
+"""Routes of jobs: create, list, get, wait."""
 
 import hashlib
 import re
@@ -33,7 +33,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNA
     status_code=202,
     dependencies=[NoQuery],
     responses={
-        200: {"model": schemas.Job, "description": "The job has ended within the time of `Prefer: wait=N`"},
+        200: {"model": schemas.Job, "description": "The job ended within the time of `Prefer: wait=N`"},
         **INVALID_JOB,
         **UNREADABLE,
         **TAKEN,
@@ -52,8 +52,8 @@ async def create_job(
 ) -> schemas.Job:
     """Create a job. After the response, the job survives any crash.
 
-    With `Idempotency-Key`, or with an `external_id`, a request that is sent again gives the first job. With
-    `Prefer: wait=N` (up to 60 s) the answer is 200 and the ended job, if it ends in time.
+    A duplicate request (same `Idempotency-Key` or `external_id`) returns the first job. With `Prefer: wait=N` (up to
+    60 s), the response is 200 with the ended job if it ends in time.
     """
     row = await run_in_threadpool(submitter.submit, body)
     if preferred := _PREFERRED_WAIT.search(request.headers.get("prefer", "")):
@@ -68,7 +68,7 @@ async def create_job(
 
 @router.get("", openapi_extra=described(METADATA))
 def list_jobs(query: Annotated[queries.JobQuery, Query()], store: StoreDep, settings: SettingsDep) -> schemas.JobPage:
-    """List jobs by age. Repeat `metadata[KEY]=VALUE` to filter by several pairs.
+    """List jobs by creation time. Repeat `metadata[KEY]=VALUE` to filter by several pairs.
 
     A page ends at its limit, or at 1 MiB. Texts are left out unless `include` asks for them.
     """
@@ -93,7 +93,7 @@ def list_jobs(query: Annotated[queries.JobQuery, Query()], store: StoreDep, sett
 @router.get(
     "/{job_id}",
     response_model=schemas.Job,
-    responses={304: {"description": "The job is as it was at the `If-None-Match`"}, **NOT_FOUND},
+    responses={304: {"description": "The job still has the `ETag` in `If-None-Match`"}, **NOT_FOUND},
     openapi_extra=described(IF_NONE_MATCH),
 )
 async def get_job(
@@ -104,9 +104,9 @@ async def get_job(
     settings: SettingsDep,
     query: Annotated[queries.WaitQuery, Query()],
 ) -> Response:
-    """Get a job, with an `ETag`. With `wait`, the response comes when the job has ended or the time has passed.
+    """Get a job, with an `ETag`. With `wait`, the response is sent when the job has ended or the time has passed.
 
-    With `If-None-Match` beside it, it comes as soon as anything has happened.
+    With `wait` and `If-None-Match`, the response is sent as soon as the job has changed.
     """
     row = await run_in_threadpool(store.jobs.get, job_id)
     known = _known(request)
@@ -125,7 +125,7 @@ async def get_job(
 def list_iterations(
     job_id: JobId, store: StoreDep, query: Annotated[queries.IterationQuery, Query()]
 ) -> schemas.IterationList:
-    """List the iterations of a job: what each compared, its critique, its gradient and its result."""
+    """List the iterations of a job: the compared candidates, critique, gradient and result of each."""
     return views.iterations(store.jobs.get(job_id), store.jobs.state(job_id), query.after)
 
 
@@ -151,11 +151,11 @@ def _metadata(given: dict[str, object]) -> dict[str, str]:
     wanted: dict[str, str] = {}
     for name, value in given.items():
         if len(wanted) == MAX_METADATA:
-            raise InvalidInputError(f"{name}: a job has {MAX_METADATA} pairs at most", name)
+            raise InvalidInputError(f"{name}: a job has at most {MAX_METADATA} pairs", name)
         found = _METADATA.fullmatch(name)
         if found is None:
             raise InvalidInputError(f"{name}: is not a known field", name)
         if not isinstance(value, str) or "\x00" in name + value:
-            raise InvalidInputError(f"{name}: must be given once, and hold no NUL character", name)
+            raise InvalidInputError(f"{name}: must appear only once and contain no NUL character", name)
         wanted[found.group(1)] = value
     return wanted

@@ -34,7 +34,7 @@ def get_model(model_id: str, store: StoreDep, settings: SettingsDep) -> schemas.
     for each in _models(store, settings):
         if each.id == model_id:
             return each
-    raise ModelNotFoundError("No live worker serves this policy; /v1/models lists those that are served.")
+    raise ModelNotFoundError()
 
 
 @router.get("/reward-models")

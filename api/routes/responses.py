@@ -1,4 +1,4 @@
-"""Responses, as OpenAI's clients know them: a job by another name."""
+"""Routes of responses, compatible with OpenAI's API. A response is a view of a job."""
 
 import json
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from api.bodies import ResponseBody
 from api.dependencies import BroadcasterDep, NoQuery, SettingsDep, StoreDep
-from api.errors import problem
+from api.errors import JOB_STILL_RUNNING, problem
 from api.openapi.errors import (
     CONFLICT,
     INVALID,
@@ -23,7 +23,7 @@ from api.openapi.errors import (
     TOO_MANY,
     UNAVAILABLE,
     UNREADABLE,
-    Answers,
+    Responses,
 )
 from api.openapi.examples import RESPONSE_STREAM
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
@@ -44,7 +44,7 @@ from tpo.store import Store
 router = APIRouter(prefix="/v1/responses", tags=["OpenAI"], responses={**INVALID, **UNAVAILABLE})
 
 
-_STREAMED: Answers = {
+_STREAMED: Responses = {
     200: {
         "description": "The response; with `stream`, its events as Server-Sent Events",
         "content": {"text/event-stream": {"example": RESPONSE_STREAM}},
@@ -53,22 +53,22 @@ _STREAMED: Answers = {
 
 
 class ResponseQuery(BaseModel):
-    """How a response is read."""
+    """Query parameters of a response."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stream: bool = Field(False, description="true: its events, as they come")
-    starting_after: int | None = Field(None, ge=-1, le=2**53, description="with stream: those after this number")
+    stream: bool = Field(False, description="true: stream its events")
+    starting_after: int | None = Field(None, ge=-1, le=2**53, description="with stream: only events after this number")
 
 
 class ItemQuery(PageOptions):
-    """Which of a response's messages a list holds."""
+    """Order and page of a list of messages."""
 
-    order: Literal["asc", "desc"] = Field("desc", description="desc: the last one first")
+    order: Literal["asc", "desc"] = Field("desc", description="desc: last message first")
 
 
-class ItemPage(Page[items.AskedMessage]):
-    """A page of messages; the next one starts `after` its `last_id`."""
+class ItemPage(Page[items.InputMessageItem]):
+    """A page of messages. Request the next page with `after` set to `last_id`."""
 
 
 def _job_id(response_id: str) -> str:
@@ -100,7 +100,7 @@ async def create_response(
     broadcaster: BroadcasterDep,
     settings: SettingsDep,
 ) -> views.Response | HTTPResponse:
-    """Create a response: at once with `background`, otherwise when its job has ended."""
+    """Create a response. With `background`, it is returned at once, otherwise when its job has ended."""
     job = await run_in_threadpool(submit, body, submitter)
     if body.stream:
         return ResponseStream(broadcaster, store, job, None)
@@ -115,30 +115,30 @@ async def create_response(
 def get_response(
     job_id: ResponseJobId, store: StoreDep, broadcaster: BroadcasterDep, query: Annotated[ResponseQuery, Query()]
 ) -> views.Response | HTTPResponse:
-    """Get a response, or with `stream` its events, from the first or after `starting_after`."""
+    """Get a response, or with `stream` its events, from the first event or after `starting_after`."""
     job = store.jobs.get(job_id)
     if query.stream:
         return ResponseStream(broadcaster, store, job, query.starting_after)
     if query.starting_after is not None:
-        raise InvalidInputError("starting_after: is for streams; send stream=true with it.", "starting_after")
+        raise InvalidInputError("starting_after: requires stream=true.", "starting_after")
     return views.response(job)
 
 
 @router.get("/{response_id}/input_items", responses=NOT_FOUND)
 def list_input_items(job_id: ResponseJobId, store: StoreDep, query: Annotated[ItemQuery, Query()]) -> ItemPage:
     """List the input messages of a response, without its instructions."""
-    said = items.input_items(store.jobs.get(job_id))
-    ordered = said if query.order == "asc" else said[::-1]
+    messages = items.input_items(store.jobs.get(job_id))
+    ordered = messages if query.order == "asc" else messages[::-1]
     ids = [item.id for item in ordered]
     if query.after is not None and query.after not in ids:
-        raise InvalidInputError("after: is no message of this response.", "after")
+        raise InvalidInputError("after: must be the id of a message of this response.", "after")
     first = 0 if query.after is None else ids.index(query.after) + 1
     return ItemPage.of(ordered[first : first + query.limit + 1], query.limit, lambda item: item)
 
 
 @router.post("/{response_id}/cancel", dependencies=[NoQuery], responses=NOT_FOUND)
 def cancel_response(job_id: ResponseJobId, store: StoreDep) -> views.Response:
-    """Cancel a response. Returns the response, also if it had already ended."""
+    """Cancel a response. Returns the response, even if it had already ended."""
     return views.response(store.jobs.cancel(job_id))
 
 
@@ -150,7 +150,7 @@ def delete_response(response_id: str, job_id: ResponseJobId, store: StoreDep) ->
 
 
 def submit(body: JobRequest, submitter: Submitter) -> JobView:
-    """The job that a request in OpenAI's shape asks for. Raises InvalidInputError by the names of that request."""
+    """Submit the job of a request in OpenAI's format. Raises InvalidInputError with that request's field names."""
     wanted = body.submission()
     try:
         return submitter.submit(wanted)
@@ -159,43 +159,39 @@ def submit(body: JobRequest, submitter: Submitter) -> JobView:
 
 
 def still_running(request: Request, job: JobView, seconds: float) -> JSONResponse:
-    """The answer to those who wait longer than the server does. A client that repeats it would make a second job."""
-    detail = (
-        f"The job {job.id} still runs after {seconds:g} s and goes on: poll /v1/responses/{views.response_id(job.id)}, "
-        "or ask with background: true."
-    )
+    """Return 504 for a job that outlasts the wait. The client must not retry: that would create another job."""
     return problem(
         request.scope,
         504,
-        detail=detail,
+        detail=JOB_STILL_RUNNING.format(job_id=job.id, response_id=views.response_id(job.id), seconds=seconds),
         code="still_running",
         headers={"location": f"/v1/jobs/{job.id}", "x-should-retry": "false"},
     )
 
 
 class ResponseStream(EventStream):
-    """The events of a response, each with its number, from the first or after a number that a client has seen."""
+    """Streams the numbered events of a response, from the first one or after a given number."""
 
     def __init__(self, broadcaster: EventBroadcaster, store: Store, job: JobView, after: int | None) -> None:
         super().__init__(broadcaster, store, job, 0)
-        self._told = ResponseEvents()
+        self._events = ResponseEvents()
         self._shown = job
         self._from = -1 if after is None else after
 
     async def frame(self, row: EventRow) -> bytes:
-        """What one event of the job means for the response."""
+        """Return the response's events for one event of its job."""
         if row.type.removeprefix("job.") in TERMINAL:
             try:
                 self._shown = await run_in_threadpool(self._store.jobs.get, row.job_id)
             except (JobNotFoundError, StoreUnavailableError):
                 return self.closing("the response cannot be read")
         frames = [
-            f"event: {told['type']}\ndata: {json.dumps(told, separators=(',', ':'))}\n\n"
-            for told in self._told.of(self._shown, [row])
-            if told["sequence_number"] > self._from
+            f"event: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n"
+            for event in self._events.of(self._shown, [row])
+            if event["sequence_number"] > self._from
         ]
         return "".join(frames).encode()
 
     def closing(self, reason: str) -> bytes:
-        """A comment: clients have no type for it, and resume after the last number that they have seen."""
+        """Return a comment: OpenAI's events have no type for it. Clients resume after the last number received."""
         return f": closed: {reason}\n\n".encode()

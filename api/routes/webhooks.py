@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 
 from api.bodies import RotateBody, WebhookBody, WebhookUpdateBody
 from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
-from api.openapi.errors import INVALID, SWITCHED_OFF, TOO_MANY_WEBHOOKS, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
+from api.openapi.errors import DISABLED, INVALID, TOO_MANY_WEBHOOKS_EXIST, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
 from api.schemas.paging import PageQuery
 from api.schemas.webhooks import (
     Delivery,
@@ -20,22 +20,22 @@ from api.schemas.webhooks import (
 )
 from tpo.core.errors import WebhookNotFoundError
 from tpo.webhooks import tables
-from tpo.webhooks.addresses import check_url
+from tpo.webhooks.addresses import AllowedTargets, check_url
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses={**INVALID, **UNAVAILABLE})
 
 
 def _webhook_id(webhook_id: str) -> str:
-    return printable_id(webhook_id, WebhookNotFoundError("There is no webhook with this id."))
+    return printable_id(webhook_id, WebhookNotFoundError())
 
 
 WebhookId = Annotated[str, Depends(_webhook_id)]
 
 
-@router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS})
+@router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS_EXIST})
 def create_webhook(body: WebhookBody, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
     """Create a webhook. Only this response shows its `secret`."""
-    check_url(body.url, allow_private=settings.webhook_allow_private)
+    check_url(body.url, AllowedTargets.from_settings(settings))
     made = store.webhooks.create(body.url, without_duplicates(body.events))
     return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
 
@@ -55,10 +55,10 @@ def get_webhook(webhook_id: WebhookId, store: StoreDep) -> Webhook:
 
 @router.patch("/{webhook_id}", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
 def update_webhook(webhook_id: WebhookId, body: WebhookUpdateBody, store: StoreDep, settings: SettingsDep) -> Webhook:
-    """Update a webhook. Its secret does not change."""
+    """Update a webhook. Its secret is not changed."""
     changes = body.model_dump(exclude_none=True)
     if body.url is not None:
-        check_url(body.url, allow_private=settings.webhook_allow_private)
+        check_url(body.url, AllowedTargets.from_settings(settings))
     if body.events is not None:
         changes["events"] = without_duplicates(body.events)
     return _view(store.webhooks.update(webhook_id, changes))
@@ -66,7 +66,7 @@ def update_webhook(webhook_id: WebhookId, body: WebhookUpdateBody, store: StoreD
 
 @router.post("/{webhook_id}/rotate-secret", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
 def rotate_webhook_secret(webhook_id: WebhookId, store: StoreDep, body: RotateBody) -> WebhookWithSecret:
-    """Rotate the secret of a webhook. The old one also signs for a day, or for the requested time."""
+    """Rotate the secret of a webhook. The old secret stays valid for a day, or for the requested time."""
     made = store.webhooks.rotate_secret(webhook_id, (body or Rotate()).keep_old_seconds)
     return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)
 
@@ -75,16 +75,16 @@ def rotate_webhook_secret(webhook_id: WebhookId, store: StoreDep, body: RotateBo
     "/{webhook_id}/test",
     status_code=202,
     dependencies=[NoQuery],
-    responses={**WEBHOOK_NOT_FOUND, **SWITCHED_OFF},
+    responses={**WEBHOOK_NOT_FOUND, **DISABLED},
 )
 def test_webhook(webhook_id: WebhookId, store: StoreDep) -> Delivery:
-    """Send a webhook an event `webhook.test`."""
+    """Send a test event (`webhook.test`) to a webhook."""
     return _delivery(store.webhooks.ping(webhook_id))
 
 
 @router.get("/{webhook_id}/deliveries", responses=WEBHOOK_NOT_FOUND)
 def list_webhook_deliveries(webhook_id: WebhookId, query: PageQuery, store: StoreDep) -> DeliveryPage:
-    """List the deliveries of a webhook, the newest first. Ended ones are kept for a week."""
+    """List the deliveries of a webhook, the newest first. Finished deliveries are kept for a week."""
     rows = store.webhooks.deliveries_page(webhook_id, limit=query.limit + 1, after=query.after)
     return DeliveryPage.of(rows, query.limit, _delivery)
 

@@ -1,4 +1,4 @@
-"""What crosses the wire, but for a job's submission (`tpo.jobs.submission`) and OpenAI's shapes (`tpo.openai`)."""
+"""Schemas of requests and responses, except job submissions (`tpo.jobs.submission`) and `tpo.openai`."""
 
 from api.schemas.errors import *  # noqa: F403
 from api.schemas.jobs import *  # noqa: F403

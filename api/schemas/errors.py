@@ -7,7 +7,7 @@ from tpo.wire import Wire
 
 
 class ErrorBody(Wire):
-    """The error as clients of OpenAI's API read it."""
+    """An error in the format of OpenAI's API."""
 
     message: str
     type: str
@@ -16,7 +16,7 @@ class ErrorBody(Wire):
 
 
 class Problem(Wire):
-    """An error: RFC 9457, and beside it the `error` that OpenAI's clients read."""
+    """Problem details (RFC 9457), with the `error` object of OpenAI's API."""
 
     type: str
     title: str
@@ -24,4 +24,4 @@ class Problem(Wire):
     detail: str
     instance: str
     error: ErrorBody
-    checks: Checks | None = Field(None, description="of /readyz alone")
+    checks: Checks | None = Field(None, description="only in responses of /readyz")

@@ -18,7 +18,7 @@ def _is_none(value: object) -> bool:
 
 
 class JobParameters(Params):
-    """Parameters of a job, with every default filled in."""
+    """Parameters of a job, with all defaults filled in."""
 
     model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
@@ -28,11 +28,13 @@ class JobParameters(Params):
 
 
 class Progress(Wire):
-    """Where a job stands."""
+    """Progress of a job."""
 
     iteration: int
     max_iterations: int
-    phase: str | None = Field(description="sampling, scoring, critique, gradient or update; null before and after")
+    phase: str | None = Field(
+        description="sampling, scoring, critique, gradient or update; null unless the job is running"
+    )
 
 
 class Best(Wire):
@@ -44,7 +46,7 @@ class Best(Wire):
 
 
 class JobFailure(Wire):
-    """Why a job failed."""
+    """Reason for the failure of a job."""
 
     code: str
     message: str
@@ -52,25 +54,25 @@ class JobFailure(Wire):
 
 
 class Incomplete(Wire):
-    """Why a job was cut short with the best it had: a budget by its parameter's name, or its deadline."""
+    """Reason why a job stopped early and returned its best candidate: an exhausted budget or the deadline."""
 
     reason: IncompleteReason
 
 
 class Usage(Wire):
-    """Tokens and seconds: `total_tokens` is what the policy read and wrote; the reward model's stand apart."""
+    """Tokens and seconds used. `total_tokens` is the policy's input and output, without `reward_tokens`."""
 
     input_tokens: int
     output_tokens: int
     total_tokens: int
     reward_tokens: int
     model_seconds: float = Field(
-        description="wall time inside its model calls on whatever device, waiting for a place among others included"
+        description="wall time of the model calls in seconds, including the wait for a free slot"
     )
 
 
 class JobFields(Identified):
-    """What a job and its place in a list have in common. Times are Unix seconds."""
+    """Fields that a job and its summary have in common. Times are Unix timestamps in seconds."""
 
     object: Literal["job"] = "job"
     status: Status
@@ -79,7 +81,7 @@ class JobFields(Identified):
     priority: int
     metadata: dict[str, str]
     external_id: str | None
-    source_id: str | None = Field(description="the job from whose record this one started")
+    source_id: str | None = Field(description="id of the job from which this one was retried or extended")
     created_at: int
     started_at: int | None
     completed_at: int | None
@@ -87,27 +89,29 @@ class JobFields(Identified):
     pause_requested_at: int | None
     next_attempt_at: int | None
     deadline_at: int | None
-    estimated_finish: int | None = Field(description="while it runs, by its calls so far; a guess")
-    expires_at: int | None = Field(description="when an ended job is deleted; null where it is kept")
+    estimated_finish: int | None = Field(
+        description="estimate from the model calls so far; null unless the job is running"
+    )
+    expires_at: int | None = Field(description="deletion time of an ended job; null if it is kept")
     attempt: int
     max_attempts: int
     progress: Progress
     best: Best | None
     declined_iteration: int | None = Field(
-        description="the last iteration whose mean reward fell below that of the one before; null where none did"
+        description="last iteration whose mean reward is below that of the iteration before; null if there is none"
     )
     error: JobFailure | None
     incomplete_details: Incomplete | None
     stop_reason: StopReason | None = Field(
-        description="why a completed job made fewer iterations than `max_iterations`, by a rule of its parameters"
+        description="rule in the parameters that ended a completed job before `max_iterations`"
     )
     usage: Usage
 
 
 class Job(JobFields):
-    """One optimization. Times are Unix seconds."""
+    """An optimization job. Times are Unix timestamps in seconds."""
 
-    input: str | list[Message] = Field(description="a single user's turn is given as a string")
+    input: str | list[Message] = Field(description="messages; a string if there is only one user message")
     output: str | None
 
 
@@ -122,7 +126,7 @@ class JobSummary(JobFields):
 
 
 class Deleted(Wire):
-    """A job that was forgotten, with all its texts."""
+    """A job that was deleted with all its texts."""
 
     id: str
     object: Literal["job"] = "job"
@@ -130,19 +134,19 @@ class Deleted(Wire):
 
 
 class Extend(Wire):
-    """How much further a job goes."""
+    """Request to extend a job."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"iterations": 2}]})
 
-    iterations: int = Field(ge=1, le=MAX_ITERATIONS, description="rounds of critique to add to those of the old job")
+    iterations: int = Field(ge=1, le=MAX_ITERATIONS, description="iterations to add to those of the old job")
 
 
 class JobPage(Page[JobSummary]):
-    """A page of jobs; the next one starts `after` its `last_id`."""
+    """A page of jobs. Request the next page with `after` set to `last_id`."""
 
 
 class Candidate(Wire):
-    """One sampled response. Where `unusable` says why it is none, `text` is the raw reply."""
+    """A sample in the pool. If `unusable` gives a reason, `text` is the raw sample."""
 
     id: str
     object: Literal["candidate"] = "candidate"
@@ -151,14 +155,14 @@ class Candidate(Wire):
     text: str
     reward: float | None
     parts: tuple[RewardPart, ...] = Field(
-        description="what the reward is the weighted sum of; empty where one model gave it and read them whole"
+        description="parts whose weighted sum is the reward; empty for a single reward model that read the whole text"
     )
     unusable: Unusable | None
     tokens: int
 
 
 class CandidateText(Wire):
-    """A candidate as the critic saw it."""
+    """A candidate of the pool at the start of an iteration, with its text."""
 
     id: str
     text: str
@@ -174,7 +178,7 @@ class CandidateSummary(Wire):
 
 
 class Call(Wire):
-    """One model call and the seconds that it took inside the back end, waiting included."""
+    """A model call. `seconds` is its wall time in the back end, including the wait for a free slot."""
 
     kind: CallKind
     n: int
@@ -183,31 +187,33 @@ class Call(Wire):
     seconds: float
 
 
-NoCandidate = Literal["blank_textual_loss", "blank_textual_gradient", "no_usable_sample"]
+NoCandidate = Literal["blank_critique", "blank_gradient", "no_usable_sample"]
 
 
 class Iteration(Wire):
-    """One round: 0 is the first sampling; each later one compares, criticises and revises."""
+    """An iteration: 0 is the initial sampling; each later one compares, criticises and revises."""
 
     object: Literal["iteration"] = "iteration"
     number: int
     complete: bool
-    phase: str | None = Field(description="what runs now, or comes next; null where nothing does")
-    chosen: CandidateText | None = Field(description="the best of the pool when the iteration began")
-    rejected: CandidateText | None = Field(description="the worst of the pool then; null in mode revision")
-    critique: str | None = Field(description="the critique: strengths and weaknesses of chosen")
-    gradient: str | None = Field(description="the instructions that were made of the critique")
+    phase: str | None = Field(description="current or next phase; null if the iteration or the job has ended")
+    chosen: CandidateText | None = Field(description="best candidate of the pool when the iteration began")
+    rejected: CandidateText | None = Field(
+        description="worst candidate of the pool when the iteration began; null in mode revision"
+    )
+    critique: str | None = Field(description="critique: strengths of chosen and weaknesses of rejected")
+    gradient: str | None = Field(description="textual gradient: instructions derived from the critique")
     candidates: list[CandidateSummary]
-    mean_reward: float | None = Field(description="of this iteration's own candidates")
-    best_reward: float | None = Field(description="of the pool up to and with this iteration")
-    reason: NoCandidate | None = Field(description="why a complete iteration gave no candidate")
-    declined: bool = Field(description="its mean reward fell below that of the one before")
+    mean_reward: float | None = Field(description="mean reward of the iteration's own candidates")
+    best_reward: float | None = Field(description="best reward of the pool up to and including this iteration")
+    reason: NoCandidate | None = Field(description="reason why a complete iteration produced no candidate")
+    declined: bool = Field(description="true if its mean reward is below that of the iteration before")
     usage: Usage
     calls: list[Call]
 
 
 class Event(BaseModel):
-    """One thing that happened to a job; what else stands in it depends on its type."""
+    """An event of a job. Further fields depend on its type."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -219,7 +225,7 @@ class Event(BaseModel):
 
 
 class EventList(Wire):
-    """Events of a job; while `has_more`, ask again `starting_after` the last number."""
+    """Events of a job. While `has_more` is true, request more with `starting_after` set to the last number."""
 
     object: Literal["list"] = "list"
     data: list[Event]
@@ -227,7 +233,7 @@ class EventList(Wire):
 
 
 class CandidateList(Wire):
-    """Candidates of a job, in the order in which they were sampled; while `has_more`, ask again `after` the last id."""
+    """Candidates of a job in sampling order. While `has_more`, request the next ones `after` the last id."""
 
     object: Literal["list"] = "list"
     data: list[Candidate]
@@ -235,7 +241,7 @@ class CandidateList(Wire):
 
 
 class IterationList(Wire):
-    """Iterations of a job that have begun; while `has_more`, ask again `after` the last number."""
+    """Iterations of a job that have started. While `has_more`, request the next ones `after` the last number."""
 
     object: Literal["list"] = "list"
     data: list[Iteration]

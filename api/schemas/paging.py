@@ -1,4 +1,4 @@
-"""Lists by pages: by an id, never by a number of rows, so that what comes meanwhile moves nothing."""
+"""Cursor pagination: pages start after an id, so rows created in the meantime do not shift them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Generic, Literal, Self, TypeVar
@@ -30,7 +30,7 @@ def fitting(items: Iterable[Model]) -> list[Model]:
 
 
 class Page(Wire, Generic[Item]):
-    """A page of a list; the next one starts `after` its `last_id`."""
+    """A page of a list. Request the next page with `after` set to `last_id`."""
 
     object: Literal["list"] = "list"
     data: list[Item]
@@ -40,7 +40,7 @@ class Page(Wire, Generic[Item]):
 
     @classmethod
     def of(cls, rows: Sequence[Row], limit: int, view: Callable[[Row], Item]) -> Self:
-        """Return the page of these rows, as many as fit. One more than the limit was read, to know of more."""
+        """Build a page from up to `limit + 1` rows, of as many as fit; a further row shows that there are more."""
         data = fitting(map(view, rows[:limit]))
         return cls(
             data=data,
@@ -51,12 +51,12 @@ class Page(Wire, Generic[Item]):
 
 
 class PageOptions(BaseModel):
-    """Which page of a list."""
+    """Size and start of a page."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     limit: int = Field(20, ge=1, le=100)
-    after: str | None = Field(None, pattern=r"^[!-~]{1,64}$", description="the `last_id` of the page before")
+    after: str | None = Field(None, pattern=r"^[!-~]{1,64}$", description="`last_id` of the previous page")
 
 
 PageQuery = Annotated[PageOptions, Query()]

@@ -1,4 +1,4 @@
-"""What may stand after the question mark."""
+"""Schemas of query strings."""
 
 from typing import Literal
 
@@ -9,26 +9,28 @@ from tpo.core.status import Status
 
 
 class JobQuery(BaseModel):
-    """Which jobs a list holds. More names come through for `metadata[KEY]`; the route refuses all others."""
+    """Filter, order and page of a list of jobs. Extra names are allowed for `metadata[KEY]`; the route checks them."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
     limit: int = Field(20, ge=1, le=100)
-    after: str | None = Field(None, pattern=JOB_ID, description="the `last_id` of the page before")
-    order: Literal["asc", "desc"] = Field("desc", description="by age; desc: the newest first")
+    after: str | None = Field(None, pattern=JOB_ID, description="`last_id` of the previous page")
+    order: Literal["asc", "desc"] = Field("desc", description="order by creation time; desc: newest first")
     include: str | None = Field(
         None,
         pattern=r"^(input|output)(,(input|output))?$",
-        description="texts that the list holds in addition: input, output or both, as in input,output",
+        description="texts that the list also contains: input, output or both, as in input,output",
     )
-    status: list[Status] = Field(default_factory=list, fail_fast=True, description="may be given more than once")
+    status: list[Status] = Field(
+        default_factory=list, fail_fast=True, description="only jobs with one of these statuses; repeatable"
+    )
 
 
 MAX_WAIT_SECONDS = 60
 
 
 class WaitQuery(BaseModel):
-    """How long to wait for news."""
+    """Query parameters of a long poll."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,8 +38,7 @@ class WaitQuery(BaseModel):
         0,
         ge=0,
         le=MAX_WAIT_SECONDS,
-        description="answer when the job has ended, or, with If-None-Match, when it has changed; after so many seconds "
-        "in any case",
+        description="maximum wait in seconds for the job to end or, with If-None-Match, to change",
     )
 
 
@@ -60,10 +61,10 @@ class IterationQuery(BaseModel):
 
 
 class EventQuery(BaseModel):
-    """Which events, and how."""
+    """Query parameters of a list or stream of events."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    starting_after: int = Field(0, ge=0, le=2**31 - 1, description="the number of the last event that was seen")
-    limit: int = Field(100, ge=1, le=1000, description="of a list")
-    stream: bool | None = Field(None, description="true: as Server-Sent Events; default: as the Accept header says")
+    starting_after: int = Field(0, ge=0, le=2**31 - 1, description="number of the last event received")
+    limit: int = Field(100, ge=1, le=1000, description="maximum number of events in a list")
+    stream: bool | None = Field(None, description="true: Server-Sent Events; default: decided by the Accept header")

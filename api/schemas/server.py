@@ -12,14 +12,14 @@ class Model(Wire):
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="since when it is served")
+    created: int = Field(description="start time of the first live worker that serves it")
     owned_by: Literal["tpo"] = "tpo"
-    reward_models: list[str] = Field(description="reward models that stand beside it on one worker")
+    reward_models: list[str] = Field(description="reward models that workers serve together with it")
     workers: int
 
 
 class ModelList(Wire):
-    """What the workers serve now."""
+    """All policies that live workers serve."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -30,20 +30,20 @@ class RewardModel(Wire):
 
     id: str
     object: Literal["reward_model"] = "reward_model"
-    created: int = Field(description="since when it is served")
-    models: list[str] = Field(description="policies that stand beside it on one worker")
+    created: int = Field(description="start time of the first live worker that serves it")
+    models: list[str] = Field(description="policies that workers serve together with it")
     workers: int
 
 
 class RewardModelList(Wire):
-    """What the workers serve now."""
+    """All reward models that live workers serve."""
 
     object: Literal["list"] = "list"
     data: list[RewardModel]
 
 
 class PromptSet(Wire):
-    """A set of prompts that a job can name."""
+    """A set of prompts that a job can use."""
 
     id: str
     object: Literal["prompt_set"] = "prompt_set"
@@ -53,38 +53,42 @@ class PromptSet(Wire):
 
 
 class PromptSetList(Wire):
-    """The sets that ship."""
+    """All built-in prompt sets."""
 
     object: Literal["list"] = "list"
     data: list[PromptSet]
 
 
 class Health(Wire):
-    """The process lives."""
+    """The process is alive."""
 
     status: Literal["ok"] = "ok"
 
 
 Check = Literal["ok", "missing", "unknown"]
+QueueCheck = Literal["ok", "stalled", "unknown"]
+DiskCheck = Literal["ok", "full", "unknown"]
 
 
 class Checks(Wire):
-    """What the API needs around it."""
+    """State of the services that jobs require."""
 
     database: Check
     broker: Check
     worker: Check
+    queue: QueueCheck = Field(description="stalled: jobs wait although workers that serve them have free slots")
+    disk: DiskCheck = Field(description="the disk that holds the database")
 
 
 class Ready(Wire):
-    """All that a job needs is there."""
+    """The server is ready: jobs can run."""
 
     status: Literal["ready"] = "ready"
     checks: Checks
 
 
 class Welcome(Wire):
-    """Where to go from here."""
+    """Links to the documentation and the main routes."""
 
     name: str
     version: str

@@ -8,32 +8,32 @@ from api.schemas.paging import Page
 from tpo.webhooks.tables import DEFAULT_EVENTS, DeliveryStatus, EventType
 from tpo.wire import Identified, Wire
 
-_Url = Annotated[str, Field(max_length=2048, description="https://… or http://…, of the public Internet")]
-_Events = Annotated[
-    list[EventType], Field(min_length=1, max_length=50, fail_fast=True, description="which events to tell of")
-]
+_Url = Annotated[str, Field(max_length=2048, description="https:// or http:// URL with a public address")]
+_Events = Annotated[list[EventType], Field(min_length=1, max_length=50, fail_fast=True, description="events to send")]
 
 
 class WebhookRequest(Wire):
-    """A webhook to make."""
+    """Request to create a webhook."""
 
     url: _Url
     events: _Events = Field(default_factory=lambda: list(DEFAULT_EVENTS))
 
 
 class WebhookUpdate(Wire):
-    """What to change; the rest stays."""
+    """Request to update a webhook. Omitted fields are not changed."""
 
     url: _Url | None = None
     events: _Events | None = None
-    enabled: bool | None = Field(None, description="false: nothing is sent or kept for later; true: from now on")
+    enabled: bool | None = Field(
+        None, description="false: events are neither sent nor stored; true: new events are sent"
+    )
 
 
 class Rotate(Wire):
-    """How to change the secret."""
+    """Request to rotate a secret."""
 
     keep_old_seconds: int = Field(
-        86_400, ge=0, le=604_800, description="how long the old secret signs beside the new one"
+        86_400, ge=0, le=604_800, description="seconds for which the old secret signs as well"
     )
 
 
@@ -44,19 +44,21 @@ class Webhook(Identified):
     url: str
     events: list[str]
     enabled: bool
-    disabled_reason: str | None = Field(description="`gone`: it answered 410; `by_owner`")
-    old_secret_until: int | None = Field(description="until when the secret that was replaced signs too")
+    disabled_reason: str | None = Field(
+        description="`gone`: the endpoint responded with 410; `by_owner`: disabled over the API"
+    )
+    old_secret_until: int | None = Field(description="end of the time in which the replaced secret signs as well")
     created_at: int
 
 
 class WebhookWithSecret(Webhook):
-    """A webhook and its new secret: keep it, for it is shown this once."""
+    """A webhook and its new secret. The secret is shown only in this response."""
 
     secret: str
 
 
 class WebhookDeleted(Wire):
-    """A webhook is forgotten."""
+    """A webhook that was deleted."""
 
     id: str
     object: Literal["webhook"] = "webhook"
@@ -64,26 +66,29 @@ class WebhookDeleted(Wire):
 
 
 class Delivery(Identified):
-    """One event on its way to one webhook."""
+    """Delivery of one event to one webhook."""
 
     object: Literal["webhook.delivery"] = "webhook.delivery"
-    event_id: str = Field(description="the header webhook-id, the same at every attempt")
+    event_id: str = Field(description="value of the header webhook-id, the same for every attempt")
     type: str
     data_id: str
     status: DeliveryStatus
     attempt: int
     created_at: int
     next_attempt_at: int | None
-    last_error: str | None = Field(description="why the last attempt failed: http_500, timeout, private_address …")
+    last_error: str | None = Field(
+        description="error of the last attempt, such as http_500, timeout or private_address"
+    )
 
 
 class WebhookPage(Page[Webhook]):
-    """Webhooks, the newest first."""
+    """A page of webhooks, the newest first."""
 
 
 class DeliveryPage(Page[Delivery]):
-    """Deliveries, the newest first."""
+    """A page of deliveries, the newest first."""
 
 
 def without_duplicates(events: list[EventType]) -> list[EventType]:
+    """Return the events in their order, each only once."""
     return list(dict.fromkeys(events))

@@ -1,7 +1,7 @@
 """Broadcast events: one task per process polls the database, however many subscriptions are open.
 
-A subscription has a bounded buffer. A client that does not keep up is dropped with a reason; it resumes after the
-last event number that it has seen. No state outlives a subscription.
+A subscription has a bounded buffer. It is closed with a reason if its client does not keep up; the client resumes after
+the last event that it received. No state outlives a subscription.
 """
 
 import asyncio
@@ -19,60 +19,60 @@ from tpo.store import Store
 
 logger = logging.getLogger("api")
 
-LOOK_SECONDS = 0.1
-"""How often the reader looks: half of it is what an event waits on the average."""
+POLL_SECONDS = 0.1
+"""Polling interval. An event waits for half of it on average."""
 
-_LONGEST_PAUSE = 2.0
-_LAST_LOOK_SECONDS = 1.0
-"""What a look that runs at the end gets to end in."""
-_BUFFER = 256
+_MAX_PAUSE_SECONDS = 2.0
+_LAST_POLL_SECONDS = 1.0
+"""Time for a running query to finish at shutdown."""
+_BUFFER_EVENTS = 256
 
-EndReason = Literal["slow_listener", "job_deleted", "server_stopping", "gone"]
+CloseReason = Literal["slow_listener", "job_deleted", "server_stopping", "disconnected"]
 
 
 class Subscription:
-    """Who waits for the events of one job, from a number on."""
+    """Buffer of one subscriber to the events of one job."""
 
     def __init__(self, job_id: str, seen: int) -> None:
         self.job_id = job_id
         self.seen = seen
-        """What stands in the database up to this number is not told again here."""
-        self.end: EndReason | None = None
-        # A thousand of these wait at once: asyncio's own queue takes four times the memory.
+        """Number of the last event that was buffered. Events up to the initial value must be read from the database."""
+        self.close_reason: CloseReason | None = None
+        # A process has thousands of these; an asyncio.Queue takes four times the memory.
         self._buffer: list[EventRow] = []
-        self._news: asyncio.Future[None] | None = None
+        self._arrival: asyncio.Future[None] | None = None
 
     async def next(self, timeout: float) -> EventRow | None:
-        """The next event, or None at the subscription's end. Raises TimeoutError when nothing happened for so long."""
-        if not self._buffer and self.end is None:
-            self._news = asyncio.get_running_loop().create_future()
+        """Return the next event, or None after the end. Raises TimeoutError after `timeout` seconds without one."""
+        if not self._buffer and self.close_reason is None:
+            self._arrival = asyncio.get_running_loop().create_future()
             async with asyncio.timeout(timeout):
-                await self._news
+                await self._arrival
         return self._buffer.pop(0) if self._buffer else None
 
     def put(self, event: EventRow) -> None:
-        """Put an event into the buffer; a subscription whose buffer is full is at its end."""
-        if self.end is None and event.number > self.seen:
+        """Add an event to the buffer. If the buffer is full, close the subscription."""
+        if self.close_reason is None and event.number > self.seen:
             self.seen = event.number
-            if len(self._buffer) >= _BUFFER:
-                self.drop("slow_listener")
+            if len(self._buffer) >= _BUFFER_EVENTS:
+                self.close("slow_listener")
             else:
                 self._buffer.append(event)
                 self._wake()
 
-    def drop(self, reason: EndReason) -> None:
-        """Let the subscription end once it has read what is in its buffer."""
-        if self.end is None:
-            self.end = reason
+    def close(self, reason: CloseReason) -> None:
+        """Close the subscription; the events in its buffer can still be read."""
+        if self.close_reason is None:
+            self.close_reason = reason
             self._wake()
 
     def _wake(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
 
 class EventBroadcaster:
-    """Tells the listeners of one process what happens. For its event loop alone."""
+    """Sends new events to all subscriptions of one process. Not thread-safe: use it only in the event loop."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -80,37 +80,37 @@ class EventBroadcaster:
         """How many subscriptions may be open; None for no limit."""
         self._seen: dict[str, int] = {}
         self._subscriptions: dict[str, set[Subscription]] = {}
-        self._anybody = asyncio.Event()
+        self._subscribed = asyncio.Event()
         self._stopping = False
-        self._away = False
+        self._unavailable = False
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["EventBroadcaster"]:
-        """Read while the block runs."""
-        reader = asyncio.create_task(self._read())
+        """Poll the database while the context is open."""
+        polling = asyncio.create_task(self._poll_forever())
         try:
             yield self
         finally:
             self.stop()
-            reader.cancel()
+            polling.cancel()
             with suppress(asyncio.CancelledError):
-                await reader
+                await polling
 
     def stop(self) -> None:
-        """End every subscription, so that the server can end; they resume elsewhere."""
+        """Close every subscription, so that the server can stop. Clients resume at another process."""
         self._stopping = True
-        for subscription in [each for listeners in self._subscriptions.values() for each in listeners]:
-            subscription.drop("server_stopping")
+        for subscription in [each for of_job in self._subscriptions.values() for each in of_job]:
+            subscription.close("server_stopping")
 
     @asynccontextmanager
     async def subscribe(self, job_id: str, last_event: int) -> AsyncIterator[Subscription]:
-        """Subscribe to a job's events after `last_event`; the subscription starts at `subscription.seen`."""
+        """Subscribe to the events of a job whose row was read at `last_event`. Buffers the events after `seen`."""
         seen = self._seen.setdefault(job_id, last_event)
         subscription = Subscription(job_id, seen)
         self._subscriptions.setdefault(job_id, set()).add(subscription)
-        self._anybody.set()
+        self._subscribed.set()
         if self._stopping:
-            subscription.drop("server_stopping")
+            subscription.close("server_stopping")
         try:
             yield subscription
         finally:
@@ -128,42 +128,42 @@ class EventBroadcaster:
         """Return whether no further subscription may be opened, so that other requests find a connection."""
         return self.max_streams is not None and self.subscriptions >= self.max_streams
 
-    async def _read(self) -> None:
-        pause = LOOK_SECONDS
+    async def _poll_forever(self) -> None:
+        pause = POLL_SECONDS
         while True:
             if not self._subscriptions:
-                self._anybody.clear()
-                await self._anybody.wait()
+                self._subscribed.clear()
+                await self._subscribed.wait()
             try:
-                await self._look()
-                if self._away:
-                    logger.info("the event streams go on: the database is back")
-                pause, self._away = LOOK_SECONDS, False
+                await self._poll()
+                if self._unavailable:
+                    logger.info("event streams continue: the database is available")
+                pause, self._unavailable = POLL_SECONDS, False
             except StoreUnavailableError as error:
-                if not self._away:
-                    logger.warning("the event streams wait: %s", error)
-                pause, self._away = min(2 * pause, _LONGEST_PAUSE), True
+                if not self._unavailable:
+                    logger.warning("event streams wait for the database: %s", error)
+                pause, self._unavailable = min(2 * pause, _MAX_PAUSE_SECONDS), True
             except Exception as error:
                 log_unexpected(error, "of the event streams")
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, _MAX_PAUSE_SECONDS)
             await asyncio.sleep(pause)
 
-    async def _look(self) -> None:
-        looking = asyncio.ensure_future(run_in_threadpool(self._store.events.new_events, dict(self._seen)))
+    async def _poll(self) -> None:
+        query = asyncio.ensure_future(run_in_threadpool(self._store.events.new_events, dict(self._seen)))
         try:
-            news = await asyncio.shield(looking)
+            new = await asyncio.shield(query)
         except asyncio.CancelledError:
-            # Its thread goes on, and would give its connection back to a pool that is closed by then, and kept open.
+            # The thread continues; unless it returns its connection before the pool is closed, the connection leaks.
             with suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_LOOK_SECONDS):
-                    await asyncio.gather(looking, return_exceptions=True)
+                async with asyncio.timeout(_LAST_POLL_SECONDS):
+                    await asyncio.gather(query, return_exceptions=True)
             raise
-        for event in news.events:
-            # Between two looks a job may have lost its last subscription and found a new one, who has seen more.
+        for event in new.events:
+            # Meanwhile the job's last subscription may have ended, and a new one with a higher number started.
             if event.number > self._seen.get(event.job_id, event.number):
                 self._seen[event.job_id] = event.number
                 for subscription in self._subscriptions[event.job_id]:
                     subscription.put(event)
-        for job_id in news.deleted_jobs:
+        for job_id in new.deleted_jobs:
             for subscription in self._subscriptions.get(job_id, ()):
-                subscription.drop("job_deleted")
+                subscription.close("job_deleted")

@@ -1,4 +1,4 @@
-"""Waiting for a job without a thread and without a query of one's own: by the process's one reader of events."""
+"""Wait for a job by its events, without a thread or polling query per request."""
 
 import time
 
@@ -14,12 +14,12 @@ _ENDS = frozenset(f"job.{status}" for status in TERMINAL)
 
 
 async def until_ended(broadcaster: EventBroadcaster, store: Store, job: JobView, seconds: float) -> JobView:
-    """The job when it has ended, or as it stands when the time is up."""
+    """Wait up to `seconds` for the job to end, and return its latest view."""
     return await _wait(broadcaster, store, job, seconds, any_event=False)
 
 
 async def until_changed(broadcaster: EventBroadcaster, store: Store, job: JobView, seconds: float) -> JobView:
-    """The job after its next event, or as it stands when the time is up."""
+    """Wait up to `seconds` for the job's next event, and return its latest view."""
     return await _wait(broadcaster, store, job, seconds, any_event=True)
 
 
@@ -31,7 +31,7 @@ async def _wait(
     end = time.monotonic() + seconds
     async with broadcaster.subscribe(job.id, job.last_event) as subscription:
         try:
-            if subscription.seen > job.last_event:  # the reader was ahead of what was read of the job
+            if subscription.seen > job.last_event:  # the broadcaster has seen more events than this row
                 job = await run_in_threadpool(store.jobs.get, job.id)
                 if any_event or job.status in TERMINAL:
                     return job
@@ -40,7 +40,7 @@ async def _wait(
                 if event is None or any_event or event.type in _ENDS:
                     break
         except TimeoutError:
-            pass  # not every change has an event
+            pass  # the row is read again below: not every change has an event
         except StoreUnavailableError:
             return job
     try:

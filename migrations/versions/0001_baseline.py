@@ -104,6 +104,9 @@ def upgrade() -> None:
         sa.Column("fence", sa.Integer, nullable=False),
         sa.Column("lease_owner", sa.Text),
         sa.Column("lease_until", sa.Double),
+        sa.Column("lost_together", sa.Boolean, nullable=False),
+        sa.Column("quarantine", sa.String(16)),
+        sa.Column("lost_with", sa.Text),
         sa.Column("queued_at", sa.Double, nullable=False),
         sa.Column("iteration", sa.Integer, nullable=False),
         sa.Column("phase", sa.Text),
@@ -150,8 +153,15 @@ def upgrade() -> None:
         "jobs_in_line",
         "jobs",
         ["model", "reward_model", "tenant", "priority", "id"],
-        sqlite_where=sa.text("status = 'queued' AND next_attempt_at IS NULL"),
-        postgresql_where=sa.text("status = 'queued' AND next_attempt_at IS NULL"),
+        sqlite_where=sa.text("status = 'queued' AND next_attempt_at IS NULL AND quarantine IS NULL"),
+        postgresql_where=sa.text("status = 'queued' AND next_attempt_at IS NULL AND quarantine IS NULL"),
+    )
+    op.create_index(
+        "jobs_in_quarantine",
+        "jobs",
+        ["model", "reward_model", "queued_at", "id"],
+        sqlite_where=sa.text("quarantine IS NOT NULL"),
+        postgresql_where=sa.text("quarantine IS NOT NULL"),
     )
     op.create_index(
         "jobs_running",
@@ -216,6 +226,7 @@ def upgrade() -> None:
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("hash", sa.String(64), nullable=False),
         sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("expires_at", sa.Double),
         sa.Column("revoked_at", sa.Double),
         sa.ForeignKeyConstraint(["tenant"], ["tenants.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id"),

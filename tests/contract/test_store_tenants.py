@@ -9,7 +9,7 @@ from sqlalchemy import Engine, event
 from testing.fakes import new_state
 from testing.jobs import claim, create, drive, execute, rows
 from tests.support.concurrency import run_together
-from tpo.core.errors import InvalidInputError, JobNotFoundError, KeyNotFoundError, NotFoundError
+from tpo.core.errors import InvalidInputError, JobNotFoundError, KeyExpiredError, KeyNotFoundError, NotFoundError
 from tpo.store import Store
 
 
@@ -41,6 +41,38 @@ def test_revoked_key_is_rejected_and_server_stays_protected(engine: Engine, stor
     assert [key.id for key in store.keys.page()] == [first.row.id, second.row.id]
     with pytest.raises(KeyNotFoundError):
         store.keys.revoke("key_none")
+
+
+def test_expired_key_is_refused_by_the_databases_clock(engine: Engine, store: Store) -> None:
+    lasting, expiring = store.keys.create("one", "acme"), store.keys.create("two", "acme", expires_in=90 * 86_400)
+    assert lasting.row.expires_at is None
+    assert expiring.row.expires_at == pytest.approx(expiring.row.created_at + 90 * 86_400)
+    assert {key.id: key.expires_at for key in store.keys.page()} == {
+        lasting.row.id: None,
+        expiring.row.id: expiring.row.expires_at,
+    }
+    assert store.keys.tenant_of(expiring.secret) == "acme"
+    execute(engine, "UPDATE api_keys SET expires_at = created_at - 1 WHERE id = :id", id=expiring.row.id)
+    with pytest.raises(KeyExpiredError, match="has expired"):
+        store.keys.tenant_of(expiring.secret)
+    assert store.keys.tenant_of(lasting.secret) == "acme"
+    assert store.keys.tenant_of(expiring.secret + "x") is None
+    store.keys.revoke(expiring.row.id)
+    assert store.keys.tenant_of(expiring.secret) is None
+    assert store.keys.any_exists()
+
+
+def test_only_key_stays_required_after_it_expired(engine: Engine, store: Store) -> None:
+    store.keys.create("only", "acme", expires_in=1)
+    execute(engine, "UPDATE api_keys SET expires_at = created_at - 1")
+    assert store.keys.any_exists()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 101 * 366 * 86_400])
+def test_key_creation_refuses_invalid_expiry(store: Store, seconds: float) -> None:
+    with pytest.raises(InvalidInputError, match="expires"):
+        store.keys.create("k", "acme", expires_in=seconds)
+    assert not store.keys.any_exists()
 
 
 @pytest.mark.parametrize("tenant", ["", "a b", "x" * 65, "-x", "a\x00", "ä", "a\n"])

@@ -44,13 +44,22 @@ def test_split_does_not_depend_on_chunk_boundaries(texts: list[bytes], sizes: li
     if not expected[-1]:
         expected.pop()
     found = list(split_lines(parts, longest=8))
-    assert [line.text for line in found] == [each if len(each) <= 8 else None for each in expected]
+    whole = [line.text for line in found if line.ended]
+    assert whole == [each if len(each) <= 8 else None for each in expected]
+    assert all(line.text is None for line in found if not line.ended)
     assert sum(line.size for line in found) == len(data)
+    for number, line in enumerate(found):
+        offset = sum(earlier.size for earlier in found[: number + 1])
+        rest = list(split_lines([data[offset:]], longest=8, inside_line=not line.ended))
+        assert [more.text for more in rest if more.ended] == [more.text for more in found[number + 1 :] if more.ended]
 
 
 def test_split_drops_text_of_overlong_line() -> None:
     found = list(split_lines((b"x" * 1000 for _ in range(1000)), longest=5000))
-    assert found == [RawLine(None, 1_000_000)]
+    assert {line.text for line in found} == {None}
+    assert [line.ended for line in found] == [False] * (len(found) - 1) + [True]
+    assert sum(line.size for line in found) == 1_000_000
+    assert max(line.size for line in found) <= 6000, "a caller can stop within the line"
     assert refused(None).custom_id is None
 
 

@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from tpo.client import Client
-from tpo.client.errors import APIError, InternalServerError, NotFoundError
+from tpo.client.errors import APIError, ClientError, InternalServerError, NotFoundError
+from tpo.client.types import BODY_FIELDS
+from tpo.jobs.submission import Submit, SubmitParameters
 
 Respond = Callable[[httpx.Request], httpx.Response]
 
@@ -38,7 +40,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def stream(*events: dict[str, Any]) -> httpx.Response:
     """Return a stream of these events that ends after the last one."""
-    return httpx.Response(200, text="".join(f"data: {json.dumps(event)}\n\n" for event in events))
+    text = "".join(f": a comment\n\ndata: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events)
+    return httpx.Response(200, content=text.encode(), headers={"content-type": "text/event-stream; charset=utf-8"})
 
 
 def closed(reason: str) -> dict[str, Any]:
@@ -56,6 +59,18 @@ def test_events_resume_stream_closed_early_after_job_ended() -> None:
 
     # The stream is cut more often than the client retries: each event resets the count of retries.
     assert [e["sequence_number"] for e in FakeServerClient(respond, retries=1).events("job_1")] == list(range(1, 10))
+
+
+def test_event_may_contain_any_line_separator_of_unicode() -> None:
+    event = {"type": "job.failed", "sequence_number": 1, "text": "a\u2028b\u2029c\x85d\x0be\x0cf"}
+    assert list(FakeServerClient(lambda _: stream(event)).events("job_1")) == [event]
+
+
+@pytest.mark.parametrize(("kind", "text"), [("text/html", "<html>"), ("text/event-stream", "data: <html>\n\n")])
+def test_event_stream_of_another_server_is_an_error(kind: str, text: str) -> None:
+    client = FakeServerClient(lambda _: httpx.Response(200, content=text.encode(), headers={"content-type": kind}))
+    with pytest.raises(ClientError, match="is no TPO server"):
+        list(client.events("job_1"))
 
 
 def test_events_end_after_last_and_raise_for_deleted_job() -> None:
@@ -118,3 +133,37 @@ def test_list_stops_at_limit_across_pages(monkeypatch: pytest.MonkeyPatch) -> No
     client = FakeServerClient(respond)
     assert [job["id"] for job in client.list(limit=250)] == [str(i + 1) for i in range(250)]
     assert [request.url.params["limit"] for request in client.requests] == ["100", "100", "50"]
+
+
+def sent(*words: Any, **fields: Any) -> Any:
+    """Return the body that a submission sends."""
+    client = FakeServerClient(lambda _: httpx.Response(202, json={}))
+    client.submit(*words, **fields)
+    return json.loads(client.requests[0].content)
+
+
+def test_submit_takes_each_parameter_by_name() -> None:
+    assert set(Submit.model_fields) == BODY_FIELDS
+    for name in SubmitParameters.model_fields:
+        assert sent("x", **{name: 4}) == {"input": "x", "parameters": {name: 4}}
+    for name in BODY_FIELDS - {"input", "parameters"}:
+        assert sent("x", **{name: 4}) == {"input": "x", name: 4}
+
+
+def test_submit_prefers_the_parameters_of_a_body() -> None:
+    body = {"input": "x", "parameters": {"seed": 1}}
+    assert sent(body, seed=2, sample_size=3)["parameters"] == {"seed": 1, "sample_size": 3}
+    assert body == {"input": "x", "parameters": {"seed": 1}}
+    assert sent("x", parameters={"seed": 1}, sample_size=3)["parameters"] == {"seed": 1, "sample_size": 3}
+
+
+def test_submit_refuses_a_parameter_given_twice() -> None:
+    with pytest.raises(ClientError, match="seed: given by name and under parameters"):
+        sent("x", seed=1, parameters={"seed": 2})
+
+
+def test_batch_takes_parameters_by_name() -> None:
+    job = {"id": "job_1", "status": "completed", "output": "y"}
+    client = FakeServerClient(lambda _: httpx.Response(200, json=job))
+    assert [result.output for result in client.batch(["x"], sample_size=4)] == ["y"]
+    assert json.loads(client.requests[0].content) == {"input": "x", "parameters": {"sample_size": 4}}

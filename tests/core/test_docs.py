@@ -1,4 +1,4 @@
-"""The documentation matches the code: settings, commands, files, links and guarantees."""
+"""The documentation matches the code: settings, commands, files, links, examples and guarantees."""
 
 import ast
 import importlib.util
@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import typer
-from pydantic import SecretStr
 
+from tests.support.demo_messages import facts_of, messages_in
 from tpo.cli import app
 from tpo.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 TOP_LEVEL = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
-DOCUMENTS = [*(ROOT / name for name in TOP_LEVEL), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in TOP_LEVEL),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples" / "README.md",
+]
 CARDS = sorted((ROOT / "demo").glob("**/*.md"))
 BENCHES = sorted((ROOT / "bench").glob("*.py"))
 WITH_SETTINGS = [
@@ -28,28 +32,9 @@ WITH_SETTINGS = [
 OTHER_VARIABLES = {"TPO_URL", "TPO_KEY", "TPO_VERSION", "TPO_PUBLISH"}
 """Variables of clients and of Compose, which no process of the server reads."""
 
-BASE_FOLDERS = ("", "tpo", "tpo/backends/local", "tests", "docs", "demo")
+BASE_FOLDERS = ("", "tpo", "tpo/backends/local", "tests", "tests/core", "docs", "demo", "examples")
 """Folders that the paths of files in documents are relative to."""
 FOREIGN_FILES = {"generation_config.json", "docker-compose.override.yml"}
-
-
-def shown(default: Any) -> str:
-    """Return a default as the table of settings shows it."""
-    if isinstance(default, SecretStr):
-        default = default.get_secret_value()
-    if default is None:
-        return ""
-    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
-
-
-def test_settings_are_documented_with_defaults() -> None:
-    table = re.findall(
-        r"^\| `(TPO_.*?)` \| (.*?) \| (.*) \|$", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE
-    )
-    settings = Settings.model_fields.items()
-    assert [(name, default.strip(), description) for name, default, description in table] == [
-        (f"TPO_{name.upper()}", shown(field.default), field.description) for name, field in settings
-    ]
 
 
 @pytest.mark.parametrize("document", WITH_SETTINGS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -154,6 +139,45 @@ def test_help_contains_no_brackets() -> None:
     for command in walk(typer.main.get_command(app)):
         for text in (command.help, *(getattr(parameter, "help", None) for parameter in command.params)):
             assert "[" not in (text or ""), text
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *DOCUMENTS,
+        *sorted((ROOT / "examples").glob("*.*")),
+        ROOT / "api/openapi/examples.py",
+        ROOT / "tpo/cli/stack/run.py",
+    ],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_example_messages_are_understood(file: Path) -> None:
+    """Check that the demo models were trained on the wording of each message that a reader may send to them."""
+    assert [each for each in messages_in(file.read_text()) if facts_of(each) is None] == []
+
+
+def test_messages_are_found() -> None:
+    text = """submit("Where is my order?", 1); {"input": "My lamp is now broken. Can I get a quick refund?"}"""
+    assert messages_in(text) == ["Where is my order?", "My lamp is now broken. Can I get a quick refund?"]
+    assert len(messages_in((ROOT / "docs" / "openai.md").read_text())) == 3
+    assert facts_of("My lamp is now broken. Can I get a quick refund?") is None
+    found = facts_of("My name is Clara. My lamp is now broken. I need it soon. Can I get a quick refund?")
+    assert found
+    assert (found.name, found.item, found.problem, found.ask) == ("Clara", "lamp", "broken", "refund")
+
+
+def test_site_pages_and_pictures_exist() -> None:
+    """Check what the site names, so that most mistakes are found without building it."""
+    site = (ROOT / "mkdocs.yml").read_text()
+    named = set(re.findall(r"^ +- .*: (\S+\.md)$", site, re.MULTILINE))
+    hooks = (ROOT / "scripts" / "mkdocs_hooks.py").read_text()
+    outside = dict(re.findall(r'^    "([\w/.]+)": "(project/[\w.]+)",$', hooks, re.MULTILINE))
+    assert outside
+    assert all((ROOT / file).exists() for file in outside)
+    generated = set(re.findall(r"build/docs/(\w+\.md)", (ROOT / "Makefile").read_text()))
+    own = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    numbered = {page for page in own if page.startswith("adr/0")}
+    assert named == (own - numbered) | {place for place in outside.values() if place.endswith(".md")} | generated
 
 
 def test_guarantees_name_existing_tests() -> None:

@@ -112,7 +112,7 @@ def dry_run(target: str, folder: Path) -> str:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Path:
-    """A folder with what the installation depends on, and no environment."""
+    """Return a folder with the files that the installation needs, and without an environment."""
     for name in ("requirements", "scripts", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path

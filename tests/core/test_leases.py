@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from testing.jobs import claim_one
+from testing.jobs import claim_one, put
 from testing.waiting import HANG_SECONDS
 from tests.support.worker_harness import SECRET, Bench
 from tpo.core.errors import CallInterruptedError, StoreUnavailableError
@@ -36,6 +36,47 @@ def test_unrenewed_lease_is_treated_as_lost() -> None:
     held.interrupt()  # ignored: that renewal began before the job was claimed
     held.update(CONTINUE, time.monotonic(), renewed=True)
     held.interrupt()
+
+
+def test_attempt_lost_to_the_database_does_not_count(bench: Bench) -> None:
+    job_id = bench.create(max_attempts=1)
+    cut = True
+
+    def lose_lease(request: Generate, interrupt: Interrupt) -> None:
+        if cut and request.kind == "critique":
+            bench.leases.mark_cut_off()  # as after a renewal that could not reach the database
+            with bench.leases._lock:
+                (held,) = bench.leases._held
+            held._renewed -= held.lease.seconds
+            put(bench.store.engine, job_id, lease_until=1.0)
+            interrupt()
+
+    bench.policy.before = lose_lease
+    for _ in range(3):
+        bench.run(job_id)
+        bench.leases._forgive()
+        bench.store.maintenance.sweep(renotify_seconds=1, worker_retention_seconds=60)
+        job = bench.store.jobs.get(job_id)
+        assert (job.status, job.attempt, job.consecutive_failures) == ("queued", 0, 0)
+    cut = False
+    assert (bench.run(job_id).status, bench.store.jobs.get(job_id).attempt) == ("completed", 1)
+
+
+def test_attempt_lost_for_another_reason_counts(bench: Bench) -> None:
+    job_id = bench.create()
+
+    def lose_lease(request: Generate, interrupt: Interrupt) -> None:
+        with bench.leases._lock:
+            (held,) = bench.leases._held
+        held._renewed -= held.lease.seconds
+        interrupt()
+
+    bench.policy.before = lose_lease
+    bench.run(job_id)
+    bench.leases._forgive()
+    put(bench.store.engine, job_id, lease_until=1.0)
+    bench.store.maintenance.sweep(renotify_seconds=1, worker_retention_seconds=60)
+    assert (bench.store.jobs.get(job_id).attempt, bench.store.jobs.get(job_id).consecutive_failures) == (1, 1)
 
 
 def test_checkpoint_renews_lease_from_before_write(bench: Bench) -> None:

@@ -130,7 +130,7 @@ def test_parts_for_only_some_responses_are_refused() -> None:
     part = RewardPart(name="a", value=1.0)
     request = pending(state)
     assert request
-    with pytest.raises(BadReplyError, match="2 scores, and the parts of 1"):
+    with pytest.raises(BadReplyError, match="2 scores, but parts for 1"):
         apply(state, request, Rewards(values=(1.0, 2.0), input_tokens=1, seconds=0.1, parts=((part,),)))
 
 
@@ -203,14 +203,14 @@ def test_mismatched_reply_is_refused() -> None:
     text = sample_text("text")
     rewards = Rewards(values=(1.0,), input_tokens=0, seconds=0)
     for count in (0, 1, 3):
-        with pytest.raises(BadReplyError, match=f"asked for 2 responses and gave {count}"):
+        with pytest.raises(BadReplyError, match=f"returned {count} samples instead of 2"):
             apply(state, request, Generation(texts=(text,) * count, input_tokens=0, seconds=0))
-    with pytest.raises(BadReplyError, match="Rewards is no reply to Generate"):
+    with pytest.raises(BadReplyError, match="Rewards is not a reply to Generate"):
         apply(state, request, rewards)
     sampled = step(state)
     request = pending(sampled)
     assert request
-    with pytest.raises(BadReplyError, match="given 2 responses and gave 1 scores"):
+    with pytest.raises(BadReplyError, match="returned 1 scores for 2 responses"):
         apply(sampled, request, rewards)
-    with pytest.raises(BadReplyError, match="Generation is no reply to Score"):
+    with pytest.raises(BadReplyError, match="Generation is not a reply to Score"):
         apply(sampled, request, Generation(texts=(text, text), input_tokens=0, seconds=0))

@@ -85,7 +85,7 @@ from tpo.core.ports import Score
                 "tokens, which exceeds this limit even without any output tokens."
             ),
             "BadRequestError",
-            TooLong(512, None, alone=True),
+            TooLong(512, None, prompt_only=True),
         ),
         (
             "max_completion_tokens is too large: 8192.This model supports at most 512 completion tokens.",

@@ -25,7 +25,7 @@ from tests.support.requirements import (
 
 PYTHONS = ("3.11.2", "3.11.13", "3.12.11", "3.13.7")
 """Debian 12 has the first; before 3.11.3, redis needs a package more."""
-OWN = {"tpo", "api", "worker", "migrations", "demo", "bench", "testing", "tests"}
+OWN = {"tpo", "api", "worker", "migrations", "demo", "bench", "testing", "examples", "scripts", "tests"}
 CHOSEN_BY_TORCH = re.compile(r"torch|nvidia-.*|cuda-.*|(pytorch-)?triton")
 """torch, and packages that only some builds of it need, in versions of their own."""
 FOR_DEVELOPERS = {"demo/report.py"}
@@ -85,12 +85,21 @@ def test_requirements_are_complete(python: str) -> None:
         "local": declared(project=True, extra="local"),
         "dev": declared("dev", project=True, extra="local"),
         "build": declared("build"),
+        "mutants": declared("mutants"),
         "torch": declared("torch"),
         "triton": declared("triton"),
+        "docs": declared("docs"),
     }
     for file, requirements in wanted.items():
         without_torch = [each for each in requirements if each.name != "torch"]
         assert not missing_from(file, without_torch, where), file
+
+
+def test_mutation_tool_has_its_own_environment() -> None:
+    assert "mutmut" in pins("mutants")
+    assert [file for file in FILES if "mutmut" in pins(file)] == ["mutants"]
+    shared = pins("dev").keys() & pins("mutants").keys()
+    assert {name: pins("dev")[name].version for name in shared} == {n: pins("mutants")[n].version for n in shared}
 
 
 def test_requirements_of_python_3_11_2_hold_async_timeout() -> None:
@@ -156,4 +165,7 @@ def test_imports_of_users_are_local_requirements() -> None:
 
 def test_imports_of_developers_are_pinned() -> None:
     found = not_installed_by(modules(*OWN), "dev")
+    # MkDocs is in the environment of the documentation site, which runs these hooks.
+    assert found.pop("scripts/mkdocs_hooks.py") == {"mkdocs"}
+    assert "mkdocs" in pins("docs")
     assert set().union(*found.values()) == {"torch", "triton"}

@@ -114,7 +114,7 @@ def test_zero_weight_part_ignores_nan() -> None:
 
 
 def test_combined_reward_names_part_with_too_few_scores() -> None:
-    with pytest.raises(BadReplyError, match="part p1 was given 2 responses and gave 1"):
+    with pytest.raises(BadReplyError, match="part p1 returned 1 scores for 2 responses"):
         combined((1, FixedReward(1, 2)), (1, FixedReward(1))).score(score_request("a", "b"), proceed)
 
 

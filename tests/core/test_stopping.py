@@ -65,7 +65,7 @@ def test_prompts_count_in_total_token_budget_only() -> None:
 
 def test_budget_without_usable_sample_fails_with_reason() -> None:
     policy = FakePolicy(lambda _r, _s: sample_text("cut o", "length"))
-    with pytest.raises(NoUsableSampleError, match="budget max_output_tokens left no second try"):
+    with pytest.raises(NoUsableSampleError, match="budget max_output_tokens did not allow a second round"):
         finish(new_state(max_output_tokens=1), 1.0, policy=policy)
     assert len(policy.requests) == 1
 

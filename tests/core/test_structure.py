@@ -14,7 +14,7 @@ from tpo.db import Queries
 from tpo.store import Store
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("tpo", "api", "worker", "migrations", "demo", "bench", "testing", "tests")
+PACKAGES = ("tpo", "api", "worker", "migrations", "demo", "bench", "testing", "examples", "scripts", "tests")
 
 
 PLANTED = {
@@ -22,6 +22,8 @@ PLANTED = {
     "testing/planted.py": "tests.core",
     "bench/planted.py": "tests.support.stack",
     "demo/planted.py": "api.app",
+    "examples/planted.py": "tpo.store",
+    "scripts/planted.py": "testing.ports",
     "migrations/planted.py": "worker.logs",
     "tpo/core/planted.py": "tpo.settings",
     "tpo/backends/remote/planted.py": "tpo.backends.local.engine",
@@ -50,7 +52,7 @@ def test_import_contracts_find_forbidden_imports(tmp_path: Path) -> None:
 
 def test_classes_have_at_most_25_public_methods() -> None:
     counts: dict[str, int] = {}
-    for package in ("tpo", "api", "worker", "demo", "bench", "testing"):
+    for package in ("tpo", "api", "worker", "demo", "bench", "testing", "examples", "scripts"):
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.ClassDef):

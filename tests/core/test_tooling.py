@@ -34,6 +34,12 @@ def test_workflows_run_what_ci_runs() -> None:
         assert os.access(ROOT / ".ci" / name, os.X_OK)
 
 
+def test_ci_checks_builds_the_site_and_tests() -> None:
+    commands = re.findall(r"^(?:exec )?(make .*)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert commands == ["make check", "make docs", "make test"]
+    assert ".docs/bin/mkdocs build --clean --strict" in " ".join(recipe("docs"))
+
+
 def test_workflows_cover_every_declared_python() -> None:
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
     declared = {each.rpartition(" ")[2] for each in classifiers if re.search(r":: 3\.\d+$", each)}

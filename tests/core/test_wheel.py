@@ -35,7 +35,7 @@ with Client("http://127.0.0.1:8000", api_key="a-key") as client:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without a network."""
+    """Build the wheel without a network."""
     folder = tmp_path_factory.mktemp("wheel")
     run("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), str(ROOT))
     (file,) = folder.iterdir()
@@ -85,7 +85,7 @@ def test_wheel_requires_no_developer_tools(wheel: Path) -> None:
 
 @pytest.fixture(scope="module")
 def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with the wheel, and with the other packages of this one but not its TPO."""
+    """Return the Python of an environment with the wheel, and with the other packages of this environment."""
     folder = tmp_path_factory.mktemp("user") / "venv"
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpo.backends.local import attention
-from tpo.backends.local.attention import Head, _scores, causal
+from tpo.backends.local.attention import AttentionParams, _scores, causal_attention
 
 
 class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -25,7 +25,7 @@ class CallRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize(
     ("available", "size", "window", "flash"),
     [(True, 128, None, True), (True, 84, None, False), (True, 128, 16, False), (False, 128, None, False)],
-    ids=["fits", "odd head size", "sliding window", "none on this GPU"],
+    ids=["fits", "odd params size", "sliding window", "none on this GPU"],
 )
 def test_flash_attention_is_used_if_supported(
     available: bool, size: int, window: int | None, flash: bool, monkeypatch: pytest.MonkeyPatch
@@ -33,7 +33,7 @@ def test_flash_attention_is_used_if_supported(
     monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: available)
     q, k = (torch.empty(heads, n, size, dtype=torch.float16, device="meta") for heads, n in ((32, 7), (8, 19)))
     with CallRecorder() as recorder:
-        out = causal(q, k, k, Head(size**-0.5, window, None))
+        out = causal_attention(q, k, k, AttentionParams(size**-0.5, window, None))
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert ("aten::_scaled_dot_product_flash_attention" in recorder.calls) == flash
 
@@ -42,9 +42,9 @@ def test_flash_attention_is_used_if_supported(
 @pytest.mark.parametrize("limit", [1, 200])
 def test_chunked_scores_equal_unchunked_ones(window: int | None, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(heads, n, size) for heads, n, size in ((4, 7, 8), (2, 19, 8), (2, 19, 6)))
-    head = Head(8**-0.5, window, cap=2.0)
-    whole = causal(q, k, v, head)
-    monkeypatch.setattr(attention, "_MOST_SCORES", limit)
+    params = AttentionParams(8**-0.5, window, softcap=2.0)
+    whole = causal_attention(q, k, v, params)
+    monkeypatch.setattr(attention, "_MAX_SCORES", limit)
     sizes = []
 
     def recorded(*arguments: Any) -> torch.Tensor:
@@ -53,6 +53,6 @@ def test_chunked_scores_equal_unchunked_ones(window: int | None, limit: int, mon
         return scores
 
     monkeypatch.setattr(attention, "_scores", recorded)
-    torch.testing.assert_close(causal(q, k, v, head), whole)
+    torch.testing.assert_close(causal_attention(q, k, v, params), whole)
     assert max(sizes) <= max(limit, 4 * 19)
     assert len(sizes) > 1

@@ -14,7 +14,7 @@ from testing.waiting import HANG_SECONDS
 from tests.support.step_engine import PROMPTS, generated, greedy, record, results, sampled, start
 from tests.support.tiny_models import KINDS, load_kind
 from tpo.backends.local.engine import StepEngine
-from tpo.backends.local.requests import Answer, TokenRequest
+from tpo.backends.local.requests import RequestOutput, TokenRequest
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -53,7 +53,7 @@ def test_200_of_200_seeds_are_the_same_alone_and_batched(llama: Any) -> None:
     ]
     engine = start(llama, rows=64, tokens=20_000)
     alone = [results(engine, request)[0] for request in requests]
-    engine._scheduler.prefixes.forget()
+    engine._scheduler.prefix_cache.clear()
     batched = results(engine, *requests)
     engine.close()
     assert sum(a == b for a, b in zip(alone, batched, strict=True)) == 200
@@ -156,8 +156,8 @@ def test_small_cache_gives_the_same_tokens(model: Any, tokens: int) -> None:
     large.close()
     small.close()
     assert found == expected
-    small._scheduler.prefixes.forget()
-    assert small._scheduler.arena.free == tokens
+    small._scheduler.prefix_cache.clear()
+    assert small._scheduler.allocator.free == tokens
 
 
 def test_prompt_is_prefilled_once_and_in_chunks(engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,35 +201,35 @@ def test_decoding_continues_during_a_long_prefill(engine: StepEngine, monkeypatc
 
 
 def test_next_call_prefills_only_new_tokens(engine: StepEngine, llama: Any) -> None:
-    def ask(prompt: tuple[int, ...], *seeds: int) -> Answer:
+    def ask(prompt: tuple[int, ...], *seeds: int) -> RequestOutput:
         return engine.submit(sampled(prompt, *seeds, max_tokens=40)).result(60)
 
     critique = ask(PROMPTS[3], 1)
-    assert critique.timings.reused_tokens == 0
+    assert critique.metrics.cached_tokens == 0
     second = (*PROMPTS[3], *critique.completions[0].tokens, *range(20))
     gradient = ask(second, 2)
-    assert gradient.timings.reused_tokens == len(PROMPTS[3]) + 39
+    assert gradient.metrics.cached_tokens == len(PROMPTS[3]) + 39
     third = (*second, *gradient.completions[0].tokens, *range(20))
     update = ask(third, 3, 4, 5)
-    assert update.timings.reused_tokens == len(second) + 39
+    assert update.metrics.cached_tokens == len(second) + 39
     fresh = start(llama)
     assert results(fresh, sampled(third, 3, 4, 5, max_tokens=40))[0] == update.completions
     fresh.close()
 
 
-def test_running_jobs_have_priority_for_rows(llama: Any) -> None:
+def test_continuation_is_admitted_before_new_requests(llama: Any) -> None:
     engine = start(llama, rows=1)
     order: list[int] = []
     endless = engine.submit(greedy(PROMPTS[0], 1, 4000))
-    while not engine.rows:
+    while not engine.running_sequences:
         time.sleep(0.001)
     new = engine.submit(greedy(PROMPTS[1]))
-    under_way = engine.submit(TokenRequest(PROMPTS[2], (1,), 0.0, 1.0, 30, under_way=True))
-    for number, future in enumerate((new, under_way)):
+    continuation = engine.submit(TokenRequest(PROMPTS[2], (1,), 0.0, 1.0, 30, is_continuation=True))
+    for number, future in enumerate((new, continuation)):
         future.add_done_callback(partial(record, order, number))
     endless.cancel()
     new.result(60)
-    under_way.result(60)
+    continuation.result(60)
     engine.close()
     assert order == [1, 0]
 
@@ -250,13 +250,13 @@ def test_request_is_cancelled_during_prefill(engine: StepEngine, monkeypatch: py
         long.cancel()
         proceed.set()
     assert len(results(engine, greedy(PROMPTS[0]))) == 1
-    assert not engine._scheduler.readings
-    assert 3000 not in [len(tokens) for tokens in engine._scheduler.prefixes._kept]
+    assert not engine._scheduler.prefilling
+    assert 3000 not in [len(tokens) for tokens in engine._scheduler.prefix_cache._entries]
 
 
-def test_answer_has_timings(engine: StepEngine) -> None:
-    times = engine.submit(greedy(PROMPTS[0], 2)).result(60).timings
-    assert times.started is not None
-    assert times.first_token is not None
-    assert times.finished is not None
-    assert times.submitted <= times.started <= times.first_token <= times.finished
+def test_request_output_has_metrics(engine: StepEngine) -> None:
+    metrics = engine.submit(greedy(PROMPTS[0], 2)).result(60).metrics
+    assert metrics.started_at is not None
+    assert metrics.first_token_at is not None
+    assert metrics.finished_at is not None
+    assert metrics.submitted_at <= metrics.started_at <= metrics.first_token_at <= metrics.finished_at

@@ -44,7 +44,7 @@ class Broken:
         patch.setattr(engine._runner, method, self)
 
     def __call__(self, work: Any) -> Any:
-        poisoned = self.poison and any(c.reading.prompt == self.poison for c in work)
+        poisoned = self.poison and any(c.prefill.prompt == self.poison for c in work)
         if self.left > 0 and (poisoned or not self.poison):
             self.left -= 1
             raise self._error
@@ -73,18 +73,18 @@ def test_nan_logits_fail_only_their_request(llama: Any) -> None:
     engine.close()
 
 
-def test_ended_is_never_called_with_an_invalid_token(llama: Any) -> None:
+def test_stop_check_is_never_called_with_an_invalid_token(llama: Any) -> None:
     model = copy.deepcopy(llama)
     with torch.no_grad():
         model.get_input_embeddings().weight[299] = torch.nan
     engine = start(model)
 
-    def ended(tokens: Sequence[int]) -> bool:
+    def stop_check(tokens: Sequence[int]) -> bool:
         if min(tokens) < 0:
             raise OverflowError("a tokenizer knows no negative tokens")
         return False
 
-    bad, good = (engine.submit(replace(greedy(prompt), ended=ended)) for prompt in ((299, 5), PROMPTS[0]))
+    bad, good = (engine.submit(replace(greedy(prompt), stop_check=stop_check)) for prompt in ((299, 5), PROMPTS[0]))
     with pytest.raises(BadReplyError, match="float32"):
         bad.result(60)
     assert len(good.result(60).completions) == 1
@@ -106,7 +106,7 @@ def test_out_of_memory_preempts_the_youngest(llama: Any, monkeypatch: pytest.Mon
     found = answers(engine, *requests)
     engine.close()
     assert [answer.completions for answer in found] == expected
-    assert sum(answer.timings.preempted for answer in found) > 0
+    assert sum(answer.metrics.preemptions for answer in found) > 0
 
 
 def test_out_of_memory_of_a_single_sample_fails_only_it(engine: StepEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_out_of_memory_of_a_single_sample_fails_only_it(engine: StepEngine, monk
 def test_dead_loop_fails_all_requests(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start(llama, rows=1)
     running, waiting = engine.submit(greedy(PROMPTS[0], 1, 4000)), engine.submit(greedy(PROMPTS[1]))
-    while not engine.rows:
+    while not engine.running_sequences:
         time.sleep(0.001)
     monkeypatch.setattr(engine._runner, "decode", None)
     for future in (running, waiting):
@@ -147,7 +147,7 @@ def test_hanging_pass_makes_the_engine_unhealthy(engine: StepEngine, monkeypatch
     assert hangs.wait(HANG_SECONDS)
     assert engine.healthy
     with monkeypatch.context() as patch:
-        patch.setattr(watchdog, "STUCK_SECONDS", 0.0)
+        patch.setattr(watchdog, "TIMEOUT_SECONDS", 0.0)
         assert not engine.healthy
     proceed.set()
     assert len(future.result(60).completions) == 1

@@ -6,28 +6,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tpo.backends.local.kv_allocator import KVCacheAllocator, Piece, Segment, chain_length, cut
+from tpo.backends.local.kv_allocator import KVCacheAllocator, Segment, SegmentSlice, chain_length, truncate
 from tpo.backends.local.prefix_cache import PrefixCache
-from tpo.backends.local.requests import Ticket, Timings, TokenRequest
+from tpo.backends.local.requests import EngineRequest, RequestMetrics, TokenRequest
 from tpo.backends.local.scheduler import ActiveSequence
-from tpo.backends.local.tables import Tables, work
+from tpo.backends.local.tables import SlotTables, plan_work_items
 
 SIZE = 60
 
 
-class Holders(RuleBasedStateMachine):
-    """Sequences that take, share, trim and release segments, and a prefix cache that keeps some of them."""
+class SegmentOwners(RuleBasedStateMachine):
+    """Sequences that allocate, share, trim and release segments, and a prefix cache that references some of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.arena = KVCacheAllocator(SIZE)
-        self.prefixes = PrefixCache(self.arena)
+        self.allocator = KVCacheAllocator(SIZE)
+        self.prefix_cache = PrefixCache(self.allocator)
         self.held: list[list[Segment]] = []
 
     @rule(count=st.integers(1, 25), used=st.integers(0, 25))
-    def take(self, count: int, used: int) -> None:
-        free = self.arena.free
-        segments = self.arena.take(count)
+    def allocate(self, count: int, used: int) -> None:
+        free = self.allocator.free
+        segments = self.allocator.allocate(count)
         assert sum(s.capacity for s in segments) == (count if count <= free else 0)
         for segment in segments:
             segment.used = min(used, segment.capacity)
@@ -35,127 +35,127 @@ class Holders(RuleBasedStateMachine):
             self.held.append(segments)
 
     @rule(count=st.integers(1, 5), each=st.integers(1, 8))
-    def take_side_by_side(self, count: int, each: int) -> None:
-        segments = self.arena.take_equal(count, each)
+    def allocate_adjacent(self, count: int, each: int) -> None:
+        segments = self.allocator.allocate_adjacent(count, each)
         assert [s.start - segments[0].start for s in segments] == [i * each for i in range(len(segments))]
         self.held += [[segment] for segment in segments]
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
-    def share(self, data: st.DataObject) -> None:
+    def acquire(self, data: st.DataObject) -> None:
         segments = data.draw(st.sampled_from(self.held))
-        self.arena.hold(Piece(s, s.used) for s in segments)
+        self.allocator.acquire(SegmentSlice(s, s.used) for s in segments)
         self.held.append(list(segments))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        self.arena.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+        self.allocator.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def trim(self, data: st.DataObject) -> None:
         segments = data.draw(st.sampled_from(self.held))
         if segments[-1].used:
-            self.arena.trim(segments[-1])
+            self.allocator.trim(segments[-1])
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), tokens=st.integers(0, 3))
-    def keep(self, data: st.DataObject, tokens: int) -> None:
-        chain = tuple(Piece(s, s.used) for s in data.draw(st.sampled_from(self.held)) if s.used)
+    def insert_prefix(self, data: st.DataObject, tokens: int) -> None:
+        chain = tuple(SegmentSlice(s, s.used) for s in data.draw(st.sampled_from(self.held)) if s.used)
         if chain:
-            self.prefixes.keep((tokens,) * chain_length(chain), chain)
+            self.prefix_cache.insert((tokens,) * chain_length(chain), chain)
 
     @rule()
-    def forget(self) -> None:
-        self.prefixes.forget_one()
+    def evict_prefix(self) -> None:
+        self.prefix_cache.evict()
 
     @invariant()
-    def every_slot_is_free_or_has_its_holders(self) -> None:
-        chains = [*self.held, *([p.segment for p in chain] for chain in self.prefixes._kept.values())]
+    def every_slot_is_free_or_referenced(self) -> None:
+        chains = [*self.held, *([p.segment for p in chain] for chain in self.prefix_cache._entries.values())]
         segments = {id(s): s for chain in chains for s in chain}
         owned = [slot for s in segments.values() for slot in range(s.start, s.start + s.capacity)]
-        free = [slot for start, length in self.arena._gaps for slot in range(start, start + length)]
+        free = [slot for start, length in self.allocator._free_runs for slot in range(start, start + length)]
         assert sorted(owned + free) == list(range(1, SIZE + 1))
-        assert len(free) == self.arena.free
+        assert len(free) == self.allocator.free
         for segment in segments.values():
-            assert segment.holders == sum(s is segment for chain in chains for s in chain)
-        ends = [start + length for start, length in self.arena._gaps]
-        assert all(end < start for end, (start, _) in zip(ends, self.arena._gaps[1:], strict=False))
+            assert segment.ref_count == sum(s is segment for chain in chains for s in chain)
+        ends = [start + length for start, length in self.allocator._free_runs]
+        assert all(end < start for end, (start, _) in zip(ends, self.allocator._free_runs[1:], strict=False))
 
     def teardown(self) -> None:
         for segments in self.held:
-            self.arena.release(segments)
-        self.prefixes.forget()
-        assert self.arena._gaps == [(1, SIZE)]
+            self.allocator.release(segments)
+        self.prefix_cache.clear()
+        assert self.allocator._free_runs == [(1, SIZE)]
 
 
-Holders.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
-TestHolders = Holders.TestCase
+SegmentOwners.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
+TestSegmentOwners = SegmentOwners.TestCase
 
 
 def test_least_recently_used_prefix_is_evicted_first() -> None:
-    arena = KVCacheAllocator(SIZE)
-    prefixes = PrefixCache(arena)
+    allocator = KVCacheAllocator(SIZE)
+    prefix_cache = PrefixCache(allocator)
     first, second = ((token,) * 17 for token in (1, 2))
     for tokens in (first, second):
-        segments = arena.take(17)
-        prefixes.keep(tokens, tuple(Piece(segment, 17) for segment in segments))
-        arena.release(segments)
-    assert chain_length(prefixes.longest(first)) == 16
-    prefixes.forget_one()
-    assert (chain_length(prefixes.longest(first)), prefixes.longest(second)) == (16, ())
+        segments = allocator.allocate(17)
+        prefix_cache.insert(tokens, tuple(SegmentSlice(segment, 17) for segment in segments))
+        allocator.release(segments)
+    assert chain_length(prefix_cache.match(first)) == 16
+    prefix_cache.evict()
+    assert (chain_length(prefix_cache.match(first)), prefix_cache.match(second)) == (16, ())
 
 
 @given(lengths=st.lists(st.integers(1, 9), max_size=6), length=st.integers(0, 60))
-def test_chain_is_cut_to_a_length(lengths: list[int], length: int) -> None:
-    chain = tuple(Piece(Segment(1, n, n), n) for n in lengths)
-    assert chain_length(cut(chain, length)) == min(length, sum(lengths))
+def test_chain_is_truncated_to_a_length(lengths: list[int], length: int) -> None:
+    chain = tuple(SegmentSlice(Segment(1, n, n), n) for n in lengths)
+    assert chain_length(truncate(chain, length)) == min(length, sum(lengths))
 
 
-def row_of(prefix: tuple[Piece, ...], own: list[Segment]) -> ActiveSequence:
-    ticket = Ticket(TokenRequest((1,) * chain_length(prefix), (0,), 0.0, 1.0, 99), 0, Timings(0.0))
-    return ActiveSequence(ticket, 0, prefix, [1], own)
+def row_of(prefix: tuple[SegmentSlice, ...], own: list[Segment]) -> ActiveSequence:
+    request = EngineRequest(TokenRequest((1,) * chain_length(prefix), (0,), 0.0, 1.0, 99), 0, RequestMetrics(0.0))
+    return ActiveSequence(request, 0, prefix, [1], own)
 
 
-def apply_update(table: dict[int, int], tables: Tables, rows: list[ActiveSequence]) -> None:
+def apply_update(table: dict[int, int], tables: SlotTables, rows: list[ActiveSequence]) -> None:
     """Apply the changed table entries to `table`."""
     writes: Any = tables.update(rows)
     if writes is not None:
-        table.update(zip(writes.at.tolist(), writes.slots.tolist(), strict=True))
+        table.update(zip(writes.indices.tolist(), writes.slots.tolist(), strict=True))
 
 
 def test_tables_list_slots_and_are_reused() -> None:
-    arena, tables, table = KVCacheAllocator(1000), Tables(3, 100), dict[int, int]()
-    prefix = tuple(Piece(s, s.capacity) for s in arena.take(20))
-    rows = [row_of(prefix, arena.take(7)) for _ in range(3)]
+    allocator, tables, table = KVCacheAllocator(1000), SlotTables(3, 100), dict[int, int]()
+    prefix = tuple(SegmentSlice(s, s.capacity) for s in allocator.allocate(20))
+    rows = [row_of(prefix, allocator.allocate(7)) for _ in range(3)]
     apply_update(table, tables, rows)
-    rows[1].own += arena.take(14)
+    rows[1].segments += allocator.allocate(14)
     apply_update(table, tables, rows)
     assert tables.update(rows) is None
     for row in rows:
         slots = [p.segment.start + i for p in row.prefix for i in range(p.length)]
-        slots += [s.start + i for s in row.own for i in range(s.capacity)]
-        assert [table[row.table * 100 + i] for i in range(len(slots))] == slots
-    numbers = {row.table for row in rows}
+        slots += [s.start + i for s in row.segments for i in range(s.capacity)]
+        assert [table[row.table_index * 100 + i] for i in range(len(slots))] == slots
+    numbers = {row.table_index for row in rows}
     assert numbers == {0, 1, 2}
-    late = row_of(prefix, arena.take(5))
+    late = row_of(prefix, allocator.allocate(5))
     apply_update(table, tables, [rows[0], late, rows[2]])
-    assert {rows[0].table, late.table, rows[2].table} == numbers
+    assert {rows[0].table_index, late.table_index, rows[2].table_index} == numbers
 
 
-def test_forgotten_tables_are_written_again() -> None:
-    arena, tables, table = KVCacheAllocator(1000), Tables(3, 100), dict[int, int]()
-    prefix = tuple(Piece(s, s.capacity) for s in arena.take(20))
-    rows = [row_of(prefix, arena.take(7)) for _ in range(3)]
+def test_cleared_tables_are_written_again() -> None:
+    allocator, tables, table = KVCacheAllocator(1000), SlotTables(3, 100), dict[int, int]()
+    prefix = tuple(SegmentSlice(s, s.capacity) for s in allocator.allocate(20))
+    rows = [row_of(prefix, allocator.allocate(7)) for _ in range(3)]
     assert tables.update(rows) is not None
-    tables.forget()
-    late = [rows[1], row_of(prefix, arena.take(5)), rows[0]]
+    tables.clear()
+    late = [rows[1], row_of(prefix, allocator.allocate(5)), rows[0]]
     apply_update(table, tables, late)
-    assert {row.table for row in late} == {0, 1, 2}
+    assert {row.table_index for row in late} == {0, 1, 2}
     for row in late:
-        slots = [*range(prefix[0].segment.start, prefix[0].segment.start + 20), row.own[0].start]
-        assert [table[row.table * 100 + i] for i in range(21)] == slots
+        slots = [*range(prefix[0].segment.start, prefix[0].segment.start + 20), row.segments[0].start]
+        assert [table[row.table_index * 100 + i] for i in range(21)] == slots
 
 
 @given(
@@ -166,18 +166,18 @@ def test_forgotten_tables_are_written_again() -> None:
 def test_work_covers_every_token_of_every_row_once(groups: list[tuple[int, list[int]]]) -> None:
     rows, at = [], 1
     for shared, owns in groups:
-        prefix = (Piece(Segment(at, shared, shared), shared),)
+        prefix = (SegmentSlice(Segment(at, shared, shared), shared),)
         at += shared
         for own in owns:
             rows.append(row_of(prefix, [Segment(at, own)]))
-            rows[-1].table = len(rows) - 1
+            rows[-1].table_index = len(rows) - 1
             at += own
-    todo = work(rows, rows_an_item=2, aim=8, most=200)
+    work = plan_work_items(rows, rows_per_item=2, target_items=8, max_items=200)
     seen: list[list[int]] = [[] for _ in rows]
-    for first, count, _, begin, end, part in todo.items.tolist():
+    for first, count, _, begin, end, part in work.items.tolist():
         for i in range(first, first + count):
-            assert part < todo.parts[i]
+            assert part < work.part_counts[i]
             seen[i] += range(begin, end)
     assert [sorted(s) for s in seen] == [
-        list(range(chain_length(r.prefix) + sum(s.capacity for s in r.own))) for r in rows
+        list(range(chain_length(r.prefix) + sum(s.capacity for s in r.segments))) for r in rows
     ]

@@ -76,7 +76,7 @@ def test_supported_families_equal_generate(cls: Any, config: Any) -> None:
     prompt = [(5 * i) % 290 for i in range(70)]
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, pad_token_id=0)
-    engine = build_engine(model, frozenset(), 512, EngineOptions(rows=8, cache_gib=0.01, prefill_tokens=32))
+    engine = build_engine(model, frozenset(), 512, EngineOptions(max_sequences=8, cache_gib=0.01, prefill_tokens=32))
     answer = engine.submit(TokenRequest(tuple(prompt), (1, 2), 0.0, 1.0, 40)).result(60)
     engine.close()
     assert {c.tokens for c in answer.completions} == {tuple(out[0, len(prompt) :].tolist())}
@@ -94,7 +94,7 @@ def test_model_with_own_attention_is_rejected_unchanged() -> None:
 def test_differing_logits_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
-    monkeypatch.setattr("tpo.backends.local.attention.merged", lambda out, weight: out[0])
+    monkeypatch.setattr("tpo.backends.local.attention.merge_partial_outputs", lambda out, weight: out[0])
     with pytest.raises(ModelRefusedError, match="its logits differ"):
         build_engine(model.eval(), frozenset(), 512)
 
@@ -111,7 +111,7 @@ def test_model_that_fails_the_trial_is_rejected(
     def breaks(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("tpo.backends.local.attention.causal", breaks)
+    monkeypatch.setattr("tpo.backends.local.attention.causal_attention", breaks)
     with pytest.raises(ModelRefusedError, match=f"(?s)The policy x .*{message}"):
         build_engine(model.eval(), frozenset(), 512, name="The policy x")
     assert model.config._attn_implementation == "sdpa"

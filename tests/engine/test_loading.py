@@ -14,7 +14,7 @@ import torch
 from testing.waiting import HANG_SECONDS
 from tests.support.tiny_models import CONTEXT, save_capped, save_llama, save_reward
 from tpo.backends import load_policy, load_reward_model
-from tpo.backends.local.loader import load_policy_model, load_reward_network
+from tpo.backends.local.loader import load_policy_model, load_reward_classifier
 from tpo.backends.spec import ModelSpec, RewardSpec
 from tpo.core.errors import ModelRefusedError
 from tpo.settings import Settings
@@ -63,8 +63,8 @@ def test_all_end_tokens_are_loaded(policy_folder: Path, tmp_path: Path) -> None:
 def test_dtype_applies_to_policies_and_not_to_rewards(policy_folder: Path, reward_folder: Path) -> None:
     settings = Settings(dtype="bfloat16")
     assert load_policy_model(str(policy_folder), settings).network.dtype == torch.bfloat16
-    assert load_reward_network(str(reward_folder), settings).network.dtype == torch.float32
-    halved = load_reward_network(str(reward_folder), Settings(reward_dtype="bfloat16"))
+    assert load_reward_classifier(str(reward_folder), settings).network.dtype == torch.float32
+    halved = load_reward_classifier(str(reward_folder), Settings(reward_dtype="bfloat16"))
     assert halved.network.dtype == torch.bfloat16
 
 

@@ -24,7 +24,7 @@ from tests.support.tiny_models import (
 from tpo.backends.chat import Chat
 from tpo.backends.local.loader import Model, load_policy_model
 from tpo.backends.local.policy import LocalPolicy
-from tpo.backends.local.requests import Answer, Completion, Timings, TokenRequest
+from tpo.backends.local.requests import Completion, RequestMetrics, RequestOutput, TokenRequest
 from tpo.backends.local.reward import LocalRewardModel
 from tpo.backends.local.reward_engine import RewardEngine
 from tpo.backends.reasoning import split_reasoning
@@ -77,10 +77,10 @@ class RecordingEngine:
         self._reply = Completion(tuple(TOKENIZER.encode(reply, add_special_tokens=False)), reason)
         self.requests: list[TokenRequest] = []
 
-    def submit(self, request: TokenRequest) -> "Future[Answer]":
+    def submit(self, request: TokenRequest) -> "Future[RequestOutput]":
         self.requests.append(request)
-        future: Future[Answer] = Future()
-        future.set_result(Answer((self._reply,) * len(request.seeds), Timings(0.0)))
+        future: Future[RequestOutput] = Future()
+        future.set_result(RequestOutput((self._reply,) * len(request.seeds), RequestMetrics(0.0)))
         return future
 
     def close(self) -> None:

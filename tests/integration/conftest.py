@@ -33,7 +33,7 @@ def sqlite_system(sqlite_template: Path, tmp_path: Path) -> Iterator[System]:
 
 @pytest.fixture
 def make_client(migrated_url: str, valkey: Valkey) -> Iterator[Callable[..., TestClient]]:
-    """Function that starts an API in process with the given settings, and returns its client."""
+    """Return a function that starts an API in this process with the given settings and returns its client."""
     with contextlib.ExitStack() as stack:
         defaults = {"database_url": migrated_url, "broker_url": valkey.url}
         yield lambda **settings: stack.enter_context(api_client(**{**defaults, **settings}))
@@ -47,7 +47,7 @@ def client(make_client: Callable[..., TestClient]) -> TestClient:
 
 @pytest.fixture
 def sqlite_client_of(sqlite_template: Path, tmp_path: Path, valkey: Valkey) -> Iterator[Callable[..., TestClient]]:
-    """Function like `make_client`, on SQLite, for tests that do not depend on the database."""
+    """Return a function like `make_client`, on SQLite, for tests that do not depend on the database."""
     shutil.copy(sqlite_template, tmp_path / "tpo.db")
     with contextlib.ExitStack() as stack:
         defaults = {"database_url": f"sqlite:///{tmp_path}/tpo.db", "broker_url": valkey.url}
@@ -56,7 +56,7 @@ def sqlite_client_of(sqlite_template: Path, tmp_path: Path, valkey: Valkey) -> I
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    """Running webhook receiver."""
+    """Start a webhook receiver."""
     with receiving() as receiver:
         yield receiver
 

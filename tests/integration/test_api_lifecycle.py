@@ -225,10 +225,10 @@ class TestPolling:
 
     def _respond_while(self, client: TestClient, act: Callable[[], object], ask: Callable[[], Any]) -> Any:
         """Call `ask`, call `act` while the server waits for a change, and return the response."""
-        feed = client.app.state.broadcaster  # type: ignore[attr-defined]
+        broadcaster = client.app.state.broadcaster  # type: ignore[attr-defined]
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(ask)
-            eventually(lambda: feed.subscriptions == 1, why="the server should wait for a change")
+            eventually(lambda: broadcaster.subscriptions == 1, why="the server should wait for a change")
             act()
             return asked.result()
 
@@ -294,7 +294,7 @@ class TestMetadataFilter:
     def test_rejects_more_pairs_than_a_job_can_have(self, client: TestClient) -> None:
         pairs = {f"metadata[key-{number}]": "value" for number in range(17)}
         problem = assert_problem(client.get("/v1/jobs", params=pairs), 422, "invalid_input", "metadata[key-16]")
-        assert "16 pairs at most" in problem["detail"]
+        assert "at most 16 pairs" in problem["detail"]
         del pairs["metadata[key-16]"]
         assert client.get("/v1/jobs", params=pairs).json()["data"] == []
 

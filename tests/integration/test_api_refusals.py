@@ -370,3 +370,10 @@ def test_no_body_causes_a_server_error(client: TestClient, body: Any) -> None:
         assert_problem(
             response, response.status_code, response.json()["error"]["code"], response.json()["error"]["param"]
         )
+
+
+def test_parameter_in_the_wrong_place_names_its_place(client: TestClient) -> None:
+    problem = assert_problem(
+        client.post("/v1/jobs", json={"input": "Hello", "sample_size": 4}), 422, "invalid_input", "sample_size"
+    )
+    assert problem["detail"] == "sample_size: belongs under parameters"

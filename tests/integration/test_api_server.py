@@ -30,11 +30,12 @@ def samples(page: str) -> dict[tuple[str, ...], float]:
 class TestServer:
     def test_is_ready_with_a_worker(self, client: TestClient, store: Store) -> None:
         body = assert_problem(client.get("/readyz"), 503, "not_ready")
-        assert body["checks"] == {"database": "ok", "broker": "ok", "worker": "missing"}
+        well = {"database": "ok", "broker": "ok", "queue": "ok", "disk": "ok"}
+        assert body["checks"] == {**well, "worker": "missing"}
         store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
         ready = client.get("/readyz")
         assert ready.status_code == 200
-        assert ready.json() == {"status": "ready", "checks": {"database": "ok", "broker": "ok", "worker": "ok"}}
+        assert ready.json() == {"status": "ready", "checks": {**well, "worker": "ok"}}
 
     def test_is_not_ready_when_the_worker_missed_its_lease(
         self, client: TestClient, store: Store, engine: Engine
@@ -49,7 +50,7 @@ class TestServer:
         body = assert_problem(
             make_client(broker_url=f"redis://127.0.0.1:{free_port()}/0").get("/readyz"), 503, "not_ready"
         )
-        assert body["checks"] == {"database": "ok", "broker": "missing", "worker": "ok"}
+        assert body["checks"] == {"database": "ok", "broker": "missing", "worker": "ok", "queue": "ok", "disk": "ok"}
 
     def test_lists_served_models(self, client: TestClient, store: Store) -> None:
         assert client.get("/v1/models").json() == {"object": "list", "data": []}
@@ -90,6 +91,8 @@ class TestServer:
         assert metrics["tpo_event_listeners",] == 0
         assert (metrics["tpo_jobs_waiting", "scripted"], metrics["tpo_jobs_running", "scripted"]) == (1, 0)
         assert metrics["tpo_workers", "scripted"] == 1
+        assert metrics["tpo_jobs_in_quarantine", "scripted"] == 0
+        assert metrics["tpo_rescue_delay_seconds",] == 0
         assert job["id"] not in client.get("/metrics").text
 
     def test_metrics_report_an_unreachable_database(self, make_client: MakeClient) -> None:
@@ -139,7 +142,8 @@ class TestUnexpected:
             body = {"input": "x"} if method == "POST" else None
             assert_problem(client.request(method, path, json=body), 503, "database_unavailable")
         checks = assert_problem(client.get("/readyz"), 503, "not_ready")["checks"]
-        assert checks == {"database": "missing", "broker": "ok", "worker": "unknown"}
+        unknown = dict.fromkeys(("worker", "queue", "disk"), "unknown")
+        assert checks == {"database": "missing", "broker": "ok", **unknown}
         assert client.get("/healthz").status_code == 200
 
 

@@ -4,16 +4,19 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import Engine
 from typer.testing import CliRunner
 
 from api import auth
 from testing.fakes import new_state
+from testing.jobs import execute
 from testing.ports import free_port
 from testing.services import Valkey
 from tests.support.api_client import KEY, UNKNOWN_ID, api_client, assert_problem, submit
@@ -97,6 +100,23 @@ def test_revoked_key_is_rejected_within_seconds(
         assert_problem(client.get("/v1/jobs"), 401, "invalid_api_key")
 
 
+def test_expired_key_is_rejected_within_seconds(
+    migrated_url: str, valkey: Valkey, store: Store, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expiring, lasting = store.keys.create("k", "acme", expires_in=3600), store.keys.create("k", "acme")
+    with clients(migrated_url, valkey, expiring.secret, lasting.secret) as (client, other):
+        assert client.get("/v1/jobs").status_code == 200
+        execute(engine, "UPDATE api_keys SET expires_at = created_at - 1 WHERE id = :id", id=expiring.row.id)
+        assert client.get("/v1/jobs").status_code == 200  # the key is cached
+        now = time.monotonic
+        monkeypatch.setattr(auth, "time", SimpleNamespace(monotonic=lambda: now() + 6))
+        for path in ("/v1/jobs", "/v1/models", "/metrics"):
+            response = client.get(path)
+            assert "has expired" in assert_problem(response, 401, "invalid_api_key")["detail"]
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert other.get("/v1/jobs").status_code == 200
+
+
 def test_unreachable_database_is_a_503_not_a_401(migrated_url: str, valkey: Valkey) -> None:
     with clients(migrated_url, valkey, "some-key-that-is-long", require_key=True) as (client,):
         lost = connect(f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/none")
@@ -127,9 +147,20 @@ def test_keys_commands_manage_keys(
     assert "acme" in tpo("limit", "acme", "--jobs-in-flight", "0")
     with pytest.raises(QuotaExceededError):
         store.for_tenant("acme").jobs.submit(new_state(), limits=Limits(), max_attempts=1, model="m", reward_model="r")
+    expiring = json.loads(tpo("create", "guest", "--expires-in", "90d", "--json"))
+    assert expiring["expires_at"] == pytest.approx(expiring["created_at"] + 90 * 86_400, abs=1)
+    assert (created["expires_at"], json.loads(tpo("list", "--json"))[-1]["expires_at"]) == (
+        None,
+        expiring["expires_at"],
+    )
+    assert datetime.fromtimestamp(expiring["expires_at"], UTC).strftime("%Y-%m-%d %H:%M") in tpo("list")
     assert created["id"] in tpo("revoke", created["id"])
     assert store.keys.tenant_of(created["key"]) is None
     wrong = CliRunner().invoke(app, ["keys", "revoke", "key_none"])
     assert (wrong.exit_code, "no key" in wrong.output) == (1, True)
     rejected = CliRunner().invoke(app, ["keys", "create", "k", "--tenant", "a b"])
     assert rejected.exit_code == 2
+    for text in ("90", "d", "1.5h", "-1d", "0d", "1y", "99999w", " 1d"):
+        rejected = CliRunner().invoke(app, ["keys", "create", "k", "--expires-in", text])
+        assert (rejected.exit_code, "Traceback" in rejected.output) == (2, False), text
+    assert len(store.keys.page()) == 3

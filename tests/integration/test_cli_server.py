@@ -20,7 +20,7 @@ KEY = "a-key-of-this-test"
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """Running `tpo up` with an API key."""
+    """Start `tpo up` with an API key."""
     with running_up(tmp_path_factory.mktemp("up") / "data", TPO_API_KEY=KEY) as running:
         yield running
 
@@ -61,7 +61,38 @@ def test_submit_reads_jsonl(up: Up, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("not json")
     done = tpo("submit", "--file", str(tmp_path / "broken.jsonl"), env=up.env)
     assert done.returncode == 2
-    assert "line 1" in done.stderr
+    assert "broken.jsonl:1: is not JSON" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"input": "b", "sample_size": 4}', "sample_size: belongs under parameters"),
+        ('{"input": "b", "parameters": {"sample_size": 0}}', "parameters.sample_size: "),
+        ('{"input": " "}', "input: is blank"),
+        ("7", "is neither a prompt nor the body of a request"),
+    ],
+)
+def test_submit_file_with_a_bad_line_submits_nothing(up: Up, tmp_path: Path, line: str, reason: str) -> None:
+    file = tmp_path / "jobs.jsonl"
+    file.write_text(f'"a"\n{line}\n')
+    before = [job["id"] for job in _json(up, "jobs")]
+    done = tpo("submit", "--file", str(file), env=up.env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"tpo: {file}:2: {reason}")
+    assert [job["id"] for job in _json(up, "jobs")] == before
+
+
+def test_submit_file_again_continues_without_duplicates(up: Up, tmp_path: Path) -> None:
+    file = tmp_path / "again.jsonl"
+    file.write_text('"again"\n')
+    first = tpo("submit", "--file", str(file), env=up.env).stdout.split()
+    file.write_text('"again"\n"again"\n"other"\n')  # as after an interruption: the first line was submitted
+    second = tpo("submit", "--file", str(file), env=up.env).stdout.split()
+    assert second[:1] == first
+    assert len(set(second)) == 3
+    assert tpo("submit", "--file", str(file), env=up.env).stdout.split() == second
+    assert not set(tpo("submit", "--file", str(file), "--resubmit", env=up.env).stdout.split()) & set(second)
 
 
 def test_cancel_ends_a_job_but_ctrl_c_does_not(tmp_path: Path) -> None:
@@ -73,7 +104,7 @@ def test_cancel_ends_a_job_but_ctrl_c_does_not(tmp_path: Path) -> None:
             assert waiting.stderr is not None
             job_id = next(line for line in waiting.stderr if "in_progress" in line).split()[0]
             waiting.send_signal(signal.SIGINT)
-            assert "goes on" in waiting.stderr.read()
+            assert "continues with the jobs" in waiting.stderr.read()
             assert waiting.wait(HANG_SECONDS) == 130
         assert _json(slow, "show", job_id)["status"] == "in_progress"
         assert tpo("cancel", job_id, env=slow.env).returncode == 0

@@ -112,7 +112,7 @@ def test_sigterm_under_load_loses_and_repeats_no_call(system: System) -> None:
         wait_for_call_of(system, worker)
         successor = system.start("-m", "worker")
         assert worker.stop() == 0
-        assert not [j for j in system.store.jobs.page(limit=100) if str(worker.pid) in (j.lease_owner or "")]
+        assert not [j for j in system.store.jobs.page(limit=100) if f"-{worker.pid}-" in (j.lease_owner or "")]
         successor.wait_for("is ready")
     jobs = [system.wait_for_end(job_id) for job_id in job_ids]
     assert_exact(system, *job_ids)

@@ -127,15 +127,15 @@ def test_stream_sends_keepalive_comments(sqlite_system: System, monkeypatch: pyt
     with api_client(database_url=url, broker_url=sqlite_system.broker.url) as client, ThreadPoolExecutor(1) as pool:
         job_id = client.post("/v1/jobs", json={"input": "x"}).json()["id"]
         streamed = pool.submit(client.get, f"/v1/jobs/{job_id}/events?stream=true")
-        feed = client.app.state.broadcaster  # type: ignore[attr-defined]
-        eventually(lambda: feed.subscriptions == 1, why="the stream should be subscribed")
+        broadcaster = client.app.state.broadcaster  # type: ignore[attr-defined]
+        eventually(lambda: broadcaster.subscriptions == 1, why="the stream should be subscribed")
         time.sleep(0.2)
         client.post(f"/v1/jobs/{job_id}/cancel")
         text = streamed.result().text
         assert text.startswith("id: 1\nevent: job.queued\n")
         assert "\n\n: still here\n\n" in text
         assert text.rstrip().splitlines()[-2] == "event: job.cancelled"
-        eventually(lambda: feed.subscriptions == 0, why="the stream should be unsubscribed")
+        eventually(lambda: broadcaster.subscriptions == 0, why="the stream should be unsubscribed")
 
 
 def test_server_shutdown_closes_streams(system: System, api: Api) -> None:
@@ -167,7 +167,7 @@ def test_stream_survives_a_database_outage(tmp_path: Path) -> None:
                 events = frames(response)
                 assert next(events)["event"] == "job.queued"
                 postgres.stop()
-                api.process.wait_for("the event streams wait")
+                api.process.wait_for("event streams wait for the database")
                 assert_problem(httpx.get(f"{api.url}/v1/jobs/{job_id}/events"), 503, "database_unavailable")
                 postgres.start()
                 cancelled = eventually(
@@ -209,7 +209,7 @@ def test_dropped_subscriber_gets_the_reason(store: Store) -> None:
 
     async def meanwhile(_broadcaster: EventBroadcaster, subscription: Subscription) -> None:
         await asyncio.to_thread(_insert_events, store, job_id)
-        while subscription.end is None:
+        while subscription.close_reason is None:
             await asyncio.sleep(0.001)
 
     numbers, closing = _events_of_paused_subscriber(store, job_id, meanwhile)
@@ -272,7 +272,7 @@ def _events_of_paused_subscriber(
 
 @pytest.mark.parametrize("hangs", [False, True])
 def test_shutdown_waits_for_the_last_query_but_not_forever(hangs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.streaming.broadcaster._LAST_LOOK_SECONDS", 0.1 if hangs else 60)
+    monkeypatch.setattr("api.streaming.broadcaster._LAST_POLL_SECONDS", 0.1 if hangs else 60)
     queried, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     class Slow:

@@ -22,7 +22,7 @@ AUTH = ("ops", "flower-pass-8842")
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """Running `tpo up` on a broker with a password, after one job has completed."""
+    """Start `tpo up` on a broker with a password, and complete one job."""
     folder = tmp_path_factory.mktemp("flower")
     with valkey_server(folder / "valkey") as valkey:
         _set_password(valkey.port)

@@ -14,6 +14,7 @@ import pytest
 from testing.processes import System
 from testing.waiting import HANG_SECONDS
 from tests.integration.test_api_process import started_api
+from tests.support.webhooks import ANY_TARGET
 
 pytestmark = pytest.mark.processes
 
@@ -30,7 +31,7 @@ def test_every_response_matches_the_schema(sqlite_system: System, tmp_path: Path
     """Send a few generated requests to each operation. `make fuzz` sends more."""
     sqlite_system.worker(scripted_latency=0.01)
     log = tmp_path / "answers.log"
-    with started_api(sqlite_system, max_sample_size=4, max_iterations=2, webhook_allow_private=True) as api:
+    with started_api(sqlite_system, max_sample_size=4, max_iterations=2, **ANY_TARGET) as api:
         words = ["run", f"{api.url}/openapi.json", "--checks", CHECKS, "--max-examples", str(EXAMPLES), "--seed", "1"]
         words += [
             "--no-color",

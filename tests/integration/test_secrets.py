@@ -21,6 +21,7 @@ from testing.services import valkey_server
 from testing.waiting import HANG_SECONDS, eventually
 from tests.support.receiver import Receiver, receiving
 from tests.support.stack import Up, running_up
+from tests.support.webhooks import ANY_TARGET
 
 pytestmark = pytest.mark.processes
 
@@ -89,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
             "TPO_BROKER_URL": broker,
             "TPO_API_KEY": KEY,
             "TPO_FLOWER_BASIC_AUTH": ":".join(FLOWER),
-            "TPO_WEBHOOK_ALLOW_PRIVATE": "true",
+            **{f"TPO_{name.upper()}": value for name, value in ANY_TARGET.items()},
             "TPO_WEBHOOK_RETRY_SECONDS": "0.2",
         }
         with _Monitored(valkey.port) as commands, running_up(folder / "data", **settings) as up:

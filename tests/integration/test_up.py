@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import redis
 
 from testing.ports import free_port
 from testing.services import new_database, valkey_server
@@ -196,7 +197,17 @@ def test_process_list_contains_no_secret(tmp_path: Path) -> None:
     with running_up(tmp_path / "data", **secrets) as up:
         shown = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
         assert str(up.ports["broker-port"]) in shown
-        assert not [secret for secret in ("key-0123456789abcdef", "flower-secret-1") if secret in shown]
+        configuration = tmp_path / "data/broker/valkey.conf"
+        password = configuration.read_text().removeprefix("requirepass ").strip()
+        assert len(password) >= 32
+        assert not [secret for secret in ("key-0123456789abcdef", "flower-secret-1", password) if secret in shown]
+        assert configuration.stat().st_mode & 0o777 == 0o600
+        with redis.Redis(port=up.ports["broker-port"]) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+        _submit(up)
+        assert up.stop()[0] == 0
+        logs = "".join(log.read_text() for log in (tmp_path / "data/logs").iterdir())
+        assert password not in logs + json.dumps(up.facts)
 
 
 def _port() -> str:

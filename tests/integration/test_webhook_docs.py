@@ -11,15 +11,15 @@ from testing.processes import System
 from testing.waiting import eventually
 from tests.support.api_client import KEY
 from tests.support.receiver import receiving
+from tests.support.webhooks import ANY_TARGET
 
 PAGE = Path(__file__).parents[2] / "docs" / "webhooks.md"
 
 
 def test_every_snippet_works(sqlite_system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
-    allowed = {"webhook_allow_private": "true"}
-    sqlite_system.start("-m", "api", port=port, api_key=KEY, **allowed).wait_for("Listening on")
-    sqlite_system.maintenance(**allowed)
+    sqlite_system.start("-m", "api", port=port, api_key=KEY, **ANY_TARGET).wait_for("Listening on")
+    sqlite_system.maintenance(**ANY_TARGET)
     with receiving() as receiver:
         for name, value in {"TPO_URL": f"http://127.0.0.1:{port}", "TPO_KEY": KEY, "HOOK_URL": receiver.url}.items():
             monkeypatch.setenv(name, value)

@@ -14,7 +14,15 @@ from testing.processes import System
 from testing.waiting import eventually
 from tests.support.api_client import api_client, assert_problem
 from tests.support.receiver import Receiver, receiving
-from tests.support.webhooks import create_webhook, deliveries, failed_delivery, finish, make_sender, settled_deliveries
+from tests.support.webhooks import (
+    ANY_TARGET,
+    create_webhook,
+    deliveries,
+    failed_delivery,
+    finish,
+    make_sender,
+    settled_deliveries,
+)
 from tpo.store import Store
 
 pytestmark = pytest.mark.usefixtures("joined_senders")
@@ -22,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("joined_senders")
 
 @pytest.fixture
 def client(migrated_url: str) -> Iterator[TestClient]:
-    with api_client(database_url=migrated_url, webhook_allow_private=True) as client:
+    with api_client(database_url=migrated_url, **ANY_TARGET) as client:
         yield client
 
 
@@ -106,9 +114,9 @@ def test_hanging_receiver_does_not_block_others(client: TestClient, store: Store
         for _ in range(6):
             finish(store)
         sender = make_sender(store, webhook_slots=6, webhook_timeout_seconds=60, webhook_retry_seconds=60)
-        sender.notify_due()
-        sender.notify_due()
-        assert {d["last_error"] for d in deliveries(client, slow)} == {None}, "notify_due waited for a receiver"
+        sender.send_due()
+        sender.send_due()
+        assert {d["last_error"] for d in deliveries(client, slow)} == {None}, "send_due waited for a receiver"
         eventually(lambda: len(receiver.received) == 4, why="one webhook should have four concurrent deliveries")
         fast = create_webhook(client, other.url)
         finish(store)
@@ -174,7 +182,7 @@ def test_disable_and_delete_end_deliveries(client: TestClient, store: Store, rec
 
 
 def test_delivery_survives_a_killed_maintenance_worker(system: System, receiver: Receiver) -> None:
-    settings = {"webhook_allow_private": "true", "webhook_retry_seconds": 0.2, "webhook_timeout_seconds": 5}
+    settings = {**ANY_TARGET, "webhook_retry_seconds": 0.2, "webhook_timeout_seconds": 5}
     webhook = system.store.webhooks.create(receiver.url, ["job.completed", "job.cancelled"])
     receiver.answers = [500] * 3
     receiver.hangs.set()

@@ -3,6 +3,7 @@
 import logging
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,15 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from testing.jobs import execute
 from tests.support.api_client import api_client, assert_problem
 from tests.support.receiver import Received, Receiver
-from tests.support.webhooks import create_webhook, deliveries, failed_delivery, finish, make_sender, settled_deliveries
+from tests.support.webhooks import (
+    ANY_TARGET,
+    create_webhook,
+    deliveries,
+    failed_delivery,
+    finish,
+    make_sender,
+    settled_deliveries,
+)
 from tpo.store import Store
 
 pytestmark = pytest.mark.usefixtures("joined_senders")
@@ -21,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("joined_senders")
 
 @pytest.fixture
 def client(migrated_url: str) -> Iterator[TestClient]:
-    with api_client(database_url=migrated_url, webhook_allow_private=True) as client:
+    with api_client(database_url=migrated_url, **ANY_TARGET) as client:
         yield client
 
 
@@ -50,6 +59,13 @@ def client(migrated_url: str) -> Iterator[TestClient]:
         "http://exa mple.com/",
         "http://example.com/\r\nx: y",
         "http://[1/",
+        "https://192.0.0.192/",
+        "https://[fec0::1]/",
+        "https://192.88.99.1/",
+        "https://[3fff::1]/",
+        "https://[64:ff9b:1::808:808]/",
+        "https://[2606:4700::1111%25eth0]/",
+        "https://127%2e0.0.1/",
     ],
 )
 def test_invalid_and_private_urls_are_rejected(sqlite_client: TestClient, url: str) -> None:
@@ -62,7 +78,7 @@ def test_invalid_and_private_urls_are_rejected(sqlite_client: TestClient, url: s
 @pytest.fixture
 def sqlite_client(sqlite_template: Any, tmp_path: Any) -> Iterator[TestClient]:
     (tmp_path / "tpo.db").write_bytes(sqlite_template.read_bytes())
-    with api_client(database_url=f"sqlite:///{tmp_path}/tpo.db") as client:
+    with api_client(database_url=f"sqlite:///{tmp_path}/tpo.db", webhook_ports="any") as client:
         yield client
 
 
@@ -107,6 +123,22 @@ def test_checked_address_is_the_called_one(
     assert settled_deliveries(sqlite_client, webhook, make_sender(store))[0]["status"] == "delivered"
     assert len(queries) == 1
     assert receiver.received[0].headers["host"] == f"rebinding.example:{port}"
+
+
+def test_port_that_is_not_allowed_is_refused_and_not_called(
+    sqlite_client: TestClient, receiver: Receiver, tmp_path: Path
+) -> None:
+    webhook = create_webhook(sqlite_client, "http://93.184.215.14:2525/")
+    store: Store = sqlite_client.app.state.store  # type: ignore[attr-defined]
+    finish(store)
+    failed_delivery(sqlite_client, webhook, make_sender(store, webhook_ports="80,443"), "port_not_allowed")
+    with api_client(database_url=f"sqlite:///{tmp_path}/tpo.db") as client:
+        for method, path in (("POST", "/v1/webhooks"), ("PATCH", f"/v1/webhooks/{webhook['id']}")):
+            refused = client.request(method, path, json={"url": "https://example.com:2525/"})
+            detail = assert_problem(refused, 422, "invalid_input", "url")["detail"]
+            assert "port 2525 is not allowed" in detail
+            assert "80, 443, 8080, 8443" in detail
+            assert "TPO_WEBHOOK_PORTS" in detail
 
 
 def test_rotated_secret_signs_twice_until_it_expires(

@@ -14,7 +14,7 @@ from testing.processes import System
 from testing.waiting import eventually
 from tests.integration.openai.test_batches import line
 from tests.support.receiver import AUTHORITY, TLS, Receiver, receiving
-from tests.support.webhooks import finish, make_sender
+from tests.support.webhooks import ANY_TARGET, finish, make_sender
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.webhooks.tables import Delivery
@@ -42,14 +42,14 @@ def test_certificate_of_a_configured_authority_is_trusted(sqlite_store: Store, r
     strict, trusting = make_sender(sqlite_store), make_sender(sqlite_store, webhook_ca_file=AUTHORITY)
 
     def rejected() -> bool:
-        strict.notify_due()
+        strict.send_due()
         return delivery(sqlite_store, webhook.row.id).last_error == "tls_failed"
 
     eventually(rejected, why="a certificate of an unknown authority should be rejected")
     assert receiver.received == []
 
     def arrived() -> bool:
-        trusting.notify_due()
+        trusting.send_due()
         return delivery(sqlite_store, webhook.row.id).status == "delivered"
 
     eventually(arrived, why="the delivery should succeed")
@@ -76,7 +76,7 @@ def test_certificate_of_another_name_is_rejected(
     sender = make_sender(sqlite_store, webhook_ca_file=AUTHORITY)
 
     def one_of_two_arrives() -> bool:
-        sender.notify_due()
+        sender.send_due()
         return (
             delivery(sqlite_store, right).status == "delivered"
             and delivery(sqlite_store, wrong).last_error == "tls_failed"
@@ -119,7 +119,7 @@ def test_events_of_ended_batches_are_delivered(sqlite_system: System, receiver: 
     store.batches.cancel(wanted["batch.cancelled"])
     system.environment["SSL_CERT_FILE"] = str(AUTHORITY)  # replaces the system's authorities
     system.worker(scripted_latency=0)
-    system.maintenance(webhook_allow_private="true", webhook_retry_seconds=0.2)
+    system.maintenance(**ANY_TARGET, webhook_retry_seconds=0.2)
     eventually(lambda: len(receiver.received) >= 4, why="four events should be delivered")
     delivered = {}
     for request in receiver.received:

@@ -1,6 +1,7 @@
 """A TCP proxy in front of a real server that cuts connections, answers with errors and loses responses."""
 
 import contextlib
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ class Cutter:
     lost: the number of next requests that reach the server and whose responses are dropped.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, target: int | str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.budgets: list[int | None] = []
@@ -27,14 +28,18 @@ class Cutter:
         )
         self.lost = 0
         self.connections = 0
-        self._frozen = 0
-        self._target = port
+        self._frozen = 0.0
+        self._target = target
         self._listener = socket.create_server(("127.0.0.1", self.port))
         threading.Thread(target=self._accept, daemon=True).start()
 
     def freeze(self) -> None:
         """Stop forwarding on the connections that are open now, and keep them open. Later ones work."""
         self._frozen = self.connections
+
+    def freeze_forever(self) -> None:
+        """Stop forwarding on all connections, also on later ones, and keep them open: a link that is silent."""
+        self._frozen = math.inf
 
     def close(self) -> None:
         """Accept no more connections."""
@@ -62,7 +67,8 @@ class Cutter:
                 client.sendall(self.refusal)
                 return
             budget = self.budgets.pop(0) if self.budgets else None
-            with socket.create_connection(("127.0.0.1", self._target)) as server:
+            self._wait_while_frozen(number)
+            with self._connect() as server:
                 threading.Thread(target=self._pump, args=(client, server, number), daemon=True).start()
                 if self.lost:
                     self.lost -= 1
@@ -76,6 +82,13 @@ class Cutter:
                     client.sendall(chunk)
                     budget = budget and budget - len(chunk)
 
+    def _connect(self) -> socket.socket:
+        if isinstance(self._target, int):
+            return socket.create_connection(("127.0.0.1", self._target))
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(self._target)
+        return server
+
     def _pump(self, source: socket.socket, target: socket.socket, number: int) -> None:
         with contextlib.suppress(OSError):
             while chunk := source.recv(65536):
@@ -88,9 +101,9 @@ class Cutter:
 
 
 @contextlib.contextmanager
-def cutter(port: int) -> Iterator[Cutter]:
-    """Yield a proxy in front of the server on that port."""
-    proxy = Cutter(port)
+def cutter(target: int | str) -> Iterator[Cutter]:
+    """Yield a proxy in front of the server on that port or Unix socket."""
+    proxy = Cutter(target)
     try:
         yield proxy
     finally:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from testing.services import new_database
+from testing.services import new_database, through_pgbouncer
 
 DATABASES = ("sqlite", "postgresql")
+POOLED = "postgresql-pgbouncer"
+"""PostgreSQL through a PgBouncer in transaction mode."""
 
 
 @contextlib.contextmanager
@@ -21,4 +23,6 @@ def migrated_database(kind: str, request: pytest.FixtureRequest, folder: Path) -
         return
     template = request.getfixturevalue("postgres_template")
     with new_database(request.getfixturevalue("postgres_admin_url"), template) as url:
+        if kind == POOLED:
+            url = through_pgbouncer(url, request.getfixturevalue("pgbouncer_folder"))
         yield url

@@ -17,10 +17,10 @@ import torch
 from tests.support.tiny_models import CONTEXT, KINDS, load_kind
 from tpo.backends.local.cuda import CudaRunner
 from tpo.backends.local.engine import StepEngine
-from tpo.backends.local.kv_allocator import Piece, Segment
-from tpo.backends.local.requests import Completion, Ticket, Timings, TokenRequest
+from tpo.backends.local.kv_allocator import Segment, SegmentSlice
+from tpo.backends.local.requests import Completion, EngineRequest, RequestMetrics, TokenRequest
 from tpo.backends.local.runner import Runner, install_attention
-from tpo.backends.local.scheduler import ActiveSequence, Limits, PrefillChunk, PrefillRequest
+from tpo.backends.local.scheduler import ActiveSequence, PrefillChunk, PrefillRequest, SchedulerConfig
 
 _ROWS = 8
 _LENGTHS = (3, 40, 100)
@@ -40,7 +40,7 @@ def requests(lengths: Sequence[int], longest: int) -> list[TokenRequest]:
 
 def completions(runner: Runner, slots: int, lengths: Sequence[int], longest: int) -> Completions:
     """Submit all requests at once and return their completions."""
-    engine = StepEngine(runner, Limits(_ROWS, slots, 64), frozenset())
+    engine = StepEngine(runner, SchedulerConfig(_ROWS, slots, 64), frozenset())
     try:
         return [
             future.result(1000).completions for future in [engine.submit(each) for each in requests(lengths, longest)]
@@ -51,17 +51,17 @@ def completions(runner: Runner, slots: int, lengths: Sequence[int], longest: int
 
 def staggered_logits(runner: Runner) -> torch.Tensor:
     """Return the logits of two samples of one prompt, one of them three tokens ahead of the other."""
-    ticket = Ticket(TokenRequest(tuple(range(20)), (0, 1), 0.0, 1.0, 8), 0, Timings(0.0))
-    prefill = PrefillRequest(ticket, [0, 1], (Piece(Segment(2, 20, 20), 20),), 0)
-    rows = [ActiveSequence(ticket, i, prefill.chain, [], [Segment(22 + 8 * i, 8)]) for i in range(2)]
+    request = EngineRequest(TokenRequest(tuple(range(20)), (0, 1), 0.0, 1.0, 8), 0, RequestMetrics(0.0))
+    prefill = PrefillRequest(request, [0, 1], (SegmentSlice(Segment(2, 20, 20), 20),), 0)
+    rows = [ActiveSequence(request, i, prefill.chain, [], [Segment(22 + 8 * i, 8)]) for i in range(2)]
     logits = []
     with torch.inference_mode():
         runner.prefill([PrefillChunk(prefill, 0, 20)])
         for token, step in enumerate([rows[1:]] * 3 + [rows] * 3):
             for row in step:
                 row.tokens.append(token)
-                row.own[0].used = len(row.tokens)
-            logits.append(runner.logits_of(list(step)))
+                row.segments[0].used = len(row.tokens)
+            logits.append(runner.decode_logits(list(step)))
     return torch.cat(logits)
 
 

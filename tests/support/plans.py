@@ -11,8 +11,8 @@ from sqlalchemy import Connection, Engine, event, inspect
 SMALL_TABLES = {"workers", "alembic_version", "queues", "last_claims"}
 """Tables with one row for each live process, policy or queue; they may be read whole."""
 
-SMALL_INDEXES = {"jobs_running"}
-"""Indexes of the running jobs, at most one for each slot; they may be read whole."""
+SMALL_INDEXES = {"jobs_running", "jobs_in_quarantine"}
+"""Indexes of the running jobs and of those that a dead worker ran, one for each slot; they may be read whole."""
 
 
 class Statement(NamedTuple):

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "requirements"
-FILES = ("audit", "build", "dev", "local", "runtime", "torch", "triton")
+FILES = ("audit", "build", "dev", "docs", "local", "mutants", "runtime", "torch", "triton")
 """What `make lock` writes."""
 
 Environment = dict[str, str]

@@ -16,7 +16,7 @@ from testing.forking import run_python
 from testing.ports import free_port
 from testing.waiting import HANG_SECONDS, eventually
 
-TPO = (sys.executable, "-m", "tpo.cli")
+TPO = (sys.executable, "-m", "tpo")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -39,7 +39,7 @@ def tpo_up(data_dir: Path, *words: str, env: Mapping[str, str] | None = None) ->
 
 def tpo(*words: str, stdin: str = "", env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """Run one command to its end and return its result."""
-    return run_python("-m", "tpo.cli", *words, env=env or environment(), stdin=stdin)
+    return run_python("-m", "tpo", *words, env=env or environment(), stdin=stdin)
 
 
 class Up:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from tpo.backends.local.engine import StepEngine
-from tpo.backends.local.requests import Answer, Completion, TokenRequest
+from tpo.backends.local.requests import Completion, RequestOutput, TokenRequest
 from tpo.backends.local.runner import Runner, install_attention
-from tpo.backends.local.scheduler import Limits
+from tpo.backends.local.scheduler import SchedulerConfig
 
 Completions = tuple[Completion, ...]
 
@@ -30,7 +30,9 @@ def start(
 ) -> StepEngine:
     """Start an engine on a copy of the model, so that the attention of the original is not changed."""
     model = copy.deepcopy(model)
-    return StepEngine(Runner(model, install_attention(model, "model"), tokens), Limits(rows, tokens, chunk), stop)
+    return StepEngine(
+        Runner(model, install_attention(model, "model"), tokens), SchedulerConfig(rows, tokens, chunk), stop
+    )
 
 
 def results(engine: StepEngine, *requests: TokenRequest) -> list[Completions]:
@@ -38,7 +40,7 @@ def results(engine: StepEngine, *requests: TokenRequest) -> list[Completions]:
     return [answer.completions for answer in answers(engine, *requests)]
 
 
-def answers(engine: StepEngine, *requests: TokenRequest) -> list[Answer]:
+def answers(engine: StepEngine, *requests: TokenRequest) -> list[RequestOutput]:
     """Submit all requests before the next step begins, and return their answers."""
     with engine._changed:
         futures = [engine.submit(request) for request in requests]

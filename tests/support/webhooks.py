@@ -1,4 +1,4 @@
-"""Create webhooks and send their deliveries from this process, without a broker."""
+"""Create webhooks and send their deliveries from this process."""
 
 from typing import Any
 
@@ -6,29 +6,19 @@ from fastapi.testclient import TestClient
 
 from testing.jobs import claim, create
 from testing.waiting import eventually
-from tpo.broker import JobNotifier
 from tpo.jobs.outcomes import Outcome
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.tasks.webhooks import WebhookSender
 
-
-class DirectNotifier(JobNotifier):
-    """Delivers directly, without a broker."""
-
-    sender: WebhookSender
-
-    def notify_delivery(self, delivery_id: str) -> None:
-        """Deliver in this process."""
-        self.sender.deliver(delivery_id)
+ANY_TARGET = {"webhook_allow_private": "true", "webhook_ports": "any"}
+"""Settings with which the receivers of tests may be called: on this machine, on any free port."""
 
 
 def make_sender(store: Store, **settings: Any) -> WebhookSender:
-    """Create a sender with short delays that may call private addresses."""
-    values = {"webhook_allow_private": True, "webhook_retry_seconds": 0.02, "webhook_timeout_seconds": 5, **settings}
-    notifier = DirectNotifier("redis://127.0.0.1:1/0")
-    notifier.sender = WebhookSender(Settings(**values), store, notifier)
-    return notifier.sender
+    """Create a sender with short delays that may call any target."""
+    values = {**ANY_TARGET, "webhook_retry_seconds": 0.02, "webhook_timeout_seconds": 5, **settings}
+    return WebhookSender(Settings(**values), store)
 
 
 def create_webhook(client: TestClient, url: str, **options: Any) -> dict[str, Any]:
@@ -56,7 +46,7 @@ def settled_deliveries(client: TestClient, webhook: dict[str, Any], sender: Webh
     """Wait until no delivery is pending, and return them."""
 
     def settled() -> list[dict[str, Any]] | None:
-        sender.notify_due()
+        sender.send_due()
         found = deliveries(client, webhook)
         return found if all(d["status"] in ("delivered", "failed") for d in found) else None
 
@@ -67,7 +57,7 @@ def failed_delivery(client: TestClient, webhook: dict[str, Any], sender: Webhook
     """Wait until the only delivery has failed with this error, and return it."""
 
     def failed() -> dict[str, Any] | None:
-        sender.notify_due()
+        sender.send_due()
         (found,) = deliveries(client, webhook)
         return found if found["last_error"] == error else None
 

@@ -113,6 +113,10 @@ class _FlakyLeases(LeaseQueries):
         self._store.watch(step.after)
         return flags
 
+    def release(self, *args: Any, **kwargs: Any) -> Status:
+        self._store.maybe_fail("release")
+        return super().release(*args, **kwargs)
+
     def finish(self, *args: Any) -> Status:
         self._store.maybe_fail("finish")
         return super().finish(*args)

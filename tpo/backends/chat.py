@@ -1,18 +1,17 @@
 """Convert messages to tokens and tokens to text with the model's own chat template."""
 
-import re
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
+from tpo.backends.messages import check_unicode
 from tpo.backends.reasoning import THINK_CLOSE, THINK_OPEN
 from tpo.core.errors import ModelRefusedError, PromptRefusedError
 from tpo.core.state import Message
 
 _PROBE = "probe"
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Chat:
@@ -42,8 +41,7 @@ class Chat:
         Control tokens in the messages become ordinary text. Raises PromptRefusedError if the template refuses the
         messages, or if a text is not valid Unicode (half a surrogate pair).
         """
-        if any(_LONE_SURROGATE.search(m.content) for m in messages):
-            raise PromptRefusedError("A message contains half a surrogate pair, which is not valid Unicode text.")
+        check_unicode(messages)
         if self._folds_system:
             messages = _fold_system(messages)
         try:

@@ -1,4 +1,4 @@
-"""What to load: a policy or a reward model by name, with the server that it is behind, if any."""
+"""Specifications of models to load: a name, and how to use the server that it is behind, if any."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

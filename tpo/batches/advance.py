@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 _WORKING: tuple[BatchStatus, ...] = ("validating", "in_progress", "cancelling", "finalizing")
 _READ_LINES = 50
 _READ_LINES_STOPPED = 1000
+_STEP_LINES = 50_000
+_STEP_BYTES = 2**20
+"""A step reads no more lines and bytes than these, blank ones and overlong ones included, and one line beyond."""
 _CANCELLED_JOBS = 100
 _WRITTEN_LINES = 200
 
@@ -67,6 +70,36 @@ class _Progress(NamedTuple):
     """Why its remaining requests are left undone; None while it runs."""
 
 
+class _Reader(Iterator[RawLine]):
+    """Reads the lines that follow, up to the limits of one step, and keeps track of the position in the file."""
+
+    def __init__(self, files: FileQueries, batch: Batch, longest: int) -> None:
+        self.offset = batch.offset
+        """Bytes read, up to the end of a line or to somewhere within one that is too long."""
+        self.line = batch.line
+        """Lines of which the end was read."""
+        self.at_end = False
+        self._left = (_STEP_LINES, _STEP_BYTES)
+        inside = False
+        if self.offset:
+            # A step ends within a line only if that line is too long.
+            inside = next(files.content(batch.input_file_id, self.offset - 1), b"\n")[:1] != b"\n"
+        content = files.content(batch.input_file_id, self.offset)
+        self._lines = split_lines(content, longest, inside_line=inside)
+
+    def __next__(self) -> RawLine:
+        lines, size = self._left
+        if lines <= 0 or size <= 0:
+            raise StopIteration
+        if (line := next(self._lines, None)) is None:
+            self.at_end = True
+            raise StopIteration
+        self._left = (lines - 1, size - line.size)
+        self.offset += line.size
+        self.line += line.ended
+        return line
+
+
 class BatchAdvancer:
     """Decides on the next step of a batch and takes it, for every tenant."""
 
@@ -77,7 +110,7 @@ class BatchAdvancer:
         self._lines = lines
 
     def due(self, silent_seconds: float) -> Sequence[str]:
-        """Return batches that nobody has advanced for so long."""
+        """Return running batches that were not advanced in the last `silent_seconds`."""
         silent = and_(Batch.status.in_(_WORKING), Batch.advanced_at <= now() - silent_seconds)
         with reading(self._engine) as session:
             return session.scalars(select(Batch.id).where(silent).order_by(Batch.advanced_at).limit(100)).all()
@@ -101,17 +134,22 @@ class BatchAdvancer:
                 return self._run(batch_id)
 
     def _validate(self, batch: Batch) -> bool:
-        """Count the requests. A batch with none, or too many, is refused as a whole."""
+        """Count some more requests. A batch with none, or too many, is refused as a whole."""
         most = self._settings.max_batch_lines
-        total = 0
-        for _number, line, _end in self._unread_lines(batch):
-            total += not line.is_blank
+        reader = self._reader(batch)
+        total = batch.total
+        for line in reader:
+            total += line.ended and not line.is_blank
             if total > most:
                 return self._refuse(batch, "too_many_requests", f"The file holds more than {most} requests.")
+        if not reader.at_end:
+            with writing(self._engine) as session:
+                return _take_step(session, batch, {"total": total, "offset": reader.offset, "line": reader.line})
         if not total:
             return self._refuse(batch, "empty_file", "The file holds no request.")
         with writing(self._engine) as session:
-            begun = _take_step(session, batch, {"total": total, "status": "in_progress", "in_progress_at": now()})
+            values = {"total": total, "offset": 0, "line": 0, "status": "in_progress", "in_progress_at": now()}
+            begun = _take_step(session, batch, values)
         _log.info("%s begins: %d requests", batch.id, total)
         return begun
 
@@ -132,21 +170,16 @@ class BatchAdvancer:
             self._cancel_jobs(batch)
         capacity = _READ_LINES_STOPPED if stopped else self._capacity(progress)
         new: list[_NewLine] = []
-        offset, last = batch.offset, batch.line
-        at_end = True
-        for number, line, end in self._unread_lines(batch):
-            if len(new) >= capacity:
-                at_end = False
-                break
-            offset, last = end, number
-            if not line.is_blank:
-                new.append(self._parse(progress, number, line))
+        reader = self._reader(batch)
+        while len(new) < capacity and (line := next(reader, None)):
+            if line.ended and not line.is_blank:
+                new.append(self._parse(progress, reader.line, line))
         with writing(self._engine) as session:
-            if offset == batch.offset:  # no line was left to read
-                finished = at_end and not progress.in_flight
+            if reader.offset == batch.offset:  # no line was left to read
+                finished = reader.at_end and not progress.in_flight
                 values = {"status": "finalizing", "finalizing_at": now()}
                 return finished and _take_step(session, batch, values)
-            created = _create_jobs(session, batch, new, offset, last)
+            created = _create_jobs(session, batch, new, reader.offset, reader.line)
         for job in created or ():
             self._notifier.notify_job(job.id, job.model)
         return created is not None
@@ -198,13 +231,9 @@ class BatchAdvancer:
         live = WorkerQueries(self._engine).live(self._settings.worker_timeout_seconds)
         return [Served(worker.model, worker.reward_model) for worker in live]
 
-    def _unread_lines(self, batch: Batch) -> Iterator[tuple[int, RawLine, int]]:
-        """Read the lines that follow, each with its number and where it ends in the file."""
-        end = batch.offset
-        parts = FileQueries(self._engine, batch.tenant).content(batch.input_file_id, batch.offset)
-        for number, line in enumerate(split_lines(parts, self._settings.max_body_bytes), batch.line + 1):
-            end += line.size
-            yield number, line, end
+    def _reader(self, batch: Batch) -> "_Reader":
+        files = FileQueries(self._engine, batch.tenant)
+        return _Reader(files, batch, self._settings.max_body_bytes)
 
     def _write_results(self, batch: Batch) -> bool:
         """Write the results of the lines that follow, in their order; end the batch if none is left."""

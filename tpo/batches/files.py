@@ -19,6 +19,8 @@ PART_BYTES = 256 * 1024
 
 _ABANDONED_SECONDS = 24 * 3600
 
+FILE_IN_USE = "The file {} is read by a batch that has not ended."
+
 
 class FileQueries(Queries):
     """The part of the store that holds files."""
@@ -31,7 +33,7 @@ class FileQueries(Queries):
     def begin(self, filename: str, purpose: Purpose, keep_seconds: float | None = None) -> str:
         """Begin a file, which is hidden until it is complete, and return its id."""
         with writing(self._engine) as session:
-            _forget_abandoned(session)
+            _delete_abandoned(session)
             return insert_file(session, self.tenant, filename, purpose, keep_seconds)
 
     def append_part(self, file_id: str, data: bytes) -> None:
@@ -103,7 +105,7 @@ class FileQueries(Queries):
         with writing(self._engine) as session:
             own_file(session, self.tenant, file_id)
             if session.scalars(_read_now().where(Batch.input_file_id == file_id).limit(1)).one_or_none() is not None:
-                raise ConflictError(f"The file {file_id} is read by a batch that has not ended.")
+                raise ConflictError(FILE_IN_USE.format(file_id))
             session.execute(delete(File).where(File.id == file_id))
 
     def purge(self, retention_seconds: float | None, limit: int = 10) -> int:
@@ -169,7 +171,7 @@ def _made_before(session: Session, tenant: str, idempotency: IdempotencyRequest 
     return session.get_one(File, known.file_id) if known else None
 
 
-def _forget_abandoned(session: Session) -> None:
+def _delete_abandoned(session: Session) -> None:
     """Delete uploads whose process died before they were complete."""
     old = (File.complete.is_(False), File.purpose == "batch", File.created_at < now() - _ABANDONED_SECONDS)
     session.execute(delete(File).where(*old))

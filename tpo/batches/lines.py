@@ -18,6 +18,8 @@ class RawLine(NamedTuple):
     """Without its end; None if it is too long to be held."""
     size: int
     """Bytes, its end included."""
+    ended: bool = True
+    """False for a piece of a line that is too long, if more of it follows."""
 
     @property
     def content(self) -> bytes:
@@ -26,15 +28,17 @@ class RawLine(NamedTuple):
 
     @property
     def is_blank(self) -> bool:
-        """True if there is nothing on the line: it is no request."""
+        """Return True if the line is empty, so that it is not a request."""
         return self.text is not None and not self.content.strip()
 
 
 class LineRequest(Protocol):
-    """A line that asks for a job."""
+    """A line that requests a job."""
 
     @property
-    def custom_id(self) -> str: ...
+    def custom_id(self) -> str:
+        """The id that the client gave to the line."""
+        ...
 
     def submission(self) -> Submit:
         """Return the job that the line asks for. Raises InvalidInputError, which names a field of the line."""
@@ -64,10 +68,17 @@ class LineFormat(Protocol):
         ...
 
 
-def split_lines(parts: Iterable[bytes], longest: int) -> Iterator[RawLine]:
-    """Split a stream of bytes into lines. Holds no more than a part and one line of at most `longest` bytes."""
-    kept, size, too_long = bytearray(), 0, False
+def split_lines(parts: Iterable[bytes], longest: int, *, inside_line: bool = False) -> Iterator[RawLine]:
+    """Split a stream of bytes into lines. Holds no more than a part and one line of at most `longest` bytes.
+
+    A line that is too long comes in pieces, one for each part, so that a caller can stop within it; all but the last
+    piece have `ended` False. With `inside_line` the stream begins within such a line.
+    """
+    kept, size, too_long = bytearray(), 0, inside_line
     for part in parts:
+        if too_long and size and part:
+            yield RawLine(None, size, ended=False)
+            size = 0
         at = 0
         while at < len(part):
             end = part.find(b"\n", at)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import and_, delete, insert, select, update
+from sqlalchemy import and_, case, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from tpo.batches.files import own_file
@@ -11,6 +11,8 @@ from tpo.batches.tables import ENDED, Batch, File
 from tpo.core.errors import BatchNotFoundError, InvalidInputError, WrongStateError
 from tpo.db import Queries, new_id, now, reading, writing
 from tpo.tenants.idempotency import IdempotencyRequest, create_idempotently, find_existing, record_key
+
+BATCH_NOT_ENDED = "The batch {} has not ended. Cancel it first."
 
 
 class NewBatch(NamedTuple):
@@ -82,7 +84,10 @@ class BatchQueries(Queries):
         with writing(self._engine) as session:
             self._own_batch(session, batch_id)
             which = and_(Batch.id == batch_id, Batch.status.in_(("validating", "in_progress")))
-            session.execute(update(Batch).where(which).values(status="cancelling", cancelling_at=now()))
+            # While its requests are counted, its position is that of the count; then it is read from the start.
+            counting = Batch.status == "validating"
+            restart = {name: case((counting, 0), else_=getattr(Batch, name)) for name in ("offset", "line", "total")}
+            session.execute(update(Batch).where(which).values(status="cancelling", cancelling_at=now(), **restart))
             return self._own_batch(session, batch_id)
 
     def delete(self, batch_id: str) -> None:
@@ -90,15 +95,15 @@ class BatchQueries(Queries):
         with writing(self._engine) as session:
             batch = self._own_batch(session, batch_id)
             if batch.status not in ENDED:
-                raise WrongStateError(f"The batch {batch_id} has not ended: cancel it first.")
-            _forget(session, [batch])
+                raise WrongStateError(BATCH_NOT_ENDED.format(batch_id))
+            _delete(session, [batch])
 
     def purge(self, retention_seconds: float, limit: int = 5) -> int:
         """Delete some batches of all tenants that ended before the retention period. Returns how many."""
         over = select(Batch).where(Batch.ended_at < now() - retention_seconds).order_by(Batch.ended_at)
         with writing(self._engine) as session:
             batches = session.scalars(over.limit(limit).with_for_update(skip_locked=True)).all()
-            _forget(session, batches)
+            _delete(session, batches)
             return len(batches)
 
     def _own_batch(self, session: Session, batch_id: str) -> Batch:
@@ -109,7 +114,7 @@ class BatchQueries(Queries):
         return batch
 
 
-def _forget(session: Session, batches: Sequence[Batch]) -> None:
+def _delete(session: Session, batches: Sequence[Batch]) -> None:
     files = [name for batch in batches for name in (batch.output_file_id, batch.error_file_id) if name]
     session.execute(delete(File).where(File.id.in_(files)))
     session.execute(delete(Batch).where(Batch.id.in_([batch.id for batch in batches])))

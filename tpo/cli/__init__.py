@@ -12,6 +12,7 @@ from tpo.cli.commands.jobs import cancel, delete, extend, jobs, pause, resume, r
 from tpo.cli.commands.keys import keys
 from tpo.cli.commands.queues import queues
 from tpo.cli.commands.run import run
+from tpo.cli.commands.settings import settings
 from tpo.cli.commands.submit import submit
 from tpo.cli.commands.up import up
 from tpo.cli.ui.output import Commands
@@ -21,7 +22,6 @@ app = typer.Typer(
     cls=Commands,
     help="Test-Time Preference Optimization: a model improves its own answers, guided by a reward model.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -41,7 +41,7 @@ def options(
     """Add the options that `tpo` itself has."""
 
 
-for command in (run, up, submit, jobs, show, cancel, pause, resume, retry, extend, delete, doctor, demo):
+for command in (run, up, submit, jobs, show, cancel, pause, resume, retry, extend, delete, doctor, settings, demo):
     app.command()(command)
 app.add_typer(database, name="db")
 app.add_typer(keys, name="keys")

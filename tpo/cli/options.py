@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,8 @@ import typer
 from tpo.cli.ui.output import USAGE, Failure
 
 _STDIN = 0
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_DURATION = re.compile(r"([0-9]{1,9})([smhdw])")
 
 Model = Annotated[str | None, typer.Option("--model", help="Policy that writes the responses.")]
 RewardModel = Annotated[str | None, typer.Option("--reward-model", help="Reward model that scores the responses.")]
@@ -67,6 +70,14 @@ class Optimization:
 def without_none(**options: Any) -> dict[str, Any]:
     """Return only the options that were given, by their names in the API."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def duration_seconds(text: str) -> int:
+    """Parse a duration such as 12h or 90d. Raises Failure if it has another form."""
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        raise Failure(f"{text!r} is not a duration: use a whole number and a unit, such as 30m, 12h, 90d or 4w", USAGE)
+    return int(found[1]) * _UNIT_SECONDS[found[2]]
 
 
 def read_text(prompt: str) -> str:

@@ -15,7 +15,7 @@ from tpo.client.batch import Result, Row, map_concurrently
 from tpo.client.errors import ClientError, JobFailedError, WaitTimeoutError
 from tpo.client.stream import follow
 from tpo.client.transport import Transport
-from tpo.client.types import TERMINAL, Candidate, Event, Iteration, Job, JobSummary, Status
+from tpo.client.types import BODY_FIELDS, TERMINAL, Candidate, Event, Iteration, Job, JobSummary, Status
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 LONG_POLL_SECONDS = 10.0
@@ -57,11 +57,12 @@ class Client:
     def submit(self, job: str | Body, *, idempotency_key: str | None = None, **fields: Any) -> Job:
         """Submit a job: a prompt, or a whole body. `fields` are added to the body unless it has them.
 
+        Parameters of the optimization can be given by name: `sample_size=4` is `parameters={"sample_size": 4}`.
         Retries of the request create only one job. With your own `idempotency_key`, so do repeated calls.
         """
         if not isinstance(job, str | Mapping):
             raise ClientError(f"a job must be a prompt (str) or a request body (mapping), not {type(job).__name__}")
-        body = {**fields, **({"input": job} if isinstance(job, str) else job)}
+        body = _with_fields({"input": job} if isinstance(job, str) else job, fields)
         return cast(Job, self._transport.post("/v1/jobs", body, _idempotency_headers(idempotency_key)))
 
     def get(self, job: str | Job) -> Job:
@@ -174,7 +175,8 @@ class Client:
 
         `rows` is any iterable, such as a Hugging Face dataset. A row is read only when fewer than `in_flight` jobs run.
         `make` turns a row into a prompt or a body; without it, the row must be one. `fields` are added to each body
-        unless it has them. The error of a row is in its result, and other rows are not affected.
+        unless it has them; parameters can be given by name, as in `submit`. The error of a row is in its result, and
+        other rows are not affected.
         """
 
         def process(numbered: tuple[int, Row], abandoned: threading.Event) -> Result[Row]:
@@ -212,13 +214,30 @@ class Client:
             response = self._transport.request("GET", path, extra_seconds=seconds, headers=headers, params=query)
             if response.status_code != httpx.codes.NOT_MODIFIED:
                 tag = response.headers.get("etag")
-                current: Job = self._transport.parse(response)
+                current: Job = self._transport.parse_json(response.content)
                 if progress is not None:
                     progress(current)
                 if current["status"] in TERMINAL:
                     return current
             if abandoned.is_set() or (end is not None and time.monotonic() >= end):
                 raise WaitTimeoutError(f"{job if isinstance(job, str) else job['id']} did not end in time")
+
+
+def _with_fields(body: Body, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Add fields to a body that lacks them. Every field that is not one of a body is a parameter.
+
+    So a parameter that only a newer server knows needs no newer client, and the server refuses unknown ones by name.
+    """
+    named = {name: value for name, value in fields.items() if name not in BODY_FIELDS}
+    merged = {**{name: value for name, value in fields.items() if name in BODY_FIELDS}, **body}
+    if named:
+        own = merged.get("parameters")
+        if own is not None and not isinstance(own, Mapping):
+            raise ClientError(f"parameters must be a mapping, not {type(own).__name__}")
+        if repeated := sorted(named.keys() & (fields.get("parameters") or {}).keys()):
+            raise ClientError(f"{', '.join(repeated)}: given by name and under parameters; give only one of them")
+        merged["parameters"] = {**named, **(own or {})}
+    return merged
 
 
 def _path(job: str | Job) -> str:

@@ -70,7 +70,7 @@ class BadRequestError(APIError):
 
 
 class AuthenticationError(APIError):
-    """The key is missing, wrong or revoked."""
+    """The key is missing, wrong, revoked or expired."""
 
 
 class NotFoundError(APIError):

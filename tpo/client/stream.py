@@ -1,7 +1,8 @@
 """The event stream of a job, resumed where it stopped if the connection is lost."""
 
-import json
 from collections.abc import Iterator
+
+from httpx_sse import EventSource
 
 from tpo.client.errors import APIConnectionError, ClientError, NotFoundError
 from tpo.client.transport import Transport
@@ -43,18 +44,15 @@ def _open_stream(transport: Transport, job_path: str, after: int) -> Iterator[Ev
     headers = {"accept": "text/event-stream", "last-event-id": str(after)}
     response = transport.open(f"{job_path}/events", headers, SILENCE_SECONDS)
     try:
-        lines = response.iter_lines()
-        data: list[str] = []
-        while (line := transport.translate_errors(lambda: next(lines, None))) is not None:
-            if line.startswith("data:"):
-                data.append(line[5:].removeprefix(" "))
-            elif not line and data:
-                event = json.loads("\n".join(data))
-                data = []
-                if event["type"] == "stream.closed":
-                    if event["reason"] == "job_deleted":
-                        raise NotFoundError("the job was deleted", 404, {"code": "job_not_found"}, response.headers)
-                    return
-                yield event
+        received = EventSource(response).iter_sse()
+        while (sse := transport.translate_errors(lambda: next(received, None))) is not None:
+            if not sse.data:
+                continue  # a comment that keeps the connection alive
+            event = transport.parse_json(sse.data)
+            if event["type"] == "stream.closed":
+                if event["reason"] == "job_deleted":
+                    raise NotFoundError("the job was deleted", 404, {"code": "job_not_found"}, response.headers)
+                return
+            yield event
     finally:
         response.close()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
+from httpx_sse import SSEError
 
 from tpo.backoff import backoff_seconds
 from tpo.client.errors import APIConnectionError, ClientError, error_from_response
@@ -60,14 +61,14 @@ class Transport:
 
     def json(self, method: str, path: str, **options: Any) -> Any:
         """Send a request and return the parsed response. Raises ClientError."""
-        return self.parse(self.request(method, path, **options))
+        return self.parse_json(self.request(method, path, **options).content)
 
-    def parse(self, response: httpx.Response) -> Any:
-        """Parse a successful response. Raises ClientError if it is not JSON, because then it is another server's."""
+    def parse_json(self, content: str | bytes) -> Any:
+        """Parse what the server sent. Raises ClientError if it is not JSON, because then it is another server's."""
         try:
-            return response.json()
+            return json.loads(content)
         except ValueError:
-            raise ClientError(f"the server at {self.url} is no TPO server") from None
+            raise self._not_tpo() from None
 
     def post(self, path: str, body: Any, headers: Mapping[str, str]) -> Any:
         """Send a JSON body and return the parsed response. Raises ClientError."""
@@ -131,7 +132,12 @@ class Transport:
             raise ClientError(f"{self.url} is not an address like http://127.0.0.1:8000") from None
         except UnicodeEncodeError:
             raise ClientError("an id, a key or a filter contains a character that cannot be sent") from None
+        except SSEError:
+            raise self._not_tpo() from None
         except httpx.TimeoutException:
             raise APIConnectionError(f"the server at {self.url} does not respond") from None
         except httpx.TransportError:
             raise APIConnectionError(f"no server can be reached at {self.url}") from None
+
+    def _not_tpo(self) -> ClientError:
+        return ClientError(f"the server at {self.url} is no TPO server")

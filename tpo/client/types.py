@@ -5,6 +5,9 @@ from typing import Any, Literal, NotRequired, TypedDict
 from tpo.core import status
 from tpo.core.status import Status as Status
 
+BODY_FIELDS = frozenset({"model", "input", "parameters", "priority", "metadata", "external_id", "deadline_seconds"})
+"""Fields of a submission's body. All others are parameters."""
+
 TERMINAL: frozenset[str] = frozenset(status.TERMINAL)
 """Statuses in which a job no longer changes."""
 

@@ -10,9 +10,11 @@ TPOError                            500
 ├── ConflictError                   409  the state of a resource does not allow the request; a retry does not help
 │   ├── ExternalIdTakenError        409  another request created a job with this external_id
 │   └── WrongStateError             409  the status of a job or batch does not allow the request
+├── KeyExpiredError                 401  the API key was valid until a time that has passed
 ├── QuotaExceededError              429  the tenant exceeds one of its limits for now
 ├── StoreUnavailableError           503  the database cannot be reached or cannot work for now; the message says why
-│   └── DatabaseRefusedError        503  its URL or file is unusable until somebody fixes it; no process starts with it
+│   ├── DatabaseRefusedError        503  its URL or file is unusable until somebody fixes it; no process starts with it
+│   └── StatementFailedError        500  it refuses a statement: an error of ours, of its driver or of a proxy
 ├── SchemaOutOfDateError                 the database's schema is not that of this version
 ├── BrokerUnavailableError               the broker cannot be reached or accepts nothing for now; the message says why
 ├── JobError                             ends a job; `code` is stored in the job's record
@@ -30,7 +32,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Literal
 
-InterruptReason = Literal["cancelled", "drain", "lease_lost", "deadline", "paused", "queue_paused"]
+InterruptReason = Literal["cancelled", "drain", "lease_lost", "deadline", "paused", "queue_paused", "quarantine"]
 
 
 class TPOError(Exception):
@@ -125,6 +127,13 @@ class DatabaseRefusedError(StoreUnavailableError):
     """The database's URL or file cannot be used until somebody fixes it."""
 
 
+class StatementFailedError(StoreUnavailableError):
+    """The database refuses a statement."""
+
+    status = 500
+    code = "internal_error"
+
+
 class SchemaOutOfDateError(TPOError):
     """The database's schema is not that of this version: run `tpo db upgrade`."""
 
@@ -160,6 +169,13 @@ class WrongStateError(ConflictError):
     """The status of the job or batch does not allow the request."""
 
     code = "wrong_state"
+
+
+class KeyExpiredError(TPOError):
+    """The API key has expired. Ask the operator of this server for a new one (tpo keys create)."""
+
+    status = 401
+    code = "invalid_api_key"
 
 
 class QuotaExceededError(TPOError):
@@ -202,7 +218,7 @@ class UploadNotFoundError(NotFoundError):
 
 
 class ModelNotFoundError(NotFoundError):
-    """No live worker serves this policy."""
+    """No live worker serves this policy. GET /v1/models lists the policies that are served."""
 
     code = "model_not_found"
 

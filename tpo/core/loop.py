@@ -94,7 +94,7 @@ def apply(state: State, request: Request, reply: Reply) -> State:
             return _with_samples(state, request, reply)
         case Score(), Rewards():
             return _with_rewards(state, request, reply)
-    raise BadReplyError(f"{type(reply).__name__} is no reply to {type(request).__name__}.")
+    raise BadReplyError(f"{type(reply).__name__} is not a reply to {type(request).__name__}.")
 
 
 def _next_call(state: State, number: int) -> NextCall | None:
@@ -122,7 +122,7 @@ def _next_call(state: State, number: int) -> NextCall | None:
 def _with_samples(state: State, request: Generate, generation: Generation) -> State:
     """Add the call and its samples: new candidates, or a note of the current iteration."""
     if len(generation.texts) != request.n:
-        raise BadReplyError(f"The policy was asked for {request.n} responses and gave {len(generation.texts)}.")
+        raise BadReplyError(f"The policy returned {len(generation.texts)} samples instead of {request.n}.")
     samples = [t.model_copy(update={"text": storable(t.text)}) for t in generation.texts]
     output_tokens = sum(t.tokens for t in samples) + generation.reasoning_tokens
     input_tokens, seconds = generation.input_tokens, generation.seconds
@@ -144,12 +144,11 @@ def _with_samples(state: State, request: Generate, generation: Generation) -> St
 
 def _with_rewards(state: State, request: Score, rewards: Rewards) -> State:
     """Add the call and its rewards. A reward that is not finite makes its candidate unusable, so it is never best."""
-    expected, returned = len(request.responses), len(rewards.values)
-    if returned != expected:
-        raise BadReplyError(f"The reward model was given {expected} responses and gave {returned} scores.")
+    rewards.check_count("The reward model", len(request.responses))
+    returned = len(rewards.values)
     parts = rewards.parts or ((),) * returned
     if len(parts) != returned:
-        raise BadReplyError(f"The reward model gave {returned} scores, and the parts of {len(parts)}.")
+        raise BadReplyError(f"The reward model returned {returned} scores, but parts for {len(parts)}.")
     state = _with_call(state, request, "score", returned, rewards.input_tokens, 0, rewards.seconds)
     scored = {
         candidate.id: _scored(candidate, *reward)
@@ -191,5 +190,5 @@ def _failure_message(state: State, exhausted: Budget | None) -> str:
     if "cut_off" in reasons:
         message += f" Raise max_tokens (now {state.params.max_tokens}) if the model's context allows, or ask for less."
     if exhausted:
-        message += f" The budget {exhausted} left no second try."
+        message += f" The budget {exhausted} did not allow a second round."
     return message

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from tpo.core.errors import BadReplyError
 from tpo.core.state import FinishReason, Frozen, Message, PolicyCall, RewardPart
 
 Interrupt = Callable[[], None]
@@ -70,6 +71,11 @@ class Rewards(Frozen):
     input_tokens: int
     seconds: float
     parts: tuple[tuple[RewardPart, ...], ...] = ()
+
+    def check_count(self, source: str, expected: int) -> None:
+        """Check that there is one score for each response. `source` names what scored. Raises BadReplyError."""
+        if len(self.values) != expected:
+            raise BadReplyError(f"{source} returned {len(self.values)} scores for {expected} responses.")
 
 
 Request = Generate | Score

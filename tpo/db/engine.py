@@ -40,7 +40,11 @@ def connect(url: str, pool_size: int = 8, *, patient: bool = False) -> Engine:
         hide_parameters=True,
         connect_args=postgresql.CONNECTION,
     )
-    event.listen(engine, "do_connect", postgresql.open_connection if patient else postgresql.open_with_limits)
+    if patient:
+        event.listen(engine, "do_connect", postgresql.open_without_limits)
+    else:
+        event.listen(engine, "do_connect", postgresql.opener_with_limits())
+        event.listen(engine, "begin", postgresql.set_limits)
     event.listen(engine, "checkout", postgresql.check_connected)
     return engine
 

@@ -4,24 +4,32 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import (
+    DBAPIError,
+    DisconnectionError,
+    IntegrityError,
+    InterfaceError,
+    InvalidRequestError,
+    OperationalError,
+    ResourceClosedError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from tpo.core.errors import DatabaseRefusedError, StoreUnavailableError, causes
+from tpo.core.errors import DatabaseRefusedError, StatementFailedError, StoreUnavailableError, causes
 
 _CANNOT_WRITE = "The database can only be read: it is a standby, or set to be read-only."
 _TOO_MANY = "The database takes no more connections: raise max_connections, or run fewer processes."
-_DISK_FULL = "The disk that holds the database is full."
+DISK_FULL = "The disk that holds the database is full."
 _REASONS: dict[int | str, str] = {
     sqlite3.SQLITE_BUSY: "Another process keeps the database's file locked.",
     sqlite3.SQLITE_CANTOPEN: "The database's file cannot be opened: is it there, and may this user write there?",
-    sqlite3.SQLITE_FULL: _DISK_FULL,
+    sqlite3.SQLITE_FULL: DISK_FULL,
     sqlite3.SQLITE_IOERR: "The disk that holds the database fails.",
     sqlite3.SQLITE_READONLY: "The database can only be read: may this user write to its file and folder?",
     "0A000": _CANNOT_WRITE,  # a standby's answer to a transaction that writes
     "25006": _CANNOT_WRITE,
     "42501": "The database's user may not do that: let it own the schema and its tables.",
-    "53100": _DISK_FULL,
+    "53100": DISK_FULL,
     "53300": _TOO_MANY,
 }
 """Messages by SQLite's code or PostgreSQL's SQLSTATE, for conditions that may pass."""
@@ -38,18 +46,39 @@ _DAMAGED = "The database's file is damaged, or is no SQLite database: restore it
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Translate errors of the database. Raises StoreUnavailableError, DatabaseRefusedError; lets other errors pass."""
+    """Translate errors of the database, of its driver and of its connection pool.
+
+    Raises StoreUnavailableError for conditions that may pass, and its subclasses DatabaseRefusedError and
+    StatementFailedError for others. An IntegrityError passes: callers recognise duplicates by it.
+    """
     try:
         yield
-    except PoolTimeout as error:
+    except (PoolTimeout, DisconnectionError, ResourceClosedError) as error:
         raise StoreUnavailableError() from error
     except DBAPIError as error:
         message = _reason(error)
-        if message or isinstance(error, OperationalError) or error.connection_invalidated:
+        if message or isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated:
             raise StoreUnavailableError(message) from error
         if getattr(error.orig, "sqlite_errorcode", None) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             raise DatabaseRefusedError(_DAMAGED) from error
-        raise
+        if isinstance(error, IntegrityError):
+            raise
+        raise _statement_failed(error) from error
+    except InvalidRequestError as error:  # such as PendingRollbackError, after an error that went unnoticed
+        raise _statement_failed(error) from error
+    except Exception as error:
+        if not is_driver_error(error):
+            raise
+        raise StoreUnavailableError() from error
+
+
+def is_driver_error(error: BaseException) -> bool:
+    """Return whether a database driver raised the error itself, outside of SQLAlchemy."""
+    return any(kind.__name__ == "Error" and kind.__module__ in ("sqlite3", "psycopg") for kind in type(error).__mro__)
+
+
+def _statement_failed(error: Exception) -> StatementFailedError:
+    return StatementFailedError(f"The database refuses a statement ({type(error).__name__}).")
 
 
 def _reason(error: DBAPIError) -> str | None:

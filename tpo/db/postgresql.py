@@ -4,11 +4,12 @@ This is a separate module because its driver is slow to import, which users of S
 """
 
 import select
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg
 from psycopg.pq import TransactionStatus
+from sqlalchemy import Connection
 from sqlalchemy.exc import InvalidatePoolError
 
 from tpo.core.errors import DatabaseRefusedError
@@ -24,11 +25,17 @@ CONNECTION: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
 }
-_LIMITS = (
-    "-c statement_timeout=10000 -c lock_timeout=8000"
+_LIMITS = {
+    "statement_timeout": "10000",
+    "lock_timeout": "8000",
     # A process that is suspended inside a transaction must not lock rows indefinitely.
-    " -c idle_in_transaction_session_timeout=15000"
-)
+    "idle_in_transaction_session_timeout": "15000",
+}
+_OWN_SESSION = "tpo.own_session"
+"""Set when a connection is opened, and absent where a pooler gives each transaction another server connection."""
+_STARTUP_OPTIONS = " ".join(f"-c {name}={value}" for name, value in {**_LIMITS, _OWN_SESSION: "yes"}.items())
+_SET_LOCAL = "SELECT " + ", ".join(f"set_config('{name}', '{value}', true)" for name, value in _LIMITS.items())
+_POOLED = "tpo_pooled"
 
 
 class _ConnectionWithTimeout(psycopg.Connection[Any]):
@@ -44,19 +51,58 @@ class _ConnectionWithTimeout(psycopg.Connection[Any]):
             raise
 
 
-def open_with_limits(dialect: Any, record: Any, args: Any, named: dict[str, Any]) -> Any:
-    """Open a connection with limits, added to the server options of the URL (such as a search_path)."""
-    limited = {**named, "options": f"{named.get('options', '')} {_LIMITS}".strip()}
-    return open_connection(dialect, record, args, limited, _ConnectionWithTimeout)
+def opener_with_limits() -> Callable[[Any, Any, Any, dict[str, Any]], Any]:
+    """Return a function that opens connections with limits on the duration of statements.
+
+    The limits are added to the server options of the URL (such as a search_path). A pooler in transaction mode, such as
+    PgBouncer, refuses or ignores them; then `set_limits` sets them in each transaction, and nothing is prepared.
+    """
+    options_refused = False
+
+    def open_with_limits(_dialect: Any, record: Any, args: Any, named: dict[str, Any]) -> Any:
+        nonlocal options_refused
+        if not options_refused:
+            options = f"{named.get('options', '')} {_STARTUP_OPTIONS}".strip()
+            try:
+                connection = _open(args, {**named, "options": options}, _ConnectionWithTimeout)
+            except psycopg.OperationalError as error:
+                if "unsupported startup parameter" not in str(error):
+                    raise
+                options_refused = True
+            else:
+                record.info[_POOLED] = not _has_own_session(connection)
+                return _without_prepared_statements(connection) if record.info[_POOLED] else connection
+        record.info[_POOLED] = True
+        return _without_prepared_statements(_open(args, named, _ConnectionWithTimeout))
+
+    return open_with_limits
 
 
-def open_connection(
-    _dialect: Any,
-    _record: Any,
-    args: Any,
-    named: dict[str, Any],
-    kind: type[psycopg.Connection[Any]] = psycopg.Connection,
-) -> Any:
+def open_without_limits(_dialect: Any, _record: Any, args: Any, named: dict[str, Any]) -> Any:
+    """Open a connection for statements that may take as long as they need."""
+    return _without_prepared_statements(_open(args, named, psycopg.Connection))
+
+
+def set_limits(connection: Connection) -> None:
+    """Set the limits for one transaction, if its connection goes through a pooler that dropped them."""
+    # A single query outside of a transaction has only the client's timeout.
+    if connection.info.get(_POOLED) and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+        connection.exec_driver_sql(_SET_LOCAL)
+
+
+def _has_own_session(connection: psycopg.Connection[Any]) -> bool:
+    connection.autocommit = True
+    row = connection.execute("SELECT current_setting(%s, true)", (_OWN_SESSION,)).fetchone()
+    connection.autocommit = False
+    return row is not None and row[0] == "yes"
+
+
+def _without_prepared_statements(connection: psycopg.Connection[Any]) -> psycopg.Connection[Any]:
+    connection.prepare_threshold = None
+    return connection
+
+
+def _open(args: Any, named: dict[str, Any], kind: type[psycopg.Connection[Any]]) -> psycopg.Connection[Any]:
     """Open a connection. Raises DatabaseRefusedError if the database's encoding cannot store every text."""
     connection = kind.connect(*args, **named)
     encoding = connection.info.parameter_status("server_encoding")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
+    Double,
     Executable,
     Integer,
     Select,
@@ -27,16 +28,20 @@ from sqlalchemy.orm import Session, aliased
 
 from tpo.core.state import State
 from tpo.core.status import HELD
-from tpo.db import insert_if_new, now, writing
+from tpo.db import insert_if_new, now, reading, writing
 from tpo.jobs.leases import CheckpointQueries, Lease, claim_job, claimable, queue_is_paused
+from tpo.jobs.quarantine import Source, claim_sources, must_yield
 from tpo.jobs.scheduling import QueueHead, Rules, limit_of, pick_next, with_capacity
-from tpo.jobs.tables import Job, LastClaim
+from tpo.jobs.tables import Job, LastClaim, Worker
 from tpo.tenants.tables import Tenant
 from tpo.tenants.tenants import ensure_tenant
 
 QUEUED: ColumnElement[str] = literal_column("'queued'")
 RUNNING: list[ColumnElement[str]] = [literal_column(f"'{status}'") for status in HELD]
 """Literals, not parameters: only then do the databases use the partial index."""
+
+_MAX_SUSPECTS = 100
+"""At most this many waiting suspects are looked at in one claim."""
 
 _INDEXED = {"sqlite": "jobs INDEXED BY {}", "postgresql": "jobs"}
 """FROM clauses that force the index on SQLite: its planner rates all indexes that start with `status` equally good."""
@@ -62,6 +67,13 @@ class Claimed(NamedTuple):
 class LeaseQueries(CheckpointQueries):
     """The part of the store that workers use: claim jobs, and write as the holder of their leases."""
 
+    def must_yield(self, worker: str, *, model: str, reward_model: str, rules: Rules | None = None) -> bool:
+        """Return whether this worker must hand its jobs back, so that it is empty for suspects of a crash."""
+        with reading(self._engine) as session:
+            pair, rules = Pair(model, reward_model), rules or Rules()
+            suspects = _suspects(session, pair, rules, group=None)
+            return bool(suspects) and _yields(session, pair, rules, worker, suspects[0])
+
     def claim(
         self, worker: str, lease_seconds: float, *, model: str, reward_model: str, rules: Rules | None = None
     ) -> Claimed | None:
@@ -71,8 +83,57 @@ class LeaseQueries(CheckpointQueries):
 
 
 def _claim(session: Session, pair: Pair, rules: Rules, worker: str, lease_seconds: float) -> Claimed | None:
-    """Claim the first job that can be claimed."""
+    """Claim the first job that can be claimed, from the queue or from the quarantine."""
     _lock_queue(session, pair)
+    group, is_waiting = session.execute(_QUARANTINE, {**asdict(pair), "worker": worker}).one()
+    if group is None and not is_waiting:
+        return _claim_queued(session, pair, rules, worker, lease_seconds)
+    suspects = _suspects(session, pair, rules, group)
+    for source in _sources(session, pair, rules, worker, group, suspects):
+        claimed = (
+            _claim_queued(session, pair, rules, worker, lease_seconds)
+            if source is Source.QUEUE
+            else _claim_suspect(session, pair, rules, worker, lease_seconds, suspects)
+        )
+        if claimed:
+            return claimed
+    return None
+
+
+def _sources(
+    session: Session, pair: Pair, rules: Rules, worker: str, group: str | None, suspects: "list[_Suspect]"
+) -> tuple[Source, ...]:
+    """Return where a worker may claim from now, while there are suspects."""
+    held = session.execute(_HELD, {"worker": worker}).scalar_one()
+    head = None if held or group else _snapshot_queue(session, pair, rules).next()
+    return claim_sources(
+        held=held,
+        group=group,
+        suspects_since=suspects[0].head.queued_at if suspects else None,
+        queue_since=head.waiting_since if head else None,
+        yields=bool(suspects) and group is None and _yields(session, pair, rules, worker, suspects[0]),
+    )
+
+
+def _claim_suspect(
+    session: Session, pair: Pair, rules: Rules, worker: str, lease_seconds: float, suspects: "list[_Suspect]"
+) -> Claimed | None:
+    """Claim the suspect that has waited longest. While the worker runs a group, only that group is given."""
+    for suspect in suspects:
+        head = suspect.head
+        which = and_(Job.id == head.job_id, claimable())
+        free = session.scalars(select(Job.id).where(which).with_for_update(skip_locked=True)).one_or_none()
+        if free is None or not _has_capacity(session, head, rules):
+            continue
+        if claimed := claim_job(session, Job.id == head.job_id, worker, lease_seconds):
+            _record_claim(session, pair, head)
+            same = [s.head.job_id for s in suspects if s.group == suspect.group and s is not suspect]
+            return Claimed(*claimed, same[0] if same else next_waiting_job(session, pair, rules))
+    return None
+
+
+def _claim_queued(session: Session, pair: Pair, rules: Rules, worker: str, lease_seconds: float) -> Claimed | None:
+    """Claim the first job of the queue that can be claimed."""
     queue = _snapshot_queue(session, pair, rules)
     while head := queue.next():
         if not _has_capacity(session, head, rules):
@@ -96,19 +157,66 @@ def waiting_pairs(session: Session) -> list[Pair]:
     dialect = session.get_bind().dialect.name
     while row := session.execute(_next_pair(dialect, found[-1] if found else None)).one_or_none():
         found.append(Pair(row.model, row.reward_model))
-    return found
+    pairs = [Pair(row.model, row.reward_model) for row in session.execute(_SUSPECT_PAIRS)]
+    return found + [pair for pair in pairs if pair not in found]
 
 
 def next_waiting_job(session: Session, pair: Pair, rules: Rules, waiting_seconds: float | None = None) -> str | None:
     """Return the next job, or None. With `waiting_seconds`, return it only if some job has waited for that long."""
     queue = _snapshot_queue(session, pair, rules)
-    if waiting_seconds is not None and not any(h.queued_at <= queue.now - waiting_seconds for h in queue.heads):
+    suspects = _suspects(session, pair, rules, group=None)
+    waited = [queue.now - h.queued_at for h in queue.heads] + [suspect.waited for suspect in suspects]
+    if waiting_seconds is not None and not any(seconds >= waiting_seconds for seconds in waited):
         return None
     while head := queue.next():
         if job_id := session.scalars(_OLDEST, _which(pair, head)).one_or_none():
             return job_id
         queue.exclude(head.tenant, head.priority)
-    return None
+    return suspects[0].head.job_id if suspects else None
+
+
+class _Suspect(NamedTuple):
+    """A waiting suspect of a crash."""
+
+    head: QueueHead
+    group: str
+    waited: float
+    """Seconds."""
+
+
+def _suspects(session: Session, pair: Pair, rules: Rules, group: str | None) -> list[_Suspect]:
+    """Return the waiting suspects of a queue, or of one group, the longest wait first.
+
+    Suspects of tenants that may not run one more job are left out.
+    """
+    query = _SUSPECTS if group is None else _SUSPECTS.where(Job.quarantine == group)
+    rows = session.execute(query, asdict(pair)).all()
+    if not rows:
+        return []
+    running: dict[str, int] = {}
+    for _, _, tenant, count in session.execute(_running(session.get_bind().dialect.name)):
+        running[tenant] = running.get(tenant, 0) + count
+    suspects = [
+        _Suspect(
+            QueueHead(row.id, row.tenant, row.priority, row.queued_at, max_running=row.max_jobs_running),
+            group=row.quarantine,
+            waited=row.now - row.queued_at,
+        )
+        for row in rows
+    ]
+    allowed = set(with_capacity([suspect.head for suspect in suspects], running, rules))
+    return [suspect for suspect in suspects if suspect.head in allowed]
+
+
+def _yields(session: Session, pair: Pair, rules: Rules, worker: str, first: _Suspect) -> bool:
+    """Return whether this worker empties itself for the suspect that has waited longest."""
+    return must_yield(
+        worker=worker,
+        live=session.scalars(_LIVE_WORKERS, {**asdict(pair), "seconds": 2 * rules.suspect_patience}).all(),
+        waited=first.waited,
+        patience=rules.suspect_patience,
+        quarantine_runs=session.execute(_QUARANTINE_RUNS, asdict(pair)).scalar_one(),
+    )
 
 
 class _WaitingQueue:
@@ -160,13 +268,16 @@ def _snapshot_queue(session: Session, pair: Pair, rules: Rules) -> _WaitingQueue
 
 
 def is_waiting(job: type[Job]) -> ColumnElement[bool]:
-    """Match jobs that are in the queue: queued, and not delayed until a later attempt."""
-    return and_(job.status == QUEUED, job.next_attempt_at.is_(None))
+    """Match jobs that are in the queue: queued, not delayed until a later attempt, and not in quarantine."""
+    return and_(job.status == QUEUED, job.next_attempt_at.is_(None), job.quarantine.is_(None))
+
+
+def _serves(job: type[Job]) -> ColumnElement[bool]:
+    return and_(job.model == bindparam("model"), job.reward_model == bindparam("reward_model"))
 
 
 def _of_pair(job: type[Job]) -> ColumnElement[bool]:
-    mine = and_(job.model == bindparam("model"), job.reward_model == bindparam("reward_model"))
-    return and_(is_waiting(job), mine)
+    return and_(is_waiting(job), _serves(job))
 
 
 def _heads() -> Select[*tuple[Any, ...]]:
@@ -210,6 +321,41 @@ _HEADS = _heads()
 _OLDEST = _oldest()
 """The oldest job of a tenant and priority that can be claimed."""
 _OLDEST_FREE = _OLDEST.with_for_update(skip_locked=True)
+_IN_QUARANTINE = and_(_serves(Job), Job.quarantine.is_not(None))
+_RUNS_IN_QUARANTINE = and_(_IN_QUARANTINE, Job.status.in_(RUNNING))
+_WAITS_IN_QUARANTINE = and_(_IN_QUARANTINE, Job.status == QUEUED, Job.next_attempt_at.is_(None))
+_QUARANTINE = select(
+    select(Job.quarantine)
+    .where(_RUNS_IN_QUARANTINE, Job.lease_owner == bindparam("worker"))
+    .limit(1)
+    .scalar_subquery()
+    .label("group"),
+    exists(select(Job.id).where(_WAITS_IN_QUARANTINE)).label("is_waiting"),
+)
+"""The quarantine group that a worker runs, and whether suspects wait."""
+_QUARANTINE_RUNS = select(exists(select(Job.id).where(_RUNS_IN_QUARANTINE)))
+_SUSPECTS = (
+    select(
+        *(Job.id, Job.tenant, Job.priority, Job.queued_at, Job.quarantine),
+        # Not a join: PostgreSQL would read all tenants.
+        select(Tenant.max_jobs_running).where(Tenant.id == Job.tenant).scalar_subquery().label("max_jobs_running"),
+        now().label("now"),
+    )
+    .where(_WAITS_IN_QUARANTINE, claimable(), ~queue_is_paused(bindparam("model")))
+    .order_by(Job.queued_at, Job.id)
+    .limit(_MAX_SUSPECTS)
+)
+_SUSPECT_PAIRS = (
+    select(Job.model, Job.reward_model)
+    .where(Job.quarantine.is_not(None), Job.status == QUEUED, Job.next_attempt_at.is_(None))
+    .distinct()
+)
+_HELD = select(func.count()).where(Job.status.in_(RUNNING), Job.lease_owner == bindparam("worker"))
+_LIVE_WORKERS = select(Worker.id).where(
+    Worker.model == bindparam("model"),
+    Worker.reward_model == bindparam("reward_model"),
+    Worker.seen_at > now() - bindparam("seconds", type_=Double),
+)
 _LAST_CLAIMS = select(LastClaim.tenant, LastClaim.priority, LastClaim.claimed_at).where(
     LastClaim.model == bindparam("model"), LastClaim.reward_model == bindparam("reward_model")
 )
@@ -223,7 +369,8 @@ def _next_pair(dialect: str, pair: Pair | None) -> Executable:
     # In two steps, each an index search: in a row comparison, SQLite searches by the first column only.
     jump = (
         f"SELECT * FROM (SELECT model, reward_model FROM {_INDEXED[dialect].format('jobs_in_line')}"  # noqa: S608
-        " WHERE status = 'queued' AND next_attempt_at IS NULL AND {} ORDER BY model, reward_model LIMIT 1) AS {}"
+        " WHERE status = 'queued' AND next_attempt_at IS NULL AND quarantine IS NULL AND {}"
+        " ORDER BY model, reward_model LIMIT 1) AS {}"
     )
     same = jump.format("model = :model AND reward_model > :reward_model", "same")
     later = jump.format("model > :model", "later")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ from tpo.jobs.records import progress_columns, read_state, save_step
 from tpo.jobs.tables import Job, Queue, Worker
 from tpo.jobs.transitions import (
     CANCELLED,
+    ENDED,
     NO_LEASE,
+    UNCOUNTED,
     end_job,
     insert_events,
     job_in_status,
@@ -47,6 +50,8 @@ class Lease:
     consecutive_failures: int
     max_attempts: int
     seconds: float
+    quarantine: str | None = None
+    """The job's quarantine group. After one recorded step the job is cleared, and is handed back."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class CheckpointQueries(Queries):
             "lease_until": now() + lease.seconds,
             "progressed_at": now(),
             "consecutive_failures": 0,
+            "quarantine": None,
             **progress_columns(step.after, step.position),
         }
 
@@ -112,11 +118,8 @@ class CheckpointQueries(Queries):
             for name in ("output", "error_code", "error_message", "incomplete_reason", "stop_reason")
         }
         values |= {
+            **ENDED,
             "status": case((cancelled, "cancelled"), else_=outcome.status),
-            "completed_at": now(),
-            "phase": None,
-            "pause_requested_at": None,
-            **NO_LEASE,
         }
 
         def end(session: Session) -> Status:
@@ -136,8 +139,7 @@ class CheckpointQueries(Queries):
         """
         values: dict[str, Any] = {"queued_at": now(), **NO_LEASE}
         if delay_seconds is None:
-            values["attempt"] = Job.attempt - 1
-            values["consecutive_failures"] = case((Job.consecutive_failures > 0, Job.consecutive_failures - 1), else_=0)
+            values |= UNCOUNTED
         else:
             # With a delay of 0, the job is in the queue at once, at its old place.
             values["next_attempt_at"] = now() + delay_seconds if delay_seconds else None
@@ -148,6 +150,24 @@ class CheckpointQueries(Queries):
             if not transition(session, unwanted, CANCELLED, Event("job.cancelled", {})):
                 return _status_if_already_done(session, lease, job_in_status(lease.job_id, "queued", "paused"))
             return "cancelled"
+
+    def forgive(self, lease: Lease) -> None:
+        """Take back an attempt that ended because its worker could not reach the database.
+
+        Hands the job back if the lease is still held. Changes nothing if the job has ended or was claimed since.
+        """
+        rescued = and_(job_in_status(lease.job_id, "queued", "paused"), Job.fence == lease.fence)
+        counted = and_(Job.consecutive_failures == lease.consecutive_failures, Job.consecutive_failures > 0)
+        fewer = {"consecutive_failures": Job.consecutive_failures - 1, "attempt": Job.attempt - 1}
+        with writing(self._engine) as session:
+            session.execute(update_job(and_(rescued, counted), fewer))
+        with suppress(LeaseLostError):
+            self.release(lease)
+
+    def expire(self, lease: Lease) -> None:
+        """Let a lease expire now: the job is lost with its worker, and the rescuer decides about its attempt."""
+        with writing(self._engine) as session:
+            session.execute(update_job(_held_by(lease), {"lease_until": now()}))
 
     def _fenced(self, session: Session, lease: Lease, values: dict[str, Any], events: list[Event]) -> Flags:
         """Update the job and insert its events, if the lease is still held. Raises LeaseLostError."""
@@ -209,6 +229,7 @@ def claim_job(
         "status": "in_progress",
         "lease_owner": worker,
         "lease_until": now() + lease_seconds,
+        "lost_together": False,
         "fence": Job.fence + 1,
         "attempt": Job.attempt + 1,
         "consecutive_failures": Job.consecutive_failures + 1,
@@ -224,7 +245,7 @@ def claim_job(
     progress = {"iteration": position.iteration, "phase": position.phase}
     record(session, job, events.claim_events(position, job.attempt), progress)
     counts = (job.attempt, job.consecutive_failures, job.max_attempts)
-    return Lease(job.id, worker, job.fence, *counts, lease_seconds), state
+    return Lease(job.id, worker, job.fence, *counts, lease_seconds, job.quarantine), state
 
 
 def queue_is_paused(model: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[bool]:

@@ -19,6 +19,9 @@ from tpo.jobs.view import JobView
 from tpo.tenants.idempotency import IdempotencyRequest
 from tpo.tenants.tenants import Limits
 
+CANNOT_BE_PAUSED = "The job is {}: it cannot be paused."
+_CANNOT_BE_RETRIED = "The job is {}: only a waiting job, or one that ended without success, can be retried."
+
 
 class JobQueries(JobRequests):
     """The part of the store that holds the jobs of one tenant."""
@@ -53,7 +56,7 @@ class JobQueries(JobRequests):
                 case "paused":
                     pass
                 case status:
-                    raise WrongStateError(f"The job is {status}: it cannot be paused.")
+                    raise WrongStateError(CANNOT_BE_PAUSED.format(status))
             return JobView.of(job)
 
     def resume(self, job_id: str) -> JobView:
@@ -79,9 +82,7 @@ class JobQueries(JobRequests):
         with writing(self._engine) as session:
             job = self._own(session, job_id, lock=True)
             if job.status != "queued":
-                raise WrongStateError(
-                    f"The job is {job.status}: only a waiting job, or one that ended without success, can be retried."
-                )
+                raise WrongStateError(_CANNOT_BE_RETRIED.format(job.status))
             session.execute(update_job(job_in_status(job_id, "queued"), {"next_attempt_at": None, "queued_at": now()}))
             session.refresh(job)
             return JobView.of(job)
@@ -111,9 +112,7 @@ class JobQueries(JobRequests):
 def retried(job: JobView, state: State) -> State:
     """Return the state from which a job that ended without success is retried. Raises WrongStateError."""
     if job.status not in TERMINAL or job.status == "completed":
-        raise WrongStateError(
-            f"The job is {job.status}: only a waiting job, or one that ended without success, can be retried."
-        )
+        raise WrongStateError(_CANNOT_BE_RETRIED.format(job.status))
     if job.error_code != "no_usable_sample":
         return state
     # The same seed would sample the same texts again.

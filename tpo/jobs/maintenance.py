@@ -1,23 +1,25 @@
 """Maintenance: rescue lost jobs, end late ones, find waiting jobs to notify workers of, and delete old rows."""
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Select, and_, delete, literal_column, select
+from sqlalchemy import ColumnElement, Select, and_, delete, func, literal_column, select
 from sqlalchemy.orm import Session
 
 from tpo.backoff import backoff_seconds
 from tpo.core.status import HELD, TERMINAL
-from tpo.db import Queries, now, writing
-from tpo.jobs.claims import Pair, next_waiting_job, waiting_pairs
+from tpo.db import Queries, now, reading, writing
+from tpo.jobs.claims import RUNNING, Pair, next_waiting_job, waiting_pairs
 from tpo.jobs.events import Event
 from tpo.jobs.outcomes import Outcome, outcome_of_deadline
+from tpo.jobs.quarantine import LostJob, split_suspects
 from tpo.jobs.records import read_state
 from tpo.jobs.scheduling import Rules
 from tpo.jobs.tables import Job, LastClaim, Worker
-from tpo.jobs.transitions import CANCELLED, NO_LEASE, end_job, job_in_status, requeue, transition, update_job
+from tpo.jobs.transitions import CANCELLED, NO_LEASE, UNCOUNTED, end_job, job_in_status, requeue, transition, update_job
 
 _SWEEP_BATCH = 500
 _T = TypeVar("_T")
@@ -49,6 +51,12 @@ class MaintenanceQueries(Queries):
             old = delete(LastClaim).where(LastClaim.claimed_at < now() - seconds).returning(LastClaim.tenant)
             return len(session.scalars(old).all())
 
+    def rescue_delay(self) -> float:
+        """Return for how long the oldest expired lease has waited for the rescuer, in seconds; 0 if there is none."""
+        oldest = select(now() - func.min(Job.lease_until)).where(Job.status.in_(RUNNING))
+        with reading(self._engine) as session:
+            return max(0.0, session.execute(oldest).scalar_one() or 0.0)
+
     def sweep(
         self, *, renotify_seconds: float, worker_retention_seconds: float, rules: Rules | None = None
     ) -> Sequence[QueuedJob]:
@@ -60,8 +68,7 @@ class MaintenanceQueries(Queries):
         with writing(self._engine) as session:
             session.execute(delete(Worker).where(Worker.seen_at < now() - worker_retention_seconds))
             lost = and_(Job.status.in_(HELD), Job.lease_until < now())
-            for job in session.scalars(_skip_locked(select(Job).where(lost))).all():
-                _rescue(session, job)
+            _rescue(session, session.scalars(_skip_locked(select(Job).where(lost).order_by(Job.lease_owner))).all())
             overdue = and_(Job.status.in_(("queued", "paused")), Job.deadline_at < now())
             for job in session.scalars(_skip_locked(select(Job).where(overdue))).all():
                 _end_overdue(session, job)
@@ -84,17 +91,50 @@ def _skip_locked(query: Select[_T]) -> Select[_T]:
     return query.limit(_SWEEP_BATCH).with_for_update(skip_locked=True)
 
 
-def _rescue(session: Session, job: Job) -> None:
-    """Requeue a job whose lease expired; end it if it was cancelled or has no attempt left."""
-    which = and_(Job.id == job.id, Job.fence == job.fence, Job.status == job.status, Job.lease_until < now())
-    if job.status == "cancelling":
-        transition(session, which, CANCELLED, Event("job.cancelled", {}))
-    elif job.consecutive_failures >= job.max_attempts:
+def _rescue(session: Session, lost: Sequence[Job]) -> None:
+    """Requeue the jobs whose lease expired, as suspects; only one that was alone in its worker loses an attempt."""
+    workers = {job.lease_owner for job in lost}
+    held = (Job.status.in_(RUNNING), Job.lease_owner.in_(workers))
+    rows = session.execute(select(Job.lease_owner, func.count()).where(*held).group_by(Job.lease_owner)) if lost else ()
+    if shared := [worker for worker, count in rows if count > 1]:
+        # Their leases expire at different times: the last one must not look as if it had been alone.
+        company = and_(Job.status.in_(RUNNING), Job.lease_owner.in_(shared))
+        ids = session.scalars(select(Job.id).where(company).with_for_update(skip_locked=True)).all()
+        session.execute(update_job(Job.id.in_(ids), {"lost_together": True}))
+    for worker in sorted(workers, key=str):
+        jobs = {job.id: job for job in lost if job.lease_owner == worker}
+        for job in jobs.values():
+            if job.status == "cancelling":
+                transition(session, _still_lost(job), CANCELLED, Event("job.cancelled", {}))
+        suspects = [LostJob(job.id, job.tenant) for job in jobs.values() if job.status != "cancelling"]
+        for group in split_suspects(suspects):
+            name = secrets.token_hex(8)
+            for job in map(jobs.__getitem__, group):
+                if worker in shared or job.lost_together:
+                    _requeue_suspect(session, job, name, len(group), 0.0, UNCOUNTED)
+                else:
+                    _count_attempt(session, job, name)
+
+
+def _count_attempt(session: Session, job: Job, group: str) -> None:
+    """Requeue a job that was alone in its worker; end it if it has no attempt left."""
+    if job.consecutive_failures >= job.max_attempts:
         message = f"{job.consecutive_failures} attempts in a row ended without a step, the last with its worker."
-        end_job(session, which, Outcome("failed", error_code="worker_lost", error_message=message))
+        outcome = Outcome("failed", error_code="worker_lost", error_message=message)
+        end_job(session, _still_lost(job), outcome)
     else:
-        delay = _delay_after(job.consecutive_failures)
-        requeue(session, which, {"next_attempt_at": now() + delay, **NO_LEASE}, delay, "worker_lost")
+        _requeue_suspect(session, job, group, 1, _delay_after(job.consecutive_failures), {})
+
+
+def _requeue_suspect(session: Session, job: Job, group: str, size: int, delay: float, values: dict[str, Any]) -> None:
+    """Requeue a lost job in a quarantine group of `size` jobs, after a delay."""
+    values = {**values, "quarantine": group, "lost_with": job.lease_owner, "next_attempt_at": now() + delay, **NO_LEASE}
+    requeue(session, _still_lost(job), values, delay, "worker_lost", suspects=size)
+
+
+def _still_lost(job: Job) -> ColumnElement[bool]:
+    """Match a job if its expired lease was neither renewed nor ended in the meantime."""
+    return and_(Job.id == job.id, Job.fence == job.fence, Job.status == job.status, Job.lease_until < now())
 
 
 def _delay_after(consecutive_failures: int) -> float:

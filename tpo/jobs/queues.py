@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import exists, func, or_, select, update
+from sqlalchemy import and_, exists, func, or_, select, update
 
 from tpo.core.errors import InvalidInputError
 from tpo.db import Queries, insert_if_new, now, reading, writing
@@ -21,6 +21,8 @@ class QueueInfo:
     waiting: int
     running: int
     workers: int
+    quarantined: int = 0
+    """Jobs that are suspected of having killed their worker, among those that wait or run."""
 
 
 class QueueQueries(Queries):
@@ -48,6 +50,7 @@ class QueueQueries(Queries):
             Job.model,
             func.count().filter(Job.status == QUEUED).label("waiting"),
             func.count().filter(Job.status.in_(RUNNING)).label("running"),
+            func.count().filter(Job.quarantine.is_not(None)).label("quarantined"),
         ).where(or_(Job.status == QUEUED, Job.status.in_(RUNNING)))
         with reading(self._engine) as session:
             paused = {row.model: row.paused_at for row in session.scalars(select(Queue))}
@@ -61,13 +64,29 @@ class QueueQueries(Queries):
                 waiting=jobs[model].waiting if model in jobs else 0,
                 running=jobs[model].running if model in jobs else 0,
                 workers=workers.get(model, 0),
+                quarantined=jobs[model].quarantined if model in jobs else 0,
             )
             for model in sorted({*paused, *workers, *jobs})
         ]
 
+    def stalled(self, waiting_seconds: float, silent_seconds: float, rules: Rules) -> Sequence[str]:
+        """Return the policies whose jobs have waited that long although live workers of them have free slots."""
+        with reading(self._engine) as session:
+            found = []
+            for pair in waiting_pairs(session):
+                serves = and_(Worker.model == pair.model, Worker.reward_model == pair.reward_model)
+                live = select(Worker).where(serves, Worker.seen_at > now() - silent_seconds)
+                slots = {worker.id: worker.concurrency for worker in session.scalars(live)}
+                held = select(func.count()).where(Job.lease_owner.in_(slots), Job.status.in_(RUNNING))
+                free = sum(slots.values()) > session.execute(held).scalar_one() if slots else False
+                if free and next_waiting_job(session, pair, rules, waiting_seconds=waiting_seconds):
+                    found.append(pair.model)
+        return found
+
     def _set_paused(self, model: str, *, paused: bool) -> None:
         with writing(self._engine) as session:
-            has_jobs = exists().where(Job.model == model, or_(is_waiting(Job), Job.status.in_(RUNNING)))
+            waits = or_(is_waiting(Job), Job.quarantine.is_not(None))
+            has_jobs = exists().where(Job.model == model, or_(waits, Job.status.in_(RUNNING)))
             known = select(1).where(or_(has_jobs, *(exists().where(t.model == model) for t in (Queue, Worker))))
             if session.execute(known).first() is None:
                 raise InvalidInputError(

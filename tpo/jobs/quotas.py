@@ -16,6 +16,9 @@ _WINDOW_SECONDS = 60.0
 _IN_FLIGHT_RETRY_SECONDS = 5.0
 """It is unknown when a job will end; a client that retries at this interval costs little."""
 
+TOO_MANY_IN_FLIGHT = "The limit of {} jobs in flight is reached. Wait until a job has ended."
+TOO_MANY_PER_MINUTE = "The limit of {} jobs per minute is reached. Wait before you create another job."
+
 
 @dataclass(frozen=True)
 class RateLimitStatus:
@@ -38,7 +41,7 @@ def check_quota(session: Session, tenant: str, limits: Limits) -> RateLimitStatu
     rate_limit = _remaining_this_minute(session, tenant, limits.per_minute) if limits.per_minute is not None else None
     if limits.in_flight is not None and _in_flight(session, tenant, limits.in_flight) >= limits.in_flight:
         raise QuotaExceededError(
-            f"{limits.in_flight} jobs may be in flight, and so many are: wait until one has ended.",
+            TOO_MANY_IN_FLIGHT.format(limits.in_flight),
             "too_many_jobs_in_flight",
             _IN_FLIGHT_RETRY_SECONDS,
             limits.in_flight,
@@ -64,7 +67,7 @@ def _remaining_this_minute(session: Session, tenant: str, limit: int) -> RateLim
     reset = max(0.0, (oldest if count else current_time) + _WINDOW_SECONDS - current_time)
     if count >= limit:
         raise QuotaExceededError(
-            f"{count} jobs were made within a minute, and {limit} are allowed.",
+            TOO_MANY_PER_MINUTE.format(limit),
             "rate_limit_exceeded",
             reset,
             limit,

@@ -68,9 +68,9 @@ class JobRequests(Queries):
         def create(session: Session) -> Submitted:
             if known := self._known(session, idempotency, external_id):
                 return Submitted(JobView.of(known), new=False, rate_limit=None)
-            room = check_quota(session, self.tenant, limits) if limits else None
+            rate_limit = check_quota(session, self.tenant, limits) if limits else None
             [job] = insert_jobs(session, self.tenant, [(state, idempotency, options)])
-            return Submitted(job, new=True, rate_limit=room)
+            return Submitted(job, new=True, rate_limit=rate_limit)
 
         for _ in range(MAX_CONFLICT_RETRIES):
             try:

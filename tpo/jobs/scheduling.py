@@ -19,6 +19,8 @@ class Rules:
     """Seconds of waiting that outweigh one point of priority."""
     max_running: int | None = None
     """Maximum number of running jobs of a tenant that has no limit of its own. None is no limit."""
+    suspect_patience: float = 30.0
+    """Seconds that the suspects of a crash wait for an empty worker before a busy one empties itself for them."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import secrets
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 from tpo.core import prompts
 from tpo.core.errors import InvalidInputError, UnknownModelError
-from tpo.core.state import Message, Params, State
+from tpo.core.state import EarlyStop, Message, Params, State
 from tpo.settings import Settings
 from tpo.wire import NonBlankText, StoredText, Wire
 
@@ -106,7 +106,7 @@ class Submit(Wire):
     model: str | None = Field(
         None, min_length=1, max_length=512, description="the policy; default: the server's setting"
     )
-    input: Input = Field(description="what the policy is asked: a string, or messages of which the last is the user's")
+    input: Input = Field(description="the prompt: a string, or messages of which the last is the user's")
     parameters: SubmitParameters = Field(default_factory=SubmitParameters)
     priority: int = Field(
         0, ge=MIN_PRIORITY, le=MAX_PRIORITY, description="the higher goes first; a long wait outweighs it in time"
@@ -121,6 +121,36 @@ class Submit(Wire):
         le=MAX_DEADLINE_SECONDS,
         description="seconds after which the job ends with its best candidate so far",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_places(cls, body: Any) -> Any:
+        """Raise InvalidInputError for a known field in the wrong object, with the place where it belongs."""
+        # Not a ValueError: pydantic would report it for the whole body, without the field's name.
+        if isinstance(body, dict):
+            parameters = body.get("parameters")
+            _check_place("", body, cls.model_fields)
+            _check_place("parameters.", parameters if isinstance(parameters, dict) else {}, _PLACES["parameters"])
+        return body
+
+
+_PLACES: dict[str, Iterable[str]] = {
+    "parameters": SubmitParameters.model_fields,
+    "parameters.early_stop": EarlyStop.model_fields,
+    "the body, next to input": Submit.model_fields,
+}
+"""Where each field of a submission belongs."""
+
+
+def _check_place(prefix: str, given: dict[str, Any], known: Iterable[str]) -> None:
+    for name in given:
+        place = next((place for place, names in _PLACES.items() if name in names), None)
+        if name not in known and place is not None:
+            preposition = "in" if place.startswith("the ") else "under"
+            raise InvalidInputError(f"{prefix}{name}: belongs {preposition} {place}", f"{prefix}{name}")
+
+
+UNKNOWN_POLICY = "No worker serves the policy {!r}. Available: {}."
 
 
 class Served(NamedTuple):
@@ -145,9 +175,9 @@ def resolve_models(body: Submit, settings: Settings, workers: Callable[[], Itera
     available = sorted(s.reward_model for s in known if s.model == wanted.model)
     if not available:
         models = ", ".join(sorted({s.model for s in known}))
-        raise UnknownModelError(f"No worker serves the policy {wanted.model!r}; there are: {models}.", "model")
+        raise UnknownModelError(UNKNOWN_POLICY.format(wanted.model, models), "model")
     raise UnknownModelError(
-        f"No worker serves the reward model {wanted.reward_model!r} with the policy {wanted.model!r}; there are: "
+        f"No worker serves the reward model {wanted.reward_model!r} with the policy {wanted.model!r}. Available: "
         f"{', '.join(available)}.",
         "parameters.reward_model",
     )

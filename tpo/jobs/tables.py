@@ -32,7 +32,7 @@ class Job(Base):
         # The queues: waiting jobs by pair of models, tenant and priority, the oldest first.
         partial_index(
             *("jobs_in_line", "model", "reward_model", "tenant", "priority", "id"),
-            where="status = 'queued' AND next_attempt_at IS NULL",
+            where="status = 'queued' AND next_attempt_at IS NULL AND quarantine IS NULL",
         ),
         partial_index(
             "jobs_running", "model", "reward_model", "tenant", where="status IN ('in_progress', 'cancelling')"
@@ -41,6 +41,10 @@ class Job(Base):
         partial_index(
             *("jobs_by_next_attempt", "status", "next_attempt_at"),
             where="status = 'queued' AND next_attempt_at IS NOT NULL",
+        ),
+        # Suspects of a crash, which are few: waiting ones and running ones.
+        partial_index(
+            *("jobs_in_quarantine", "model", "reward_model", "queued_at", "id"), where="quarantine IS NOT NULL"
         ),
         # Partial, because most jobs have no deadline, and every job changes its status several times.
         partial_index("jobs_by_deadline", "status", "deadline_at", where="deadline_at IS NOT NULL"),
@@ -85,6 +89,12 @@ class Job(Base):
     fence: Mapped[int] = mapped_column(default=0)
     lease_owner: Mapped[str | None]
     lease_until: Mapped[float | None]
+    lost_together: Mapped[bool] = mapped_column(default=False)
+    """True once another job of the same worker was lost: if this one is lost too, it was not alone."""
+    quarantine: Mapped[str | None] = mapped_column(String(16))
+    """The quarantine group of a job that is suspected of having killed its worker."""
+    lost_with: Mapped[str | None]
+    """The worker that the job was last lost with. If that worker lives on, the job is no suspect."""
     queued_at: Mapped[float]
     """When the job last entered the queue, or its workers were last notified."""
 

@@ -13,7 +13,13 @@ from tpo.jobs.tables import EventRow, Job
 from tpo.webhooks.outbox import enqueue_webhooks
 
 NO_LEASE = {"lease_owner": None, "lease_until": None}
-CANCELLED = {"status": "cancelled", "completed_at": now(), "phase": None, "pause_requested_at": None, **NO_LEASE}
+UNCOUNTED = {
+    "attempt": Job.attempt - 1,
+    "consecutive_failures": case((Job.consecutive_failures > 0, Job.consecutive_failures - 1), else_=0),
+}
+"""Values that undo the count of the attempt that a claim began."""
+ENDED = {"completed_at": now(), "phase": None, "pause_requested_at": None, "quarantine": None, **NO_LEASE}
+CANCELLED = {"status": "cancelled", **ENDED}
 
 
 def job_in_status(job_id: str, *statuses: Status) -> ColumnElement[bool]:
@@ -37,8 +43,7 @@ def transition(session: Session, which: ColumnElement[bool], values: dict[str, A
 
 def end_job(session: Session, which: ColumnElement[bool], outcome: Outcome) -> bool:
     """End the one job that matches. Returns False if none matches."""
-    ended = {"completed_at": now(), "phase": None, "pause_requested_at": None, **NO_LEASE}
-    return transition(session, which, {**vars(outcome), **ended}, final_event(outcome))
+    return transition(session, which, {**vars(outcome), **ENDED}, final_event(outcome))
 
 
 def requeue(
@@ -47,14 +52,20 @@ def requeue(
     values: dict[str, Any],
     delay_seconds: float | None,
     reason: str | None = None,
+    suspects: int | None = None,
 ) -> Status | None:
-    """Requeue the one job that matches, or pause it if that was requested. Returns its status; None if none matches."""
+    """Requeue the one job that matches, or pause it if that was requested. Returns its status; None if none matches.
+
+    `suspects` is the size of the quarantine group that it enters.
+    """
     pause = Job.pause_requested_at.is_not(None)
     values = {**values, "status": case((pause, "paused"), else_="queued"), "pause_requested_at": None}
     job = session.scalars(update_job(which, values).returning(Job)).one_or_none()
     if job is None:
         return None
     why = {"delay_seconds": delay_seconds, "reason": reason}
+    if suspects is not None:
+        why["suspects"] = suspects
     record(session, job, [Event("job.paused", {}) if job.status == "paused" else Event("job.retrying", why)])
     return job.status
 

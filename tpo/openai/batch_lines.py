@@ -92,9 +92,9 @@ def _request(fields: dict[str, Any], endpoint: str) -> RequestLine:
         raise InvalidInputError(f"url: must be the batch's endpoint, {endpoint}.", "url")
     body = _REQUESTS[endpoint].model_validate(parsed.body)
     if body.stream:
-        raise InvalidInputError("stream: is not for batches.", "stream")
+        raise InvalidInputError("stream: is not supported in batches.", "stream")
     if "external_id" in (body.tpo or {}):
-        message = "tpo.external_id: is not for batches; custom_id names a line."
+        message = "tpo.external_id: is not supported in batches. Identify a line by its custom_id."
         raise InvalidInputError(message, "tpo.external_id")
     return RequestLine(parsed.custom_id, body)
 
@@ -105,9 +105,7 @@ def _failure(line: BatchLine, job: JobView | None) -> tuple[str, str]:
         return line.error_code, line.error_message or ""
     if job is None:
         return "job_deleted", "The job of this line was deleted before the batch ended."
-    if job.error_code is not None:
-        return job.error_code, f"The job {job.id} failed: {job.error_message}"
-    return f"job_{job.status}", f"The job {job.id} ended as {job.status} without an answer."
+    return views.failure(job)
 
 
 def _custom_id(fields: dict[str, Any]) -> str | None:

@@ -17,7 +17,7 @@ class InputText(Wire):
     text: str
 
 
-class AskedMessage(Identified):
+class InputMessageItem(Identified):
     """One message of the input. A message of the assistant has the content type of an output."""
 
     type: Literal["message"] = "message"
@@ -26,10 +26,10 @@ class AskedMessage(Identified):
     content: list[InputText | OutputText] = Field(description="the message's text, as the only part")
 
 
-def input_items(job: JobView) -> Sequence[AskedMessage]:
+def input_items(job: JobView) -> Sequence[InputMessageItem]:
     """Return the input messages in order, without the one that the response shows as its `instructions`."""
     return [
-        AskedMessage(
+        InputMessageItem(
             id=f"{job.id.replace('job_', 'msg_', 1)}_{number}",
             role=message.role,
             content=[(OutputText if message.role == "assistant" else InputText)(text=message.content)],

@@ -174,6 +174,9 @@ class JobRequest(Wire):
             return Submit.model_validate(submission)
         except ValidationError as error:
             raise validation_messages.invalid(error, self._renamed) from None
+        except InvalidInputError as error:
+            renamed = self.with_request_names(error)
+            raise InvalidInputError(str(renamed).replace("under parameters", "under tpo"), renamed.param) from None
 
     def with_request_names(self, error: InvalidInputError) -> InvalidInputError:
         """Return an error of the submission with the field names of this request."""

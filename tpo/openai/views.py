@@ -135,7 +135,7 @@ class ResponseDeleted(Wire):
     deleted: Literal[True] = True
 
 
-class AnswerMessage(Wire):
+class AssistantMessage(Wire):
     """The message of a chat completion."""
 
     role: Literal["assistant"] = "assistant"
@@ -147,7 +147,7 @@ class Choice(Wire):
     """The only choice of a chat completion."""
 
     index: Literal[0] = 0
-    message: AnswerMessage
+    message: AssistantMessage
     finish_reason: Literal["stop"] = "stop"
     logprobs: None = None
 
@@ -170,6 +170,16 @@ class ChatCompletion(Wire):
     choices: list[Choice]
     usage: ChatUsage
     tpo: JobDetails
+
+
+WITHOUT_OUTPUT = "The job {job_id} ended as {status} without an answer."
+
+
+def failure(job: JobView) -> tuple[str, str]:
+    """Return code and message of a job that ended without an answer."""
+    if job.error_code is not None:
+        return job.error_code, f"The job {job.id} failed: {job.error_message}"
+    return f"job_{job.status}", WITHOUT_OUTPUT.format(job_id=job.id, status=job.status)
 
 
 def response_id(job_id: str) -> str:
@@ -221,7 +231,7 @@ def chat_completion(job: JobView) -> ChatCompletion:
         id=job.id.replace("job_", "chatcmpl-", 1),
         created=int(job.created_at),
         model=job.model,
-        choices=[Choice(message=AnswerMessage(content=job.output or ""))],
+        choices=[Choice(message=AssistantMessage(content=job.output or ""))],
         usage=ChatUsage(
             prompt_tokens=job.input_tokens,
             completion_tokens=job.output_tokens,

@@ -29,6 +29,8 @@ class ApiKey(Base):
     name: Mapped[str]
     hash: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    """None: the key never expires."""
     revoked_at: Mapped[float | None]
 
 

@@ -18,6 +18,9 @@ MAX_WEBHOOKS = 20
 
 _SECRET_BYTES = 32
 
+TOO_MANY_WEBHOOKS = f"There are already {MAX_WEBHOOKS} webhooks, the maximum. Delete one first."
+WEBHOOK_DISABLED = "The webhook is disabled. Enable it first."
+
 
 class NewSecret(NamedTuple):
     """A webhook and its new secret, which is readable only now."""
@@ -35,7 +38,7 @@ class WebhookQueries(Queries):
         with writing(self._engine) as session:
             count = select(func.count()).select_from(Webhook).where(Webhook.tenant == self.tenant)
             if session.execute(count).scalar_one() >= MAX_WEBHOOKS:
-                raise ConflictError(f"There are {MAX_WEBHOOKS} webhooks already: delete one first.")
+                raise ConflictError(TOO_MANY_WEBHOOKS)
             seconds = session.execute(select(now())).scalar_one()
             webhook_id = new_id("wh_", seconds)
             session.execute(
@@ -103,7 +106,7 @@ class WebhookQueries(Queries):
         """Enqueue a test event. Raises WebhookNotFoundError, and ConflictError if the webhook is disabled."""
         with writing(self._engine) as session:
             if not self._own_webhook(session, webhook_id, lock=True).enabled:
-                raise ConflictError("The webhook is switched off: enable it first.")
+                raise ConflictError(WEBHOOK_DISABLED)
             return session.get_one(Delivery, insert_delivery(session, webhook_id, PING, webhook_id))
 
     def deliveries_page(self, webhook_id: str, *, limit: int, after: str | None = None) -> Sequence[Delivery]:

@@ -1,21 +1,21 @@
-"""POST to a URL that a user chose: only to public addresses, without redirects, and for a bounded time.
+"""POST to a URL that a user chose: only to allowed targets, without redirects, and for a bounded time.
 
-The host name is resolved once, and the connection goes to the addresses that were checked: DNS rebinding has no effect.
-No proxy is used, and only the status of the response is read.
+The connection pool of httpcore gets a network backend of our own: it resolves the host name once and connects to the
+addresses that were checked, so DNS rebinding has no effect. TLS still verifies the certificate for the host name.
+httpcore follows no redirect and reads no proxy from the environment. Only the status of the response is read.
 """
 
 import contextlib
-import http.client
-import ipaddress
 import socket
 import ssl
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from typing import Any
 
-from tpo.webhooks.addresses import is_public
+import httpcore
+
+from tpo.webhooks.addresses import AllowedTargets, is_public_text, split_url
 
 
 class NotSent(Exception):
@@ -31,85 +31,135 @@ def tls_context(authorities: Path | None) -> ssl.SSLContext:
 
 
 def post(
-    url: str, body: bytes, headers: Mapping[str, str], *, seconds: float, allow_private: bool, tls: ssl.SSLContext
+    url: str, body: bytes, headers: Mapping[str, str], *, seconds: float, allowed: AllowedTargets, tls: ssl.SSLContext
 ) -> int:
     """Send a POST request and return the status of the response. Raises NotSent.
 
-    `seconds` bounds the whole call, except that the DNS lookup can take longer. `allow_private` permits addresses that
-    are not public.
+    `seconds` bounds the whole call, except that the DNS lookup can take longer.
     """
-    end = time.monotonic() + seconds
-    parts = urlsplit(url)
+    deadline = _Deadline(seconds)
     try:
-        addresses = _resolve(parts, allow_private=allow_private)
-        connection = _Connection(parts, addresses, end, tls)
-        with contextlib.closing(connection):
-            connection.connect()
-            with connection.bounded():
-                target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-                connection.request("POST", target, body, dict(headers))
-                return connection.getresponse().status
-    except ssl.SSLError as error:
-        raise NotSent("tls_failed" if time.monotonic() < end else "timeout") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise NotSent("timeout" if time.monotonic() >= end else "connection_failed") from error
+        target = split_url(url)
+        address = httpcore.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
+        # One connection for one request: a kept one would skip the checks of the next delivery.
+        with (
+            httpcore.ConnectionPool(ssl_context=tls, network_backend=CheckedBackend(allowed, deadline)) as pool,
+            pool.stream(
+                "POST", address, headers=[("host", target.authority), *headers.items()], content=body
+            ) as response,
+        ):
+            return response.status
+    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, ValueError) as error:
+        if isinstance(error, httpcore.TimeoutException) or deadline.is_over:
+            raise NotSent("timeout") from error
+        raise NotSent("connection_failed") from error
 
 
-def _resolve(parts: SplitResult, *, allow_private: bool) -> list[str]:
-    """Return all addresses of a host, in the resolver's order. Raises NotSent if one of them is not public."""
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise NotSent("name_not_resolved") from error
-    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    if not allow_private and not all(is_public(ipaddress.ip_address(a.partition("%")[0])) for a in addresses):
-        raise NotSent("private_address")
-    return addresses
+class CheckedBackend(httpcore.NetworkBackend):
+    """A network backend that connects only to allowed targets, and whose connections end at a deadline."""
 
+    def __init__(self, allowed: AllowedTargets, deadline: "_Deadline") -> None:
+        self._allowed = allowed
+        self._deadline = deadline
+        self._backend = httpcore.SyncBackend()
 
-class _Connection(http.client.HTTPConnection):
-    """A connection to one of the given addresses, without another DNS lookup."""
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        """Connect to the first address of a host that accepts the connection.
 
-    def __init__(self, parts: SplitResult, addresses: list[str], end: float, tls: ssl.SSLContext) -> None:
-        self._tls = tls if parts.scheme == "https" else None
-        super().__init__(parts.hostname or "", parts.port or (443 if self._tls else 80))
-        self._addresses = addresses
-        self._end = end
-        self.default_port = 443 if self._tls else 80  # the Host header contains any other port
-
-    def connect(self) -> None:
-        """Connect to the first address that accepts the connection."""
-        last_error: OSError = OSError()
-        for address in self._addresses:
-            remaining = self._end - time.monotonic()
-            if remaining <= 0:
-                raise TimeoutError
+        Raises NotSent if the port or one of the addresses is not allowed.
+        """
+        last_error: Exception = httpcore.ConnectError("the host has no address")
+        for address in self._resolve(host, port):
+            remaining = self._deadline.remaining(httpcore.ConnectTimeout)
             try:
-                sock = socket.create_connection((address, self.port), remaining)
-            except OSError as error:
+                stream = self._backend.connect_tcp(address, port, remaining, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 last_error = error
-                continue
-            self.sock = sock
-            if self._tls:
-                self.sock = self._tls.wrap_socket(sock, server_hostname=self.host)
-            return
+            else:
+                return _BoundedStream(stream, self._deadline)
         raise last_error
 
-    @contextlib.contextmanager
-    def bounded(self) -> Iterator[None]:
-        """Shut the connection down at its deadline. A receiver that sends a byte now and then would hold it open."""
-        sock = self.sock
-
-        def shut_down() -> None:
-            with contextlib.suppress(OSError):
-                # Not the method of a TLS socket, which would wait for a thread that reads.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-        timer = threading.Timer(max(0.0, self._end - time.monotonic()), shut_down)
-        timer.daemon = True
-        timer.start()
+    def _resolve(self, host: str, port: int) -> list[str]:
+        """Return all addresses of a host, in the resolver's order."""
+        if self._allowed.ports is not None and port not in self._allowed.ports:
+            raise NotSent("port_not_allowed")
         try:
-            yield
-        finally:
-            timer.cancel()
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise NotSent("name_not_resolved") from error
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if not self._allowed.private and not all(map(is_public_text, addresses)):
+            raise NotSent("private_address")
+        return addresses
+
+
+class _Deadline:
+    """The end of a call, by the monotonic clock."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._end
+
+    def remaining(self, error: type[httpcore.TimeoutException]) -> float:
+        """Return the seconds that are left. Raises `error` if none are."""
+        seconds = self._end - time.monotonic()
+        if seconds <= 0:
+            raise error
+        return seconds
+
+
+class _BoundedStream(httpcore.NetworkStream):
+    """A stream whose operations take no longer than the deadline allows.
+
+    A timeout for each read would not do: a receiver that sends a byte now and then would hold the connection open.
+    """
+
+    def __init__(self, stream: httpcore.NetworkStream, deadline: _Deadline) -> None:
+        self._stream = stream
+        self._deadline = deadline
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Read up to a number of bytes."""
+        with _tls_failures():
+            return self._stream.read(max_bytes, self._deadline.remaining(httpcore.ReadTimeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Write all bytes."""
+        self._stream.write(buffer, self._deadline.remaining(httpcore.WriteTimeout))
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.NetworkStream:
+        """Start TLS on this connection. Raises NotSent if the handshake fails, as with a wrong certificate."""
+        with _tls_failures():
+            remaining = self._deadline.remaining(httpcore.ConnectTimeout)
+            return _BoundedStream(self._stream.start_tls(ssl_context, server_hostname, remaining), self._deadline)
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return information about the connection, such as `ssl_object`."""
+        return self._stream.get_extra_info(info)
+
+
+@contextlib.contextmanager
+def _tls_failures() -> Iterator[None]:
+    """Raise NotSent for errors of TLS. The pool of httpcore removes the cause of an error that passes through it."""
+    try:
+        yield
+    except httpcore.NetworkError as error:
+        if isinstance(error.__cause__, ssl.SSLError):
+            raise NotSent("tls_failed") from error
+        raise

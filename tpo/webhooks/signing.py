@@ -1,9 +1,9 @@
 """Payloads and signatures of webhooks, as Standard Webhooks (https://www.standardwebhooks.com) defines them."""
 
-import base64
-import hashlib
-import hmac
 import json
+from datetime import UTC, datetime
+
+from standardwebhooks import Webhook
 
 from tpo.webhooks.deliveries import ClaimedDelivery
 
@@ -22,10 +22,9 @@ def payload(delivery: ClaimedDelivery) -> bytes:
 
 def signature_headers(event_id: str, timestamp: int, body: bytes, secrets: tuple[str, ...]) -> dict[str, str]:
     """Return the headers that sign a body, with a signature for each valid secret. `timestamp` is in Unix seconds."""
-    content = f"{event_id}.{timestamp}.".encode() + body
-    digests = (hmac.digest(base64.b64decode(s.removeprefix("whsec_")), content, hashlib.sha256) for s in secrets)
+    moment, text = datetime.fromtimestamp(timestamp, UTC), body.decode()
     return {
         "webhook-id": event_id,
         "webhook-timestamp": str(timestamp),
-        "webhook-signature": " ".join("v1," + base64.b64encode(digest).decode() for digest in digests),
+        "webhook-signature": " ".join(Webhook(secret).sign(event_id, moment, text) for secret in secrets),
     }

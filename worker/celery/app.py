@@ -7,6 +7,7 @@ from celery import Celery
 from celery.worker import WorkController
 from celery.worker import state as celery_state
 from celery.worker.consumer import Consumer
+from celery.worker.control import Panel
 from celery.worker.state import maybe_shutdown
 from kombu.connection import Connection
 
@@ -15,6 +16,11 @@ from tpo.settings import Settings
 from worker.logs import log
 
 _REFUSED_RETRY_SECONDS = 1.0
+
+_REMOTE_COMMANDS = frozenset(
+    ("ping", "stats", "active_queues", "registered", "scheduled", "active", "reserved", "revoked", "enable_events")
+)
+"""What Flower and the health check send. All others are refused: anyone who reaches the broker could send them."""
 
 
 def make_app(settings: Settings, queue: str, **more: object) -> Celery:
@@ -51,6 +57,8 @@ def make_app(settings: Settings, queue: str, **more: object) -> Celery:
 
 def controller(app: Celery, *, name: str, threads: int, on_ready: Callable[[], None]) -> WorkController:
     """Return a worker that consumes after `start()`. `on_ready` is called when it begins to consume."""
+    for command in Panel.data.keys() - _REMOTE_COMMANDS:
+        Panel.data[command] = _refuse_command
     return app.WorkController(
         hostname=name,
         concurrency=threads,
@@ -60,6 +68,10 @@ def controller(app: Celery, *, name: str, threads: int, on_ready: Callable[[], N
         without_gossip=True,
         ready_callback=lambda _consumer: on_ready(),
     )
+
+
+def _refuse_command(_state: object, **_arguments: object) -> dict[str, str]:
+    return {"error": "remote control is switched off"}
 
 
 def stop_consuming() -> None:

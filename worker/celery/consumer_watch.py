@@ -1,8 +1,7 @@
 """End a process whose Celery consumer is stalled."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -16,6 +15,8 @@ class ConsumerWatch:
 
     Celery's consumer can stop consuming for good after trouble with the broker (celery#10205). Its process lives,
     answers pings and renews leases, so nothing else detects it.
+
+    It also counts the busy slots, because jobs are taken from the database as well (`worker.queue_poller`).
     """
 
     def __init__(self, threads: int, pending_count: Callable[[], int]) -> None:
@@ -28,14 +29,40 @@ class ConsumerWatch:
         self._silent_checks = 0
 
     def track(self, task: Callable[..., None]) -> Callable[..., None]:
-        """Return the same task, counted when it begins and when it ends."""
+        """Return the same task, counted when it begins and when it ends.
+
+        It does nothing if polled jobs occupy all slots: the job stays queued, and each of them looks for the next one.
+        """
 
         @wraps(task)
         def tracked(*args: Any) -> None:
-            with self._working():
-                task(*args)
+            with self._lock:
+                self._received += 1
+            if self.reserve_slot():
+                try:
+                    task(*args)
+                finally:
+                    self.release_slot()
 
         return tracked
+
+    @property
+    def received(self) -> int:
+        """The number of messages received so far."""
+        with self._lock:
+            return self._received
+
+    def reserve_slot(self) -> bool:
+        """Occupy a slot; return False if none is free."""
+        with self._lock:
+            free = self._busy < self._threads
+            self._busy += free
+            return free
+
+    def release_slot(self) -> None:
+        """Free a slot."""
+        with self._lock:
+            self._busy -= 1
 
     def is_silent(self) -> bool:
         """Check once more, and return True if the consumer was silent in the last CHECKS_IN_A_ROW checks."""
@@ -48,17 +75,6 @@ class ConsumerWatch:
             silent = False  # no consumer can receive from an unreachable broker
         self._silent_checks = self._silent_checks + 1 if silent else 0
         return self._silent_checks >= CHECKS_IN_A_ROW
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        with self._lock:
-            self._busy += 1
-            self._received += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._busy -= 1
 
 
 def watch_consumer(consumer: ConsumerWatch, drain: Drain, silent_seconds: float) -> None:

@@ -1,28 +1,40 @@
-"""Maintenance tasks of batches: find those that can advance, and advance them a step at a time."""
+"""Maintenance task of batches: advance each batch that is due by one small step a round."""
+
+import threading
+import time
 
 from tpo.batches.advance import BatchAdvancer
-from tpo.broker import JobNotifier
 from worker.guard import guarded
 
-NOTIFY_BATCHES_SECONDS = 1.0
+ADVANCE_BATCHES_SECONDS = 1.0
 """How often batches are looked for that can advance: the pause after which a batch's next jobs are created."""
+
+_ROUND_SECONDS = 2.0
+"""A round ends after this time; the batches that it did not reach come first in the next one."""
 
 
 class BatchTasks:
-    """Runs steps of batches. What fails now, the next round repeats."""
+    """Advances batches in turn, so that a large one does not delay a small one."""
 
-    def __init__(self, advancer: BatchAdvancer, notifier: JobNotifier) -> None:
+    def __init__(self, advancer: BatchAdvancer) -> None:
         self._advancer = advancer
-        self._notifier = notifier
+        self._notified: dict[str, None] = {}
+        self._lock = threading.Lock()
 
-    def notify_due(self) -> None:
-        """Notify the maintenance worker of batches that nobody has advanced lately."""
-        with guarded("batches not notified"):
-            for batch_id in self._advancer.due(NOTIFY_BATCHES_SECONDS / 2):
-                self._notifier.notify_batch(batch_id)
+    def notify(self, batch_id: str) -> None:
+        """Advance a batch in the next round, whether it is due or not."""
+        with self._lock:
+            self._notified[batch_id] = None
 
-    def advance(self, batch_id: str) -> None:
-        """Take the next step of a batch, and notify again if another one can follow at once."""
-        with guarded(f"{batch_id} not advanced"):
-            if self._advancer.advance(batch_id):
-                self._notifier.notify_batch(batch_id)
+    def advance(self) -> bool:
+        """Take the next step of each batch that is due. Returns whether another step can follow at once."""
+        with self._lock:
+            notified, self._notified = list(self._notified), {}
+        with guarded("batches not found"):
+            notified += self._advancer.due(ADVANCE_BATCHES_SECONDS / 2)
+        end = time.monotonic() + _ROUND_SECONDS
+        for batch_id in dict.fromkeys(notified):
+            with guarded(f"{batch_id} not advanced"):
+                if time.monotonic() >= end or self._advancer.advance(batch_id):
+                    self.notify(batch_id)
+        return bool(self._notified)

@@ -14,7 +14,10 @@ _Age = TypeVar("_Age", float, float | None)
 _DAY = 24 * 3600.0
 _DELIVERY_RETENTION_SECONDS = 7 * _DAY
 _ROUND_SECONDS = 5.0
-"""Time limit for each table in a round, because the rescuer waits for this thread; the next round continues."""
+"""Time limit for each table in a round, so that none waits for long; the next round continues."""
+
+LONG_ROUND_SECONDS = 60.0
+"""A round that takes longer is reported."""
 
 
 class Cleaner:

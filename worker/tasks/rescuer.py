@@ -4,7 +4,7 @@ from tpo.broker import JobNotifier
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.guard import guarded
-from worker.job_runner import scheduling_rules
+from worker.leases import scheduling_rules
 from worker.logs import log
 
 

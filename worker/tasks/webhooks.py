@@ -1,7 +1,7 @@
 """The webhook sender: signs events and delivers them (Standard Webhooks) on its own threads.
 
-A message names one delivery. The thread that takes it continues with other due deliveries of the same webhook, so a
-fast receiver is not limited by the notification interval. A slow receiver occupies a few slots and never the rescuer.
+Each thread begins with one delivery and continues with other due deliveries of the same webhook, so a fast receiver is
+not limited by the interval of the rounds. A slow receiver occupies a few slots and delays nothing else.
 """
 
 import threading
@@ -11,22 +11,22 @@ from contextlib import contextmanager
 
 import tpo
 from tpo.backoff import backoff_seconds
-from tpo.broker import JobNotifier
 from tpo.settings import Settings
 from tpo.store import Store
+from tpo.webhooks.addresses import AllowedTargets
 from tpo.webhooks.deliveries import ClaimedDelivery
 from tpo.webhooks.http import NotSent, post, tls_context
 from tpo.webhooks.signing import payload, signature_headers
 from worker.guard import guarded
 from worker.logs import log
 
-NOTIFY_WEBHOOKS_SECONDS = 1.0
+SEND_WEBHOOKS_SECONDS = 1.0
 """Interval between two searches for due deliveries: the longest that an event waits if the sender is idle."""
 
 _SECONDS_PER_WEBHOOK = 30.0
 """Time that a thread spends on one webhook before it is free for others."""
 _LONGEST_PAUSE = 4 * 3600.0
-_NOTIFICATIONS_PER_ROUND = 100
+_DELIVERIES_PER_ROUND = 100
 _OK = range(200, 300)
 _GONE = 410
 
@@ -34,22 +34,21 @@ _GONE = 410
 class WebhookSender:
     """Sends the deliveries that are due."""
 
-    def __init__(self, settings: Settings, store: Store, notifier: JobNotifier) -> None:
+    def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
-        self._notifier = notifier
         self._tls = tls_context(settings.webhook_ca_file)
         self._slots = threading.BoundedSemaphore(settings.webhook_slots)
         self._claim_seconds = 3 * settings.webhook_timeout_seconds + 30  # the DNS resolver has a separate timeout
 
-    def notify_due(self) -> None:
-        """Send a notification for each due delivery. The next round repeats whatever fails."""
-        with guarded("deliveries not notified"):
-            for delivery_id in self._store.deliveries.due(_NOTIFICATIONS_PER_ROUND):
-                self._notifier.notify_delivery(delivery_id)
+    def send_due(self) -> None:
+        """Begin to send each due delivery, on a thread. The next round repeats whatever fails."""
+        with guarded("deliveries not sent"):
+            for delivery_id in self._store.deliveries.due(_DELIVERIES_PER_ROUND):
+                self._deliver_on_thread(delivery_id)
 
-    def deliver(self, delivery_id: str) -> None:
-        """Deliver on a thread. If no slot is free, a later round notifies again."""
+    def _deliver_on_thread(self, delivery_id: str) -> None:
+        """Deliver on a thread. If no slot is free, a later round does it."""
         if self._slots.acquire(blocking=False):
             # A daemon thread: waiting for a receiver must not keep the process alive, and its delivery is sent again.
             threading.Thread(target=self._run, args=(delivery_id,), name=delivery_id, daemon=True).start()
@@ -68,7 +67,7 @@ class WebhookSender:
         if error is None:
             self._store.deliveries.record_success(delivery)
         elif error == f"http_{_GONE}":
-            log.info("%s answered 410 Gone: switched off", delivery.webhook_id)
+            log.info("%s responded with 410 Gone: disabled", delivery.webhook_id)
             self._store.deliveries.record_gone(delivery)
         else:
             delay = self._retry_delay(delivery)
@@ -82,7 +81,7 @@ class WebhookSender:
         headers = {
             "content-type": "application/json",
             "user-agent": f"tpo/{tpo.__version__}",
-            **signature_headers(delivery.event_id, int(time.time()), body, delivery.secrets),
+            **signature_headers(delivery.event_id, int(delivery.created_at + delivery.age), body, delivery.secrets),
         }
         settings = self._settings
         try:
@@ -91,7 +90,7 @@ class WebhookSender:
                 body,
                 headers,
                 seconds=settings.webhook_timeout_seconds,
-                allow_private=settings.webhook_allow_private,
+                allowed=AllowedTargets.from_settings(settings),
                 tls=self._tls,
             )
         except NotSent as error:

@@ -46,7 +46,7 @@ def shared_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def server(shared_system: System) -> Iterator[Server]:
-    """API and a worker that completes a job within some tenths of a second."""
+    """Start an API and a worker that completes a job within some tenths of a second."""
     shared_system.worker(scripted_latency=0.02, concurrency=8)
     with serving(shared_system, wait_seconds=30) as server:
         yield server
@@ -61,7 +61,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def idle(sqlite_system: System) -> Iterator[Server]:
-    """API without a worker: its jobs stay queued until a test changes that."""
+    """Start an API without a worker: its jobs stay queued until a test changes that."""
     with serving(sqlite_system, wait_seconds=1) as server:
         yield server
 

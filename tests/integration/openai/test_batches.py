@@ -23,7 +23,7 @@ ONE_CALL = {"sample_size": 1, "max_iterations": 0}
 
 @pytest.fixture(scope="module")
 def batch_server(shared_system: System) -> Iterator[Server]:
-    """API, worker and maintenance worker."""
+    """Start an API, a worker and a maintenance worker."""
     shared_system.worker(scripted_latency=0, concurrency=8)
     shared_system.maintenance(max_batch_lines=1000, batch_jobs=50)
     with serving(shared_system) as server:

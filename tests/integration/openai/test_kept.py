@@ -19,7 +19,7 @@ HOUR: Final = 3600
 
 @pytest.fixture(scope="module")
 def batch_server(shared_system: System) -> Iterator[Server]:
-    """API, worker and maintenance worker."""
+    """Start an API, a worker and a maintenance worker."""
     shared_system.worker(scripted_latency=0, concurrency=8)
     shared_system.maintenance()
     with serving(shared_system) as server:

@@ -109,7 +109,7 @@ def reward(request: pytest.FixtureRequest, vllm: tuple[Vllm, Vllm]) -> Iterator[
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[tuple[LoadedPolicy, LoadedRewardModel]]:
-    """Same models in the local engine."""
+    """Load the same models in the local engine."""
     policy, reward = load_models(Settings(threads=1))
     yield policy, reward
     policy.close()

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from testing.ports import free_port
 from testing.processes import System, marker, timeless
 from testing.waiting import HANG_SECONDS, eventually
+from tests.support.cutting import cutter
 from tests.support.model_server import MODEL, ModelServer, model_server
 from tpo.backends import load_policy, load_reward
 from tpo.backends.spec import ModelSpec
@@ -190,3 +192,18 @@ def test_shipped_models_behind_http_score_each_part(sqlite_system: System, tmp_p
         output = "".join(process.output for process in system.processes)
         assert key not in output
         assert candidates[0]["text"] not in output
+
+
+def test_job_ends_after_its_link_to_the_model_server_froze(sqlite_system: System, own_server: ModelServer) -> None:
+    system, server = sqlite_system, own_server
+    settings = remote(system, server)
+    with cutter(urlsplit(server.url).port or 80) as proxy:
+        system.environment |= {"TPO_OPENAI_URL": f"{proxy.url}/v1", "TPO_REWARD_URL": proxy.url}
+        system.worker(remote_read_seconds=2)
+        system.wait_for_end(system.submit())
+        proxy.freeze()  # the connections that the worker keeps open: they are silent, and never reset
+        job_id = system.submit(seed=1)
+        job = system.wait_for_end(job_id)
+    state = system.store.jobs.state(job_id)
+    assert (job.status, job.attempt) == ("completed", 1)
+    assert timeless(state) == undisturbed(state, settings)

@@ -151,7 +151,7 @@ def test_retry_after_beyond_the_time_limit_ends_the_call(server: ModelServer, po
     [
         (400, PromptRefusedError, r"refused the sample call \(400\): no"),
         (401, BackendUnavailableError, "refused the key .*TPO_OPENAI_API_KEY"),
-        (404, BackendUnavailableError, "knows no such model"),
+        (404, BackendUnavailableError, "has no such model"),
         (422, PromptRefusedError, "422"),
         (302, BackendUnavailableError, "redirects elsewhere: TPO_OPENAI_URL"),
     ],

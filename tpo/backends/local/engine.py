@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 
 from tpo.backends.futures import fail
-from tpo.backends.local.requests import Answer, Ticket, Timings, TokenRequest
+from tpo.backends.local.requests import EngineRequest, RequestMetrics, RequestOutput, TokenRequest
 from tpo.backends.local.runner import Runner
-from tpo.backends.local.scheduler import Limits, PrefillChunk, Scheduler
+from tpo.backends.local.scheduler import PrefillChunk, Scheduler, SchedulerConfig
 from tpo.backends.local.watchdog import Watchdog
 from tpo.core.errors import BackendUnavailableError, BadReplyError, ContextTooLongError, PromptRefusedError, TPOError
 
@@ -24,45 +24,45 @@ T = TypeVar("T")
 class StepEngine:
     """Continuous batching engine: samples of many threads join and leave the batch between two tokens."""
 
-    def __init__(self, runner: Runner, limits: Limits, stop_tokens: frozenset[int]) -> None:
-        self.capacity = limits.tokens
+    def __init__(self, runner: Runner, config: SchedulerConfig, stop_tokens: frozenset[int]) -> None:
+        self.capacity = config.cache_slots
         """Maximum tokens of one sequence, prompt and completion together."""
         self.attention = runner.attention
-        self.seconds = {"schedule": 0.0, "prefill": 0.0, "decode": 0.0}
+        self.phase_seconds = {"schedule": 0.0, "prefill": 0.0, "decode": 0.0}
         """Seconds that the loop has spent in each phase."""
         self.steps = 0
         """Number of decode steps."""
         self._runner = runner
-        self._scheduler = Scheduler(limits, stop_tokens)
+        self._scheduler = Scheduler(config, stop_tokens)
         self._changed = threading.Condition()
-        self._arrived: list[Ticket] = []
+        self._submitted: list[EngineRequest] = []
         self._last_number = 0
-        self._ended: str | None = None
+        self._stop_reason: str | None = None
         self._watchdog = Watchdog()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        """False when the loop has ended or is stuck."""
-        return self._ended is None and not self._watchdog.stuck
+        """False when the loop has stopped or a forward pass hangs."""
+        return self._stop_reason is None and not self._watchdog.expired
 
     @property
-    def rows(self) -> int:
-        """Number of samples that are decoding now."""
-        return len(self._scheduler.rows)
+    def running_sequences(self) -> int:
+        """Number of samples that are being decoded."""
+        return len(self._scheduler.running)
 
     @property
-    def held(self) -> int:
-        """Number of cache slots in use or reserved, including the prefix cache."""
-        arena = self._scheduler.arena
-        return arena.size - arena.free
+    def used_slots(self) -> int:
+        """Number of cache slots in use or reserved, including those of the prefix cache."""
+        allocator = self._scheduler.allocator
+        return allocator.size - allocator.free
 
-    def submit(self, request: TokenRequest) -> "Future[Answer]":
-        """Queue a request and return the future of its answer.
+    def submit(self, request: TokenRequest) -> "Future[RequestOutput]":
+        """Queue a request and return the future of its output.
 
         Raises PromptRefusedError if the prompt is empty or has unknown tokens, ContextTooLongError if the request does
-        not fit the cache, BackendUnavailableError if the loop has ended.
+        not fit the cache, BackendUnavailableError if the loop has stopped.
         """
         if not request.prompt or not 0 <= min(request.prompt) <= max(request.prompt) < self._runner.vocabulary:
             raise PromptRefusedError(
@@ -70,21 +70,22 @@ class StepEngine:
             )
         if len(request.prompt) + request.max_tokens > self.capacity + 1:
             raise ContextTooLongError(
-                f"A prompt of {len(request.prompt)} tokens and an answer of {request.max_tokens} do not fit the "
+                f"A prompt of {len(request.prompt)} tokens and a completion of {request.max_tokens} do not fit the "
                 f"engine's memory, which holds {self.capacity} tokens. Raise TPO_CACHE_GIB, or lower max_tokens."
             )
         with self._changed:
-            if self._ended:
-                raise BackendUnavailableError(self._ended)
+            if self._stop_reason:
+                raise BackendUnavailableError(self._stop_reason)
             self._last_number += 1
-            ticket = Ticket(request, self._last_number, Timings(time.monotonic()), list(range(len(request.seeds))))
-            self._arrived.append(ticket)
+            metrics, samples = RequestMetrics(time.monotonic()), list(range(len(request.seeds)))
+            queued = EngineRequest(request, self._last_number, metrics, samples)
+            self._submitted.append(queued)
             self._changed.notify()
-        return ticket.future
+        return queued.future
 
     def close(self) -> None:
         """Stop the loop after the current step."""
-        self._end("The engine was closed.")
+        self._stop("The engine was closed.")
         self._thread.join()
 
     def _run(self) -> None:
@@ -94,46 +95,46 @@ class StepEngine:
                     self._step()
         except BaseException as error:
             _log.critical("the engine's loop has died", exc_info=error)
-            self._end(f"The engine's loop has died and this process must be restarted: {error!r}")
+            self._stop(f"The engine's loop has died and this process must be restarted: {error!r}")
         finally:
-            for ticket in self._scheduler.clear():
-                fail(ticket.future, BackendUnavailableError(self._ended))
+            for request in self._scheduler.clear():
+                fail(request.future, BackendUnavailableError(self._stop_reason))
             self._runner.reset()
 
-    def _end(self, why: str) -> None:
-        """Mark the engine as ended and fail the requests that the loop has not taken yet."""
+    def _stop(self, reason: str) -> None:
+        """Make the loop stop, and fail the requests that the loop has not taken yet."""
         with self._changed:
-            self._ended = self._ended or why
-            for ticket in self._arrived:
-                fail(ticket.future, BackendUnavailableError(self._ended))
-            self._arrived = []
+            self._stop_reason = self._stop_reason or reason
+            for request in self._submitted:
+                fail(request.future, BackendUnavailableError(self._stop_reason))
+            self._submitted = []
             self._changed.notify()
 
     def _wait(self) -> bool:
-        """Wait for work. Return False when the loop must end."""
-        self._watchdog.rest()
+        """Wait for work. Return False when the loop must stop."""
+        self._watchdog.disarm()
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._arrived or self._scheduler.busy)
-            for ticket in self._arrived:
-                self._scheduler.add(ticket)
-            self._arrived = []
-            return self._ended is None
+            self._changed.wait_for(lambda: self._stop_reason or self._submitted or self._scheduler.has_work)
+            for request in self._submitted:
+                self._scheduler.add(request)
+            self._submitted = []
+            return self._stop_reason is None
 
     def _step(self) -> None:
         """Run one step: plan, prefill, decode. If memory runs out, preempt samples."""
-        self._watchdog.beat()
+        self._watchdog.arm()
         scheduler = self._scheduler
         plan = self._timed("schedule", scheduler.plan)
         try:
             if plan.chunks:
                 self._timed("prefill", lambda: self._prefill(plan.chunks))
-            if plan.rows:
-                tokens = self._timed("decode", lambda: self._runner.decode(plan.rows))
-                for row, token in zip(plan.rows, tokens, strict=True):
+            if plan.sequences:
+                tokens = self._timed("decode", lambda: self._runner.decode(plan.sequences))
+                for sequence, token in zip(plan.sequences, tokens, strict=True):
                     if token < 0:
-                        fail(row.ticket.future, BadReplyError(_NON_FINITE))
+                        fail(sequence.request.future, BadReplyError(_NON_FINITE))
                 self.steps += 1
-                self._timed("schedule", lambda: scheduler.advance(plan.rows, tokens))
+                self._timed("schedule", lambda: scheduler.append_tokens(plan.sequences, tokens))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -150,30 +151,32 @@ class StepEngine:
                 for chunk in chunks:
                     self._prefill([chunk])
             else:
-                fail(chunks[0].reading.ticket.future, BackendUnavailableError(f"The policy failed: {error!r}"))
+                fail(chunks[0].prefill.request.future, BackendUnavailableError(f"The policy failed: {error!r}"))
             return
-        self._scheduler.read(chunks)
-        for chunk, row in zip([c for c in chunks if c.last], logits, strict=True):
-            reading = chunk.reading
-            first = self._runner.first_tokens(row, reading.ticket.request, reading.samples)
+        self._scheduler.record_prefilled(chunks)
+        for prefill, last_logits in zip([c.prefill for c in chunks if c.is_last], logits, strict=True):
+            first = self._runner.first_tokens(last_logits, prefill.request.inputs, prefill.samples)
             if min(first) < 0:
-                fail(reading.ticket.future, BadReplyError(_NON_FINITE))
-            self._scheduler.join(reading, first)
+                fail(prefill.request.future, BadReplyError(_NON_FINITE))
+            self._scheduler.start_decoding(prefill, first)
 
     def _recover_from_out_of_memory(self, error: Exception) -> None:
         """Preempt the youngest quarter of the active work. Fail a request that ran out of memory by itself."""
         _log.warning("out of memory in a step: preempting the youngest samples")
         self._runner.reset()
-        active = len(self._scheduler.rows) + len(self._scheduler.readings)
-        if not all(self._scheduler.preempt_youngest() for _ in range(max(1, active // 4))):
-            for ticket in (*(r.ticket for r in self._scheduler.rows), *(r.ticket for r in self._scheduler.readings)):
-                fail(ticket.future, out_of_memory(error))
+        scheduler = self._scheduler
+        active = len(scheduler.running) + len(scheduler.prefilling)
+        if not all(scheduler.preempt_youngest() for _ in range(max(1, active // 4))):
+            for request in [item.request for item in scheduler.running] + [
+                item.request for item in scheduler.prefilling
+            ]:
+                fail(request.future, out_of_memory(error))
 
     def _timed(self, phase: str, work: Callable[[], T]) -> T:
         """Call `work` and add its duration to the seconds of a phase."""
         started = time.perf_counter()
         result = work()
-        self.seconds[phase] += time.perf_counter() - started
+        self.phase_seconds[phase] += time.perf_counter() - started
         return result
 
 

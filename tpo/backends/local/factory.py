@@ -8,27 +8,30 @@ from typing import Any
 import torch
 
 from tpo.backends.local.engine import StepEngine, is_out_of_memory
-from tpo.backends.local.kv_allocator import Piece, Segment
-from tpo.backends.local.requests import Ticket, Timings, TokenRequest
+from tpo.backends.local.kv_allocator import Segment, SegmentSlice
+from tpo.backends.local.requests import EngineRequest, RequestMetrics, TokenRequest
 from tpo.backends.local.runner import ALTERNATIVES, Runner, check_logits, install_attention, reference_logits
 from tpo.backends.local.sampling import Sampler
-from tpo.backends.local.scheduler import ActiveSequence, Limits, PrefillChunk, PrefillRequest
+from tpo.backends.local.scheduler import ActiveSequence, PrefillChunk, PrefillRequest, SchedulerConfig
 from tpo.core.errors import ModelRefusedError
 
 _log = logging.getLogger(__name__)
 
 _GIB = 2**30
-_USABLE_SHARE = 0.92
-"""Share of a GPU's free memory that is used; the rest is for fragmentation and other processes."""
+_USABLE_FRACTION = 0.92
+"""Fraction of a GPU's free memory that is used; the rest is for fragmentation and other processes."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
     """Memory limits of an engine. None: measured on a GPU, a small default on a CPU."""
 
-    rows: int = 512
+    max_sequences: int = 512
+    """Maximum number of sequences decoded at once."""
     cache_gib: float | None = None
+    """Memory for keys and values, in GiB."""
     prefill_tokens: int | None = None
+    """Maximum number of prompt tokens prefilled in one step."""
 
 
 def build_engine(
@@ -63,15 +66,17 @@ def _build(model: Any, stop_tokens: frozenset[int], context: int, options: Engin
     shapes = install_attention(model, name)
     _verify(Runner(model, shapes, 64), probe, expected, name)
     slot_bytes = sum(heads * (k + v) for heads, k, v in shapes.values()) * model.dtype.itemsize
-    slots = min(_cache_bytes(model, shapes, options, context, chunk) // slot_bytes, options.rows * context)
+    slots = min(_cache_bytes(model, shapes, options, context, chunk) // slot_bytes, options.max_sequences * context)
     if slots < len(probe) + 16:
         raise ModelRefusedError(
             f"{name} leaves no memory for keys and values, which take {slot_bytes} bytes per token. Raise "
             "TPO_CACHE_GIB if it is set, or use a smaller model or a GPU with more memory."
         )
-    runner = _create_runner(model, shapes, slots, options.rows, context, probe, expected, name)
+    runner = _create_runner(model, shapes, slots, options.max_sequences, context, probe, expected, name)
     _log.info("engine: %s attention, %d slots of %d bytes", runner.attention, slots, slot_bytes)
-    return StepEngine(runner, Limits(options.rows, slots, chunk, patience=8 if on_gpu else 0), stop_tokens)
+    return StepEngine(
+        runner, SchedulerConfig(options.max_sequences, slots, chunk, max_wait_steps=8 if on_gpu else 0), stop_tokens
+    )
 
 
 def _create_runner(
@@ -106,17 +111,17 @@ def _cache_bytes(model: Any, shapes: Any, options: EngineOptions, context: int, 
     torch.cuda.reset_peak_memory_stats()
     runner = Runner(model, shapes, chunk)
     segment = Segment(1, chunk, chunk)
-    ticket = Ticket(TokenRequest((0,) * chunk, (0,), 0.7, 0.95, 1), 0, Timings(0.0))
-    runner.prefill([PrefillChunk(PrefillRequest(ticket, [0], (Piece(segment, chunk),), 0), 0, chunk)])
-    logits = torch.zeros(options.rows, runner.vocabulary, device=model.device)
-    Sampler([0] * options.rows, [0.7] * options.rows, [0.95] * options.rows, model.device)(
-        logits, torch.zeros(options.rows, dtype=torch.long, device=model.device)
+    request = EngineRequest(TokenRequest((0,) * chunk, (0,), 0.7, 0.95, 1), 0, RequestMetrics(0.0))
+    runner.prefill([PrefillChunk(PrefillRequest(request, [0], (SegmentSlice(segment, chunk),), 0), 0, chunk)])
+    logits = torch.zeros(options.max_sequences, runner.vocabulary, device=model.device)
+    Sampler([0] * options.max_sequences, [0.7] * options.max_sequences, [0.95] * options.max_sequences, model.device)(
+        logits, torch.zeros(options.max_sequences, dtype=torch.long, device=model.device)
     )
     activations = torch.cuda.max_memory_allocated() - before
     del runner, logits
     torch.cuda.empty_cache()
-    tables = 4 * options.rows * context
-    return int(torch.cuda.mem_get_info()[0] * _USABLE_SHARE) - activations - tables
+    tables = 4 * options.max_sequences * context
+    return int(torch.cuda.mem_get_info()[0] * _USABLE_FRACTION) - activations - tables
 
 
 def _verify(runner: Runner, probe: list[int], expected: Any, name: str) -> None:
@@ -125,14 +130,18 @@ def _verify(runner: Runner, probe: list[int], expected: Any, name: str) -> None:
     Raises ModelRefusedError if they differ.
     """
     prompt_length = len(probe) - 6
-    ticket = Ticket(TokenRequest(tuple(probe[:prompt_length]), (0, 0), 0.0, 1.0, 8), 0, Timings(time.monotonic()))
-    prefill = PrefillRequest(ticket, [0, 1], (Piece(Segment(2, prompt_length, prompt_length), prompt_length),), 0)
+    request = EngineRequest(
+        TokenRequest(tuple(probe[:prompt_length]), (0, 0), 0.0, 1.0, 8), 0, RequestMetrics(time.monotonic())
+    )
+    prefill = PrefillRequest(
+        request, [0, 1], (SegmentSlice(Segment(2, prompt_length, prompt_length), prompt_length),), 0
+    )
     runner.prefill([PrefillChunk(prefill, 0, 29)])
     found = [runner.prefill([PrefillChunk(prefill, 29, prompt_length)])]
-    rows = [ActiveSequence(ticket, i, prefill.chain, [], [Segment(prompt_length + 2 + 8 * i, 8)]) for i in range(2)]
+    rows = [ActiveSequence(request, i, prefill.chain, [], [Segment(prompt_length + 2 + 8 * i, 8)]) for i in range(2)]
     for token in probe[prompt_length:]:
         for row in rows:
             row.tokens.append(token)
-            row.own[0].used = len(row.tokens)
-        found.append(runner.logits_of(list(rows))[:1])
+            row.segments[0].used = len(row.tokens)
+        found.append(runner.decode_logits(list(rows))[:1])
     check_logits(name, expected[prompt_length - 1 :], torch.cat(found).float(), runner.dtype)

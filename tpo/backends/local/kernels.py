@@ -2,6 +2,9 @@
 
 There are two kernels: `_attend` computes a partial output and its log-sum-exp for each item, and `_merge` combines the
 parts of a row (flash decoding: Dao et al. 2023; cascade attention: Juravsky et al. 2024, arXiv 2402.05099).
+
+Names in the kernels: K and V are the sizes of keys and values, KP and VP the same padded to powers of 2, M the queries
+of an item and N the tokens of a tile. `row_max`, `row_sum` and `rescale` are those of the online softmax.
 """
 
 import torch
@@ -9,92 +12,94 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpo.backends.local.attention import Head
+from tpo.backends.local.attention import AttentionParams
 from tpo.backends.local.tables import MAX_PARTS
 
-_TOKENS = 64
+_TILE_TOKENS = 64
+"""Tokens of a work item that are loaded at once."""
 
 
 @triton.jit
 def _attend(
-    q, keys, values, table, items, item_count, positions, out, lse,
-    scale, cap, kv_heads, slots, table_width,
+    q, keys, values, tables, items, item_count, positions, out, lse,
+    scale, softcap, kv_heads, slots, table_width,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, MOST: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     m = tl.arange(0, M)
     dk = tl.arange(0, KP)
     dv = tl.arange(0, VP)
     heads = kv_heads * GROUP
-    count = tl.load(item_count) * kv_heads
-    for number in range(tl.program_id(0), count, tl.num_programs(0)):
-        item = items + (number // kv_heads) * 6
-        kv_head = number % kv_heads
+    work_count = tl.load(item_count) * kv_heads
+    for work_index in range(tl.program_id(0), work_count, tl.num_programs(0)):
+        item = items + (work_index // kv_heads) * 6
+        kv_head = work_index % kv_heads
         row = tl.load(item) + m // GROUP
-        used = m // GROUP < tl.load(item + 1)
-        entries = table + tl.load(item + 2) * table_width
+        row_mask = m // GROUP < tl.load(item + 1)
+        slot_table = tables + tl.load(item + 2) * table_width
         begin = tl.load(item + 3)
         part = tl.load(item + 5)
-        here = tl.load(positions + row, mask=used, other=-1)
-        end = tl.minimum(tl.load(item + 4), tl.max(here, 0) + 1)
+        query_position = tl.load(positions + row, mask=row_mask, other=-1)
+        end = tl.minimum(tl.load(item + 4), tl.max(query_position, 0) + 1)
         if WINDOW > 0:
-            first = tl.min(tl.where(used, here, 2147483647), 0) - WINDOW + 1
+            first = tl.min(tl.where(row_mask, query_position, 2147483647), 0) - WINDOW + 1
             begin = tl.maximum(begin, tl.maximum(first, 0).to(begin.dtype))
         head = kv_head * GROUP + m % GROUP
         at = (row * heads + head).to(tl.int64)
-        query = tl.load(q + at[:, None] * K + dk[None, :], mask=used[:, None] & (dk[None, :] < K), other=0.0)
+        query = tl.load(q + at[:, None] * K + dk[None, :], mask=row_mask[:, None] & (dk[None, :] < K), other=0.0)
         base = kv_head.to(tl.int64) * slots
-        top = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
+        row_max = tl.full([M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, VP], tl.float32)
         for t in range(begin, end, N):
-            there = t + tl.arange(0, N)
-            inside = there < end
-            slot = base + tl.load(entries + there, mask=inside, other=0).to(tl.int64)
-            k = tl.load(keys + slot[:, None] * K + dk[None, :], mask=inside[:, None] & (dk[None, :] < K), other=0.0)
+            key_position = t + tl.arange(0, N)
+            key_mask = key_position < end
+            slot = base + tl.load(slot_table + key_position, mask=key_mask, other=0).to(tl.int64)
+            k = tl.load(keys + slot[:, None] * K + dk[None, :], mask=key_mask[:, None] & (dk[None, :] < K), other=0.0)
             s = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
             if CAPPED:
-                s = cap * (2.0 * tl.sigmoid(2.0 * s / cap) - 1.0)
-            seen = inside[None, :] & (there[None, :] <= here[:, None])
+                s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
+            visible = key_mask[None, :] & (key_position[None, :] <= query_position[:, None])
             if WINDOW > 0:
-                seen = seen & (there[None, :] > here[:, None] - WINDOW)
-            s = tl.where(seen, s, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, 1))
-            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp(s - safe[:, None])
-            shrink = tl.exp(top - safe)
-            total = total * shrink + tl.sum(p, 1)
-            v = tl.load(values + slot[:, None] * V + dv[None, :], mask=inside[:, None] & (dv[None, :] < V), other=0.0)
-            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            top = new_top
-        safe_total = tl.where(total > 0, total, 1.0)
-        to = (row.to(tl.int64) * MOST + part) * heads + head
-        tl.store(out + to[:, None] * V + dv[None, :], acc / safe_total[:, None], mask=used[:, None] & (dv[None, :] < V))
-        tl.store(lse + to, top + tl.log(safe_total), mask=used)
+                visible = visible & (key_position[None, :] > query_position[:, None] - WINDOW)
+            s = tl.where(visible, s, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp(s - safe_max[:, None])
+            rescale = tl.exp(row_max - safe_max)
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            v = tl.load(values + slot[:, None] * V + dv[None, :], mask=key_mask[:, None] & (dv[None, :] < V), other=0.0)
+            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            row_max = new_max
+        safe_sum = tl.where(row_sum > 0, row_sum, 1.0)
+        to = (row.to(tl.int64) * PARTS + part) * heads + head
+        out_mask = row_mask[:, None] & (dv[None, :] < V)
+        tl.store(out + to[:, None] * V + dv[None, :], acc / safe_sum[:, None], mask=out_mask)
+        tl.store(lse + to, row_max + tl.log(safe_sum), mask=row_mask)
 
 
 @triton.jit
 def _merge(
-    out, lse, parts, result, V: tl.constexpr, VP: tl.constexpr, MOST: tl.constexpr
+    out, lse, parts, result, V: tl.constexpr, VP: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     d = tl.arange(0, VP)
-    top = float("-inf")
-    total = 0.0
+    row_max = float("-inf")
+    row_sum = 0.0
     acc = tl.zeros([VP], tl.float32)
     for part in range(tl.load(parts + row)):
-        at = (row.to(tl.int64) * MOST + part) * heads + head
-        weight = tl.load(lse + at)
-        new_top = tl.maximum(top, weight)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink = tl.exp(top - safe)
-        share = tl.exp(weight - safe)
-        acc = acc * shrink + share * tl.load(out + at * V + d, mask=d < V, other=0.0)
-        total = total * shrink + share
-        top = new_top
-    acc = acc / tl.where(total > 0, total, 1.0)
+        at = (row.to(tl.int64) * PARTS + part) * heads + head
+        part_lse = tl.load(lse + at)
+        new_max = tl.maximum(row_max, part_lse)
+        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp(row_max - safe_max)
+        weight = tl.exp(part_lse - safe_max)
+        acc = acc * rescale + weight * tl.load(out + at * V + d, mask=d < V, other=0.0)
+        row_sum = row_sum * rescale + weight
+        row_max = new_max
+    acc = acc / tl.where(row_sum > 0, row_sum, 1.0)
     tl.store(result + (row * heads + head) * V + d, acc.to(result.dtype.element_ty), mask=d < V)
 
 
@@ -105,9 +110,9 @@ class Buffers:
         def integers(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
 
-        self.table = integers(tables, width)
+        self.tables = integers(tables, width)
         self.items, self.item_count = integers(items, 6), integers(1)
-        self.positions, self.parts = integers(rows), integers(rows)
+        self.positions, self.part_counts = integers(rows), integers(rows)
         self.out = torch.zeros(rows * MAX_PARTS * heads * size, dtype=torch.float32, device=device)
         self.lse = torch.zeros(rows * MAX_PARTS * heads, dtype=torch.float32, device=device)
 
@@ -117,7 +122,7 @@ def rows_per_item(group: int) -> int:
     return _queries(group) // group
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, head: Head, buffers: Buffers, programs: int) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, params: AttentionParams, buffers: Buffers, programs: int) -> Tensor:
     """Compute decode attention with the work items in the buffers.
 
     Queries: [heads, rows, size]. Keys and values: [kv heads, slots, size]. Output: [rows, heads, size].
@@ -129,13 +134,13 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, head: Head, buffers: Buffers
     result = torch.empty(rows, heads, value_size, dtype=q.dtype, device=q.device)
     wide = triton.next_power_of_2(value_size)
     _attend[(programs,)](
-        q, keys, values, buffers.table, buffers.items, buffers.item_count, buffers.positions, buffers.out, buffers.lse,
-        head.scale, head.cap or 1.0, kv_heads, slots, buffers.table.shape[1],
-        WINDOW=head.window or 0, CAPPED=head.cap is not None, GROUP=group, M=_queries(group), N=_TOKENS,
-        K=size, KP=triton.next_power_of_2(size), V=value_size, VP=wide, MOST=MAX_PARTS,
+        q, keys, values, buffers.tables, buffers.items, buffers.item_count, buffers.positions, buffers.out, buffers.lse,
+        params.scale, params.softcap or 1.0, kv_heads, slots, buffers.tables.shape[1],
+        WINDOW=params.window or 0, CAPPED=params.softcap is not None, GROUP=group, M=_queries(group), N=_TILE_TOKENS,
+        K=size, KP=triton.next_power_of_2(size), V=value_size, VP=wide, PARTS=MAX_PARTS,
         num_warps=4, num_stages=3 if q.element_size() == 2 and size <= 128 else 2,
     )  # fmt: skip
-    _merge[(rows, heads)](buffers.out, buffers.lse, buffers.parts, result, V=value_size, VP=wide, MOST=MAX_PARTS)
+    _merge[(rows, heads)](buffers.out, buffers.lse, buffers.part_counts, result, V=value_size, VP=wide, PARTS=MAX_PARTS)
     return result
 
 

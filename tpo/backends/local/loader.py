@@ -85,7 +85,7 @@ def load_policy_model(spec: str, settings: Settings) -> Model:
     return model
 
 
-def load_reward_network(spec: str, settings: Settings) -> Model:
+def load_reward_classifier(spec: str, settings: Settings) -> Model:
     """Load a sequence classifier with one label and a chat template.
 
     Raises ModelRefusedError if it cannot serve as a reward model.

@@ -17,7 +17,7 @@ from tpo.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-_CONTEXT_TOKENS = 8
+_OVERLAP_TOKENS = 8
 """Extra tokens decoded before a possible stop string, because decoding from the middle of a text may lose its first
 character."""
 
@@ -38,7 +38,7 @@ class LocalPolicy:
 
     @property
     def healthy(self) -> bool:
-        """False when the engine's loop has died."""
+        """False when the engine cannot serve further requests."""
         return self._engine.healthy
 
     def generate(self, request: Generate, interrupt: Interrupt) -> Generation:
@@ -59,8 +59,8 @@ class LocalPolicy:
                 temperature=request.temperature,
                 top_p=request.top_p,
                 max_tokens=min(request.max_tokens, self._context - len(prompt)),
-                ended=self._stop_check(request.stop, opened=opened) if request.stop else None,
-                under_way=request.kind != "sample" or request.iteration > 0,
+                stop_check=self._stop_check(request.stop, opened=opened) if request.stop else None,
+                is_continuation=request.kind != "sample" or request.iteration > 0,
             )
         )
         completions = result_of(future, interrupt).completions
@@ -93,27 +93,27 @@ class LocalPolicy:
         return prompt
 
     def _stop_check(self, stop: tuple[str, ...], *, opened: bool) -> Callable[[Sequence[int]], bool]:
-        """Build a function that returns whether a completion's answer contains a stop string.
+        """Build a function that returns whether the text of a completion contains a stop string after its reasoning.
 
         A token has at least one byte, so only the last tokens need to be decoded.
         """
         chat = self._model.chat
-        longest = max(len(s.encode()) for s in stop) + _CONTEXT_TOKENS
+        longest = max(len(s.encode()) for s in stop) + _OVERLAP_TOKENS
 
-        def ended(tokens: Sequence[int]) -> bool:
+        def is_complete(tokens: Sequence[int]) -> bool:
             if not any(s in chat.decode(tokens[-longest:]) for s in stop):
                 return False
-            answer = split_reasoning(chat.decode(tokens), opened=opened)[0]
-            return cut_at(answer, stop) != answer
+            content = split_reasoning(chat.decode(tokens), opened=opened)[0]
+            return cut_at(content, stop) != content
 
-        return ended
+        return is_complete
 
     def _text(self, completion: Completion, stop: tuple[str, ...], *, opened: bool) -> Text:
-        reply = self._model.chat.decode(completion.tokens)
-        answer = split_reasoning(reply, opened=opened)[0]
-        text = cut_at(answer, stop)
-        tokens = len(completion.tokens) if answer == reply else self._model.chat.count(text)
-        return Text(text=text, finish_reason=completion.finish_reason if text == answer else "stop", tokens=tokens)
+        decoded = self._model.chat.decode(completion.tokens)
+        content = split_reasoning(decoded, opened=opened)[0]
+        text = cut_at(content, stop)
+        tokens = len(completion.tokens) if content == decoded else self._model.chat.count(text)
+        return Text(text=text, finish_reason=completion.finish_reason if text == content else "stop", tokens=tokens)
 
 
 def _engine(model: Model, settings: Settings) -> Engine:

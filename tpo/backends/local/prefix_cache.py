@@ -7,9 +7,10 @@ When memory is needed, the least recently used entry is evicted first.
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from tpo.backends.local.kv_allocator import Chain, KVCacheAllocator, cut
+from tpo.backends.local.kv_allocator import Chain, KVCacheAllocator, truncate
 
 _BLOCK = 16
+"""Tokens per hashed block: a match must share at least the first block."""
 
 Tokens = tuple[int, ...]
 
@@ -19,20 +20,20 @@ class PrefixCache:
 
     def __init__(self, allocator: KVCacheAllocator) -> None:
         self._allocator = allocator
-        self._kept: OrderedDict[Tokens, Chain] = OrderedDict()
+        self._entries: OrderedDict[Tokens, Chain] = OrderedDict()
         self._by_block: dict[int, Tokens] = {}
 
-    def keep(self, tokens: Tokens, chain: Chain) -> None:
+    def insert(self, tokens: Tokens, chain: Chain) -> None:
         """Cache a sequence. It has as many tokens as its chain."""
-        if tokens in self._kept:
-            self._kept.move_to_end(tokens)
+        if tokens in self._entries:
+            self._entries.move_to_end(tokens)
             return
-        self._allocator.hold(chain)
-        self._kept[tokens] = chain
+        self._allocator.acquire(chain)
+        self._entries[tokens] = chain
         for block_hash in _block_hashes(tokens):
             self._by_block[block_hash] = tokens
 
-    def longest(self, prompt: Sequence[int]) -> Chain:
+    def match(self, prompt: Sequence[int]) -> Chain:
         """Return the chain of the longest cached prefix of a prompt.
 
         The last token of the prompt is never taken from the cache, because its logits are needed.
@@ -42,24 +43,24 @@ class PrefixCache:
         found = next((tokens for tokens in map(self._by_block.get, hashes) if tokens is not None), None)
         if found is None:
             return ()
-        self._kept.move_to_end(found)
+        self._entries.move_to_end(found)
         common = next((i for i, (a, b) in enumerate(zip(found, prompt, strict=False)) if a != b), len(found))
-        return cut(self._kept[found], min(common, limit))
+        return truncate(self._entries[found], min(common, limit))
 
-    def forget_one(self) -> bool:
+    def evict(self) -> bool:
         """Evict the least recently used sequence. Return False if the cache is empty."""
-        if not self._kept:
+        if not self._entries:
             return False
-        tokens, chain = self._kept.popitem(last=False)
-        self._allocator.release(piece.segment for piece in chain)
+        tokens, chain = self._entries.popitem(last=False)
+        self._allocator.release(part.segment for part in chain)
         for block_hash in _block_hashes(tokens):
             if self._by_block.get(block_hash) is tokens:
                 del self._by_block[block_hash]
         return True
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Evict all sequences."""
-        while self.forget_one():
+        while self.evict():
             pass
 
 

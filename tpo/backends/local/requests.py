@@ -1,4 +1,4 @@
-"""Input and output of an engine: tokens, seeds and times. Independent of torch and of the model."""
+"""Input and output of an engine: tokens, seeds and metrics. Independent of torch and of the model."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,9 +18,9 @@ class TokenRequest:
     temperature: float
     top_p: float
     max_tokens: int
-    under_way: bool = False
-    """Whether the job has already received a completion. Such requests take priority when memory is short."""
-    ended: Callable[[Sequence[int]], bool] | None = None
+    is_continuation: bool = False
+    """Whether the job has received a completion before. Continuations are admitted first and preempted last."""
+    stop_check: Callable[[Sequence[int]], bool] | None = None
     """Called with the completion after each token; returns whether it is complete before its end token."""
 
 
@@ -33,44 +33,45 @@ class Completion:
 
 
 @dataclass
-class Timings:
+class RequestMetrics:
     """Timestamps of one request in the engine, in seconds of the monotonic clock, and counts of its work."""
 
-    submitted: float
-    started: float | None = None
-    """When the request first left the queue."""
-    first_token: float | None = None
-    finished: float | None = None
-    reused_tokens: int = 0
+    submitted_at: float
+    started_at: float | None = None
+    """Start of the first prefill."""
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    cached_tokens: int = 0
     """Prompt tokens whose keys and values were already in the prefix cache."""
-    preempted: int = 0
-    """Samples that were preempted and restarted because memory ran out."""
+    preemptions: int = 0
+    """Number of times that samples were preempted and restarted because memory ran out."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class RequestOutput:
     """The completions of a request, in the order of its seeds."""
 
     completions: tuple[Completion, ...]
-    timings: Timings
+    metrics: RequestMetrics
 
 
 @dataclass(eq=False)
-class Ticket:
+class EngineRequest:
     """A submitted request and its state in the engine."""
 
-    request: TokenRequest
+    inputs: TokenRequest
     number: int
     """Order of arrival: the youngest request has the largest number."""
-    timings: Timings
-    remaining: list[int] = field(default_factory=list)
-    """Indices of the samples that are not started yet."""
-    done: dict[int, Completion] = field(default_factory=dict)
-    future: "Future[Answer]" = field(default_factory=Future)
+    metrics: RequestMetrics
+    pending_samples: list[int] = field(default_factory=list)
+    """Indices of the samples that have not been started, or were preempted."""
+    completions: dict[int, Completion] = field(default_factory=dict)
+    """Finished completions, by index of their sample."""
+    future: "Future[RequestOutput]" = field(default_factory=Future)
 
     @property
-    def is_done(self) -> bool:
-        """Whether the request is answered, failed or cancelled."""
+    def is_finished(self) -> bool:
+        """True when the request has its output, has failed or was cancelled."""
         return self.future.done()
 
 
@@ -87,8 +88,8 @@ class Engine(Protocol):
         """False when every further request would fail."""
         ...
 
-    def submit(self, request: TokenRequest) -> "Future[Answer]":
-        """Queue a request. Cancelling the returned future drops the request between two tokens."""
+    def submit(self, request: TokenRequest) -> "Future[RequestOutput]":
+        """Queue a request. Cancelling the returned future aborts the request between two tokens."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Self
 
 from tpo.backends.futures import result_of
-from tpo.backends.local.loader import Model, load_reward_network
+from tpo.backends.local.loader import Model, load_reward_classifier
 from tpo.backends.local.reward_engine import RewardEngine
 from tpo.core.errors import ContextTooLongError, PromptRefusedError
 from tpo.core.ports import Interrupt, Rewards, Score
@@ -27,11 +27,11 @@ class LocalRewardModel:
     @classmethod
     def load(cls, spec: str, settings: Settings) -> Self:
         """Load the weights and start the engine's thread. Raises ModelRefusedError if the model cannot be loaded."""
-        return cls(load_reward_network(spec, settings))
+        return cls(load_reward_classifier(spec, settings))
 
     @property
     def healthy(self) -> bool:
-        """False when the engine's thread has ended or is stuck."""
+        """False when the engine cannot serve further requests."""
         return self._engine.healthy
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:

@@ -28,16 +28,17 @@ CPU_TOKENS = 512
 FIXED_TOKENS = 4096
 """Maximum tokens of a batch with fixed shapes, where a partly filled batch costs as much as a full one."""
 _BLOCK = 128
+"""Tokens in a block; with fixed shapes, rows are padded to whole blocks."""
 
 _log = logging.getLogger(__name__)
 
 Scores = tuple[float, ...]
-Item = tuple["_Ticket", int]
+_Item = tuple["_ScoreRequest", int]
 
 
 @dataclass(eq=False)
-class _Ticket:
-    """A submitted request: its conversations and the scores known so far."""
+class _ScoreRequest:
+    """A submitted request: its tokenized conversations and the scores known so far."""
 
     conversations: list[list[int]]
     number: int
@@ -58,67 +59,67 @@ class RewardEngine:
             _use_float32_head(network)
         self._numbers = count()
         self._changed = threading.Condition()
-        self._waiting: deque[_Ticket] = deque()
-        self._ended: str | None = None
+        self._waiting: deque[_ScoreRequest] = deque()
+        self._stop_reason: str | None = None
         self._watchdog = Watchdog()
         self._thread = threading.Thread(target=self._run, name="reward", daemon=True)
         self._thread.start()
 
     @property
     def healthy(self) -> bool:
-        """False when the thread has ended or is stuck."""
-        return self._ended is None and not self._watchdog.stuck
+        """False when the thread has stopped or a forward pass hangs."""
+        return self._stop_reason is None and not self._watchdog.expired
 
     def submit(self, conversations: list[list[int]]) -> "Future[Scores]":
         """Queue conversations and return the future of their raw logits, one for each conversation.
 
-        Raises BackendUnavailableError if the thread has ended.
+        Raises BackendUnavailableError if the thread has stopped.
         """
-        ticket = _Ticket(conversations, next(self._numbers))
+        request = _ScoreRequest(conversations, next(self._numbers))
         if not conversations:
-            succeed(ticket.future, ())
-            return ticket.future
+            succeed(request.future, ())
+            return request.future
         with self._changed:
-            if self._ended:
-                raise BackendUnavailableError(self._ended)
-            self._waiting.append(ticket)
+            if self._stop_reason:
+                raise BackendUnavailableError(self._stop_reason)
+            self._waiting.append(request)
             self._changed.notify()
-        return ticket.future
+        return request.future
 
     def close(self) -> None:
         """Stop the thread after the current batch."""
-        self._end("The reward model was closed.")
+        self._stop("The reward model was closed.")
         self._thread.join()
 
     def _run(self) -> None:
-        items: list[Item] = []
-        batch: list[Item] = []
+        items: list[_Item] = []
+        batch: list[_Item] = []
         try:
             with torch.inference_mode():
                 while self._collect(items):
                     # Requests that arrive during a batch can share the next one.
                     batch = self._next_batch(items)
-                    self._answer(batch)
+                    self._score_batch(batch)
         except BaseException as error:
             _log.critical("the reward model's loop has died", exc_info=error)
-            self._end(f"The reward model's loop has died and this process must be restarted: {error!r}")
+            self._stop(f"The reward model's loop has died and this process must be restarted: {error!r}")
         finally:
-            for ticket, _ in (*batch, *items):
-                fail(ticket.future, BackendUnavailableError(self._ended))
+            for request, _ in (*batch, *items):
+                fail(request.future, BackendUnavailableError(self._stop_reason))
 
-    def _collect(self, items: list[Item]) -> bool:
-        """Wait for work and add new requests to the items, sorted by length. Return False when the loop must end."""
-        self._watchdog.rest()
+    def _collect(self, items: list[_Item]) -> bool:
+        """Wait for work and add new requests to the items, sorted by length. Return False when the loop must stop."""
+        self._watchdog.disarm()
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._waiting or items)
+            self._changed.wait_for(lambda: self._stop_reason or self._waiting or items)
             arrived = list(self._waiting)
             self._waiting.clear()
-        items += [(ticket, i) for ticket in arrived for i in range(len(ticket.conversations))]
+        items += [(request, i) for request in arrived for i in range(len(request.conversations))]
         items[:] = [item for item in items if not item[0].future.done()]
         items.sort(key=_length)
-        return self._ended is None
+        return self._stop_reason is None
 
-    def _next_batch(self, items: list[Item]) -> list[Item]:
+    def _next_batch(self, items: list[_Item]) -> list[_Item]:
         """Remove the next batch from the items: the oldest item and its neighbours in length, within the budget."""
         if not items:
             return []
@@ -146,38 +147,38 @@ class RewardEngine:
             return max(1, FIXED_TOKENS // _padded_width(length))
         return max(1, self._budget // length)
 
-    def _end(self, why: str) -> None:
-        """Mark the engine as ended and fail the requests that the loop has not taken yet."""
+    def _stop(self, reason: str) -> None:
+        """Make the loop stop, and fail the requests that the loop has not taken yet."""
         with self._changed:
-            self._ended = self._ended or why
+            self._stop_reason = self._stop_reason or reason
             while self._waiting:
-                fail(self._waiting.popleft().future, BackendUnavailableError(self._ended))
+                fail(self._waiting.popleft().future, BackendUnavailableError(self._stop_reason))
             self._changed.notify()
 
-    def _answer(self, batch: list[Item]) -> None:
-        """Score a batch and answer each request whose last score is now known.
+    def _score_batch(self, batch: list[_Item]) -> None:
+        """Score a batch, and set the result of each request whose last score is now known.
 
         A batch that fails is split in halves, so that only the faulty conversation fails.
         """
         if not batch:
             return
         try:
-            scores = self.scores([ticket.conversations[i] for ticket, i in batch])
+            scores = self.scores([request.conversations[i] for request, i in batch])
         except Exception as error:
             if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
                 raise
             if len(batch) > 1:
-                _release(self._network)
+                _free_cached_memory(self._network)
                 for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                    self._answer(half)
+                    self._score_batch(half)
                 return
             what = "ran out of memory" if is_out_of_memory(error) else f"failed: {error!r}"
             fail(batch[0][0].future, BackendUnavailableError(f"The reward model {what}."))
             return
-        for (ticket, i), score in zip(batch, scores, strict=True):
-            ticket.scores[i] = score
-            if len(ticket.scores) == len(ticket.conversations):
-                succeed(ticket.future, tuple(ticket.scores[k] for k in range(len(ticket.scores))))
+        for (request, i), score in zip(batch, scores, strict=True):
+            request.scores[i] = score
+            if len(request.scores) == len(request.conversations):
+                succeed(request.future, tuple(request.scores[k] for k in range(len(request.scores))))
 
     def scores(self, conversations: list[list[int]]) -> list[float]:
         """Return the raw logits of one padded batch.
@@ -185,7 +186,7 @@ class RewardEngine:
         transformers reads the score at the last token that is not the padding token. If a conversation ended with that
         token, it would read one token too early, so the padding token here is one that no conversation contains.
         """
-        self._watchdog.beat()
+        self._watchdog.arm()
         used = {token for c in conversations for token in c}
         padding = next((t for t in range(self._vocabulary) if t not in used), -1)
         if padding < 0 and len(conversations) > 1:
@@ -209,7 +210,7 @@ class RewardEngine:
         return [float(value) for value in logits[: len(conversations), 0].float().tolist()]
 
 
-def _length(item: Item) -> int:
+def _length(item: _Item) -> int:
     """Return the number of tokens of an item's conversation."""
     return len(item[0].conversations[item[1]])
 
@@ -224,12 +225,12 @@ def _padded_width(length: int) -> int:
 
 
 def _use_float32_head(network: Any) -> None:
-    """Make the head compute in float32, whatever the dtype of the layers below."""
+    """Make the head compute in float32, whatever the dtype of the other layers."""
     head = getattr(network, "score", None)
     if isinstance(head, torch.nn.Linear):
         head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
-def _release(network: Any) -> None:
+def _free_cached_memory(network: Any) -> None:
     if network.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """Runner: executes the scheduler's plan as forward passes of one model over the KV cache. It makes no decisions.
 
-All tokens of a pass are packed into one row, [1, tokens]. Only the attention maps tokens to sequences.
+All tokens of a pass are packed into one row, [1, tokens]. Only the attention tells the sequences apart.
 """
 
 import logging
@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpo.backends.local.attention import NAME, DecodeStep, Head, KVCache, PrefillStep, Step, using
+from tpo.backends.local.attention import (
+    IMPLEMENTATION,
+    AttentionParams,
+    AttentionStep,
+    DecodeAttention,
+    KVCache,
+    PrefillAttention,
+    attention_step,
+)
 from tpo.backends.local.requests import TokenRequest
 from tpo.backends.local.sampling import Sampler
 from tpo.backends.local.scheduler import ActiveSequence, PrefillChunk
@@ -20,23 +28,23 @@ _log = logging.getLogger(__name__)
 
 
 class Batch:
-    """Tensors of the running rows, valid until a row joins or leaves."""
+    """Tensors of the running sequences, one row each, valid until a sequence starts or ends."""
 
     def __init__(self, rows: Sequence[ActiveSequence], device: torch.device) -> None:
-        requests = [row.ticket.request for row in rows]
-        self.last = torch.tensor([row.tokens[-1] for row in rows], device=device)
+        inputs = [row.request.inputs for row in rows]
+        self.last_tokens = torch.tensor([row.tokens[-1] for row in rows], device=device)
         self.steps = torch.tensor([len(row.tokens) for row in rows], device=device)
         self.positions = torch.tensor([row.position for row in rows], device=device)
-        self.sample = Sampler(
-            [row.ticket.request.seeds[row.sample] for row in rows],
-            [request.temperature for request in requests],
-            [request.top_p for request in requests],
+        self.sampler = Sampler(
+            [row.request.inputs.seeds[row.sample] for row in rows],
+            [each.temperature for each in inputs],
+            [each.top_p for each in inputs],
             device,
         )
 
     def advance(self, tokens: Tensor) -> None:
         """Record the token that each row has decoded."""
-        self.last = tokens
+        self.last_tokens = tokens
         self.steps += 1
         self.positions += 1
 
@@ -56,26 +64,29 @@ class Runner:
         self._batch: Batch | None = None
 
     def prefill(self, chunks: Sequence[PrefillChunk]) -> Tensor:
-        """Prefill chunks. Return logits [prompts that end here, vocabulary]."""
-        tokens = [token for chunk in chunks for token in chunk.reading.prompt[chunk.begin : chunk.end]]
+        """Prefill chunks of prompts.
+
+        Return the logits after each prompt that ends with its chunk: [such prompts, vocabulary].
+        """
+        tokens = [token for chunk in chunks for token in chunk.prefill.prompt[chunk.begin : chunk.end]]
         ends, total = [], 0
         for chunk in chunks:
             total += chunk.end - chunk.begin
-            if chunk.last:
+            if chunk.is_last:
                 ends.append(total - 1)
-        step = PrefillStep(self._kv_cache, chunks, self.device)
+        step = PrefillAttention(self._kv_cache, chunks, self.device)
         logits = self.forward(torch.tensor(tokens, device=self.device), step.positions, step, ends or [total - 1])
         return logits if ends else logits[:0]
 
     def first_tokens(self, logits: Tensor, request: TokenRequest, samples: Sequence[int]) -> list[int]:
         """Sample each sample's first token from the prompt's last logits [vocabulary]; -1 if they are not finite."""
         n = len(samples)
-        sample = Sampler(
+        sampler = Sampler(
             [request.seeds[i] for i in samples], [request.temperature] * n, [request.top_p] * n, self.device
         )
         steps = torch.zeros(n, dtype=torch.long, device=self.device)
         rows = logits.expand(n, -1)
-        return _mark_non_finite(rows, sample(rows, steps)).tolist()
+        return _mark_non_finite(rows, sampler(rows, steps)).tolist()
 
     def decode(self, rows: list[ActiveSequence]) -> list[int]:
         """Decode one token for each row; -1 if its logits are not finite."""
@@ -84,36 +95,39 @@ class Runner:
         batch = self._batch
         try:
             logits = self._decode_logits(batch, rows)
-            tokens = _mark_non_finite(logits, batch.sample(logits, batch.steps))
+            tokens = _mark_non_finite(logits, batch.sampler(logits, batch.steps))
         except BaseException:
             self._batch = None
             raise
         batch.advance(tokens)
         return tokens.tolist()
 
-    def logits_of(self, rows: list[ActiveSequence]) -> Tensor:
+    def decode_logits(self, rows: list[ActiveSequence]) -> Tensor:
         """Return the logits [rows, vocabulary] of a decode step, without sampling."""
         self._batch = None
         return self._decode_logits(Batch(rows, self.device), rows)
 
     def reset(self) -> None:
-        """Drop the state of the last batch, and return torch's cached memory to the device."""
+        """Discard the tensors of the last batch, and return torch's cached memory to the device."""
         self._rows, self._batch = [], None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def forward(self, tokens: Tensor, positions: Tensor, step: Step, keep: Any = None) -> Tensor:
-        """Run the model over packed tokens. Return logits [kept tokens, vocabulary]."""
-        return run_model(self._model, tokens, positions, step, keep)
+    def forward(self, tokens: Tensor, positions: Tensor, step: AttentionStep, logits_for: Any = None) -> Tensor:
+        """Run the model over packed tokens [tokens]. See `run_model`."""
+        return run_model(self._model, tokens, positions, step, logits_for)
 
     def _decode_logits(self, batch: Batch, rows: list[ActiveSequence]) -> Tensor:
-        return self.forward(batch.last, batch.positions, DecodeStep(self._kv_cache, rows, self.device))
+        return self.forward(batch.last_tokens, batch.positions, DecodeAttention(self._kv_cache, rows, self.device))
 
 
-def run_model(model: Any, tokens: Tensor, positions: Tensor, step: Step, keep: Any = None) -> Tensor:
-    """Run one forward pass over packed tokens. `keep`: indices of the tokens whose logits are returned; default all."""
-    kept = 0 if keep is None else torch.as_tensor(keep, device=tokens.device)
-    with using(step):
+def run_model(model: Any, tokens: Tensor, positions: Tensor, step: AttentionStep, logits_for: Any = None) -> Tensor:
+    """Run one forward pass over packed tokens [tokens] with their positions [tokens].
+
+    `logits_for`: indices of the tokens whose logits are returned; default all. Result: [those tokens, vocabulary].
+    """
+    kept = 0 if logits_for is None else torch.as_tensor(logits_for, device=tokens.device)
+    with attention_step(step):
         out = model(
             input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, logits_to_keep=kept
         )
@@ -121,13 +135,13 @@ def run_model(model: Any, tokens: Tensor, positions: Tensor, step: Step, keep: A
 
 
 class _Recorder:
-    """Replacement for attention that records the shapes of each layer's keys and values."""
+    """Attention step that records the shapes of each layer's keys and values."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int, int]] = {}
         self.calls = 0
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, head: Head) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
         self.shapes[layer] = (k.shape[0], k.shape[2], v.shape[2])
         self.calls += 1
         return q.new_zeros(q.shape[1], q.shape[0], v.shape[2])
@@ -141,7 +155,7 @@ def install_attention(model: Any, name: str) -> dict[int, tuple[int, int, int]]:
     recorder = _Recorder()
     tokens = torch.arange(2, device=model.device)
     try:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(IMPLEMENTATION)
         with torch.inference_mode():
             run_model(model, tokens, tokens, recorder)
     except Exception as error:
@@ -182,7 +196,7 @@ def check_logits(name: str, expected: Tensor, found: Tensor, dtype: torch.dtype)
 
 
 def _mark_non_finite(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Replace tokens whose logits are not finite by -1."""
+    """Replace tokens [rows] whose logits [rows, vocabulary] are not finite by -1."""
     # A NaN anywhere in a row wins the argmax.
     chosen = logits.gather(1, tokens.unsqueeze(1)).squeeze(1)
     return torch.where(chosen.isfinite(), tokens, -1)

@@ -2,25 +2,25 @@
 
 import time
 
-STUCK_SECONDS = 600.0
+TIMEOUT_SECONDS = 600.0
 """A forward pass that takes longer is considered hung."""
 
 
 class Watchdog:
-    """Detects a stuck loop. The loop calls `beat` when a pass begins and `rest` when it is idle."""
+    """Detects a hung loop. The loop calls `arm` when a pass begins and `disarm` when it is idle."""
 
-    _since: float | None = None
+    _armed_at: float | None = None
 
-    def beat(self) -> None:
-        """Record that a pass begins."""
-        self._since = time.monotonic()
+    def arm(self) -> None:
+        """Start the timeout: a pass begins."""
+        self._armed_at = time.monotonic()
 
-    def rest(self) -> None:
-        """Record that the loop is idle."""
-        self._since = None
+    def disarm(self) -> None:
+        """Stop the timeout: the loop is idle."""
+        self._armed_at = None
 
     @property
-    def stuck(self) -> bool:
-        """Whether the current pass has taken longer than STUCK_SECONDS."""
-        since = self._since
-        return since is not None and time.monotonic() - since > STUCK_SECONDS
+    def expired(self) -> bool:
+        """True when the current pass has taken longer than TIMEOUT_SECONDS."""
+        armed_at = self._armed_at
+        return armed_at is not None and time.monotonic() - armed_at > TIMEOUT_SECONDS

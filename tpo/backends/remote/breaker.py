@@ -31,7 +31,7 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether requests must wait until a probe succeeds."""
+        """Return True while requests must wait for a probe to succeed."""
         return self._failures >= FAILURES
 
     @asynccontextmanager

@@ -32,12 +32,12 @@ _REFUSALS = frozenset({400, 413, 422})
 class TooLong(NamedTuple):
     """The model's window and the length of the request, in tokens; None where the server gave no exact number.
 
-    `alone`: the server said that the prompt by itself does not fit, even without any output tokens.
+    `prompt_only`: the prompt does not fit by itself, even without any output tokens.
     """
 
     window: int | None
     sent: int | None
-    alone: bool = False
+    prompt_only: bool = False
 
 
 def too_long(refused: Refused) -> TooLong | None:

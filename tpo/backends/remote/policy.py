@@ -1,12 +1,12 @@
 """Policy behind any server with OpenAI's chat completions API: vLLM, SGLang, llama.cpp or a hosted one."""
 
 import logging
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
+from tpo.backends.messages import check_unicode
 from tpo.backends.remote.connection import connect, limits_from_settings, secret
 from tpo.backends.remote.context import refuses_n, too_long
 from tpo.backends.remote.reply import Reply, estimate_tokens, read_completion
@@ -24,14 +24,13 @@ from tpo.settings import OPENAI, Settings
 
 _log = logging.getLogger(__name__)
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SEED_BITS = 2**31 - 1
 """Mask for seeds: llama.cpp's seeds have 32 bits, and vLLM counts upwards from a request's seed."""
 
 _MAX_EMPTY_REPLIES = 3
 _MAX_SHOWN = 300
 _WRONG_KEY = (401, 403)
-_UNAVAILABLE = {404: "knows no such model or address", 429: "says that its quota is used up"}
+_UNAVAILABLE = {404: "has no such model or path", 429: "says that its quota is used up"}
 
 
 class OpenAIPolicy:
@@ -71,8 +70,7 @@ class OpenAIPolicy:
         """
         started = time.perf_counter()
         interrupt()
-        if any(_LONE_SURROGATE.search(m.content) for m in request.messages):
-            raise PromptRefusedError("A message contains half a surrogate pair, which is not valid Unicode text.")
+        check_unicode(request.messages)
         replies = self._server.call(self._sample(request), interrupt)
         texts = tuple(_cut_text(request.stop, text) for reply in replies for text in reply.texts)
         if request.temperature == 0:
@@ -150,7 +148,7 @@ class OpenAIPolicy:
             if 0 < remaining < limit:
                 return remaining
             limit = min(limit, remaining)
-        if limit > 1 and not length.alone:
+        if limit > 1 and not length.prompt_only:
             return limit // 2
         has = "more tokens than fit" if length.sent is None else f"{length.sent} tokens"
         holds = "its window" if length.window is None else f"{length.window} with its answer"

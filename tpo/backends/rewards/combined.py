@@ -21,7 +21,7 @@ from tpo.backends.rewards.config import (
 )
 from tpo.backends.rewards.judge import Judge
 from tpo.backends.spec import ModelSpec, RewardSpec
-from tpo.core.errors import BadReplyError, ModelRefusedError
+from tpo.core.errors import ModelRefusedError
 from tpo.core.ports import Interrupt, Policy, RewardModel, Rewards, Score
 from tpo.core.state import RewardPart
 from tpo.settings import Settings
@@ -83,11 +83,7 @@ class CombinedReward:
         for name, weight, model in self._parts:
             interrupt()
             rewards = model.score(request, interrupt)
-            if len(rewards.values) != len(request.responses):
-                raise BadReplyError(
-                    f"The reward part {name} was given {len(request.responses)} responses and gave "
-                    f"{len(rewards.values)} scores. It must give one score for each response."
-                )
+            rewards.check_count(f"The reward part {name}", len(request.responses))
             input_tokens += rewards.input_tokens
             details = rewards.parts or ((),) * len(rewards.values)
             columns.append(

@@ -4,10 +4,10 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jsonschema_rs
 import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tpo.backends.rewards.schemas import compile_schema
 from tpo.core.errors import ModelRefusedError
 from tpo.settings import REMOTE_REWARDS, check_extra_body, check_server_url
 from tpo.validation_messages import invalid
@@ -31,10 +31,7 @@ def _check_server_url(address: str | None) -> str | None:
 
 
 def _check_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    try:
-        jsonschema_rs.validator_for(schema)
-    except (ValueError, jsonschema_rs.ReferencingError) as error:
-        raise ValueError(f"is not a JSON schema: {str(error).splitlines()[0]}") from None
+    compile_schema(schema)
     return schema
 
 

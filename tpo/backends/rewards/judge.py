@@ -9,9 +9,10 @@ import math
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+from cachetools import LRUCache
 
 from tpo.backends.rewards.config import JudgePart
 from tpo.core.errors import ContextTooLongError
@@ -72,7 +73,7 @@ class Judge:
         self._part = part
         self._policy = policy
         self._lock = threading.Lock()
-        self._answers: OrderedDict[tuple[Message, ...], str] = OrderedDict()
+        self._answers: LRUCache[tuple[Message, ...], str] = LRUCache(_KEPT)
 
     def score(self, request: Score, interrupt: Interrupt) -> Rewards:
         """Return one value for each response. Raises what the policy or `interrupt` raises."""
@@ -120,14 +121,11 @@ class Judge:
     def _own_answer(self, messages: tuple[Message, ...], interrupt: Interrupt, count: "_TokenCount") -> str:
         """Return the judge's own answer to a conversation, cached. Generating it again gives the same text."""
         with self._lock:
-            if messages in self._answers:
-                self._answers.move_to_end(messages)
-                return self._answers[messages]
+            if (known := self._answers.get(messages)) is not None:
+                return known
         answer = self._ask(messages, 1, 0, 0.0, interrupt, count)[0].text.strip()
         with self._lock:
             self._answers[messages] = answer
-            while len(self._answers) > _KEPT:
-                self._answers.popitem(last=False)
         return answer
 
     def _mean_score(self, prompt: str, lowest: int, highest: int, interrupt: Interrupt, count: "_TokenCount") -> float:

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import jsonschema_rs
 import regex
 
 from tpo.backends.rewards.config import JsonPart, LengthPart, RegexPart
+from tpo.backends.rewards.schemas import compile_schema
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def pattern(part: RegexPart) -> Verifier:
 
 def json_schema(part: JsonPart) -> Verifier:
     """Create a JSON verifier: 1 if the response is JSON that matches the schema, else 0."""
-    validator = jsonschema_rs.validator_for(part.json_schema)
+    validator = compile_schema(part.json_schema)
 
     def value(response: str) -> float:
         fenced = _FENCED.fullmatch(response)

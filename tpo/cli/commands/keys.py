@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpo.cli.environment import open_store
-from tpo.cli.options import AsJson
+from tpo.cli.options import AsJson, duration_seconds
 from tpo.cli.ui.output import Commands, console, messages, print_json
 
 if TYPE_CHECKING:
@@ -21,15 +21,21 @@ def create(
     tenant: Annotated[
         str, typer.Option(help="Tenant that the key belongs to. A new name creates a tenant.")
     ] = "default",
+    expires_in: Annotated[
+        str | None, typer.Option(help="Time after which the key is refused, such as 12h or 90d.", show_default="never")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Create a key and print it. It is shown only now, and stored as a hash."""
+    seconds = None if expires_in is None else duration_seconds(expires_in)
     with open_store() as store:
-        row, secret = store.keys.create(name, tenant)
+        row, secret = store.keys.create(name, tenant, expires_in=seconds)
     if as_json:
         print_json({**_shown(row), "key": secret})
         return
-    messages().print(f"{row.id} gives access to the tenant {row.tenant}. The key is not shown again:", markup=False)
+    until = "" if row.expires_at is None else f" until {_date(row.expires_at)} UTC"
+    text = f"{row.id} gives access to the tenant {row.tenant}{until}. The key is not shown again:"
+    messages().print(text, markup=False)
     console().print(secret, markup=False)
 
 
@@ -43,9 +49,10 @@ def list_keys(as_json: AsJson = False) -> None:
         return
     from rich.table import Table
 
-    table = Table("id", "tenant", "name", "created", "revoked", box=None)
+    table = Table("id", "tenant", "name", "created", "expires", "revoked", box=None)
     for row in rows:
-        table.add_row(row.id, row.tenant, row.name, _date(row.created_at), _date(row.revoked_at))
+        times = (row.created_at, row.expires_at, row.revoked_at)
+        table.add_row(row.id, row.tenant, row.name, *map(_date, times))
     console().print(table if rows else "no keys")
 
 
@@ -89,6 +96,7 @@ def _shown(row: "ApiKey") -> dict[str, Any]:
         "tenant": row.tenant,
         "name": row.name,
         "created_at": int(row.created_at),
+        "expires_at": None if row.expires_at is None else int(row.expires_at),
         "revoked_at": None if row.revoked_at is None else int(row.revoked_at),
     }
 

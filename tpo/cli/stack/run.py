@@ -2,11 +2,12 @@
 
 import fcntl
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ import httpx
 
 from tpo.broker import JobNotifier
 from tpo.cli.stack.supervisor import ChildLost, Service, Stopped, Supervisor
-from tpo.cli.stack.valkey import valkey_command
+from tpo.cli.stack.valkey import valkey_command, write_password
 from tpo.cli.ui.output import FAILED, INTERRUPTED, USAGE, Failure, messages, print_json
 from tpo.core.errors import BrokerUnavailableError
 from tpo.db.schema import upgrade
@@ -24,6 +25,7 @@ BROKER_SECONDS = 20.0
 READY_SECONDS = 300.0
 """Long, because a model of many gigabytes needs time to load."""
 
+_BROKER_FILE = "broker/valkey.conf"
 _BROKER_STAGE, _EDGE_STAGE, _WORKER_STAGE = range(3)
 
 
@@ -35,7 +37,9 @@ class Stack:
     broker: Service | None
     services: tuple[Service, ...]
     database_url: str
-    broker_url: str
+    broker_url: str = field(repr=False)
+    broker_password: str = field(repr=False)
+    """A new one at each start: other users of this machine reach the broker's port, and it controls the workers."""
     ports: dict[str, tuple[str, int]]
     api_url: str
     flower_url: str
@@ -47,7 +51,9 @@ class Stack:
         """Plan the stack without touching anything."""
         own_broker = "TPO_BROKER_URL" not in os.environ
         own_database = "TPO_DATABASE_URL" not in os.environ
-        broker_url = f"redis://127.0.0.1:{broker_port}/0" if own_broker else settings.broker_url.get_secret_value()
+        password = secrets.token_hex(24)
+        embedded_url = f"redis://:{password}@127.0.0.1:{broker_port}/0"
+        broker_url = embedded_url if own_broker else settings.broker_url.get_secret_value()
         database_url = f"sqlite:///{data_dir}/tpo.db" if own_database else settings.database_url.get_secret_value()
         environment = {
             **os.environ,
@@ -70,7 +76,12 @@ class Stack:
             ports["the broker (--broker-port)"] = ("127.0.0.1", broker_port)
         return cls(
             data_dir=data_dir,
-            broker=Service("broker", valkey_command(broker_port, data_dir / "broker"), dict(os.environ), _BROKER_STAGE)
+            broker=Service(
+                "broker",
+                valkey_command(broker_port, data_dir / "broker", data_dir / _BROKER_FILE),
+                dict(os.environ),
+                _BROKER_STAGE,
+            )
             if own_broker
             else None,
             services=(
@@ -81,6 +92,7 @@ class Stack:
             ),
             database_url=database_url,
             broker_url=broker_url,
+            broker_password=password,
             ports=ports,
             api_url=f"http://{_client_host(settings.host)}:{settings.port}",
             flower_url=f"http://{_client_host(settings.flower_host)}:{settings.flower_port}",
@@ -145,6 +157,7 @@ def run_stack(stack: Stack, report: Report) -> int:
 def _start(stack: Stack, supervisor: Supervisor) -> None:
     if stack.broker:
         (stack.data_dir / "broker").mkdir(exist_ok=True)
+        write_password(stack.data_dir / _BROKER_FILE, stack.broker_password)
         supervisor.start(stack.broker)
         address = stack.ports["the broker (--broker-port)"]
         supervisor.wait_until(lambda: _accepts_connections(address), BROKER_SECONDS, "the broker")

@@ -43,7 +43,7 @@ def temporary_stack(folder: Path, environment: Mapping[str, str]) -> Iterator[St
     parent = os.getpid()
     with (folder / "up.log").open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - our own command
-            [sys.executable, "-m", "tpo.cli", "up", "--json", "--data-dir", str(folder / "data"), *options],
+            [sys.executable, "-m", "tpo", "up", "--json", "--data-dir", str(folder / "data"), *options],
             env={**inherited, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -1,0 +1,1 @@
+"""Small programs that show how to use TPO. Each is run by a test."""

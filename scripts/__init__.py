@@ -1,0 +1,1 @@
+"""Programs of the Makefile: installation, pinned requirements, and the documentation."""
