@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from api.errors import BODY_TOO_LARGE, DETAILS, JSON_REQUIRED
 from api.schemas.jobs import Extend
 from api.schemas.webhooks import Rotate, WebhookRequest, WebhookUpdate
 from tpo import validation_messages
@@ -52,7 +53,7 @@ class JSONBody:
         """Read, parse and validate a body. Raises InvalidInputError, InvalidJSONError and HTTPException."""
         content = await self._read(request)
         if content and not _is_json(request.headers.get("content-type", "")):
-            raise HTTPException(415, "Send JSON, with the header Content-Type: application/json.")
+            raise HTTPException(415, JSON_REQUIRED)
         return await run_in_threadpool(self.parse, content) if len(content) > INLINE_BYTES else self.parse(content)
 
     def parse(self, content: bytes) -> Wire | None:
@@ -66,7 +67,7 @@ class JSONBody:
             message = f"The body is not valid JSON: {error.msg} (character {error.pos})."
             raise InvalidJSONError(message) from None
         except (ValueError, RecursionError):
-            raise InvalidJSONError("The body is not JSON in UTF-8, or it is nested too deeply.") from None
+            raise InvalidJSONError(DETAILS[400]) from None
         if body is None and self._optional:
             return None
         if not isinstance(body, dict):
@@ -82,7 +83,7 @@ class JSONBody:
             async for chunk in request.stream():
                 received += chunk
                 if self._max_bytes is not None and len(received) > self._max_bytes:
-                    raise HTTPException(413, f"The body is larger than {self._max_bytes} bytes.", headers=CLOSE)
+                    raise HTTPException(413, BODY_TOO_LARGE.format(self._max_bytes), headers=CLOSE)
         except ClientDisconnect:
             raise HTTPException(400) from None  # nobody receives the response
         return bytes(received)

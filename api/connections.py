@@ -28,7 +28,7 @@ HEADER_SECONDS = 10.0
 
 BODY_SECONDS = 30.0
 BODY_BYTES_PER_SECOND = 10_000
-"""A body has BODY_SECONDS, and a second more for so many bytes that have arrived."""
+"""A body has BODY_SECONDS, and a second more for each such number of bytes that have arrived."""
 
 KEEP_ALIVE_SECONDS = 5
 """Longest pause between two requests of a connection."""
@@ -102,7 +102,7 @@ class Connections:
 
     @property
     def max_streams(self) -> int:
-        """How many event streams may be open, so that other requests always find a connection."""
+        """The maximum number of event streams. It leaves connections to other requests."""
         return self.limit - max(1, self.limit // 8)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Which pages of a browser may use a server: the checks of the Host and Origin headers.
+"""Checks of the Host and Origin headers: the pages of a browser that may use a server.
 
 A page on any site can make a browser send requests to this machine. A name that resolves to it (DNS rebinding) would
 let that page read the responses, so a local server answers only to its own names.

@@ -43,7 +43,7 @@ class WaitQuery(BaseModel):
 
 
 class CandidateQuery(BaseModel):
-    """Where a list of candidates starts."""
+    """Query parameters of a list of candidates."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,7 +53,7 @@ class CandidateQuery(BaseModel):
 
 
 class IterationQuery(BaseModel):
-    """Where a list of iterations starts."""
+    """Query parameters of a list of iterations."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

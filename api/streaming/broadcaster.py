@@ -77,7 +77,7 @@ class EventBroadcaster:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.max_streams: int | None = None
-        """How many subscriptions may be open; None for no limit."""
+        """Maximum number of open subscriptions; None for no limit."""
         self._seen: dict[str, int] = {}
         self._subscriptions: dict[str, set[Subscription]] = {}
         self._subscribed = asyncio.Event()

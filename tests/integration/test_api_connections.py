@@ -30,7 +30,7 @@ PROGRAM = (
 
 
 def started(system: System, port: int, files: int = FILES) -> Process:
-    """Start an API that may open so many files."""
+    """Start an API with this limit of open files."""
     return system.start("-c", PROGRAM.format(files=files), port=port)
 
 

@@ -95,9 +95,7 @@ class TestJobs:
         [page] = pages(long_client, "/v1/jobs", by_last_id)
         assert page["bytes"] < 50_000
 
-    def test_item_that_is_larger_than_a_page_stands_alone(
-        self, client: TestClient, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_item_larger_than_a_page_is_the_only_one(self, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(paging, "PAGE_BYTES", 10)
         ids = [submit(client)["id"] for _ in range(3)]
         read = list(pages(client, "/v1/jobs", by_last_id))

@@ -60,7 +60,7 @@ class Usage(TypedDict):
 
 
 class JobFields(TypedDict):
-    """What a job and its summary have in common. Times are Unix seconds."""
+    """Fields that a job and its summary have in common. Times are Unix seconds."""
 
     id: str
     object: Literal["job"]
