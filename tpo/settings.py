@@ -397,6 +397,12 @@ class TenantSettings(BaseSettings):
         description="A tenant creates at most this number of jobs in a minute; further submissions are refused. The "
         "default is no limit.",
     )
+    max_stored_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="A tenant may store at most this number of bytes: the inputs of its jobs, and its files. The "
+        "default is no limit.",
+    )
     max_jobs_running: int | None = Field(
         None,
         ge=0,

@@ -38,7 +38,7 @@ from tpo.core.errors import (
     WrongStateError,
 )
 from tpo.jobs.lifecycle import CANNOT_BE_PAUSED
-from tpo.jobs.quotas import TOO_MANY_IN_FLIGHT, TOO_MANY_PER_MINUTE
+from tpo.jobs.quotas import TOO_MANY_IN_FLIGHT, TOO_MANY_PER_MINUTE, TOO_MANY_STORED_BYTES
 from tpo.jobs.submission import UNKNOWN_POLICY
 from tpo.openai.views import WITHOUT_OUTPUT
 from tpo.webhooks.endpoints import TOO_MANY_WEBHOOKS, WEBHOOK_DISABLED
@@ -121,6 +121,7 @@ TOO_MANY = _responses(
     "A quota is exceeded: retry after `Retry-After`",
     rate_limit_exceeded=TOO_MANY_PER_MINUTE.format(60),
     too_many_jobs_in_flight=TOO_MANY_IN_FLIGHT.format(100),
+    too_many_stored_bytes=TOO_MANY_STORED_BYTES.format(10**9),
 )
 NO_ANSWER = _responses(
     500,

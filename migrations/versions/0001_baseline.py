@@ -148,6 +148,7 @@ def upgrade() -> None:
     )
     op.create_index("jobs_by_status", "jobs", ["status", "id"])
     op.create_index("jobs_by_tenant", "jobs", ["tenant", "id"])
+    op.create_index("jobs_by_stored_bytes", "jobs", ["tenant", "input_bytes"])
     op.create_index("jobs_by_tenant_and_status", "jobs", ["tenant", "status", "id"])
     op.create_index(
         "jobs_in_line",
@@ -192,6 +193,7 @@ def upgrade() -> None:
         sa.Column("max_jobs_in_flight", sa.Integer),
         sa.Column("max_jobs_per_minute", sa.Integer),
         sa.Column("max_jobs_running", sa.Integer),
+        sa.Column("max_stored_bytes", sa.BigInteger),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(

@@ -75,7 +75,7 @@ def depth(value: Any) -> int:
 
 def largest(value: Any, kind: type) -> int:
     inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    return max([len(value) if isinstance(value, kind) else 0, *(largest(each, kind) for each in inner)])
+    return max([len(inner) if isinstance(value, kind) else 0, *(largest(each, kind) for each in inner)])
 
 
 @given(_VALUES)

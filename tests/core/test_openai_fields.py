@@ -116,7 +116,13 @@ def test_value_that_would_have_no_effect_is_refused(
 def test_every_field_of_a_message_accepts_null(params: Any, message: dict[str, Any]) -> None:
     for field in fields(params, message):
         ChatRequest.model_validate({"messages": [{**message, field: None}, USER]}).submission()
-    for more in ({"name": ""}, {"annotations": []}, {"tool_calls": []}, {"reasoning_content": "Hm."}):
+    variants: tuple[dict[str, Any], ...] = (
+        {"name": ""},
+        {"annotations": []},
+        {"tool_calls": []},
+        {"reasoning_content": "Hm."},
+    )
+    for more in variants:
         ChatRequest.model_validate({"messages": [{**message, **more}, USER]}).submission()
 
 

@@ -12,7 +12,7 @@ from tpo.core.errors import ExternalIdTakenError, JobNotFoundError, StoreUnavail
 from tpo.core.state import State
 from tpo.core.status import Status
 from tpo.db import Queries, reading, single_query, write
-from tpo.jobs.insertion import ATTRIBUTES, JOBS, JobOptions, insert_jobs
+from tpo.jobs.insertion import ATTRIBUTES, JOBS, JobOptions, input_bytes, insert_jobs
 from tpo.jobs.quotas import RateLimitStatus, check_quota, free_slots
 from tpo.jobs.records import read_state
 from tpo.jobs.tables import EventRow, Job, MetadataRow
@@ -68,7 +68,7 @@ class JobRequests(Queries):
         def create(session: Session) -> Submitted:
             if known := self._known(session, idempotency, external_id):
                 return Submitted(JobView.of(known), new=False, rate_limit=None)
-            rate_limit = check_quota(session, self.tenant, limits) if limits else None
+            rate_limit = check_quota(session, self.tenant, limits, input_bytes(state)) if limits else None
             [job] = insert_jobs(session, self.tenant, [(state, idempotency, options)])
             return Submitted(job, new=True, rate_limit=rate_limit)
 

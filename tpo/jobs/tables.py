@@ -26,6 +26,7 @@ class Job(Base):
         CheckConstraint("status IN ({})".format(", ".join(f"'{s}'" for s in _STATUSES)), name="jobs_status"),
         Index("jobs_by_tenant", "tenant", "id"),
         Index("jobs_by_tenant_and_status", "tenant", "status", "id"),
+        Index("jobs_by_stored_bytes", "tenant", "input_bytes"),
         Index("jobs_by_external_id", "tenant", "external_id", unique=True),
         Index("jobs_by_end", "completed_at"),
         Index("jobs_by_status", "status", "id"),

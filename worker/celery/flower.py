@@ -15,7 +15,7 @@ from flower.options import options
 from flower.urls import settings
 from flower.views.monitor import Metrics
 from pydantic import ValidationError
-from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
+from tornado.httputil import HTTPServerRequest
 from tornado.web import ErrorHandler, authenticated
 
 from tpo.broker import MAINTENANCE_QUEUE
@@ -44,7 +44,7 @@ class _GuardedFlower(Flower):  # type: ignore[misc]
 
     configured: Settings
 
-    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> HTTPMessageDelegate:
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
         """Return the handler of a request, or of its refusal."""
         configured = self.configured
         if request.path != _HEALTH:  # probes ask by address
