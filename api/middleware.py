@@ -145,8 +145,8 @@ class RequestMiddleware:
                 return
             scope["state"]["tenant"] = tenant
         if scope["query_string"].count(b"&") >= _MAX_QUERY_PARAMETERS:
-            error = InvalidInputError(f"The address has more than {_MAX_QUERY_PARAMETERS} query parameters.")
-            await error_response(scope, error)(scope, receive, send)
+            too_many = InvalidInputError(f"The address has more than {_MAX_QUERY_PARAMETERS} query parameters.")
+            await error_response(scope, too_many)(scope, receive, send)
             return
         most = self._max_upload_bytes if path == _UPLOADS else self._max_body_bytes
         too_large = BODY_TOO_LARGE.format(most)

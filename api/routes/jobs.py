@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from itertools import zip_longest
 from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request, Response
@@ -86,7 +85,8 @@ def list_jobs(query: Annotated[queries.JobQuery, Query()], store: StoreDep, sett
         fields = cast("list[TextField]", query.include.split(","))
         texts = store.jobs.texts([row.id for row in rows[:limit]], fields, PAGE_BYTES)
         limit = len(texts)
-    pairs = [*zip_longest(rows, texts, fillvalue=Texts(None, None))]
+    texts += [Texts(None, None)] * (len(rows) - len(texts))
+    pairs = [*zip(rows, texts, strict=True)]
     return schemas.JobPage.of(pairs, limit, lambda pair: views.job_summary(pair[0], settings, pair[1]))
 
 
