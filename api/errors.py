@@ -32,7 +32,7 @@ CODES = {
     415: "unsupported_media_type",
     500: "internal_error",
 }
-_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 DETAILS = {
     400: "The body is not JSON in UTF-8, or it is nested too deeply.",
     401: "Send your API key with the header Authorization: Bearer KEY.",
@@ -44,6 +44,9 @@ DETAILS = {
 BODY_TOO_LARGE = "The body is larger than {} bytes."
 JSON_REQUIRED = "Send JSON, with the header Content-Type: application/json."
 FORM_REQUIRED = "Send a form, with the header Content-Type: multipart/form-data."
+HOST_NOT_ALLOWED = "This server does not answer to that Host header. TPO_ALLOWED_HOSTS lists the names that it has."
+ORIGIN_NOT_ALLOWED = "A web page of another origin asks for a change. TPO_ALLOWED_ORIGINS lists those that may."
+TOO_MANY_STREAMS = "The server has as many streams as it may have. Poll the job instead, or retry later."
 SERVER_STOPPING = "The server is stopping. Check whether the request took effect before you retry it."
 JOB_STILL_RUNNING = (
     "The job {job_id} is still running after {seconds:g} s and continues. Poll /v1/responses/{response_id}, or send "
@@ -145,17 +148,7 @@ def log_unexpected(error: BaseException, request_id: str) -> None:
 
 async def _invalid_request(request: Request, error: Exception) -> JSONResponse:
     errors = error.errors() if isinstance(error, RequestValidationError) else []
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        detail = f"The body is not valid JSON: {first['ctx']['error']} (character {first['loc'][-1]})."
-        return problem(request.scope, 400, detail=detail)
-    if first["loc"] == ("body",) and isinstance(first["input"], bytes):
-        return problem(request.scope, 415, detail=JSON_REQUIRED)
-    if first["loc"] == ("body",) and first["type"] == "string_unicode":
-        return problem(request.scope, 422, detail="A field's name is not valid Unicode.", code="invalid_input")
-    if first["loc"] == ("body",):
-        return problem(request.scope, 422, detail="The body must be a JSON object.", code="invalid_input")
-    fields = [{**e, "loc": tuple(e["loc"][1:])} for e in errors]  # without "body" or "query"
+    fields = [{**e, "loc": tuple(e["loc"][1:])} for e in errors]  # without "query" or the like
     refusal = validation_messages.from_errors(cast(list[ErrorDetails], fields))
     return problem(request.scope, 422, detail=str(refusal), code=refusal.code, param=refusal.param)
 

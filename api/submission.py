@@ -81,7 +81,11 @@ class Submitter:
     @property
     def limits(self) -> Limits:
         """Default limits, for tenants without limits of their own."""
-        return Limits(self._settings.max_jobs_in_flight, self._settings.max_jobs_per_minute)
+        return Limits(
+            self._settings.max_jobs_in_flight,
+            self._settings.max_jobs_per_minute,
+            stored_bytes=self._settings.max_stored_bytes,
+        )
 
     def _accepted(self, made: Submitted) -> JobView:
         """Notify a worker of a new job, and set the response's headers for quota and duplicates."""

@@ -1,12 +1,15 @@
 """Convert rows and states to the schemas of responses."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from api import schemas
+from api.schemas.paging import fitting
 from tpo.core.loop import Position, locate
 from tpo.core.state import Candidate, Message, State
 from tpo.core.state import Usage as StateUsage
 from tpo.core.status import TERMINAL
+from tpo.jobs.requests import Texts
 from tpo.jobs.tables import EventRow
 from tpo.jobs.view import JobView
 from tpo.settings import Settings
@@ -14,40 +17,53 @@ from tpo.settings import Settings
 
 def job(view: JobView, settings: Settings) -> schemas.Job:
     """Return the view of a job."""
-    return schemas.Job(
-        id=view.id,
-        status=view.status,
-        model=view.model,
-        input=_input(view.input),
-        parameters=schemas.JobParameters(
+    return schemas.Job(**_fields(view, settings), input=_input(view.input), output=view.output)
+
+
+def job_summary(view: JobView, settings: Settings, texts: Texts) -> schemas.JobSummary:
+    """Return the view of a job as an item of a list, with the texts that the list was asked for."""
+    messages = None if texts.input is None else [Message.model_validate(message) for message in texts.input]
+    return schemas.JobSummary(
+        **_fields(view, settings),
+        input_preview=view.input_preview,
+        input=None if messages is None else _input(messages),
+        output=texts.output,
+    )
+
+
+def _fields(view: JobView, settings: Settings) -> dict[str, Any]:
+    return {
+        "id": view.id,
+        "status": view.status,
+        "model": view.model,
+        "parameters": schemas.JobParameters(
             **view.params.model_dump(),
             reward_model=view.reward_model,
             prompt_set=view.prompt_set,
             prompt_set_version=view.prompt_set_version,
         ),
-        priority=view.priority,
-        metadata=view.metadata,
-        external_id=view.external_id,
-        source_id=view.source_id,
-        created_at=int(view.created_at),
-        started_at=_seconds(view.started_at),
-        completed_at=_seconds(view.completed_at),
-        cancel_requested_at=_seconds(view.cancel_requested_at),
-        pause_requested_at=_seconds(view.pause_requested_at),
-        next_attempt_at=_seconds(view.next_attempt_at),
-        deadline_at=_seconds(view.deadline_at),
-        estimated_finish=_estimated_finish(view),
-        expires_at=_expires_at(view, settings),
-        attempt=view.attempt,
-        max_attempts=view.max_attempts,
-        progress=schemas.Progress(iteration=view.iteration, max_iterations=view.params.iterations, phase=view.phase),
-        best=_best(view),
-        declined_iteration=view.declined_iteration,
-        output=view.output,
-        error=_error(view),
-        incomplete_details=schemas.Incomplete(reason=view.incomplete_reason) if view.incomplete_reason else None,
-        stop_reason=view.stop_reason,
-        usage=_usage(
+        "priority": view.priority,
+        "metadata": view.metadata,
+        "external_id": view.external_id,
+        "source_id": view.source_id,
+        "created_at": int(view.created_at),
+        "started_at": _seconds(view.started_at),
+        "completed_at": _seconds(view.completed_at),
+        "cancel_requested_at": _seconds(view.cancel_requested_at),
+        "pause_requested_at": _seconds(view.pause_requested_at),
+        "next_attempt_at": _seconds(view.next_attempt_at),
+        "deadline_at": _seconds(view.deadline_at),
+        "estimated_finish": _estimated_finish(view),
+        "expires_at": _expires_at(view, settings),
+        "attempt": view.attempt,
+        "max_attempts": view.max_attempts,
+        "progress": schemas.Progress(iteration=view.iteration, max_iterations=view.params.iterations, phase=view.phase),
+        "best": _best(view),
+        "declined_iteration": view.declined_iteration,
+        "error": _error(view),
+        "incomplete_details": schemas.Incomplete(reason=view.incomplete_reason) if view.incomplete_reason else None,
+        "stop_reason": view.stop_reason,
+        "usage": _usage(
             StateUsage(
                 input_tokens=view.input_tokens,
                 output_tokens=view.output_tokens,
@@ -55,7 +71,7 @@ def job(view: JobView, settings: Settings) -> schemas.Job:
                 model_seconds=view.model_seconds,
             )
         ),
-    )
+    }
 
 
 _PHASES = ("sampling", "scoring")
@@ -89,17 +105,21 @@ def event(row: EventRow) -> schemas.Event:
     )
 
 
-def candidates(state: State) -> schemas.CandidateList:
-    """Return the view of all candidates."""
-    return schemas.CandidateList(data=[schemas.Candidate(id=c.id, **c.model_dump()) for c in state.candidates])
+def candidates(state: State, after: str | None) -> schemas.CandidateList:
+    """Return the candidates that follow one, as many as fit into a page."""
+    seen = (-1, -1) if after is None else tuple(map(int, after.split("-")))
+    left = [c for c in state.candidates if (c.iteration, c.sample) > seen]
+    page = fitting(schemas.Candidate(id=c.id, **c.model_dump()) for c in left)
+    return schemas.CandidateList(data=page, has_more=len(left) > len(page))
 
 
-def iterations(view: JobView, state: State) -> schemas.IterationList:
-    """Return the view of all iterations that have started. Number 0 is the initial sampling."""
+def iterations(view: JobView, state: State, after: int) -> schemas.IterationList:
+    """Return the iterations that have begun and follow one, as many as fit. The first sampling is number 0."""
     position = locate(state)
     last = max([len(state.iterations), *(c.iteration for c in state.candidates)])
-    begun = range(last + 1) if state.calls or state.candidates else range(0)
-    return schemas.IterationList(data=[_iteration(state, n, position, view.status in TERMINAL) for n in begun])
+    left = range(after + 1, last + 1) if state.calls or state.candidates else range(0)
+    page = fitting(_iteration(state, n, position, view.status in TERMINAL) for n in left)
+    return schemas.IterationList(data=page, has_more=len(left) > len(page))
 
 
 def _iteration(state: State, number: int, position: Position, ended: bool) -> schemas.Iteration:

@@ -50,6 +50,8 @@ FIRST_CALL = json.dumps({"input": "Where is my lamp?", "parameters": {"mode": "b
 CONNECTIONS = 8
 JOBS_OF_LISTENERS = 20
 WARM_UP_SUBMISSIONS = 5
+LARGEST_BODY = 12 * 200_000 + 256 * 1024
+"""Bytes of the largest body that a server with default settings accepts."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Request:
 
 def request(name: str, method: str, path: str, *, status: int = 200, body: str = "") -> Request:
     """Return a request in the bytes of HTTP/1.1."""
-    head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    return Request(name, f"{head}\r\n\r\n{body}".encode(), f"HTTP/1.1 {status}".encode())
+    head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json"
+    return Request(name, f"{head}\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode(), f"HTTP/1.1 {status}".encode())
 
 
 def _send(connection: socket.socket, request: Request) -> None:
@@ -156,7 +158,7 @@ def listeners(system: System, port: int, pid: int, count: int) -> dict[str, Any]
 
     async def listen(job_id: str, ready: asyncio.Semaphore) -> float:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: bench\r\n\r\n".encode())
+        writer.write(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode())
         await reader.readuntil(b"event: job.queued")
         ready.release()
         await reader.readuntil(b"event: job.cancelled")
@@ -200,6 +202,60 @@ def first_calls(system: System, port: int, count: int) -> dict[str, Any]:
             system.wait_for_end(response.raise_for_status().json()["id"])
     worker.stop()
     return {"count": count, "ms": _quantiles(sorted(delays))}
+
+
+def _shapes() -> Iterator[tuple[str, str, bytes]]:
+    """Yield bodies that are expensive to read, up to the largest that is accepted: name, path and content."""
+
+    def filled(start: str, item: str, end: str) -> bytes:
+        count = (LARGEST_BODY - len(start) - len(end)) // (len(item) + 1)
+        return (start + ",".join([item] * count) + end).encode()
+
+    def fields(start: str, value: str, end: str) -> bytes:
+        return (start + ",".join(f'"{number:x}":{value}' for number in range(240_000)) + end).encode()
+
+    jobs, chat, responses = "/v1/jobs", "/v1/chat/completions", "/v1/responses"
+    for name, item in (("numbers", "1"), ("objects", "{}"), ("lists", "[]"), ("texts", '""'), ("nulls", "null")):
+        yield f"stop of {name}", jobs, filled('{"input":"x","parameters":{"stop":[', item, "]}}")
+        yield f"messages of {name}", chat, filled('{"messages":[', item, "]}")
+    part = '{"type":"text","text":"x"}'
+    yield "parts", responses, filled('{"input":[{"role":"user","content":[', part, "]}]}")
+    yield "unknown fields", jobs, fields('{"input":"x",', "0", "}")
+    yield "unknown parameters", jobs, fields('{"input":"x","parameters":{', "0", "}}")
+    yield "metadata", jobs, fields('{"input":"x","metadata":{', '"x"', "}}")
+    yield "tpo", responses, fields('{"input":"x","tpo":{', "0", "}}")
+    yield "events", "/v1/webhooks", filled('{"url":"https://example.com","events":[', "1", "]}")
+    yield "deep", jobs, b'{"input":' + b"[" * 1_200_000
+    yield "open text", jobs, b'{"input":' + b'"\\' * 1_200_000
+    yield "escaped text", jobs, b'{"input":"' + b"\\u0001" * 200_000 + b'"}'
+    yield "commas in a text", jobs, b'{"input":"' + b"," * 200_000 + b'"}'
+
+
+def delays_by_bodies(port: int) -> dict[str, Any]:
+    """Measure the longest time that another request takes while a body of each shape is sent."""
+    url = f"http://127.0.0.1:{port}"
+    health = request("health", "GET", "/healthz")
+    longest: dict[str, float] = {}
+    with httpx.Client(base_url=url, timeout=600) as client:
+        for name, path, content in _shapes():
+            delays: list[float] = []
+            ended = threading.Event()
+
+            def probe(delays: list[float] = delays, ended: threading.Event = ended) -> None:
+                with socket.create_connection(("127.0.0.1", port)) as connection:
+                    while not ended.is_set():
+                        began = time.perf_counter()
+                        _send(connection, health)
+                        delays.append(time.perf_counter() - began)
+
+            thread = threading.Thread(target=probe)
+            thread.start()
+            for _ in range(3):
+                client.post(path, content=content, headers={"content-type": "application/json"})
+            ended.set()
+            thread.join()
+            longest[name] = round(max(delays) * 1000, 1)
+    return {"count": len(longest), "longest_ms": max(longest.values()), "by_shape_ms": longest}
 
 
 def _quantiles(ordered: Sequence[float]) -> dict[str, float]:
@@ -247,6 +303,8 @@ def main() -> None:
         with served(kind) as (system, port, pid):
             figures[kind]["rates"] = rates(system, port, arguments.seconds, arguments.rounds)
             print(kind, figures[kind]["rates"], flush=True)
+            figures[kind]["delays_by_bodies"] = delays_by_bodies(port)
+            print(kind, figures[kind]["delays_by_bodies"], flush=True)
             figures[kind]["listeners"] = listeners(system, port, pid, arguments.listeners)
             print(kind, figures[kind]["listeners"], flush=True)
         with served(kind) as (system, port, _):

@@ -54,6 +54,17 @@ def _json_object(value: object) -> object:
     return parsed
 
 
+def _comma_separated(value: object) -> object:
+    """Split a list from the environment."""
+    if not isinstance(value, str):
+        return value
+    return tuple(word.strip().lower() for word in value.split(",") if word.strip())
+
+
+Words = Annotated[tuple[str, ...] | None, NoDecode, BeforeValidator(_comma_separated)]
+"""A setting of several words, separated by commas."""
+
+
 def _ports(value: object) -> object:
     """Parse ports from the environment: a list with commas, or None for `any`."""
     if not isinstance(value, str):
@@ -314,6 +325,39 @@ class ServerSettings(BaseSettings):
     require_key: bool = Field(
         False, description="If true, every request needs an API key, even before the first one is created."
     )
+    allowed_hosts: Words = Field(
+        None,
+        description="The API and Flower answer to these host names, separated by commas: names, *.NAME for all below a "
+        "name, or * for all. Loopback names are always allowed. The default is no other name for a server on loopback, "
+        "and all names for others.",
+    )
+    allowed_origins: Words = Field(
+        None,
+        description="Web pages of these origins may use the API in a browser (CORS), separated by commas: "
+        "https://app.example.com. * is all, where every request needs a key. The default is only its own pages.",
+    )
+    root_path: str | None = Field(
+        None,
+        pattern=r"^(/[!-.0-~]+)*$",
+        description="A proxy serves the API under this path, such as /tpo. The proxy may send it or leave it out.",
+    )
+    max_connections: int = Field(
+        10_000,
+        ge=16,
+        description="An API process has at most this number of connections. The limit of open files (ulimit -n) minus "
+        "128 limits it further.",
+    )
+    max_connections_per_address: int = Field(
+        500,
+        ge=1,
+        description="One address has at most this number of connections to an API process. Loopback and "
+        "TPO_TRUSTED_PROXIES are exempt.",
+    )
+    trusted_proxies: Words = Field(
+        None,
+        description="These addresses or networks, separated by commas, are proxies in front of the API: 10.0.0.0/8. "
+        "Their connections are limited only in total. The default is none.",
+    )
     flower_host: str = Field("127.0.0.1", description="Flower binds to this address.")
     flower_port: int = Field(5555, ge=1, le=65535, description="Flower listens on this port.")
     flower_basic_auth: SecretStr | None = Field(
@@ -366,6 +410,12 @@ class TenantSettings(BaseSettings):
         None,
         ge=0,
         description="A tenant creates at most this number of jobs in a minute; further submissions are refused. The "
+        "default is no limit.",
+    )
+    max_stored_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="A tenant may store at most this number of bytes: the inputs of its jobs, and its files. The "
         "default is no limit.",
     )
     max_jobs_running: int | None = Field(
@@ -509,6 +559,20 @@ class Settings(
                 f"TPO_HOST={self.host} can be reached from other machines: "
                 "set TPO_API_KEY or TPO_REQUIRE_KEY, or bind to 127.0.0.1"
             )
+        for host in self.allowed_hosts or ():
+            if not re.fullmatch(r"\*|(\*\.)?[a-z0-9._-]+|[0-9a-f:.]+", host):
+                raise ValueError(f"TPO_ALLOWED_HOSTS: {host} is not a host name; write it without scheme and port")
+        for origin in self.allowed_origins or ():
+            if origin == "*":
+                if self.api_key is None and not self.require_key:
+                    raise ValueError("TPO_ALLOWED_ORIGINS=* lets every web page in: set TPO_API_KEY or TPO_REQUIRE_KEY")
+            elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#@]+", origin):
+                raise ValueError(f"TPO_ALLOWED_ORIGINS: {origin} is not an origin, as in https://app.example.com")
+        for network in self.trusted_proxies or ():
+            try:
+                ipaddress.ip_network(network)
+            except ValueError:
+                raise ValueError(f"TPO_TRUSTED_PROXIES: {network} is neither an address nor a network") from None
         if self.flower_basic_auth and not re.fullmatch("[^:]+:.{8,}", self.flower_basic_auth.get_secret_value()):
             raise ValueError("TPO_FLOWER_BASIC_AUTH must be user:password, with a password of at least 8 characters")
         if self.flower_basic_auth is None and not is_loopback(self.flower_host):

@@ -15,11 +15,13 @@ _SHAPES = ("text", "messages")
 
 def invalid(error: ValidationError, renamed: Callable[[str], str] = str) -> InvalidInputError:
     """Convert a validation error; `renamed` maps a field to the name that the request's author used."""
-    return from_errors(error.errors(include_url=False), renamed)
+    return from_errors(error.errors(include_url=False, include_context=False, include_input=False), renamed)
 
 
 def from_errors(errors: Sequence[ErrorDetails], renamed: Callable[[str], str] = str) -> InvalidInputError:
     """Convert pydantic's errors, whose locations start with the field."""
+    if errors[0]["type"] == "string_unicode" and not errors[0]["loc"]:
+        return InvalidInputError("A field's name is not valid Unicode.")
     messages = [f"{renamed(name(e['loc'])) or 'the value'}: {_message(e)}" for e in errors[:_SHOWN_ERRORS]]
     more = len(errors) - len(messages)
     detail = "; ".join([*messages, *([f"and {more} more"] if more else [])])

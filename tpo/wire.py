@@ -20,16 +20,19 @@ class Identified(Wire):
 def _storable(text: str) -> str:
     if "\x00" in text:
         raise ValueError("holds a NUL character, which cannot be stored: remove it")
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError("holds half of a surrogate pair, which is not valid Unicode: remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is not valid Unicode: remove it") from None
     return text
 
 
-def _not_blank(text: str) -> str:
+def check_not_blank(text: str) -> str:
+    """Return the text unchanged. Raises ValueError if nothing is in it but whitespace."""
     if not text.strip():
         raise ValueError("is blank: say what to answer, or leave the message out")
     return text
 
 
 StoredText = Annotated[str, AfterValidator(_storable)]
-NonBlankText = Annotated[StoredText, AfterValidator(_not_blank)]
+NonBlankText = Annotated[StoredText, AfterValidator(check_not_blank)]

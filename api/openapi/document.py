@@ -4,7 +4,9 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 
+from api.bodies import DOCUMENTED
 from api.middleware import PROTECTED
 from api.openapi.errors import ALWAYS
 from api.openapi.examples import EXAMPLES
@@ -75,16 +77,36 @@ def _problem(path: str, answer: dict[str, Any]) -> dict[str, Any]:
     return {"description": answer["description"], "content": content}
 
 
+_BODIES = "/bodies/"
+
+
+def _body_routes() -> list[APIRoute]:
+    """Return a route for each body that a route reads itself (`api.bodies`), so that FastAPI describes it."""
+    routes = []
+    for operation_id, (model, required) in DOCUMENTED.items():
+
+        def read(body: Any) -> None: ...
+
+        read.__annotations__["body"] = model if required else model | None
+        read.__defaults__ = None if required else (None,)
+        routes.append(APIRoute(_BODIES + operation_id, read, methods=["POST"], responses={422: {}}))
+    return routes
+
+
 def openapi_document(app: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI document of the application."""
     if app.openapi_schema is None:
-        described = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        routes = [*app.routes, *_body_routes()]
+        described = get_openapi(title=app.title, version=app.version, description=app.description, routes=routes)
+        bodies = {name: described["paths"].pop(_BODIES + name)["post"]["requestBody"] for name in DOCUMENTED}
         settings: Settings = app.state.settings
         # A server without keys requires none, and its first key may be created while it runs.
         secured: list[dict[str, list[str]]] = [{"key": []}, *([] if settings.api_key or settings.require_key else [{}])]
         for path, operations in described["paths"].items():
             for operation in operations.values():
                 operation["summary"] = _SUMMARIES[operation["operationId"]]
+                if body := bodies.get(operation["operationId"]):
+                    operation["requestBody"] = body
                 if path.startswith(PROTECTED):
                     operation["security"] = secured
                     operation["responses"] = {**_ALWAYS, **operation["responses"]}

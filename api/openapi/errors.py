@@ -11,9 +11,12 @@ from api.errors import (
     CODES,
     DETAILS,
     FORM_REQUIRED,
+    HOST_NOT_ALLOWED,
     JOB_STILL_RUNNING,
     JSON_REQUIRED,
+    ORIGIN_NOT_ALLOWED,
     SERVER_STOPPING,
+    TOO_MANY_STREAMS,
     detail_of,
     problem_body,
 )
@@ -35,7 +38,7 @@ from tpo.core.errors import (
     WrongStateError,
 )
 from tpo.jobs.lifecycle import CANNOT_BE_PAUSED
-from tpo.jobs.quotas import TOO_MANY_IN_FLIGHT, TOO_MANY_PER_MINUTE
+from tpo.jobs.quotas import TOO_MANY_IN_FLIGHT, TOO_MANY_PER_MINUTE, TOO_MANY_STORED_BYTES
 from tpo.jobs.submission import UNKNOWN_POLICY
 from tpo.openai.views import WITHOUT_OUTPUT
 from tpo.webhooks.endpoints import TOO_MANY_WEBHOOKS, WEBHOOK_DISABLED
@@ -65,13 +68,16 @@ _UNKNOWN_MODEL = UnknownModelError(UNKNOWN_POLICY.format("gpt-9", "demo"), "mode
 
 ALWAYS: Responses = {
     **_default(401, "The server has keys, and the request contains none of them"),
+    **_responses(403, "A web page of another origin asks for a change", origin_not_allowed=ORIGIN_NOT_ALLOWED),
+    **_responses(421, "The Host header is not a name of the server", host_not_allowed=HOST_NOT_ALLOWED),
     **_default(500, "Internal server error"),
 }
 """Responses of every path under /v1."""
 UNAVAILABLE = _responses(
     503,
-    "The database cannot be reached, or the server is stopping: retry after `Retry-After`",
+    "The database cannot be reached, the server is stopping, or it has no free stream: retry after `Retry-After`",
     StoreUnavailableError(),
+    too_many_streams=TOO_MANY_STREAMS,
     server_stopping=SERVER_STOPPING,
 )
 NOT_READY = _responses(503, "Not ready: `checks` names what is missing", not_ready="Missing: worker.")
@@ -115,6 +121,7 @@ TOO_MANY = _responses(
     "A quota is exceeded: retry after `Retry-After`",
     rate_limit_exceeded=TOO_MANY_PER_MINUTE.format(60),
     too_many_jobs_in_flight=TOO_MANY_IN_FLIGHT.format(100),
+    too_many_stored_bytes=TOO_MANY_STORED_BYTES.format(10**9),
 )
 NO_ANSWER = _responses(
     500,

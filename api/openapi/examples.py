@@ -52,6 +52,12 @@ _JOB: dict[str, Any] = {
 }
 
 
+_SUMMARY: dict[str, Any] = {
+    **{name: value for name, value in _JOB.items() if name not in ("input", "output")},
+    "input_preview": _JOB["input"],
+}
+
+
 def _page(item: dict[str, Any]) -> dict[str, Any]:
     return {"object": "list", "data": [item], "first_id": item["id"], "last_id": item["id"], "has_more": False}
 
@@ -283,12 +289,12 @@ tpo_jobs_waiting{model="demo"} 12.0
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "Job": _JOB,
-    "JobPage": _page(_JOB),
+    "JobPage": _page(_SUMMARY),
     "Deleted": {"id": _JOB["id"], "object": "job", "deleted": True},
     "Event": _EVENT,
     "EventList": {**_list(_EVENT), "has_more": False},
-    "CandidateList": _list(_CANDIDATE),
-    "IterationList": _list(_ITERATION),
+    "CandidateList": {**_list(_CANDIDATE), "has_more": False},
+    "IterationList": {**_list(_ITERATION), "has_more": False},
     "Model": _MODEL,
     "ModelList": _list(_MODEL),
     "RewardModelList": _list(_REWARD_MODEL),

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from api.bodies import BatchBody
 from api.dependencies import NoQuery, NotifierDep, SettingsDep, StoreDep, printable_id
 from api.idempotency import REPLAYED, idempotency_request
 from api.openapi.errors import (
@@ -45,7 +46,7 @@ BatchId = Annotated[str, Depends(_batch_id)]
     openapi_extra=described(IDEMPOTENCY_KEY),
 )
 def create_batch(
-    body: batches.BatchRequest,
+    body: BatchBody,
     store: StoreDep,
     notifier: NotifierDep,
     settings: SettingsDep,

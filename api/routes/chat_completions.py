@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
+from api.bodies import ChatBody
 from api.dependencies import BroadcasterDep, NoQuery, SettingsDep, StoreDep
 from api.errors import problem
 from api.openapi.errors import INVALID, INVALID_JOB, NO_ANSWER, STILL_RUNNING, TAKEN, TOO_MANY, UNAVAILABLE, UNREADABLE
@@ -21,7 +22,6 @@ from api.submission import SubmitterDep
 from tpo.core.status import TERMINAL
 from tpo.jobs.view import JobView
 from tpo.openai import views
-from tpo.openai.requests import ChatRequest
 
 router = APIRouter(prefix="/v1/chat", tags=["OpenAI"], responses={**INVALID, **UNAVAILABLE})
 
@@ -41,7 +41,7 @@ _STREAMED: dict[str, Any] = {
 )
 async def create_chat_completion(
     request: Request,
-    body: ChatRequest,
+    body: ChatBody,
     submitter: SubmitterDep,
     store: StoreDep,
     broadcaster: BroadcasterDep,
@@ -57,7 +57,7 @@ async def create_chat_completion(
     completion = views.chat_completion(job)
     if not body.stream:
         return completion
-    usage = body.stream_options is not None and body.stream_options.include_usage
+    usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     return StreamingResponse(_chunks(completion, usage), media_type="text/event-stream")
 
 

@@ -13,6 +13,7 @@ from api.openapi.errors import INVALID, NOT_FOUND, UNAVAILABLE
 from api.openapi.examples import STREAM
 from api.openapi.parameters import LAST_EVENT_ID, described
 from api.schemas import queries
+from api.schemas.paging import fitting
 from api.streaming.sse import EventStream
 from tpo.core.errors import InvalidInputError
 
@@ -49,8 +50,8 @@ async def list_events(
     if query.stream if query.stream is not None else _accepts_stream(request):
         return EventStream(broadcaster, store, job, after)
     rows = await run_in_threadpool(store.jobs.events, job_id, after=after, limit=query.limit + 1)
-    shown = [views.event(row) for row in rows[: query.limit]]
-    return schemas.EventList(data=shown, has_more=len(rows) > query.limit)
+    shown = fitting(map(views.event, rows[: query.limit]))
+    return schemas.EventList(data=shown, has_more=len(rows) > len(shown))
 
 
 def _last_seen(request: Request, query: queries.EventQuery) -> int:

@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
 from api.errors import FORM_REQUIRED
 from api.idempotency import REPLAYED, idempotency_request
-from api.openapi.errors import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_REUSED, UNAVAILABLE, UPLOAD
+from api.openapi.errors import FILE_NOT_FOUND, IN_USE, INVALID, INVALID_OR_REUSED, TOO_MANY, UNAVAILABLE, UPLOAD
 from api.openapi.examples import FILE_CONTENT
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
 from api.schemas.paging import Page, PageOptions
@@ -25,6 +25,7 @@ from tpo.openai import files
 from tpo.settings import Settings
 from tpo.store import Store
 from tpo.tenants.idempotency import IdempotencyRequest
+from tpo.tenants.tenants import Limits
 
 router = APIRouter(prefix="/v1/files", tags=["OpenAI"], responses={**INVALID, **UNAVAILABLE})
 
@@ -84,7 +85,7 @@ FileId = Annotated[str, Depends(_file_id)]
     "",
     dependencies=[NoQuery],
     response_model=files.File,
-    responses={**INVALID_OR_REUSED, **UPLOAD},
+    responses={**INVALID_OR_REUSED, **UPLOAD, **TOO_MANY},
     openapi_extra={**_FORM, **described(IDEMPOTENCY_KEY)},
 )
 async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, response: Response) -> files.File:
@@ -100,7 +101,7 @@ async def upload_file(request: Request, store: StoreDep, settings: SettingsDep, 
     async with _closing(form):
         upload = _validated(form)
         idempotency = await run_in_threadpool(_identity, request, settings, upload)
-        row, new = await run_in_threadpool(_stored, store, upload, idempotency)
+        row, new = await run_in_threadpool(_stored, store, upload, idempotency, settings)
     if not new:
         response.headers.update(REPLAYED)
     return files.file(row, settings.retention_days)
@@ -199,7 +200,9 @@ def _identity(request: Request, settings: Settings, upload: _Upload) -> Idempote
     return idempotency_request(request, settings, [upload.name, upload.keep_seconds, digest])
 
 
-def _stored(store: Store, upload: _Upload, idempotency: IdempotencyRequest | None) -> tuple[File, bool]:
+def _stored(
+    store: Store, upload: _Upload, idempotency: IdempotencyRequest | None, settings: Settings
+) -> tuple[File, bool]:
     """Copy an upload into the database part by part. Return the file, and True if it is new."""
     if idempotency and (known := store.files.find_existing(idempotency)):
         return known, False
@@ -207,7 +210,7 @@ def _stored(store: Store, upload: _Upload, idempotency: IdempotencyRequest | Non
     try:
         while data := upload.source.file.read(PART_BYTES):
             store.files.append_part(file_id, data)
-        made = store.files.complete(file_id, idempotency)
+        made = store.files.complete(file_id, idempotency, Limits(stored_bytes=settings.max_stored_bytes))
         return made, made.id == file_id
     except BaseException:
         store.files.discard(file_id)

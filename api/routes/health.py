@@ -34,10 +34,16 @@ router = APIRouter(tags=["server"])
 
 
 @router.get("/")
-def get_index() -> schemas.Welcome:
+def get_index(settings: SettingsDep) -> schemas.Welcome:
     """Get links to the documentation and the main routes."""
+    root = settings.root_path or ""
     return schemas.Welcome(
-        name="tpo", version=tpo.__version__, docs="/docs", openapi="/openapi.json", jobs="/v1/jobs", ready="/readyz"
+        name="tpo",
+        version=tpo.__version__,
+        docs=f"{root}/docs",
+        openapi=f"{root}/openapi.json",
+        jobs=f"{root}/v1/jobs",
+        ready=f"{root}/readyz",
     )
 
 

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Response
 
 from api import schemas, views
+from api.bodies import ExtendBody
 from api.dependencies import JobId, NoQuery, SettingsDep, StoreDep
 from api.openapi.errors import CONFLICT, INVALID, INVALID_OR_REUSED, NOT_FOUND, TOO_MANY, UNAVAILABLE, UNREADABLE
 from api.openapi.parameters import IDEMPOTENCY_KEY, described
@@ -70,7 +71,7 @@ def retry_job(
 )
 def extend_job(
     job_id: JobId,
-    body: schemas.Extend,
+    body: ExtendBody,
     store: StoreDep,
     submitter: SubmitterDep,
     settings: SettingsDep,

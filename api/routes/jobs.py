@@ -2,21 +2,24 @@
 
 import hashlib
 import re
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from api import schemas, views
+from api.bodies import SubmitBody
 from api.dependencies import BroadcasterDep, JobId, NoQuery, SettingsDep, StoreDep
 from api.openapi.errors import INVALID, INVALID_JOB, NOT_FOUND, TAKEN, TOO_MANY, UNAVAILABLE, UNREADABLE
 from api.openapi.parameters import IDEMPOTENCY_KEY, IF_NONE_MATCH, METADATA, PREFER, described
 from api.schemas import queries
+from api.schemas.paging import PAGE_BYTES
 from api.streaming.long_polling import until_changed, until_ended
 from api.submission import SubmitterDep
 from tpo.core.errors import InvalidInputError
 from tpo.core.status import TERMINAL
-from tpo.jobs.submission import MAX_METADATA, Submit
+from tpo.jobs.requests import TextField, Texts
+from tpo.jobs.submission import MAX_METADATA
 
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 _PREFERRED_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*(\d{1,9})\s*(?:$|[,;])")
@@ -39,7 +42,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses={**INVALID, **UNA
 )
 async def create_job(
     request: Request,
-    body: Submit,
+    body: SubmitBody,
     submitter: SubmitterDep,
     store: StoreDep,
     broadcaster: BroadcasterDep,
@@ -64,12 +67,27 @@ async def create_job(
 
 @router.get("", openapi_extra=described(METADATA))
 def list_jobs(query: Annotated[queries.JobQuery, Query()], store: StoreDep, settings: SettingsDep) -> schemas.JobPage:
-    """List jobs by creation time. Repeat `metadata[KEY]=VALUE` to filter by several pairs."""
+    """List jobs by creation time. Repeat `metadata[KEY]=VALUE` to filter by several pairs.
+
+    A page ends at its limit, or at 1 MiB. Texts are left out unless `include` asks for them.
+    """
     metadata = _metadata(query.model_extra or {})
     rows = store.jobs.page(
-        limit=query.limit + 1, after=query.after, order=query.order, statuses=query.status, metadata=metadata
+        limit=query.limit + 1,
+        after=query.after,
+        order=query.order,
+        statuses=query.status,
+        metadata=metadata,
+        texts=False,
     )
-    return schemas.JobPage.of(rows, query.limit, lambda row: views.job(row, settings))
+    limit, texts = query.limit, list[Texts]()
+    if query.include and rows:
+        fields = cast("list[TextField]", query.include.split(","))
+        texts = store.jobs.texts([row.id for row in rows[:limit]], fields, PAGE_BYTES)
+        limit = len(texts)
+    texts += [Texts(None, None)] * (len(rows) - len(texts))
+    pairs = [*zip(rows, texts, strict=True)]
+    return schemas.JobPage.of(pairs, limit, lambda pair: views.job_summary(pair[0], settings, pair[1]))
 
 
 @router.get(
@@ -103,16 +121,20 @@ async def get_job(
     return Response(body, media_type="application/json", headers=headers)
 
 
-@router.get("/{job_id}/iterations", dependencies=[NoQuery], responses=NOT_FOUND)
-def list_iterations(job_id: JobId, store: StoreDep) -> schemas.IterationList:
+@router.get("/{job_id}/iterations", responses=NOT_FOUND)
+def list_iterations(
+    job_id: JobId, store: StoreDep, query: Annotated[queries.IterationQuery, Query()]
+) -> schemas.IterationList:
     """List the iterations of a job: the compared candidates, critique, gradient and result of each."""
-    return views.iterations(store.jobs.get(job_id), store.jobs.state(job_id))
+    return views.iterations(store.jobs.get(job_id), store.jobs.state(job_id), query.after)
 
 
-@router.get("/{job_id}/candidates", dependencies=[NoQuery], responses=NOT_FOUND)
-def list_candidates(job_id: JobId, store: StoreDep) -> schemas.CandidateList:
-    """List all candidates of a job with their rewards."""
-    return views.candidates(store.jobs.state(job_id))
+@router.get("/{job_id}/candidates", responses=NOT_FOUND)
+def list_candidates(
+    job_id: JobId, store: StoreDep, query: Annotated[queries.CandidateQuery, Query()]
+) -> schemas.CandidateList:
+    """List the candidates of a job with their rewards."""
+    return views.candidates(store.jobs.state(job_id), query.after)
 
 
 def _shown(job: schemas.Job) -> tuple[bytes, str]:

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from api.bodies import ResponseBody
 from api.dependencies import BroadcasterDep, NoQuery, SettingsDep, StoreDep
 from api.errors import JOB_STILL_RUNNING, problem
 from api.openapi.errors import (
@@ -36,7 +37,7 @@ from tpo.core.status import TERMINAL
 from tpo.jobs.tables import EventRow
 from tpo.jobs.view import JobView
 from tpo.openai import items, views
-from tpo.openai.requests import JobRequest, ResponseRequest
+from tpo.openai.requests import JobRequest
 from tpo.openai.stream import ResponseEvents
 from tpo.store import Store
 
@@ -93,7 +94,7 @@ ResponseJobId = Annotated[str, Depends(_job_id)]
 )
 async def create_response(
     request: Request,
-    body: ResponseRequest,
+    body: ResponseBody,
     submitter: SubmitterDep,
     store: StoreDep,
     broadcaster: BroadcasterDep,

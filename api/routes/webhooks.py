@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
+from api.bodies import RotateBody, WebhookBody, WebhookUpdateBody
 from api.dependencies import NoQuery, SettingsDep, StoreDep, printable_id
 from api.openapi.errors import DISABLED, INVALID, TOO_MANY_WEBHOOKS_EXIST, UNAVAILABLE, UNREADABLE, WEBHOOK_NOT_FOUND
 from api.schemas.paging import PageQuery
@@ -14,8 +15,6 @@ from api.schemas.webhooks import (
     Webhook,
     WebhookDeleted,
     WebhookPage,
-    WebhookRequest,
-    WebhookUpdate,
     WebhookWithSecret,
     without_duplicates,
 )
@@ -34,7 +33,7 @@ WebhookId = Annotated[str, Depends(_webhook_id)]
 
 
 @router.post("", status_code=201, dependencies=[NoQuery], responses={**UNREADABLE, **TOO_MANY_WEBHOOKS_EXIST})
-def create_webhook(body: WebhookRequest, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
+def create_webhook(body: WebhookBody, store: StoreDep, settings: SettingsDep) -> WebhookWithSecret:
     """Create a webhook. Only this response shows its `secret`."""
     check_url(body.url, AllowedTargets.from_settings(settings))
     made = store.webhooks.create(body.url, without_duplicates(body.events))
@@ -55,7 +54,7 @@ def get_webhook(webhook_id: WebhookId, store: StoreDep) -> Webhook:
 
 
 @router.patch("/{webhook_id}", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
-def update_webhook(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, settings: SettingsDep) -> Webhook:
+def update_webhook(webhook_id: WebhookId, body: WebhookUpdateBody, store: StoreDep, settings: SettingsDep) -> Webhook:
     """Update a webhook. Its secret is not changed."""
     changes = body.model_dump(exclude_none=True)
     if body.url is not None:
@@ -66,7 +65,7 @@ def update_webhook(webhook_id: WebhookId, body: WebhookUpdate, store: StoreDep, 
 
 
 @router.post("/{webhook_id}/rotate-secret", dependencies=[NoQuery], responses={**UNREADABLE, **WEBHOOK_NOT_FOUND})
-def rotate_webhook_secret(webhook_id: WebhookId, store: StoreDep, body: Rotate | None = None) -> WebhookWithSecret:
+def rotate_webhook_secret(webhook_id: WebhookId, store: StoreDep, body: RotateBody) -> WebhookWithSecret:
     """Rotate the secret of a webhook. The old secret stays valid for a day, or for the requested time."""
     made = store.webhooks.rotate_secret(webhook_id, (body or Rotate()).keep_old_seconds)
     return WebhookWithSecret(**_view(made.row).model_dump(), secret=made.secret)

@@ -13,6 +13,10 @@ from tpo.wire import Identified, Wire
 JOB_ID = r"^job_[0-9a-f]{32}$"
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class JobParameters(Params):
     """Parameters of a job, with all defaults filled in."""
 
@@ -67,13 +71,12 @@ class Usage(Wire):
     )
 
 
-class Job(Identified):
-    """An optimization job. Times are Unix timestamps in seconds."""
+class JobFields(Identified):
+    """Fields that a job and its summary have in common. Times are Unix timestamps in seconds."""
 
     object: Literal["job"] = "job"
     status: Status
     model: str
-    input: str | list[Message] = Field(description="messages; a string if there is only one user message")
     parameters: JobParameters
     priority: int
     metadata: dict[str, str]
@@ -97,13 +100,29 @@ class Job(Identified):
     declined_iteration: int | None = Field(
         description="last iteration whose mean reward is below that of the iteration before; null if there is none"
     )
-    output: str | None
     error: JobFailure | None
     incomplete_details: Incomplete | None
     stop_reason: StopReason | None = Field(
         description="rule in the parameters that ended a completed job before `max_iterations`"
     )
     usage: Usage
+
+
+class Job(JobFields):
+    """An optimization job. Times are Unix timestamps in seconds."""
+
+    input: str | list[Message] = Field(description="messages; a string if there is only one user message")
+    output: str | None
+
+
+class JobSummary(JobFields):
+    """A job in a list. Texts are present only if `include` asks for them."""
+
+    input_preview: str = Field(description="the first 200 characters of the last message")
+    input: str | list[Message] | None = Field(None, exclude_if=_is_none, description="with `include=input`")
+    output: str | None = Field(
+        None, exclude_if=_is_none, description="with `include=output`; absent while there is none"
+    )
 
 
 class Deleted(Wire):
@@ -122,7 +141,7 @@ class Extend(Wire):
     iterations: int = Field(ge=1, le=MAX_ITERATIONS, description="iterations to add to those of the old job")
 
 
-class JobPage(Page[Job]):
+class JobPage(Page[JobSummary]):
     """A page of jobs. Request the next page with `after` set to `last_id`."""
 
 
@@ -214,14 +233,16 @@ class EventList(Wire):
 
 
 class CandidateList(Wire):
-    """All candidates of a job in sampling order."""
+    """Candidates of a job in sampling order. While `has_more`, request the next ones `after` the last id."""
 
     object: Literal["list"] = "list"
     data: list[Candidate]
+    has_more: bool
 
 
 class IterationList(Wire):
-    """All iterations of a job that have started."""
+    """Iterations of a job that have started. While `has_more`, request the next ones `after` the last number."""
 
     object: Literal["list"] = "list"
     data: list[Iteration]
+    has_more: bool

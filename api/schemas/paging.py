@@ -1,6 +1,6 @@
 """Cursor pagination: pages start after an id, so rows created in the meantime do not shift them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Generic, Literal, Self, TypeVar
 
 from fastapi import Query
@@ -10,6 +10,23 @@ from tpo.wire import Identified, Wire
 
 Row = TypeVar("Row")
 Item = TypeVar("Item", bound=Identified)
+Model = TypeVar("Model", bound=BaseModel)
+
+
+PAGE_BYTES = 1024 * 1024
+"""Largest JSON of the items of a page, unless its first item alone is larger."""
+
+
+def fitting(items: Iterable[Model]) -> list[Model]:
+    """Return the first items, as many as fit into a page, but one at least. No further item is made."""
+    page: list[Model] = []
+    size = 0
+    for item in items:
+        size += len(item.model_dump_json().encode())
+        if page and size > PAGE_BYTES:
+            break
+        page.append(item)
+    return page
 
 
 class Page(Wire, Generic[Item]):
@@ -23,13 +40,13 @@ class Page(Wire, Generic[Item]):
 
     @classmethod
     def of(cls, rows: Sequence[Row], limit: int, view: Callable[[Row], Item]) -> Self:
-        """Build a page from up to `limit + 1` rows; the additional row shows that there are more."""
-        data = [view(row) for row in rows[:limit]]
+        """Build a page from up to `limit + 1` rows, of as many as fit; a further row shows that there are more."""
+        data = fitting(map(view, rows[:limit]))
         return cls(
             data=data,
             first_id=data[0].id if data else None,
             last_id=data[-1].id if data else None,
-            has_more=len(rows) > limit,
+            has_more=len(rows) > len(data),
         )
 
 

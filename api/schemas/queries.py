@@ -16,7 +16,14 @@ class JobQuery(BaseModel):
     limit: int = Field(20, ge=1, le=100)
     after: str | None = Field(None, pattern=JOB_ID, description="`last_id` of the previous page")
     order: Literal["asc", "desc"] = Field("desc", description="order by creation time; desc: newest first")
-    status: list[Status] = Field(default_factory=list, description="only jobs with one of these statuses; repeatable")
+    include: str | None = Field(
+        None,
+        pattern=r"^(input|output)(,(input|output))?$",
+        description="texts that the list also contains: input, output or both, as in input,output",
+    )
+    status: list[Status] = Field(
+        default_factory=list, fail_fast=True, description="only jobs with one of these statuses; repeatable"
+    )
 
 
 MAX_WAIT_SECONDS = 60
@@ -33,6 +40,24 @@ class WaitQuery(BaseModel):
         le=MAX_WAIT_SECONDS,
         description="maximum wait in seconds for the job to end or, with If-None-Match, to change",
     )
+
+
+class CandidateQuery(BaseModel):
+    """Query parameters of a list of candidates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    after: str | None = Field(
+        None, pattern=r"^[0-9]{1,4}-[0-9]{1,4}$", description="id of the last candidate that was seen"
+    )
+
+
+class IterationQuery(BaseModel):
+    """Query parameters of a list of iterations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    after: int = Field(-1, ge=-1, le=10_000, description="number of the last iteration that was seen")
 
 
 class EventQuery(BaseModel):

@@ -9,7 +9,7 @@ from tpo.webhooks.tables import DEFAULT_EVENTS, DeliveryStatus, EventType
 from tpo.wire import Identified, Wire
 
 _Url = Annotated[str, Field(max_length=2048, description="https:// or http:// URL with a public address")]
-_Events = Annotated[list[EventType], Field(min_length=1, max_length=50, description="events to send")]
+_Events = Annotated[list[EventType], Field(min_length=1, max_length=50, fail_fast=True, description="events to send")]
 
 
 class WebhookRequest(Wire):

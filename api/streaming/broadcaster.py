@@ -76,6 +76,8 @@ class EventBroadcaster:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.max_streams: int | None = None
+        """Maximum number of open subscriptions; None for no limit."""
         self._seen: dict[str, int] = {}
         self._subscriptions: dict[str, set[Subscription]] = {}
         self._subscribed = asyncio.Event()
@@ -120,6 +122,11 @@ class EventBroadcaster:
     def subscriptions(self) -> int:
         """Return the number of open subscriptions."""
         return sum(len(each) for each in self._subscriptions.values())
+
+    @property
+    def full(self) -> bool:
+        """Return whether no further subscription may be opened, so that other requests find a connection."""
+        return self.max_streams is not None and self.subscriptions >= self.max_streams
 
     async def _poll_forever(self) -> None:
         pause = POLL_SECONDS

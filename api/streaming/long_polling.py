@@ -26,7 +26,7 @@ async def until_changed(broadcaster: EventBroadcaster, store: Store, job: JobVie
 async def _wait(
     broadcaster: EventBroadcaster, store: Store, job: JobView, seconds: float, *, any_event: bool
 ) -> JobView:
-    if job.status in TERMINAL:
+    if job.status in TERMINAL or broadcaster.full:
         return job
     end = time.monotonic() + seconds
     async with broadcaster.subscribe(job.id, job.last_event) as subscription:

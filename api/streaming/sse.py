@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from api import views
+from api.errors import TOO_MANY_STREAMS, problem
 from api.streaming.broadcaster import EventBroadcaster, Subscription
 from tpo.core.errors import StoreUnavailableError
 from tpo.core.status import TERMINAL
@@ -49,6 +50,10 @@ class EventStream(HTTPResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand the stream to the outermost middleware, so that FastAPI's state of the request can be freed."""
+        if self._broadcaster.full:
+            refusal = problem(scope, 503, detail=TOO_MANY_STREAMS, code="too_many_streams")
+            await refusal(scope, receive, send)
+            return
         scope["state"]["streams_after_route"] = self.send_events
 
     async def send_events(self, scope: Scope, receive: Receive, send: Send) -> None:

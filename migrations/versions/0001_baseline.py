@@ -84,6 +84,8 @@ def upgrade() -> None:
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("reward_model", sa.Text, nullable=False),
         sa.Column("input", sa.JSON, nullable=False),
+        sa.Column("input_preview", sa.String(200), nullable=False),
+        sa.Column("input_bytes", sa.Integer, nullable=False),
         sa.Column("params", sa.JSON, nullable=False),
         sa.Column("prompts", sa.JSON, nullable=False),
         sa.Column("priority", sa.Integer, nullable=False),
@@ -146,6 +148,7 @@ def upgrade() -> None:
     )
     op.create_index("jobs_by_status", "jobs", ["status", "id"])
     op.create_index("jobs_by_tenant", "jobs", ["tenant", "id"])
+    op.create_index("jobs_by_stored_bytes", "jobs", ["tenant", "input_bytes"])
     op.create_index("jobs_by_tenant_and_status", "jobs", ["tenant", "status", "id"])
     op.create_index(
         "jobs_in_line",
@@ -190,6 +193,7 @@ def upgrade() -> None:
         sa.Column("max_jobs_in_flight", sa.Integer),
         sa.Column("max_jobs_per_minute", sa.Integer),
         sa.Column("max_jobs_running", sa.Integer),
+        sa.Column("max_stored_bytes", sa.BigInteger),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(

@@ -64,8 +64,8 @@ def test_supervisor_kills_child_that_ignores_sigterm(tmp_path: Path, events: Eve
 
 
 def test_supervisor_rotates_large_log(tmp_path: Path, events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "_MAX_LOG_BYTES", 3)
-    (tmp_path / "child.log").write_text("old lines")
+    monkeypatch.setattr(supervisor, "_MAX_LOG_BYTES", 9)
+    (tmp_path / "child.log").write_text("very old lines")
     with Supervisor(tmp_path, lambda event, facts: events.append((event, facts))) as running:
         running.start(_service("import time; time.sleep(60)"))
     assert (tmp_path / "child.log.1").read_text() == "old lines"
@@ -77,3 +77,21 @@ def test_supervisor_restores_signal_handlers(tmp_path: Path, events: Events) -> 
     with Supervisor(tmp_path, lambda event, facts: events.append((event, facts))):
         pass
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)] == before
+
+
+def test_log_that_is_too_long_is_emptied_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_MAX_LOG_BYTES", 1000)
+    log = tmp_path / "api.log"
+    with log.open("ab", buffering=0) as child:
+        for number in range(100):
+            child.write(f"{number:03} ".encode() * 10)
+            supervisor.rotate(log)
+            assert log.stat().st_size <= 1000
+            assert not (moved := tmp_path / "api.log.1").exists() or moved.stat().st_size <= 1000
+        assert (tmp_path / "api.log.1").read_bytes().endswith(b"077 " * 10)
+        assert log.read_bytes().startswith(b"078 ")
+        assert log.read_bytes().endswith(b"099 " * 10)
+        child.write(b"x" * 5000)
+        supervisor.rotate(log)
+    assert (tmp_path / "api.log.1").read_bytes() == b"x" * 1000
+    assert log.read_bytes() == b""

@@ -46,6 +46,15 @@ def client(make_client: Callable[..., TestClient]) -> TestClient:
 
 
 @pytest.fixture
+def sqlite_client_of(sqlite_template: Path, tmp_path: Path, valkey: Valkey) -> Iterator[Callable[..., TestClient]]:
+    """Return a function like `make_client`, on SQLite, for tests that do not depend on the database."""
+    shutil.copy(sqlite_template, tmp_path / "tpo.db")
+    with contextlib.ExitStack() as stack:
+        defaults = {"database_url": f"sqlite:///{tmp_path}/tpo.db", "broker_url": valkey.url}
+        yield lambda **settings: stack.enter_context(api_client(**{**defaults, **settings}))
+
+
+@pytest.fixture
 def receiver() -> Iterator[Receiver]:
     """Start a webhook receiver."""
     with receiving() as receiver:

@@ -78,7 +78,7 @@ def test_upload_of_100_mb_costs_little_memory(sqlite_system: System) -> None:
 
 def _announce(api: Api, path: str, content_type: str) -> httpx.Response:
     """Announce a body of 100 MB, send none of it, and return the received."""
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {content_type}\r\ncontent-length: {MANY}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: {content_type}\r\ncontent-length: {MANY}\r\n\r\n"
     received = raw(api.port, head.encode())
     status, *headers = header_lines(received)
     assert b"connection: close" in headers
@@ -93,13 +93,13 @@ def _announce(api: Api, path: str, content_type: str) -> httpx.Response:
 @pytest.mark.parametrize(
     "request_bytes",
     [
-        b"GET /v1/jobs/job_x%0d%0aset-cookie:%20a=b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-        b"GET /v1/jobs?after=%0d%0aset-cookie:%20a=b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-        b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nx-request-id: a\rset-cookie: a=b\r\nconnection: close\r\n\r\n",
-        b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nx-request-id: a\nset-cookie: a=b\r\nconnection: close\r\n\r\n",
-        b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\nidempotency-key: a\x00b\r\nconnection: close\r\n\r\n",
-        b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nprefer: wait=1\r\n set-cookie: a=b\r\nconnection: close\r\n\r\n",
-        b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /v1/jobs/job_x%0d%0aset-cookie:%20a=b HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs?after=%0d%0aset-cookie:%20a=b HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs HTTP/1.1\r\nhost: 127.0.0.1\r\nx-request-id: a\rset-cookie: a=b\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs HTTP/1.1\r\nhost: 127.0.0.1\r\nx-request-id: a\nset-cookie: a=b\r\nconnection: close\r\n\r\n",
+        b"POST /v1/jobs HTTP/1.1\r\nhost: 127.0.0.1\r\nidempotency-key: a\x00b\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs HTTP/1.1\r\nhost: 127.0.0.1\r\nprefer: wait=1\r\n set-cookie: a=b\r\nconnection: close\r\n\r\n",
+        b"GET /v1/jobs HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"GET / HTTP/9.9\r\n\r\n",
     ],
@@ -136,8 +136,8 @@ def test_file_name_is_not_copied_into_a_header(module_api: Api) -> None:
     [
         (b"{", 400, "invalid_json"),
         (b'{"input": "\xff"}', 400, "invalid_json"),
-        (b"[" * 100_000, 400, "invalid_json"),
-        (b'{"a":' * 30_000 + b"1" + b"}" * 30_000, 400, "invalid_json"),
+        (b"[" * 50_000, 400, "invalid_json"),
+        (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, 400, "invalid_json"),
         (b'{"unheard_of": NaN}', 422, "invalid_input"),
         (b"[]", 422, "invalid_input"),
         (b'{"unheard_of": 1}', 422, "invalid_input"),

@@ -257,7 +257,7 @@ class TestProcess:
         sent = 0
         with socket.create_connection(("127.0.0.1", sqlite_api.port)) as connection:
             connection.sendall(
-                b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"POST /v1/jobs HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
                 b"transfer-encoding: chunked\r\n\r\n"
             )
             with contextlib.suppress(ConnectionError):

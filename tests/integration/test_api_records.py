@@ -76,7 +76,11 @@ class TestRecord:
 
     def test_shows_the_running_iteration(self, client: TestClient, store: Store) -> None:
         job = submit(client, parameters={"sample_size": 2, "max_iterations": 2})
-        assert client.get(f"/v1/jobs/{job['id']}/iterations").json() == {"object": "list", "data": []}
+        assert client.get(f"/v1/jobs/{job['id']}/iterations").json() == {
+            "object": "list",
+            "data": [],
+            "has_more": False,
+        }
         run_steps(store, job["id"], steps=3)
         now = client.get(f"/v1/jobs/{job['id']}").json()
         assert now["status"] == "in_progress"

@@ -267,7 +267,7 @@ class TestOpenAPI:
             return {parameter["name"] for parameter in paths[path][method]["parameters"]}
 
         assert named("/v1/jobs", "post") == {"Idempotency-Key", "Prefer"}
-        assert named("/v1/jobs") == {"limit", "after", "order", "status", "metadata"}
+        assert named("/v1/jobs") == {"limit", "after", "order", "include", "status", "metadata"}
         assert named("/v1/jobs/{job_id}") == {"job_id", "wait", "If-None-Match"}
         assert named("/v1/jobs/{job_id}/events") == {"job_id", "starting_after", "limit", "stream", "Last-Event-ID"}
 

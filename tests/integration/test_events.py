@@ -193,7 +193,7 @@ def test_subscriber_that_stops_reading_is_dropped(
     with socket.socket() as subscriber:
         subscriber.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         subscriber.connect(("127.0.0.1", port))
-        subscriber.sendall(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        subscriber.sendall(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode())
         before = psutil.Process(process.pid).memory_info().rss
         _insert_events(store, job_id)
         # Logged at the end of the response, although nobody has read it: either a send took too long, or many events
@@ -321,7 +321,7 @@ def test_1000_subscribers_of_one_process(sqlite_system: System) -> None:
 
         async def listen(job_id: str, ready: asyncio.Semaphore) -> list[int]:
             reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
-            writer.write(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            writer.write(f"GET /v1/jobs/{job_id}/events?stream=true HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode())
             await reader.readuntil(b"event: job.queued")
             ready.release()
             rest = await reader.readuntil(b"event: job.cancelled")

@@ -20,6 +20,7 @@ def api_client(**settings: Any) -> Iterator[TestClient]:
         "policy": "scripted",
         "reward_model": "scripted",
         "max_input_characters": 1000,
+        "allowed_hosts": "testserver",
         **settings,
     }
     with TestClient(create_app(Settings(**values))) as client:

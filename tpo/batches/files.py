@@ -12,7 +12,9 @@ from sqlalchemy.orm import Session
 from tpo.batches.tables import ENDED, Batch, File, FilePart, Purpose
 from tpo.core.errors import ConflictError, UploadNotFoundError
 from tpo.db import Queries, new_id, now, reading, writing
+from tpo.jobs.quotas import check_stored_bytes
 from tpo.tenants.idempotency import IdempotencyRequest, create_idempotently, find_existing, record_key
+from tpo.tenants.tenants import Limits
 
 PART_BYTES = 256 * 1024
 """Size of a part, which is one row and one transaction: few parts for a file, short waits for other writers."""
@@ -41,16 +43,20 @@ class FileQueries(Queries):
         with writing(self._engine) as session:
             append(session, file_id, data)
 
-    def complete(self, file_id: str, idempotency: IdempotencyRequest | None = None) -> File:
+    def complete(
+        self, file_id: str, idempotency: IdempotencyRequest | None = None, limits: Limits | None = None
+    ) -> File:
         """Show a file. If the same request created one in the meantime, discard this one and return that one.
 
-        Raises IdempotencyConflictError.
+        Raises IdempotencyConflictError and QuotaExceededError.
         """
 
         def complete(session: Session) -> File:
             if known := _made_before(session, self.tenant, idempotency):
                 session.execute(delete(File).where(File.id == file_id))
                 return known
+            if limits:
+                check_stored_bytes(session, self.tenant, limits)
             session.execute(update(File).where(File.id == file_id).values(complete=True))
             record_key(session, self.tenant, idempotency, file_id=file_id)
             return session.get_one(File, file_id)

@@ -15,7 +15,7 @@ from tpo.client.errors import (
     RateLimitError,
     WaitTimeoutError,
 )
-from tpo.client.types import TERMINAL, Candidate, Event, Iteration, Job, Status
+from tpo.client.types import TERMINAL, Candidate, Event, Iteration, Job, JobSummary, Status
 
 __all__ = [
     "TERMINAL",
@@ -32,6 +32,7 @@ __all__ = [
     "Iteration",
     "Job",
     "JobFailedError",
+    "JobSummary",
     "NotFoundError",
     "RateLimitError",
     "Result",

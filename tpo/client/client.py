@@ -15,7 +15,7 @@ from tpo.client.batch import Result, Row, map_concurrently
 from tpo.client.errors import ClientError, JobFailedError, WaitTimeoutError
 from tpo.client.stream import follow
 from tpo.client.transport import Transport
-from tpo.client.types import BODY_FIELDS, TERMINAL, Candidate, Event, Iteration, Job, Status
+from tpo.client.types import BODY_FIELDS, TERMINAL, Candidate, Event, Iteration, Job, JobSummary, Status
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 LONG_POLL_SECONDS = 10.0
@@ -126,11 +126,11 @@ class Client:
 
     def iterations(self, job: str | Job) -> builtins.list[Iteration]:
         """Return the iterations of a job: the compared candidates, the critique, the gradient and the rewards."""
-        return cast(builtins.list[Iteration], self._transport.json("GET", f"{_path(job)}/iterations")["data"])
+        return cast(builtins.list[Iteration], [*self._pages(f"{_path(job)}/iterations", "number")])
 
     def candidates(self, job: str | Job) -> builtins.list[Candidate]:
         """Return all candidates of a job, with their texts and rewards."""
-        return cast(builtins.list[Candidate], self._transport.json("GET", f"{_path(job)}/candidates")["data"])
+        return cast(builtins.list[Candidate], [*self._pages(f"{_path(job)}/candidates", "id")])
 
     def list(
         self,
@@ -140,14 +140,19 @@ class Client:
         order: Literal["asc", "desc"] = "desc",
         after: str | None = None,
         limit: int | None = None,
-    ) -> Iterator[Job]:
-        """Iterate over jobs, newest first, or oldest first with `order="asc"`. Pages are fetched as they are needed."""
+        include: Sequence[Literal["input", "output"]] = (),
+    ) -> Iterator[JobSummary]:
+        """Iterate over jobs, newest first, or oldest first with `order="asc"`. Pages are fetched as they are needed.
+
+        A job in a list has an `input_preview`; `include` brings its whole `input` or `output`.
+        """
         remaining = limit
         filters = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
         while remaining is None or remaining > 0:
             size = _PAGE_SIZE if remaining is None else min(remaining, _PAGE_SIZE)
             query: dict[str, Any] = {"order": order, "limit": size, **filters}
             query |= {"status": status} if status else {}
+            query |= {"include": ",".join(include)} if include else {}
             query |= {"after": after} if after else {}
             page = self._transport.json("GET", "/v1/jobs", params=query)
             yield from page["data"]
@@ -185,6 +190,16 @@ class Client:
             return Result(index, row, job, None if job["status"] == "completed" else JobFailedError(job))
 
         return map_concurrently(enumerate(rows), process, concurrency=in_flight, in_order=in_order)
+
+    def _pages(self, path: str, cursor: str) -> Iterator[Any]:
+        """Iterate over the items of a list without a limit, page by page."""
+        query: dict[str, Any] = {}
+        while True:
+            page = self._transport.json("GET", path, params=query)
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            query = {"after": page["data"][-1][cursor]}
 
     def _wait(
         self, job: str | Job, progress: OnProgress | None, timeout: float | None, abandoned: threading.Event

@@ -1,6 +1,6 @@
 """Types of the server's responses. The values are plain JSON, so fields that a newer server adds are present too."""
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from tpo.core import status
 from tpo.core.status import Status as Status
@@ -59,14 +59,13 @@ class Usage(TypedDict):
     model_seconds: float
 
 
-class Job(TypedDict):
-    """One optimization. Times are Unix seconds."""
+class JobFields(TypedDict):
+    """Fields that a job and its summary have in common. Times are Unix seconds."""
 
     id: str
     object: Literal["job"]
     status: Status
     model: str
-    input: str | list[Message]
     parameters: dict[str, Any]
     priority: int
     metadata: dict[str, str]
@@ -86,11 +85,25 @@ class Job(TypedDict):
     progress: Progress
     best: Best | None
     declined_iteration: int | None
-    output: str | None
     error: Failure | None
     incomplete_details: Incomplete | None
     stop_reason: str | None
     usage: Usage
+
+
+class Job(JobFields):
+    """One optimization. Times are Unix seconds."""
+
+    input: str | list[Message]
+    output: str | None
+
+
+class JobSummary(JobFields):
+    """A job in a list. Its texts are present only if the list was asked to include them."""
+
+    input_preview: str
+    input: NotRequired[str | list[Message]]
+    output: NotRequired[str]
 
 
 class Event(TypedDict):

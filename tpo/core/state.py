@@ -68,6 +68,7 @@ class Params(Frozen):
     stop: tuple[Annotated[str, StringConstraints(min_length=1, max_length=64)], ...] = Field(
         (),
         max_length=4,
+        fail_fast=True,
         strict=False,
         description="strings before which a first sample ends; an update ends with its answer tag",
     )

@@ -12,7 +12,7 @@ from tpo.core.loop import locate
 from tpo.core.state import State
 from tpo.db import new_id, now
 from tpo.jobs.records import progress_columns, save_record
-from tpo.jobs.tables import EventRow, Job, MetadataRow
+from tpo.jobs.tables import PREVIEW_CHARACTERS, EventRow, Job, MetadataRow
 from tpo.jobs.view import JobView
 from tpo.tenants.idempotency import IdempotencyRequest, record_key
 
@@ -66,6 +66,11 @@ def insert_jobs(session: Session, tenant: str, new_jobs: Sequence[NewJob]) -> li
     return [JobView.of(cast("Job", SimpleNamespace(**values))) for values in records]
 
 
+def input_bytes(state: State) -> int:
+    """Return the length of a job's messages in UTF-8."""
+    return sum(len(message.content.encode()) for message in state.input)
+
+
 def _row(
     tenant: str, created_at: float, state: State, request: IdempotencyRequest | None, options: JobOptions
 ) -> dict[str, Any]:
@@ -76,6 +81,8 @@ def _row(
         "model": options["model"],
         "reward_model": options["reward_model"],
         "input": [m.model_dump() for m in state.input],
+        "input_preview": state.input[-1].content[:PREVIEW_CHARACTERS],
+        "input_bytes": input_bytes(state),
         "params": state.params.model_dump(mode="json"),
         "prompts": state.prompts.model_dump(mode="json"),
         "priority": options.get("priority", 0),

@@ -1,8 +1,8 @@
-"""Quotas of a tenant: jobs in flight, and jobs per minute."""
+"""Quotas of a tenant: jobs in flight, jobs per minute, and stored bytes."""
 
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
+from sqlalchemy import column, func, select, table
 from sqlalchemy.orm import Session
 
 from tpo.core.errors import QuotaExceededError
@@ -16,7 +16,14 @@ _WINDOW_SECONDS = 60.0
 _IN_FLIGHT_RETRY_SECONDS = 5.0
 """It is unknown when a job will end; a client that retries at this interval costs little."""
 
+_STORED_RETRY_SECONDS = 60.0
+"""Only a deletion frees bytes: the tenant's own, or that of the retention."""
+
+_FILES = table("files", column("tenant"), column("bytes"))
+"""The table of files belongs to batches, which are above jobs."""
+
 TOO_MANY_IN_FLIGHT = "The limit of {} jobs in flight is reached. Wait until a job has ended."
+TOO_MANY_STORED_BYTES = "The limit of {} stored bytes is reached. Delete jobs or files."
 TOO_MANY_PER_MINUTE = "The limit of {} jobs per minute is reached. Wait before you create another job."
 
 
@@ -30,14 +37,17 @@ class RateLimitStatus:
     """Seconds until the remaining quota grows."""
 
 
-def check_quota(session: Session, tenant: str, limits: Limits) -> RateLimitStatus | None:
-    """Check the quota for one more job, in the transaction that creates it. Raises QuotaExceededError."""
+def check_quota(session: Session, tenant: str, limits: Limits, new_bytes: int) -> RateLimitStatus | None:
+    """Check the quota for one more job with an input of `new_bytes`, in the transaction that creates it.
+
+    Raises QuotaExceededError.
+    """
     limits = limits_of_tenant(session, tenant, limits)
-    if limits.in_flight is None and limits.per_minute is None:
+    if limits.in_flight is None and limits.per_minute is None and limits.stored_bytes is None:
         return None
-    # The tenant's row is locked while its jobs are counted; otherwise two requests could both take the last free slot.
-    ensure_tenant(session, tenant)
-    session.execute(select(Tenant.id).where(Tenant.id == tenant).with_for_update())
+    _lock(session, tenant)
+    if limits.stored_bytes is not None:
+        _check_stored_bytes(session, tenant, limits.stored_bytes, new_bytes)
     rate_limit = _remaining_this_minute(session, tenant, limits.per_minute) if limits.per_minute is not None else None
     if limits.in_flight is not None and _in_flight(session, tenant, limits.in_flight) >= limits.in_flight:
         raise QuotaExceededError(
@@ -49,6 +59,35 @@ def check_quota(session: Session, tenant: str, limits: Limits) -> RateLimitStatu
             _IN_FLIGHT_RETRY_SECONDS,
         )
     return rate_limit
+
+
+def check_stored_bytes(session: Session, tenant: str, limits: Limits) -> None:
+    """Check that a tenant has not stored too much, in the transaction that stores a file. Raises QuotaExceededError."""
+    limit = limits_of_tenant(session, tenant, limits).stored_bytes
+    if limit is not None:
+        _lock(session, tenant)
+        _check_stored_bytes(session, tenant, limit, 0)
+
+
+def _lock(session: Session, tenant: str) -> None:
+    # The tenant's row is locked while its jobs are counted; otherwise two requests could both take the last free slot.
+    ensure_tenant(session, tenant)
+    session.execute(select(Tenant.id).where(Tenant.id == tenant).with_for_update())
+
+
+def _check_stored_bytes(session: Session, tenant: str, limit: int, new_bytes: int) -> None:
+    inputs = select(func.coalesce(func.sum(Job.input_bytes), 0)).where(Job.tenant == tenant)
+    files = select(func.coalesce(func.sum(_FILES.c.bytes), 0)).where(_FILES.c.tenant == tenant)
+    stored = int(session.execute(inputs).scalar_one() + session.execute(files).scalar_one())
+    if stored + new_bytes > limit:
+        raise QuotaExceededError(
+            TOO_MANY_STORED_BYTES.format(limit),
+            "too_many_stored_bytes",
+            _STORED_RETRY_SECONDS,
+            limit,
+            max(0, limit - stored),
+            _STORED_RETRY_SECONDS,
+        )
 
 
 def _in_flight(session: Session, tenant: str, limit: int) -> int:

@@ -1,9 +1,10 @@
 """Submit and read jobs. Every query is bound to the tenant: another tenant's job is not found."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, Unpack, cast
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, Unpack, cast
 
-from sqlalchemy import Select, bindparam, exists, select, union_all
+from sqlalchemy import Select, bindparam, exists, func, literal, null, select, union_all
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
@@ -11,7 +12,7 @@ from tpo.core.errors import ExternalIdTakenError, JobNotFoundError, StoreUnavail
 from tpo.core.state import State
 from tpo.core.status import Status
 from tpo.db import Queries, reading, single_query, write
-from tpo.jobs.insertion import ATTRIBUTES, JOBS, JobOptions, insert_jobs
+from tpo.jobs.insertion import ATTRIBUTES, JOBS, JobOptions, input_bytes, insert_jobs
 from tpo.jobs.quotas import RateLimitStatus, check_quota, free_slots
 from tpo.jobs.records import read_state
 from tpo.jobs.tables import EventRow, Job, MetadataRow
@@ -22,6 +23,9 @@ from tpo.tenants.tenants import Limits
 # Statements that every request needs are built once: building one costs more than running it.
 _AS_JOB = [column.label(ATTRIBUTES[column.key]) for column in JOBS.columns]
 """A job's columns, labelled as its attributes: such a row can be read like a Job, at about half the cost."""
+_WITHOUT_TEXTS = [
+    (null() if column.key in ("input", "output") else column).label(ATTRIBUTES[column.key]) for column in JOBS.columns
+]
 _OWN = select(*_AS_JOB).where(JOBS.c.id == bindparam("job_id"), JOBS.c.tenant == bindparam("tenant"))
 
 
@@ -32,6 +36,16 @@ class Submitted(NamedTuple):
     new: bool
     rate_limit: RateLimitStatus | None
     """The tenant's remaining quota; None if there is no limit, or if no job was created."""
+
+
+TextField = Literal["input", "output"]
+
+
+class Texts(NamedTuple):
+    """The texts of a job that a list was asked for."""
+
+    input: list[Any] | None
+    output: str | None
 
 
 class JobRequests(Queries):
@@ -54,7 +68,7 @@ class JobRequests(Queries):
         def create(session: Session) -> Submitted:
             if known := self._known(session, idempotency, external_id):
                 return Submitted(JobView.of(known), new=False, rate_limit=None)
-            rate_limit = check_quota(session, self.tenant, limits) if limits else None
+            rate_limit = check_quota(session, self.tenant, limits, input_bytes(state)) if limits else None
             [job] = insert_jobs(session, self.tenant, [(state, idempotency, options)])
             return Submitted(job, new=True, rate_limit=rate_limit)
 
@@ -84,8 +98,12 @@ class JobRequests(Queries):
         order: Literal["asc", "desc"] = "desc",
         statuses: Sequence[Status] = (),
         metadata: Mapping[str, str] | None = None,
+        texts: bool = True,
     ) -> Sequence[JobView]:
-        """Return a page of jobs, ordered by age. `after` is the last id of the previous page."""
+        """Return a page of jobs, ordered by age. `after` is the last id of the previous page.
+
+        Without `texts` their inputs and outputs are not read, and are empty.
+        """
 
         def first_of(query: Select[str], job_id: InstrumentedAttribute[str]) -> Select[str]:
             """Limit a query to one page, read from an index that ends with the job's id."""
@@ -102,9 +120,33 @@ class JobRequests(Queries):
             ids = select(page_ids).order_by(page_ids if order == "asc" else page_ids.desc()).limit(limit)
         else:
             ids = first_of(select(Job.id).where(Job.tenant == self.tenant), Job.id)
-        query = select(*_AS_JOB).where(Job.id.in_(ids)).order_by(Job.id if order == "asc" else Job.id.desc())
+        columns = _AS_JOB if texts else _WITHOUT_TEXTS
+        query = select(*columns).where(Job.id.in_(ids)).order_by(Job.id if order == "asc" else Job.id.desc())
         with single_query(self._engine) as connection:
             return [JobView.of(cast("Job", row)) for row in connection.execute(query)]
+
+    def texts(self, job_ids: Sequence[str], fields: Collection[TextField], max_bytes: int) -> list[Texts]:
+        """Return the texts of the first of these jobs: of as many as fit into about `max_bytes`, but of one at least.
+
+        Fields that are not wanted, and those of a job that was deleted meanwhile, are None.
+        """
+        columns = [JOBS.c[name] if name in fields else null().label(name) for name in ("input", "output")]
+        input_bytes = JOBS.c.input_bytes if "input" in fields else literal(0)
+        output_bytes = func.coalesce(func.length(JOBS.c.output), 0) if "output" in fields else literal(0)
+        own = (JOBS.c.tenant == self.tenant, JOBS.c.id.in_(job_ids))
+        with reading(self._engine) as session:
+            sizes = {
+                row.id: row.bytes
+                for row in session.execute(select(JOBS.c.id, (input_bytes + output_bytes).label("bytes")).where(*own))
+            }
+            totals = accumulate(sizes.get(job_id, 0) for job_id in job_ids)
+            fitting = max(1, sum(total <= max_bytes for total in totals))
+            which = (*own, JOBS.c.id.in_(job_ids[:fitting]))
+            found = {
+                row.id: Texts(row.input, row.output)
+                for row in session.execute(select(JOBS.c.id, *columns).where(*which))
+            }
+        return [found.get(job_id, Texts(None, None)) for job_id in job_ids[:fitting]]
 
     def state(self, job_id: str) -> State:
         """Return the recorded state of one job's optimization. Raises JobNotFoundError."""

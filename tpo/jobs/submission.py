@@ -48,7 +48,10 @@ BY_SHAPE = Discriminator(
 Input = Annotated[
     Annotated[NonBlankText, Tag("text")]
     | Annotated[
-        list[InputMessage], Field(min_length=1, max_length=1000), AfterValidator(_ends_with_user), Tag("messages")
+        list[InputMessage],
+        Field(min_length=1, max_length=1000, fail_fast=True),
+        AfterValidator(_ends_with_user),
+        Tag("messages"),
     ],
     BY_SHAPE,
 ]

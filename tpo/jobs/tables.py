@@ -13,6 +13,8 @@ from tpo.db.base import partial_index
 _STATUSES = (*LIVE, *TERMINAL)
 
 
+PREVIEW_CHARACTERS = 200
+
 IncompleteReason = Literal[Budget, "deadline"]
 
 
@@ -24,6 +26,7 @@ class Job(Base):
         CheckConstraint("status IN ({})".format(", ".join(f"'{s}'" for s in _STATUSES)), name="jobs_status"),
         Index("jobs_by_tenant", "tenant", "id"),
         Index("jobs_by_tenant_and_status", "tenant", "status", "id"),
+        Index("jobs_by_stored_bytes", "tenant", "input_bytes"),
         Index("jobs_by_external_id", "tenant", "external_id", unique=True),
         Index("jobs_by_end", "completed_at"),
         Index("jobs_by_status", "status", "id"),
@@ -60,6 +63,10 @@ class Job(Base):
     model: Mapped[str]
     reward_model: Mapped[str]
     input: Mapped[list[Any]]
+    input_preview: Mapped[str] = mapped_column(String(PREVIEW_CHARACTERS))
+    """The beginning of the last message, for lists."""
+    input_bytes: Mapped[int]
+    """The length of all messages in UTF-8."""
     params: Mapped[dict[str, Any]]
     prompts: Mapped[dict[str, Any]]
     priority: Mapped[int] = mapped_column(default=0)

@@ -27,6 +27,8 @@ class JobView:
     model: str
     reward_model: str
     input: tuple[Message, ...]
+    """Empty in a list without texts."""
+    input_preview: str
     params: Params
     prompt_set: str
     prompt_set_version: int
@@ -70,7 +72,7 @@ class JobView:
     def of(cls, row: Job) -> Self:
         """Return the view of a row of the table."""
         return cls(
-            input=tuple(_read(Message, message, role="user", content="") for message in row.input),
+            input=tuple(_read(Message, message, role="user", content="") for message in row.input or ()),
             params=_read(Params, row.params),
             prompt_set=row.prompts["name"],
             prompt_set_version=row.prompts["version"],

@@ -12,6 +12,7 @@ from tpo.batches.tables import BatchLine
 from tpo.core.errors import InvalidInputError
 from tpo.jobs.submission import Submit
 from tpo.jobs.view import JobView
+from tpo.json_limits import check_structure
 from tpo.openai import views
 from tpo.openai.requests import ChatRequest, JobRequest, ResponseRequest
 from tpo.wire import StoredText, Wire
@@ -51,7 +52,10 @@ class OpenAILines:
         if line.text is None:
             return RefusedLine(None, InvalidInputError("The line is too long."))
         try:
+            check_structure(line.content)
             fields = from_json(line.content, allow_inf_nan=False)
+        except InvalidInputError as error:
+            return RefusedLine(None, error)
         except ValueError:
             return RefusedLine(None, InvalidInputError("The line is not JSON in UTF-8, or it is nested too deeply."))
         if not isinstance(fields, dict):

@@ -4,14 +4,26 @@ A parameter that would have no effect is refused by name, unless its value reque
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from tpo import validation_messages
 from tpo.core.errors import InvalidInputError
 from tpo.jobs.submission import BY_SHAPE, Submit
-from tpo.wire import NonBlankText, Wire
+from tpo.wire import NonBlankText, StoredText, Wire, check_not_blank
 
 _TEXTS = ("input_text", "output_text", "text")
 
@@ -26,7 +38,24 @@ def _flattened(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-Content = Annotated[NonBlankText, BeforeValidator(_flattened)]
+@dataclass(frozen=True, eq=False)
+class Unsupported:
+    """A field that is not supported: only null and `harmless` values, which ask for the default, are accepted."""
+
+    harmless: tuple[Any, ...] = ()
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.harmless]}
+
+    def _check(self, value: Any) -> None:
+        if value is not None and (isinstance(value, bool) or value not in self.harmless):
+            raise ValueError("is not supported: leave it out")
+
+
+Content = Annotated[StoredText | None, BeforeValidator(_flattened)]
 Role = Literal["system", "developer", "user", "assistant"]
 
 
@@ -34,7 +63,16 @@ class Turn(Wire):
     """One message of a conversation."""
 
     role: Role
-    content: Content
+    content: Content = Field(None, validate_default=True, description="text; only a user must have one")
+
+    @field_validator("content")
+    @classmethod
+    def _user_says_something(cls, content: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("role") == "user":
+            if content is None:
+                raise PydanticCustomError("missing", "Field required")
+            check_not_blank(content)
+        return content
 
 
 class InputItem(Turn):
@@ -49,6 +87,9 @@ class InputItem(Turn):
 class ChatMessage(Turn):
     """One message of a chat. An earlier answer can be sent back unchanged, also as the client's model dump."""
 
+    name: Annotated[None, Unsupported(("",))] = None
+    reasoning_content: str | None = Field(None, description="ignored: reasoning is not sent to the model again")
+    reasoning: str | None = Field(None, description="another name of reasoning_content")
     refusal: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
     audio: None = None
@@ -66,12 +107,22 @@ class TextOptions(Wire):
     """Format of the output text."""
 
     format: PlainText | None = None
+    verbosity: Annotated[None, Unsupported(("medium",))] = None
+
+
+class ReasoningOptions(Wire):
+    """Options of reasoning, which are not supported."""
+
+    effort: Annotated[None, Unsupported()] = None
+    summary: Annotated[None, Unsupported()] = None
+    generate_summary: Annotated[None, Unsupported()] = None
 
 
 class StreamOptions(Wire):
     """Options of a stream."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="ignored: events are never padded")
 
 
 class JobRequest(Wire):
@@ -92,11 +143,17 @@ class JobRequest(Wire):
         "`deadline_seconds` and `external_id`",
     )
 
-    store: Literal[True] | None = Field(None, description="always true: every job is stored")
     tools: list[Any] | None = Field(None, max_length=0, description="tools are not supported; empty")
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = Field(None, description="ignored, because tools are not supported")
     service_tier: Literal["auto", "default"] | None = None
+    user: str | None = Field(None, description="ignored: it does not change the answer")
+    safety_identifier: str | None = Field(None, description="ignored: it does not change the answer")
+    prompt_cache_key: str | None = Field(None, description="ignored: it does not change the answer")
+    prompt_cache_retention: str | None = Field(None, description="ignored: it does not change the answer")
+    prompt_cache_options: Annotated[None, Unsupported(({},))] = None
+    moderation: Annotated[None, Unsupported()] = None
+    top_logprobs: Annotated[None, Unsupported((0,))] = None
 
     def submission(self) -> Submit:
         """Translate the request into a submission. Raises InvalidInputError, with the field names of this request."""
@@ -151,18 +208,29 @@ class ResponseRequest(JobRequest):
         "parameters.max_tokens": "max_output_tokens",
     }
 
-    input: Annotated[Annotated[NonBlankText, Tag("text")] | Annotated[list[InputItem], Tag("messages")], BY_SHAPE] = (
-        Field(description="a prompt, or messages of which the last is the user's")
-    )
-    instructions: NonBlankText | None = Field(None, description="system message before the input")
+    input: Annotated[
+        Annotated[NonBlankText, Tag("text")] | Annotated[list[InputItem], Field(fail_fast=True), Tag("messages")],
+        BY_SHAPE,
+    ] = Field(description="a prompt, or messages of which the last is the user's")
+    instructions: StoredText | None = Field(None, description="system message before the input")
     max_output_tokens: int | None = Field(None, description="maximum length of each sample, in tokens")
     background: bool | None = Field(None, description="if not true, the request waits until the job ends")
+    store: Literal[True] | None = Field(None, description="always true: every job is stored")
     text: TextOptions | None = None
     truncation: Literal["disabled"] | None = None
     include: list[Any] | None = Field(None, max_length=0)
+    reasoning: ReasoningOptions | None = None
+    previous_response_id: Annotated[None, Unsupported()] = None
+    conversation: Annotated[None, Unsupported()] = None
+    prompt: Annotated[None, Unsupported()] = None
+    context_management: Annotated[None, Unsupported(([],))] = None
+    max_tool_calls: int | None = Field(None, description="ignored, because tools are not supported")
+    access_programs: Annotated[None, Unsupported(([],))] = None
+    background_options: Annotated[None, Unsupported(({},))] = None
+    image: Annotated[None, Unsupported(({},))] = None
 
     def _input(self) -> str | list[Turn]:
-        if self.instructions is None:
+        if self.instructions is None or not self.instructions.strip():
             return self.input if isinstance(self.input, str) else list(self.input)
         turns = [Turn(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         return [Turn(role="system", content=self.instructions), *turns]
@@ -182,7 +250,7 @@ class ChatRequest(JobRequest):
         "parameters.seed": "seed",
     }
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000, fail_fast=True)
     max_completion_tokens: int | None = Field(None, description="maximum length of each sample, in tokens")
     max_tokens: int | None = Field(None, description="older name of max_completion_tokens")
     seed: int | None = None
@@ -191,6 +259,19 @@ class ChatRequest(JobRequest):
     logprobs: Literal[False] | None = None
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
+    store: bool | None = Field(None, description="ignored: every job is stored, for as long as the server keeps jobs")
+    stop: Annotated[None, Unsupported(([], ""))] = Field(
+        None, description="not supported; `tpo.stop` ends the first samples"
+    )
+    logit_bias: Annotated[None, Unsupported(({},))] = None
+    modalities: Annotated[None, Unsupported(([], ["text"]))] = None
+    audio: Annotated[None, Unsupported()] = None
+    prediction: Annotated[None, Unsupported()] = None
+    reasoning_effort: Annotated[None, Unsupported()] = None
+    verbosity: Annotated[None, Unsupported(("medium",))] = None
+    functions: Annotated[None, Unsupported(([],))] = None
+    function_call: Annotated[None, Unsupported(("auto", "none"))] = None
+    web_search_options: Annotated[None, Unsupported()] = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
@@ -207,8 +288,15 @@ class ChatRequest(JobRequest):
 
 
 def _merge_system_messages(turns: list[Turn]) -> list[dict[str, str]]:
-    """Merge leading system and developer messages: chat templates allow only one system message, at the start."""
-    messages = [{"role": t.role.replace("developer", "system"), "content": t.content} for t in turns]
+    """Leave out blank messages, and merge leading system and developer messages into one.
+
+    Chat templates allow only one system message, at the start.
+    """
+    messages = [
+        {"role": turn.role.replace("developer", "system"), "content": turn.content}
+        for turn in turns
+        if turn.content and turn.content.strip()
+    ]
     leading = next((index for index, message in enumerate(messages) if message["role"] != "system"), len(messages))
     if leading < 2:
         return messages

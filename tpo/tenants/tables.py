@@ -1,6 +1,6 @@
 """Tables of tenants: limits, API keys and idempotency keys."""
 
-from sqlalchemy import ForeignKey, Index, String
+from sqlalchemy import BigInteger, ForeignKey, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from tpo.db import Base
@@ -16,6 +16,7 @@ class Tenant(Base):
     max_jobs_in_flight: Mapped[int | None]
     max_jobs_per_minute: Mapped[int | None]
     max_jobs_running: Mapped[int | None]
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class ApiKey(Base):

@@ -25,9 +25,12 @@ def ensure_tenant(session: Session, tenant: str) -> None:
 
 
 _TENANTS = cast("Table", Tenant.__table__).c
-_LIMITS = select(_TENANTS.max_jobs_in_flight, _TENANTS.max_jobs_per_minute, _TENANTS.max_jobs_running).where(
-    _TENANTS.id == bindparam("tenant")
-)
+_LIMITS = select(
+    _TENANTS.max_jobs_in_flight,
+    _TENANTS.max_jobs_per_minute,
+    _TENANTS.max_jobs_running,
+    _TENANTS.max_stored_bytes,
+).where(_TENANTS.id == bindparam("tenant"))
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Limits:
     per_minute: int | None = None
     running: int | None = None
     """Maximum number of jobs that run at once. The others in flight wait."""
+    stored_bytes: int | None = None
+    """Maximum number of bytes of the inputs of jobs, and of files."""
 
 
 def limits_of_tenant(session: Session, tenant: str, limits: Limits) -> Limits:
@@ -49,6 +54,7 @@ def limits_of_tenant(session: Session, tenant: str, limits: Limits) -> Limits:
         limits.in_flight if own.max_jobs_in_flight is None else own.max_jobs_in_flight,
         limits.per_minute if own.max_jobs_per_minute is None else own.max_jobs_per_minute,
         limits.running if own.max_jobs_running is None else own.max_jobs_running,
+        limits.stored_bytes if own.max_stored_bytes is None else own.max_stored_bytes,
     )
 
 
@@ -61,4 +67,4 @@ class TenantQueries(Queries):
             ensure_tenant(session, tenant)
             row = session.get_one(Tenant, tenant)
             row.max_jobs_in_flight, row.max_jobs_per_minute = limits.in_flight, limits.per_minute
-            row.max_jobs_running = limits.running
+            row.max_jobs_running, row.max_stored_bytes = limits.running, limits.stored_bytes

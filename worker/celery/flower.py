@@ -7,6 +7,7 @@ health check answers without it. The password never appears in the process list.
 import logging
 import signal
 import sys
+from typing import Any
 
 import tornado.ioloop
 from flower.app import Flower
@@ -14,9 +15,11 @@ from flower.options import options
 from flower.urls import settings
 from flower.views.monitor import Metrics
 from pydantic import ValidationError
-from tornado.web import authenticated
+from tornado.httputil import HTTPServerRequest
+from tornado.web import ErrorHandler, authenticated
 
 from tpo.broker import MAINTENANCE_QUEUE
+from tpo.origins import is_foreign, is_host_allowed
 from tpo.settings import Settings, format_errors
 from tpo.settings import settings as read_settings
 from tpo.signals import stop_signals
@@ -25,6 +28,7 @@ from worker.celery.app import make_app
 
 _MAX_TASKS = 10_000
 _PURGE_OFFLINE_SECONDS = 600
+_HEALTH = "/healthcheck"
 
 
 class _GuardedMetrics(Metrics):  # type: ignore[misc]
@@ -33,6 +37,24 @@ class _GuardedMetrics(Metrics):  # type: ignore[misc]
     @authenticated
     async def get(self) -> None:
         await super().get()
+
+
+class _GuardedFlower(Flower):  # type: ignore[misc]
+    """Flower that answers to its own names only, and to no web page of another origin that asks for a change."""
+
+    configured: Settings
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Any:
+        """Return the handler of a request, or of its refusal."""
+        configured = self.configured
+        if request.path != _HEALTH:  # probes ask by address
+            host = request.headers.get("Host", "")
+            if not is_host_allowed(host, configured.flower_host, configured.allowed_hosts):
+                return self.get_handler_delegate(request, ErrorHandler, {"status_code": 421})
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            if is_foreign(request.method or "", headers, ()):
+                return self.get_handler_delegate(request, ErrorHandler, {"status_code": 403})
+        return super().find_handler(request, **kwargs)
 
 
 def make_flower(configured: Settings) -> Flower:
@@ -45,7 +67,8 @@ def make_flower(configured: Settings) -> Flower:
     auth = configured.flower_basic_auth
     options.basic_auth = [auth.get_secret_value()] if auth else []
     app = make_app(configured, MAINTENANCE_QUEUE)
-    view = Flower(capp=app, options=options, **settings)
+    view = _GuardedFlower(capp=app, options=options, **settings)
+    view.configured = configured
     view.add_handlers(".*", [(r"/metrics", _GuardedMetrics)])
     return view
 

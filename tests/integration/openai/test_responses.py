@@ -94,7 +94,7 @@ class TestCreate:
             ({"tools": [{"type": "web_search"}]}, "tools"),
             ({"previous_response_id": "resp_1"}, "previous_response_id"),
             ({"store": False}, "store"),
-            ({"user": "u"}, "user"),
+            ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
             ({"temperature": 3}, "temperature"),
             ({"max_output_tokens": 0}, "max_output_tokens"),
             ({"input": []}, "input"),

@@ -76,15 +76,23 @@ def limit(
     running: Annotated[
         int | None, typer.Option("--jobs-running", min=0, help="Maximum number of jobs that run at the same time.")
     ] = None,
+    stored_bytes: Annotated[
+        int | None, typer.Option("--stored-bytes", min=0, help="Maximum number of bytes of its inputs and files.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Set the limits of a tenant. The settings apply to each limit that is left out."""
     from tpo.tenants.tenants import Limits
 
     with open_store() as store:
-        store.tenants.set_limits(tenant, Limits(in_flight, per_minute, running))
+        store.tenants.set_limits(tenant, Limits(in_flight, per_minute, running, stored_bytes))
     if as_json:
-        limits = {"jobs_in_flight": in_flight, "jobs_per_minute": per_minute, "jobs_running": running}
+        limits = {
+            "jobs_in_flight": in_flight,
+            "jobs_per_minute": per_minute,
+            "jobs_running": running,
+            "stored_bytes": stored_bytes,
+        }
         print_json({"tenant": tenant, **limits})
     else:
         console().print(f"the limits of {tenant} are set", markup=False)

@@ -31,6 +31,7 @@ MAX_RESTARTS_DURING_STARTUP = 1
 HEALTHY_SECONDS = 60.0
 _BACK_OFF = (0.5, 15.0)
 _MAX_LOG_BYTES = 10_000_000
+_ROTATE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 
 
@@ -121,8 +122,7 @@ class Supervisor:
     def start(self, service: Service) -> None:
         """Start a child and supervise it from now on."""
         child = _Child(service, self.logs / f"{service.name}.log")
-        if child.log.exists() and child.log.stat().st_size > _MAX_LOG_BYTES:
-            child.log.replace(child.log.with_suffix(".log.1"))
+        rotate(child.log)
         self._children.append(child)
         self._spawn(child)
 
@@ -138,7 +138,9 @@ class Supervisor:
         """Supervise the children until a stop signal arrives. Raises Stopped and ChildLost."""
         self._max_restarts = MAX_RESTARTS
         while True:
-            self._supervise(None)
+            self._supervise(_ROTATE_SECONDS)
+            for child in self._children:
+                rotate(child.log)
 
     def _supervise(self, seconds: float | None) -> None:
         """Sleep until a signal arrives, a restart is due or the time is over; then restart children."""
@@ -223,6 +225,16 @@ class Supervisor:
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_signals += 1
+
+
+def rotate(log: Path) -> None:
+    """Move the end of a log that is too long to `.log.1`, and empty it. Its child appends to it, and need not know."""
+    if not log.exists() or (size := log.stat().st_size) <= _MAX_LOG_BYTES:
+        return
+    with log.open("rb+") as full:
+        full.seek(size - _MAX_LOG_BYTES)
+        log.with_suffix(".log.1").write_bytes(full.read(_MAX_LOG_BYTES))
+        full.truncate(0)
 
 
 def _on_child(number: int, frame: FrameType | None) -> None:

@@ -4,10 +4,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
     from rich.table import Table
 
-    from tpo.client import Job
+    from tpo.client import Job, JobSummary
 
 STYLES = {"completed": "green", "failed": "red", "expired": "red", "incomplete": "yellow", "cancelled": "yellow"}
 
@@ -43,7 +45,7 @@ class JobTable:
             self._console.print(f"{job['id']}  {step_of(job)}  {best_of(job)}".rstrip(), markup=False)
 
 
-def table(jobs: "list[Job]") -> "Table":
+def table(jobs: "Sequence[Job | JobSummary]") -> "Table":
     """Return a table with a row for each job."""
     from rich.table import Table
 
@@ -72,7 +74,7 @@ def step_of(job: "Job") -> str:
     return f"{job['status']}  iteration {progress['iteration']}/{progress['max_iterations']}  {progress['phase']}"
 
 
-def best_of(job: "Job") -> str:
+def best_of(job: "Job | JobSummary") -> str:
     """Return the best reward so far, or an empty string if there is none."""
     best = job["best"]
     return "" if best is None or best["reward"] is None else f"{best['reward']:+.2f}"
