@@ -74,8 +74,8 @@ class JobView:
         return cls(
             input=tuple(_read(Message, message, role="user", content="") for message in row.input or ()),
             params=_read(Params, row.params),
-            prompt_set=row.prompts["name"],
-            prompt_set_version=row.prompts["version"],
+            prompt_set=row.prompts.get("name", ""),
+            prompt_set_version=row.prompts.get("version", 0),
             metadata=row.job_metadata,
             **{name: getattr(row, name) for name in _COLUMNS},
         )
