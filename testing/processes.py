@@ -96,7 +96,7 @@ class System:
             "TPO_RENOTIFY_SECONDS": "1",
             "TPO_DRAIN_SECONDS": "10",
         }
-        self.engine: Engine = connect(database_url)
+        self.engine: Engine = connect(database_url, create=True)
         self.store = Store(self.engine)
         self.processes: list[Process] = []
 

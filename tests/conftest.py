@@ -55,6 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(durations.StoreDurations())
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Run two tests for each core: about half of the time, a test waits for a process that it has started."""
+    return 2 * (os.cpu_count() or 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In a parallel run, start with the long tests, so that none of them delays the end of the run."""
     if IS_XDIST_WORKER:

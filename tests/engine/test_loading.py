@@ -20,6 +20,16 @@ from tpo.core.errors import ModelRefusedError
 from tpo.settings import Settings
 
 
+def load_any_policy(name: str) -> Any:
+    """Load a policy by its name alone."""
+    return load_policy(ModelSpec(name), Settings())
+
+
+def load_any_reward(name: str) -> Any:
+    """Load a reward model by its name alone."""
+    return load_reward_model(RewardSpec(name), Settings())
+
+
 @pytest.fixture(scope="module")
 def policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("policy"))
@@ -74,10 +84,10 @@ def test_missing_device_is_rejected(policy_folder: Path, monkeypatch: pytest.Mon
         load_policy_model(str(policy_folder), Settings(device="cuda"))
 
 
-@pytest.mark.parametrize("load", [load_policy, load_reward_model])
+@pytest.mark.parametrize("load", [load_any_policy, load_any_reward])
 def test_missing_folder_is_rejected(load: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelRefusedError, match="There is no folder"):
-        load(str(tmp_path / "none"), Settings())
+        load(str(tmp_path / "none"))
 
 
 def test_folder_without_config_is_rejected(tmp_path: Path) -> None:
@@ -92,14 +102,14 @@ def test_folder_without_weights_is_rejected(policy_folder: Path, tmp_path: Path)
         load_policy(ModelSpec(str(folder)), Settings())
 
 
-@pytest.mark.parametrize(("kind", "load"), [("policy", load_policy), ("reward", load_reward_model)])
+@pytest.mark.parametrize(("kind", "load"), [("policy", load_any_policy), ("reward", load_any_reward)])
 def test_pickle_is_never_opened(kind: str, load: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = copy(request.getfixturevalue(f"{kind}_folder"), tmp_path)
     (folder / "model.safetensors").unlink()
     opened = tmp_path / "opened"
     (folder / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {opened}'\ntR.".encode())
     with pytest.raises(ModelRefusedError, match=r"is a pickle.*save_pretrained"):
-        load(str(folder), Settings())
+        load(str(folder))
     assert not opened.exists()
 
 
@@ -151,7 +161,7 @@ def test_reward_model_with_several_labels_is_rejected(tmp_path: Path) -> None:
         load_reward_model(RewardSpec(str(save_reward(tmp_path, num_labels=3))), Settings())
 
 
-@pytest.mark.parametrize(("kind", "load"), [("policy", load_policy), ("reward", load_reward_model)])
+@pytest.mark.parametrize(("kind", "load"), [("policy", load_any_policy), ("reward", load_any_reward)])
 def test_code_of_a_repository_is_never_run(
     kind: str, load: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -160,7 +170,7 @@ def test_code_of_a_repository_is_never_run(
     models = {"AutoModelForCausalLM": "own.M", "AutoModelForSequenceClassification": "own.M"}
     edit(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.C", **models})
     with pytest.raises(ModelRefusedError, match="needs code from its own repository"):
-        load(str(folder), Settings())
+        load(str(folder))
 
 
 def test_code_of_a_tokenizer_is_never_run(policy_folder: Path, tmp_path: Path) -> None:
@@ -185,11 +195,11 @@ def test_unsupported_layer_type_is_rejected(tmp_path: Path) -> None:
         load_policy(ModelSpec(str(folder)), Settings())
 
 
-@pytest.mark.parametrize(("save", "load"), [(save_llama, load_policy), (save_reward, load_reward_model)])
+@pytest.mark.parametrize(("save", "load"), [(save_llama, load_any_policy), (save_reward, load_any_reward)])
 def test_tokenizer_without_a_chat_template_is_rejected(save: Any, load: Any, tmp_path: Path) -> None:
     folder = save(tmp_path, template=None)
     with pytest.raises(ModelRefusedError, match=r"no chat template.*chat_template\.jinja"):
-        load(str(folder), Settings())
+        load(str(folder))
 
 
 @pytest.mark.parametrize("tied", [False, True])

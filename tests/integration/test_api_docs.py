@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 def test_every_command_works(sqlite_system: System) -> None:
     sqlite_system.store.workers.register("w1", model="scripted", reward_model="scripted", concurrency=1)
     port = free_port()
-    sqlite_system.start("-m", "api", port=port, lease_seconds=600).wait_for("Listening on")
+    sqlite_system.start("-m", "api", port=port, lease_seconds=600, renotify_seconds=600).wait_for("Listening on")
     commands = "\n".join(re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE))
     script = commands.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("curl ", "curl --fail-with-body -w '\\n' ")
     done = subprocess.run(

@@ -137,7 +137,7 @@ def test_own_reward_is_installed_and_used(tmp_path: Path) -> None:
     }
     message = "My name is Clara. My lamp is now broken. Can I get a quick refund?"
     words = ("run", "--json", "--seed", "1", "-n", "4", "-d", "1", message)
-    done = run_python("-m", "tpo.cli", *words, env=environment)
+    done = run_python("-m", "tpo", *words, env=environment)
     assert done.returncode == 0, done.stderr
     best = json.loads(done.stdout)["best"]
     quality, on_topic = best["parts"]

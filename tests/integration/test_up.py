@@ -63,7 +63,7 @@ def test_interrupt_stops_the_worker_first_and_the_broker_last(tmp_path: Path) ->
     assert {fact["how"] for fact in stopped} == {"exit code 0"}
     # The job is still stored after a restart.
     with running_up(tmp_path / "data") as up:
-        (job,) = httpx.get(f"{up.facts['api']}/v1/jobs").json()["data"]
+        (job,) = httpx.get(f"{up.facts['api']}/v1/jobs?include=output").json()["data"]
         assert job["output"].strip() == answer.strip()
         code, _ = up.stop(signal.SIGTERM)
     assert code == 0
@@ -142,7 +142,7 @@ def test_unwritable_log_is_a_one_line_error(tmp_path: Path) -> None:
     ports = [word for name in ("port", "flower-port", "broker-port") for word in (f"--{name}", _port())]
     done = tpo("up", "--json", "--data-dir", str(tmp_path), *ports)
     assert done.returncode == 1
-    assert done.stderr == f"tpo: cannot continue: {log}: Is a directory\n"
+    assert json.loads(done.stderr)["error"]["message"] == f"cannot continue: {log}: Is a directory"
     (started,) = [fact["pid"] for fact in map(json.loads, done.stdout.splitlines()) if fact["event"] == "started"]
     assert not psutil.pid_exists(started)
 

@@ -62,7 +62,7 @@ class Progress:
         minutes = self._expected / self._processes / 60
         self._reporter.ensure_newline()
         self._reporter.line(
-            f"{len(tests)} tests, {self._processes} at once: {_about(minutes)} on a machine with as many idle cores"
+            f"{len(tests)} tests, {self._processes} at once: {_about(minutes)} if nothing else runs on this machine"
         )
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str]:

@@ -81,7 +81,7 @@ def _row(
         "model": options["model"],
         "reward_model": options["reward_model"],
         "input": [m.model_dump() for m in state.input],
-        "input_preview": state.input[-1].content[:PREVIEW_CHARACTERS],
+        "input_preview": _preview(state.input[-1].content),
         "input_bytes": input_bytes(state),
         "params": state.params.model_dump(mode="json"),
         "prompts": state.prompts.model_dump(mode="json"),
@@ -97,3 +97,8 @@ def _row(
         "last_event": 1,
         **progress_columns(state, locate(state)),
     }
+
+
+def _preview(text: str) -> str:
+    """Return the beginning of a text, without what a database cannot store in a column of text."""
+    return text[:PREVIEW_CHARACTERS].replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
