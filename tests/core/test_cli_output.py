@@ -85,6 +85,8 @@ def test_json_makes_every_error_json(words: tuple[str, ...], exit_code: int) -> 
 @pytest.mark.processes
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_shown_for_each_shell(shell: str) -> None:
-    done = tpo("--show-completion", shell)
+    # A test process may have no shell above it that could be detected.
+    env = environment(_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    done = tpo("--show-completion", shell, env=env)
     assert done.returncode == 0, done.stderr
     assert "_TPO_COMPLETE" in done.stdout
