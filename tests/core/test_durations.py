@@ -71,6 +71,6 @@ def test_progress_is_shown_by_area(tmp_path: Path, processes: tuple[str, ...]) -
     code, lines = project.run("suite", "-q", "--show-progress", *processes)
     assert code == 1
     number = "2 at once" if processes else "1 at once"
-    assert any(re.match(rf"2 tests, {number}: about \d+ \w+ on", line) for line in lines)
+    assert any(re.match(rf"2 tests, {number}: about \d+ \w+ if", line) for line in lines)
     assert "FAILED suite/unit/test_it.py::test_two (call)" in lines
     assert re.fullmatch(r" *0:\d\d  unit 2/2  1 FAILED  done", next(line for line in lines if "done" in line))
