@@ -22,11 +22,10 @@ def job(view: JobView, settings: Settings) -> schemas.Job:
 
 def job_summary(view: JobView, settings: Settings, texts: Texts) -> schemas.JobSummary:
     """Return the view of a job as an item of a list, with the texts that the list was asked for."""
-    messages = None if texts.input is None else [Message.model_validate(message) for message in texts.input]
     return schemas.JobSummary(
         **_fields(view, settings),
         input_preview=view.input_preview,
-        input=None if messages is None else _input(messages),
+        input=None if texts.input is None else _input(texts.input),
         output=texts.output,
     )
 

@@ -30,11 +30,12 @@ from tpo.db import is_driver_error
 from tpo.jobs.claims import Claimed
 from tpo.jobs.leases import Lease
 from tpo.jobs.outcomes import Outcome, outcome_of_deadline, outcome_of_run
+from tpo.jobs.scheduling import Rules
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.drain import Drain
 from worker.guard import guarded
-from worker.leases import HeldJob, Leases, scheduling_rules
+from worker.leases import HeldJob, Leases
 from worker.logs import log
 
 _LONGEST_PAUSE = 2.0
@@ -84,7 +85,7 @@ class JobRunner:
     def next_waiting(self) -> str | None:
         """Return the next job that this worker can run, or None. Raises StoreUnavailableError."""
         settings = self._settings
-        return self.store.queues.next_waiting(settings.policy, settings.reward_model, scheduling_rules(settings))
+        return self.store.queues.next_waiting(settings.policy, settings.reward_model, Rules.from_settings(settings))
 
     def notify(self, job_id: str) -> None:
         """Notify workers that a job waits. The rescuer repeats a failed notification."""
@@ -163,7 +164,7 @@ class JobRunner:
                 settings.lease_seconds,
                 model=settings.policy,
                 reward_model=settings.reward_model,
-                rules=scheduling_rules(settings),
+                rules=Rules.from_settings(settings),
             )
         return None
 

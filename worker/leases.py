@@ -21,11 +21,6 @@ _CHECK_SECONDS = 1.0
 """Interval between two checks for a cancellation or a deadline. A check is a read, cheaper than a renewal."""
 
 
-def scheduling_rules(settings: Settings) -> Rules:
-    """Return the scheduling rules for claims."""
-    return Rules(settings.priority_seconds, settings.max_jobs_running, suspect_patience=settings.lease_seconds)
-
-
 class HeldJob:
     """A job that this process runs, with the state of its lease."""
 
@@ -211,7 +206,7 @@ class Leases:
             self._worker,
             model=settings.policy,
             reward_model=settings.reward_model,
-            rules=scheduling_rules(settings),
+            rules=Rules.from_settings(settings),
         )
         if yields and not self._yields.is_set():
             log.info("jobs are handed back after their calls: suspects of a crash need a worker of their own")

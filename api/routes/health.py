@@ -115,9 +115,10 @@ def _database_and_worker(store: Store, settings: Settings) -> tuple[schemas.Chec
 
 def _queue(store: Store, settings: Settings) -> schemas.QueueCheck:
     try:
-        rules = Rules(settings.priority_seconds, settings.max_jobs_running)
         patience = _PATIENCE_ROUNDS * settings.renotify_seconds
-        return "stalled" if store.queues.stalled(patience, settings.lease_seconds, rules) else "ok"
+        return (
+            "stalled" if store.queues.stalled(patience, settings.lease_seconds, Rules.from_settings(settings)) else "ok"
+        )
     except StoreUnavailableError:
         return "unknown"
 

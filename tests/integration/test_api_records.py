@@ -20,6 +20,8 @@ def test_job_of_another_version_is_shown_and_cancelled(client: TestClient, store
     shown = client.get(f"/v1/jobs/{jobs[0]['id']}").json()
     assert (shown["parameters"]["mode"], shown["parameters"]["sample_size"], shown["input"]) == ("tpo", 7, "Hello")
     assert {job["id"] for job in client.get("/v1/jobs").json()["data"]} == {job["id"] for job in jobs}
+    listed = client.get("/v1/jobs", params={"include": "input"}).json()["data"]
+    assert next(job["input"] for job in listed if job["id"] == jobs[0]["id"]) == "Hello"
     assert client.post(f"/v1/jobs/{jobs[0]['id']}/cancel").json()["status"] == "cancelled"
 
 

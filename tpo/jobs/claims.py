@@ -33,6 +33,7 @@ from tpo.jobs.leases import CheckpointQueries, Lease, claim_job, claimable, queu
 from tpo.jobs.quarantine import Source, claim_sources, must_yield
 from tpo.jobs.scheduling import QueueHead, Rules, limit_of, pick_next, with_capacity
 from tpo.jobs.tables import Job, LastClaim, Worker
+from tpo.jobs.workers import is_live
 from tpo.tenants.tables import Tenant
 from tpo.tenants.tenants import ensure_tenant
 
@@ -354,7 +355,7 @@ _HELD = select(func.count()).where(Job.status.in_(RUNNING), Job.lease_owner == b
 _LIVE_WORKERS = select(Worker.id).where(
     Worker.model == bindparam("model"),
     Worker.reward_model == bindparam("reward_model"),
-    Worker.seen_at > now() - bindparam("seconds", type_=Double),
+    is_live(bindparam("seconds", type_=Double)),
 )
 _LAST_CLAIMS = select(LastClaim.tenant, LastClaim.priority, LastClaim.claimed_at).where(
     LastClaim.model == bindparam("model"), LastClaim.reward_model == bindparam("reward_model")

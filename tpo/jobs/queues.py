@@ -10,6 +10,7 @@ from tpo.db import Queries, insert_if_new, now, reading, writing
 from tpo.jobs.claims import QUEUED, RUNNING, Pair, is_waiting, next_waiting_job, waiting_pairs
 from tpo.jobs.scheduling import Rules
 from tpo.jobs.tables import Job, Queue, Worker
+from tpo.jobs.workers import is_live
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class QueueQueries(Queries):
         ).where(or_(Job.status == QUEUED, Job.status.in_(RUNNING)))
         with reading(self._engine) as session:
             paused = {row.model: row.paused_at for row in session.scalars(select(Queue))}
-            live = select(Worker.model, func.count().label("workers")).where(Worker.seen_at > now() - silent_seconds)
+            live = select(Worker.model, func.count().label("workers")).where(is_live(silent_seconds))
             workers = {row.model: row.workers for row in session.execute(live.group_by(Worker.model))}
             jobs = {row.model: row for row in session.execute(job_counts.group_by(Job.model))}
         return [
@@ -75,7 +76,7 @@ class QueueQueries(Queries):
             found = []
             for pair in waiting_pairs(session):
                 serves = and_(Worker.model == pair.model, Worker.reward_model == pair.reward_model)
-                live = select(Worker).where(serves, Worker.seen_at > now() - silent_seconds)
+                live = select(Worker).where(serves, is_live(silent_seconds))
                 slots = {worker.id: worker.concurrency for worker in session.scalars(live)}
                 held = select(func.count()).where(Job.lease_owner.in_(slots), Job.status.in_(RUNNING))
                 free = sum(slots.values()) > session.execute(held).scalar_one() if slots else False

@@ -2,21 +2,21 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, Unpack, cast
+from typing import Literal, NamedTuple, Unpack, cast
 
 from sqlalchemy import Select, bindparam, exists, func, literal, null, select, union_all
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from tpo.core.errors import ExternalIdTakenError, JobNotFoundError, StoreUnavailableError
-from tpo.core.state import State
+from tpo.core.state import Message, State
 from tpo.core.status import Status
 from tpo.db import Queries, reading, single_query, write
 from tpo.jobs.insertion import ATTRIBUTES, JOBS, JobOptions, input_bytes, insert_jobs
 from tpo.jobs.quotas import RateLimitStatus, check_quota, free_slots
 from tpo.jobs.records import read_state
 from tpo.jobs.tables import EventRow, Job, MetadataRow
-from tpo.jobs.view import JobView
+from tpo.jobs.view import JobView, read_messages
 from tpo.tenants.idempotency import MAX_CONFLICT_RETRIES, IdempotencyRequest, find_existing, record_key
 from tpo.tenants.tenants import Limits
 
@@ -44,7 +44,7 @@ TextField = Literal["input", "output"]
 class Texts(NamedTuple):
     """The texts of a job that a list was asked for."""
 
-    input: list[Any] | None
+    input: tuple[Message, ...] | None
     output: str | None
 
 
@@ -143,7 +143,7 @@ class JobRequests(Queries):
             fitting = max(1, sum(total <= max_bytes for total in totals))
             which = (*own, JOBS.c.id.in_(job_ids[:fitting]))
             found = {
-                row.id: Texts(row.input, row.output)
+                row.id: Texts(None if row.input is None else read_messages(row.input), row.output)
                 for row in session.execute(select(JOBS.c.id, *columns).where(*which))
             }
         return [found.get(job_id, Texts(None, None)) for job_id in job_ids[:fitting]]

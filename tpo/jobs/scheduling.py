@@ -9,6 +9,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
+
+from tpo.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,11 @@ class Rules:
     """Maximum number of running jobs of a tenant that has no limit of its own. None is no limit."""
     suspect_patience: float = 30.0
     """Seconds that the suspects of a crash wait for an empty worker before a busy one empties itself for them."""
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """Read the rules from the settings."""
+        return cls(settings.priority_seconds, settings.max_jobs_running, suspect_patience=settings.lease_seconds)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The view of a job that the store returns to its readers: a value, independent of sessions and tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar
 
@@ -72,13 +72,18 @@ class JobView:
     def of(cls, row: Job) -> Self:
         """Return the view of a row of the table."""
         return cls(
-            input=tuple(_read(Message, message, role="user", content="") for message in row.input or ()),
+            input=read_messages(row.input or ()),
             params=_read(Params, row.params),
             prompt_set=row.prompts.get("name", ""),
             prompt_set_version=row.prompts.get("version", 0),
             metadata=row.job_metadata,
             **{name: getattr(row, name) for name in _COLUMNS},
         )
+
+
+def read_messages(stored: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
+    """Return the messages of a stored input."""
+    return tuple(_read(Message, message, role="user", content="") for message in stored)
 
 
 def _read(kind: type[Value], stored: Mapping[str, Any], **fallback: str) -> Value:

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import and_, delete, insert, select, update
+from sqlalchemy import ColumnElement, and_, delete, insert, select, update
 
 from tpo.db import Queries, now, reading, writing
 from tpo.jobs.tables import Job, Worker
 from tpo.jobs.transitions import update_job
 
 _WAITS_AS_SUSPECT = (Job.quarantine.is_not(None), Job.status.in_(("queued", "paused")))
+
+
+def is_live(silent_seconds: float | ColumnElement[float]) -> ColumnElement[bool]:
+    """Match workers with a heartbeat within that time."""
+    return Worker.seen_at > now() - silent_seconds
 
 
 class WorkerQueries(Queries):
@@ -34,4 +39,4 @@ class WorkerQueries(Queries):
     def live(self, silent_seconds: float) -> Sequence[Worker]:
         """Return the workers that were seen within that time."""
         with reading(self._engine) as session:
-            return session.scalars(select(Worker).where(Worker.seen_at > now() - silent_seconds)).all()
+            return session.scalars(select(Worker).where(is_live(silent_seconds))).all()

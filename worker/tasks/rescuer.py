@@ -1,10 +1,10 @@
 """Rescue jobs whose lease has expired, and notify workers of queued jobs."""
 
 from tpo.broker import JobNotifier
+from tpo.jobs.scheduling import Rules
 from tpo.settings import Settings
 from tpo.store import Store
 from worker.guard import guarded
-from worker.leases import scheduling_rules
 from worker.logs import log
 
 
@@ -22,7 +22,7 @@ class Rescuer:
             waiting = self._store.maintenance.sweep(
                 renotify_seconds=self._settings.renotify_seconds,
                 worker_retention_seconds=self._settings.worker_timeout_seconds,
-                rules=scheduling_rules(self._settings),
+                rules=Rules.from_settings(self._settings),
             )
             for job in waiting:
                 self._notifier.notify_job(job.job_id, job.model)
